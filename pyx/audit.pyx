@@ -1,0 +1,446 @@
+"""Audits: each invariant has its own checker, and the checker's docstring is the invariant.
+
+They read the structures of the MMU and the guest's tables; they change nothing. Design `native` has no shadow
+structure, and only I9 applies to it. Design `flush` may lag behind the guest's tables until INVLPG or a register
+load, as a TLB does, so I1 and I2 do not apply.
+"""
+from dataclasses import dataclass
+
+from libc.string cimport memset
+
+from shadowcore.audit cimport SC_MAX_FINDINGS, sc_audit, sc_finding
+from shadowcore.bits cimport (
+    PTE_A, PTE_D, PTE_P, PTE_PS, PTE_U, PTE_W, pte_addr, pte_rights,
+)
+from shadowcore.events cimport EXIT_MMIO
+from shadowcore.memory cimport (
+    SC_POOL_HFN, mem_frame, mem_gfn, mem_guest_frame, mem_leaf_frame, mem_pool_hpa, mem_pool_page, sc_no_frame,
+)
+from shadowcore.mmu cimport Mmu
+from shadowcore.pool cimport hash_bucket
+from shadowcore.rmap cimport LIST_MANY, list_first, list_next
+from shadowcore.spte cimport spte_is_writable
+from shadowcore.state cimport (
+    QUIRK_NX_LEAF_ONLY, QUIRK_ROLE_WITHOUT_ACCESS, QUIRK_ROLE_WITHOUT_MODE, ROLE_ACCESS, ROLE_GLEVELS, ROLE_QUADRANT,
+    ROLE_WP0, role_direct, role_field, role_level, role_pte_size, sc_mmu, sc_page, sc_vcpu,
+)
+from shadowcore.types cimport ACC_ALL, ACC_U, ACC_W, ACC_X, MODE_32, MODE_64, MODE_OFF, SC_NONE, u8, u32, u64
+
+SENTENCES = (
+    "the shadow leaf maps a frame that the guest's entry does not name",
+    "the shadow leaf grants more than the guest's tables do",
+    "the shadow leaf is writable, the guest's entry is not dirty",
+    "the guest's entry is not present, the shadow entry is",
+    "the shadow entry leads to the shadow of another table than the guest's entry names",
+    "a writable spte maps a frame that is a shadowed guest table",
+    "a writable leaf is not in the reverse map of its frame, or not once",
+    "the reverse map lists an entry that is not a writable leaf of the frame",
+    "a present non-leaf entry points to no active page of the level below",
+    "a present non-leaf entry is not among its child's parents, or not once",
+    "the parents of a page list an entry that does not point to it",
+    "the hash misses an active page, or holds it twice, or in the wrong bucket",
+    "two active pages have the same gfn and role",
+    "free pages and active pages do not add up to the pool",
+    "a free page is not all zero",
+    "the count or the bitmap of used entries is wrong",
+    "the count of shadow pages of a frame is wrong",
+    "a page's root count is not the number of root slots that hold it",
+    "the root that the processor walks from is not the root that the vcpu holds",
+    "page-fault exits are not the sum of their reasons",
+    "present sptes are not those installed less those removed",
+)
+
+cdef enum:
+    S_FRAME = 0
+    S_RIGHTS
+    S_CLEAN
+    S_ABSENT
+    S_TABLE
+    S_UNPROTECTED
+    S_RMAP_MISSING
+    S_RMAP_FOREIGN
+    S_CHILD
+    S_PARENT_MISSING
+    S_PARENT_FOREIGN
+    S_HASH
+    S_TWICE
+    S_SUM
+    S_DIRTY_FREE
+    S_USED
+    S_SHADOWED
+    S_ROOTS
+    S_HW_ROOT
+    S_EXITS
+    S_SPTES
+
+
+cdef inline void _report(sc_audit *a, int invariant, int what, u32 page, u32 index, u64 gfn) noexcept nogil:
+    cdef sc_finding *f
+    if a.n < SC_MAX_FINDINGS:
+        f = &a.found[a.n]
+        f.invariant = invariant
+        f.what = what
+        f.page = page
+        f.index = index
+        f.gfn = gfn
+    a.n += 1
+
+
+cdef inline u64 _gpte(const sc_mmu *mmu, const sc_page *page, u32 index) noexcept nogil:
+    """The guest entry from which entry `index` of a page that is not direct was made."""
+    cdef u8 *table = mem_guest_frame(mmu.mem, page.gfn << 12)
+    cdef u32 quadrant = role_field(page.role, ROLE_QUADRANT, 3)
+    if table == NULL:
+        return 0
+    if role_pte_size(page.role) == 8:
+        return (<u64 *>table)[index]
+    if role_level(page.role) == 1:
+        return (<u32 *>table)[quadrant * 512 + index]
+    return (<u32 *>table)[quadrant * 256 + index // 2]
+
+
+cdef void _check_leaf(sc_mmu *mmu, u32 number, u32 index, sc_audit *a) noexcept nogil:
+    """I1, a leaf: it maps the frame its gpte names, with rights no wider than the guest's, and W only if the gpte is
+    dirty; a leaf that is W and not U may stand for a supervisor store under CR0.WP = 0."""
+    cdef sc_page *page = &mmu.pages[number]
+    cdef u64 spte = mmu.table[number * 512 + index]
+    cdef u64 gfn = mem_gfn(mmu.mem, mem_leaf_frame(mmu.mem, spte))
+    cdef u32 mode = role_field(page.role, ROLE_GLEVELS, 15)
+    cdef u32 allowed = role_field(page.role, ROLE_ACCESS, 7)
+    cdef u32 granted = pte_rights(spte)
+    cdef u64 gpte, named
+    if mmu.quirks & QUIRK_ROLE_WITHOUT_ACCESS:
+        allowed = ACC_ALL
+    if role_direct(page.role):
+        named = page.gfn + index + (512 * role_field(page.role, ROLE_QUADRANT, 1) if mode == MODE_32 else 0)
+    else:
+        gpte = _gpte(mmu, page, index)
+        if not gpte & PTE_P:
+            _report(a, 1, S_ABSENT, number, index, page.gfn)
+            return
+        named = (gpte & (pte_addr() if role_pte_size(page.role) == 8 else 0xFFFFF000U)) >> 12
+        allowed &= pte_rights(gpte)
+        if granted & ACC_W and not gpte & PTE_D:
+            _report(a, 1, S_CLEAN, number, index, page.gfn)
+    if named != gfn:
+        _report(a, 1, S_FRAME, number, index, named)
+    if role_field(page.role, ROLE_WP0, 1) or mmu.quirks & QUIRK_ROLE_WITHOUT_MODE:
+        if not granted & ACC_U:
+            allowed |= ACC_W
+    if granted & ~allowed:
+        _report(a, 1, S_RIGHTS, number, index, page.gfn)
+
+
+cdef void _check_link(sc_mmu *mmu, u32 number, u32 index, sc_audit *a) noexcept nogil:
+    """I1, above the leaves: a present entry leads to the shadow of the table that its gpte names, or to a direct page
+    where the gpte is a large page."""
+    cdef sc_page *page = &mmu.pages[number]
+    cdef sc_page *child = &mmu.pages[mem_pool_page(mmu.table[number * 512 + index])]
+    cdef u64 gpte, named
+    if role_direct(page.role):
+        return
+    gpte = _gpte(mmu, page, index)
+    if not gpte & PTE_P:
+        _report(a, 1, S_ABSENT, number, index, page.gfn)
+        return
+    if role_direct(child.role):
+        if not gpte & PTE_PS:
+            _report(a, 1, S_TABLE, number, index, page.gfn)
+        return
+    named = (gpte & (pte_addr() if role_pte_size(page.role) == 8 else 0xFFFFF000U)) >> 12
+    if named != child.gfn:
+        _report(a, 1, S_TABLE, number, index, page.gfn)
+
+
+cdef void check_mappings(sc_mmu *mmu, sc_audit *a) noexcept nogil:
+    """I1: each present spte says what the guest's tables say, with rights no wider (mappings)."""
+    cdef u32 number, index
+    for number in range(mmu.pool_pages):
+        if not mmu.pages[number].active:
+            continue
+        for index in range(512):
+            if mmu.table[number * 512 + index] & PTE_P:
+                if role_level(mmu.pages[number].role) == 1:
+                    _check_leaf(mmu, number, index, a)
+                else:
+                    _check_link(mmu, number, index, a)
+
+
+cdef void check_write_protection(sc_mmu *mmu, sc_audit *a) noexcept nogil:
+    """I2: no writable spte maps a gfn that a shadow page, not direct, shadows."""
+    cdef u32 number, index
+    cdef u64 frame
+    for number in range(mmu.pool_pages):
+        if not mmu.pages[number].active or role_level(mmu.pages[number].role) != 1:
+            continue
+        for index in range(512):
+            if spte_is_writable(mmu.table[number * 512 + index]):
+                frame = mem_leaf_frame(mmu.mem, mmu.table[number * 512 + index])
+                if frame < mmu.mem.nframes and mmu.frames[frame].shadowed:
+                    _report(a, 2, S_UNPROTECTED, number, index, mem_gfn(mmu.mem, frame))
+
+
+cdef inline bint _listed(const sc_mmu *mmu, u32 head, u32 spte) noexcept nogil:
+    """The list holds `spte`, with neighbours that agree."""
+    cdef u32 prev, next_
+    if not head & LIST_MANY:
+        return head == spte + 1
+    prev = mmu.links[spte].prev
+    next_ = mmu.links[spte].next
+    if prev:
+        if mmu.links[prev - 1].next != spte + 1:
+            return False
+    elif list_first(head) != spte + 1:
+        return False
+    return next_ == 0 or mmu.links[next_ - 1].prev == spte + 1
+
+
+cdef void check_rmap(sc_mmu *mmu, sc_audit *a) noexcept nogil:
+    """I3: the reverse map of a gfn lists exactly the writable leaves that map it, each once."""
+    cdef u32 number, index, spte, member
+    cdef u64 frame
+    cdef u64 leaves = 0
+    cdef u64 listed = 0
+    for number in range(mmu.pool_pages):
+        if not mmu.pages[number].active or role_level(mmu.pages[number].role) != 1:
+            continue
+        for index in range(512):
+            spte = number * 512 + index
+            if not spte_is_writable(mmu.table[spte]):
+                continue
+            leaves += 1
+            frame = mem_leaf_frame(mmu.mem, mmu.table[spte])
+            if frame >= mmu.mem.nframes or not _listed(mmu, mmu.frames[frame].rmap, spte):
+                _report(a, 3, S_RMAP_MISSING, number, index, mem_gfn(mmu.mem, frame))
+    for frame in range(mmu.mem.nframes):
+        member = list_first(mmu.frames[frame].rmap)
+        while member:
+            listed += 1
+            if (member > mmu.pool_pages * 512 or not spte_is_writable(mmu.table[member - 1])
+                    or mem_leaf_frame(mmu.mem, mmu.table[member - 1]) != frame or listed > leaves):
+                _report(a, 3, S_RMAP_FOREIGN, (member - 1) >> 9, (member - 1) & 511, mem_gfn(mmu.mem, frame))
+                break
+            member = list_next(mmu, mmu.frames[frame].rmap, member)
+    if listed != leaves:
+        _report(a, 3, S_RMAP_MISSING, SC_NONE, 0, 0)
+
+
+cdef void check_parents(sc_mmu *mmu, sc_audit *a) noexcept nogil:
+    """I4: parents and children agree, both ways."""
+    cdef u32 number, index, spte, child, member
+    cdef u64 links = 0
+    cdef u64 listed = 0
+    for number in range(mmu.pool_pages):
+        if not mmu.pages[number].active or role_level(mmu.pages[number].role) == 1:
+            continue
+        for index in range(512):
+            spte = number * 512 + index
+            if not mmu.table[spte] & PTE_P:
+                continue
+            links += 1
+            child = mem_pool_page(mmu.table[spte])
+            if (child >= mmu.pool_pages or not mmu.pages[child].active
+                    or role_level(mmu.pages[child].role) != role_level(mmu.pages[number].role) - 1):
+                _report(a, 4, S_CHILD, number, index, mmu.pages[number].gfn)
+            elif not _listed(mmu, mmu.pages[child].parents, spte):
+                _report(a, 4, S_PARENT_MISSING, number, index, mmu.pages[child].gfn)
+    for number in range(mmu.pool_pages):
+        member = list_first(mmu.pages[number].parents)
+        while member:
+            listed += 1
+            if (member > mmu.pool_pages * 512 or not mmu.table[member - 1] & PTE_P
+                    or mmu.table[member - 1] & pte_addr() != mem_pool_hpa(number) or listed > links):
+                _report(a, 4, S_PARENT_FOREIGN, number, 0, mmu.pages[number].gfn)
+                break
+            member = list_next(mmu, mmu.pages[number].parents, member)
+    if listed != links:
+        _report(a, 4, S_PARENT_MISSING, SC_NONE, 0, 0)
+
+
+cdef void check_hash(sc_mmu *mmu, sc_audit *a) noexcept nogil:
+    """I5: the hash holds every active page once, in its bucket; no two pages have the same (gfn, role)."""
+    cdef u64 bucket
+    cdef u32 number, other
+    cdef u64 held = 0
+    for bucket in range(<u64>1 << (64 - mmu.hash_shift)):
+        number = mmu.hash[bucket]
+        while number != SC_NONE:
+            held += 1
+            if (number >= mmu.pool_pages or held > mmu.n_active or not mmu.pages[number].active
+                    or hash_bucket(mmu, mmu.pages[number].gfn) != bucket):
+                _report(a, 5, S_HASH, number, 0, 0 if number >= mmu.pool_pages else mmu.pages[number].gfn)
+                break
+            other = mmu.pages[number].hash_next
+            while other != SC_NONE and other < mmu.pool_pages:
+                if mmu.pages[other].gfn == mmu.pages[number].gfn and mmu.pages[other].role == mmu.pages[number].role:
+                    _report(a, 5, S_TWICE, number, 0, mmu.pages[number].gfn)
+                    break
+                other = mmu.pages[other].hash_next
+            number = mmu.pages[number].hash_next
+    if held != mmu.n_active:
+        _report(a, 5, S_HASH, SC_NONE, 0, 0)
+
+
+cdef void check_pool(sc_mmu *mmu, sc_audit *a) noexcept nogil:
+    """I6: free pages are all zero; free + active = pool; what a page's header counts is what it holds."""
+    cdef u32 number, index, used
+    cdef u32 active = 0
+    cdef u32 listed = 0
+    cdef u32 free = 0
+    cdef bint marked
+    for number in range(mmu.pool_pages):
+        active += mmu.pages[number].active
+        used = 0
+        for index in range(512):
+            marked = (mmu.pages[number].used[index >> 6] >> (index & 63)) & 1
+            if marked != (mmu.table[number * 512 + index] != 0):
+                _report(a, 6, S_USED if mmu.pages[number].active else S_DIRTY_FREE, number, index,
+                        mmu.pages[number].gfn)
+                break
+            used += marked
+        else:
+            if used != mmu.pages[number].present or (used and not mmu.pages[number].active):
+                _report(a, 6, S_USED if mmu.pages[number].active else S_DIRTY_FREE, number, 0, mmu.pages[number].gfn)
+    number = mmu.young
+    while number != SC_NONE and listed <= mmu.pool_pages:
+        listed += 1
+        number = mmu.pages[number].next
+    number = mmu.free_head
+    while number != SC_NONE and free <= mmu.pool_pages:
+        free += 1
+        number = mmu.pages[number].next
+    if active != mmu.n_active or listed != active or free != mmu.n_free or free + active != mmu.pool_pages:
+        _report(a, 6, S_SUM, SC_NONE, 0, 0)
+
+
+cdef void check_shadowed(sc_mmu *mmu, sc_audit *a) noexcept nogil:
+    """I6, per frame: the count of shadow pages by which a frame is known to be a guest table is right."""
+    cdef u32 number, other
+    cdef u64 frame
+    cdef u64 pages = 0
+    cdef u64 counted = 0
+    cdef u32 same
+    for number in range(mmu.pool_pages):
+        if not mmu.pages[number].active or role_direct(mmu.pages[number].role):
+            continue
+        frame = mem_frame(mmu.mem, mmu.pages[number].gfn)
+        if frame == sc_no_frame():
+            continue
+        pages += 1
+        same = 0
+        other = mmu.hash[hash_bucket(mmu, mmu.pages[number].gfn)]
+        while other != SC_NONE:
+            same += mmu.pages[other].gfn == mmu.pages[number].gfn and not role_direct(mmu.pages[other].role)
+            other = mmu.pages[other].hash_next
+        if same != mmu.frames[frame].shadowed:
+            _report(a, 6, S_SHADOWED, number, 0, mmu.pages[number].gfn)
+    for frame in range(mmu.mem.nframes):
+        counted += mmu.frames[frame].shadowed
+    if counted != pages:
+        _report(a, 6, S_SHADOWED, SC_NONE, 0, 0)
+
+
+cdef void check_roots(sc_mmu *mmu, sc_audit *a) noexcept nogil:
+    """I7: root counts equal the roots that vcpus hold, and the processor walks from those; a root is active."""
+    cdef u32 number, i, slot, held
+    cdef const sc_vcpu *v
+    for number in range(mmu.pool_pages):
+        held = 0
+        for i in range(mmu.n_vcpus):
+            for slot in range(4):
+                held += mmu.vcpus[i].roots[slot] == number
+        if held != mmu.pages[number].root_count or (held and not mmu.pages[number].active):
+            _report(a, 7, S_ROOTS, number, 0, mmu.pages[number].gfn)
+    for i in range(mmu.n_vcpus):
+        v = mmu.vcpus[i]
+        for slot in range(4):
+            if v.roots[slot] == SC_NONE:
+                if v.hw.pdpte[slot] & PTE_P:
+                    _report(a, 7, S_HW_ROOT, SC_NONE, slot, 0)
+            elif v.hw.pdpte[slot] != (mem_pool_hpa(v.roots[slot]) | PTE_P):
+                _report(a, 7, S_HW_ROOT, v.roots[slot], slot, 0)
+        if v.guest.mode >= MODE_64 and v.hw.root != (0 if v.roots[0] == SC_NONE else mem_pool_hpa(v.roots[0])):
+            _report(a, 7, S_HW_ROOT, v.roots[0], 0, 0)
+
+
+cdef void check_counters(sc_mmu *mmu, sc_audit *a) noexcept nogil:
+    """I9: counters agree: page-fault exits = sum of their reasons, present sptes = installed - removed."""
+    cdef u32 number, index
+    cdef u64 reasons = 0
+    cdef u64 present = 0
+    for index in range(EXIT_MMIO + 1):
+        reasons += mmu.stats.exits[index]
+    if mmu.shadow and reasons != mmu.stats.pf_taken:
+        _report(a, 9, S_EXITS, SC_NONE, 0, 0)
+    for number in range(mmu.pool_pages):
+        if mmu.pages[number].active:
+            for index in range(512):
+                present += mmu.table[number * 512 + index] & PTE_P
+    a.sptes = present
+    if mmu.spte_base + mmu.stats.spte_installed - mmu.stats.spte_removed != present:
+        _report(a, 9, S_SPTES, SC_NONE, 0, 0)
+
+
+cdef void audit_all(sc_mmu *mmu, sc_audit *a) noexcept nogil:
+    """Run every checker that applies to the design."""
+    memset(a, 0, sizeof(sc_audit))
+    check_counters(mmu, a)
+    if not mmu.shadow:
+        return
+    check_pool(mmu, a)
+    check_hash(mmu, a)
+    check_parents(mmu, a)
+    check_rmap(mmu, a)
+    check_roots(mmu, a)
+    check_shadowed(mmu, a)
+    if mmu.keep:
+        check_mappings(mmu, a)
+        check_write_protection(mmu, a)
+
+
+@dataclass(frozen=True)
+class Violation:
+    """`invariant` ("I1", ...) does not hold: `what`, at entry `index` of pool page `page` (None: the whole), `gfn`."""
+
+    invariant: str
+    what: str
+    page: int | None
+    index: int
+    gfn: int
+
+    def __str__(self):
+        where = "" if self.page is None else f" (page {self.page}, entry {self.index}, gfn {self.gfn:#x})"
+        return f"{self.invariant}: {self.what}{where}"
+
+
+@dataclass(frozen=True)
+class AuditReport:
+    """violations: the first 64 of `count`; sptes: present shadow entries looked at."""
+
+    violations: tuple
+    count: int
+    sptes: int
+
+    @property
+    def ok(self) -> bool:
+        """No violation."""
+        return self.count == 0
+
+    def __str__(self):
+        if self.ok:
+            return f"audit clean, {self.sptes} sptes"
+        return f"{self.count} violation(s), {self.sptes} sptes\n" + "\n".join(map(str, self.violations))
+
+
+def audit(Mmu mmu):
+    """AuditReport of `mmu`."""
+    cdef sc_audit a
+    mmu.idle()
+    with nogil:
+        audit_all(&mmu.c, &a)
+    violations = []
+    for i in range(min(a.n, SC_MAX_FINDINGS)):
+        f = a.found[i]
+        violations.append(Violation(f"I{f.invariant}", SENTENCES[f.what], None if f.page == SC_NONE else f.page,
+                                    f.index, f.gfn))
+    return AuditReport(tuple(violations), a.n, a.sptes)

@@ -1,0 +1,235 @@
+"""From a guest walk to a shadow leaf: roles, links, rights.
+
+The rights of a leaf are those of the guest walk, less W while the guest's leaf is not dirty (so that the first store
+is seen), less W while the frame is a shadowed guest table (so that every store to it is seen).
+"""
+from libc.string cimport memset
+
+from shadowcore.bits cimport (
+    PTE_A, PTE_D, PTE_G, PTE_P, PTE_W, SPTE_GUEST_U, SPTE_GUEST_W, SPTE_MARK, level_index, level_mask, pte_addr, pte_nx,
+)
+from shadowcore.fetch cimport sc_leaf
+from shadowcore.memory cimport (
+    mem_frame, mem_frame_hpa, mem_leaf_frame, mem_mark_dirty, mem_pool_page, mem_slot, sc_no_frame,
+)
+from shadowcore.pool cimport pool_get, pool_unprotect
+from shadowcore.rmap cimport rmap_add, rmap_remove
+from shadowcore.roots cimport linear_gfn, make_role, root_load, wp0_leaves
+from shadowcore.spte cimport leaf_spte, spte_drop, spte_is_writable, spte_link, spte_put, spte_wipe
+from shadowcore.state cimport (
+    QUIRK_DIRTY_LOST, QUIRK_NX_LEAF_ONLY, QUIRK_PAGING_OFF_UNPROTECTED, QUIRK_RMAP_LEAK,
+    QUIRK_ROLE_WITHOUT_ACCESS, QUIRK_ROLE_WITHOUT_MODE, ROLE_GLOBAL, ROLE_PKEY, sc_mmu, sc_vcpu,
+)
+from shadowcore.types cimport (
+    ACC_ALL, ACC_U, ACC_W, ACC_X, MODE_32, MODE_64, MODE_OFF, MODE_PAE, PF_U, PF_W, RC_EXHAUSTED, RC_OK, SC_NONE,
+    u8, u32, u64,
+)
+from shadowcore.walker cimport rights_fault, sc_walk
+
+
+cdef inline u64 _region_gfn(u64 gpa, int level, int mode) noexcept nogil:
+    """First frame that a direct page of `level` maps; of a 4 MiB page: first frame of the whole."""
+    return (gpa & ~(<u64>0x3FFFFF if mode == MODE_32 and level == 1 else level_mask(level + 1))) >> 12
+
+
+cdef inline u32 _until_dirty(u32 rights, const sc_walk *w, int mode) noexcept nogil:
+    """`rights`, less W while the guest's leaf is not dirty."""
+    return rights if mode == MODE_OFF or w.entry[w.level] & PTE_D else rights & ~<u32>ACC_W
+
+
+cdef inline u32 _child(sc_mmu *mmu, const sc_vcpu *v, u64 va, int level, const sc_walk *w, u32 linked) noexcept nogil:
+    """The page of `level` on the way to va. `linked`: the page the entry points to now, or SC_NONE.
+
+    A linked page that stands for a guest table is right: a store to the entry above it would have cut the link. One
+    that stands for a large gpte is right if the gpte grants what it did.
+    """
+    cdef bint direct = level < w.level
+    cdef u32 role
+    cdef u64 gfn
+    if linked != SC_NONE and not (direct and mmu.keep):
+        return linked
+    if not mmu.keep:
+        return pool_get(mmu, linear_gfn(v, va, level), make_role(mmu, v, va, level, True, ACC_ALL))
+    if direct:
+        gfn = _region_gfn(w.gpa, level, v.guest.mode)
+        role = make_role(mmu, v, va, level, True, _until_dirty(w.access, w, v.guest.mode))
+        if v.guest.mode != MODE_OFF and not mmu.quirks & QUIRK_ROLE_WITHOUT_ACCESS:
+            role |= w.pkey << ROLE_PKEY
+            if w.entry[w.level] & PTE_G:
+                role |= 1 << ROLE_GLOBAL
+        if linked != SC_NONE and mmu.pages[linked].gfn == gfn and mmu.pages[linked].role == role:
+            return linked
+    else:
+        gfn = w.table[level]
+        role = make_role(mmu, v, va, level, False, w.above[level])
+    return pool_get(mmu, gfn, role)
+
+
+cdef int _link_path(sc_mmu *mmu, sc_vcpu *v, u64 va, const sc_walk *w, sc_leaf *leaf) noexcept nogil:
+    """Link every level down to the leaf table; leaf.spte is the entry for va, filled or not."""
+    cdef int level = v.guest.mode if v.guest.mode >= MODE_64 else 2
+    cdef int slot = 0 if level > 2 else <int>(va >> 30) & 3
+    cdef u32 page = v.roots[slot]
+    cdef u32 spte, child, linked
+    if page == SC_NONE:
+        page = root_load(mmu, v, slot)
+        if page == SC_NONE:
+            return RC_EXHAUSTED
+        leaf.filled = True
+    while level > 1:
+        spte = page * 512 + level_index(va, level)
+        linked = mem_pool_page(mmu.table[spte]) if mmu.table[spte] else SC_NONE
+        child = _child(mmu, v, va, level - 1, w, linked)
+        if child == SC_NONE:
+            return RC_EXHAUSTED
+        if child != linked:
+            if linked != SC_NONE:
+                spte_drop(mmu, spte)
+                mmu.stats.tlb_flush += 1
+            spte_link(mmu, spte, child)
+            leaf.filled = True
+        if level == w.level and v.guest.mode != MODE_OFF:
+            mmu.table[spte] |= SPTE_MARK
+        page = child
+        level -= 1
+    leaf.spte = page * 512 + level_index(va, 1)
+    return RC_OK
+
+
+cdef inline u64 _kept_bits(const sc_walk *w, int mode) noexcept nogil:
+    """Bits of the guest's leaf that the shadow leaf repeats: A, D, G and the protection key."""
+    if mode == MODE_OFF:
+        return 0
+    return (w.entry[w.level] & (PTE_A | PTE_D | PTE_G)) | (<u64>w.pkey << 59 if mode >= MODE_64 else 0)
+
+
+cdef inline void _replace_leaf(sc_mmu *mmu, u32 spte, u64 value) noexcept nogil:
+    """Give a present leaf another value; its record in the reverse map follows W."""
+    cdef u64 old = mmu.table[spte]
+    cdef bint was = spte_is_writable(old)
+    cdef bint same = (old ^ value) & pte_addr() == 0
+    cdef bint now = spte_is_writable(value)
+    if was and not (now and same):
+        if mmu.quirks & QUIRK_RMAP_LEAK and same:
+            mmu.frames[mem_leaf_frame(mmu.mem, old)].stale += 1
+        else:
+            mmu.stats.tlb_flush += 1
+        rmap_remove(mmu, spte)
+    mmu.table[spte] = value
+    if now and not (was and same):
+        rmap_add(mmu, spte)
+
+
+cdef inline u32 _remembered(u64 spte) noexcept nogil:
+    """Rights that the guest's tables gave when the leaf was made."""
+    return ((ACC_W if spte & SPTE_GUEST_W else 0) | (ACC_U if spte & SPTE_GUEST_U else 0)
+            | (0 if spte & pte_nx() else ACC_X))
+
+
+cdef inline void _set_dirty(sc_mmu *mmu, sc_walk *w, bint on) noexcept nogil:
+    """Set D in the guest's leaf, or take back what this very walk set."""
+    if on and not w.entry[w.level] & PTE_D:
+        w.dirtied = True
+        w.slot[w.level][0] |= PTE_D
+        w.entry[w.level] |= PTE_D
+        mem_mark_dirty(mmu.mem, w.table[w.level])
+    elif not on and w.dirtied:
+        w.dirtied = False
+        w.slot[w.level][0] &= <u8>~PTE_D
+        w.entry[w.level] &= ~<u64>PTE_D
+
+
+cdef inline void _install_leaf(sc_mmu *mmu, u32 spte, u64 gfn, u64 value) noexcept nogil:
+    """Fill an entry that is not present."""
+    if mmu.table[spte]:
+        spte_wipe(mmu, spte)
+    spte_put(mmu, spte, value)
+    if not value & PTE_G:
+        mmu.pages[spte >> 9].nonglobal = True
+    if value & PTE_P:
+        mmu.pages[spte >> 9].slots |= <u64>1 << mem_slot(mmu.mem, gfn)
+        if value & PTE_W:
+            rmap_add(mmu, spte)
+
+
+cdef int fetch(sc_mmu *mmu, sc_vcpu *v, u64 va, u32 access, bint refused, sc_walk *w, sc_leaf *leaf) noexcept nogil:
+    """Bring the shadow in line with the complete guest walk `w` of `va`, for `access`.
+
+    refused: rights forbid the access (quirk TWO_EXITS fills the leaf all the same).
+    RC_OK with *leaf, or RC_EXHAUSTED. A gpa in no slot leaves a marked entry that is not present.
+    """
+    cdef u64 gfn = w.gpa >> 12
+    cdef u64 frame = mem_frame(mmu.mem, gfn)
+    cdef int mode = v.guest.mode
+    cdef u32 guest = w.access
+    cdef u32 granted
+    cdef u64 old, value, hpa
+    cdef u64 kept = _kept_bits(w, mode)
+    cdef bint write = access & PF_W and not refused
+    cdef bint shadowed, clean_before
+    cdef bint taken = False
+    memset(leaf, 0, sizeof(sc_leaf))
+    if _link_path(mmu, v, va, w, leaf) != RC_OK:
+        return RC_EXHAUSTED
+    if mmu.quirks & QUIRK_NX_LEAF_ONLY and mode >= MODE_PAE:
+        guest = (guest & ~<u32>ACC_X) | (0 if w.entry[w.level] & pte_nx() else ACC_X)
+    old = mmu.table[leaf.spte]
+    if old and mmu.quirks & QUIRK_ROLE_WITHOUT_ACCESS and mode != MODE_OFF:
+        # A leaf that is there is taken as it is, whatever the guest's tables say by now.
+        taken = True
+        guest = _remembered(old)
+        kept = old & (PTE_A | PTE_D | PTE_G)
+        write = access & PF_W
+        if rights_fault(&v.guest, guest, 0, access):
+            leaf.refused = True
+            _set_dirty(mmu, w, False)
+            return RC_OK
+        if write:
+            _set_dirty(mmu, w, True)
+    if frame == sc_no_frame():
+        if not old & PTE_P:
+            leaf.filled = old == 0
+            granted = _until_dirty(guest, w, mode)
+            _install_leaf(mmu, leaf.spte, gfn, (leaf_spte(gfn << 12, guest, granted, kept) & ~<u64>PTE_P) | SPTE_MARK)
+        return RC_OK
+    hpa = old & pte_addr() if taken and old & PTE_P else mem_frame_hpa(mmu.mem, frame)
+    shadowed = mmu.frames[frame].shadowed != 0
+    if mode == MODE_OFF and mmu.quirks & QUIRK_PAGING_OFF_UNPROTECTED:
+        shadowed = False
+    clean_before = mode != MODE_OFF and (w.dirtied or not w.entry[w.level] & PTE_D)
+    if write and not guest & ACC_W:
+        # CR0.WP is 0: a supervisor store passed that no right allows.
+        granted = guest
+        leaf.emulate = True
+        if wp0_leaves(&v.guest) or mmu.quirks & QUIRK_ROLE_WITHOUT_MODE:
+            granted = (guest if shadowed else guest | ACC_W) & ~<u32>ACC_U
+            leaf.emulate = shadowed
+    else:
+        granted = _until_dirty(guest, w, mode)
+        if granted & ACC_W and shadowed:
+            if old == 0 and not clean_before:
+                mmu.stats.tlb_flush += 1        # W was about to be granted (patch 31)
+            if write and access & PF_U:
+                # User mode does not edit page tables: the frame has become something else (patch 27).
+                pool_unprotect(mmu, gfn)
+                if _link_path(mmu, v, va, w, leaf) != RC_OK:
+                    return RC_EXHAUSTED
+                old = mmu.table[leaf.spte]
+                shadowed = mmu.frames[frame].shadowed != 0      # still: a root in use
+            if shadowed:
+                granted &= ~<u32>ACC_W
+                leaf.emulate = write
+    if leaf.emulate and mmu.quirks & QUIRK_DIRTY_LOST:
+        _set_dirty(mmu, w, False)
+        kept = (kept & ~<u64>PTE_D) | (w.entry[w.level] & PTE_D)
+    value = leaf_spte(hpa, guest if mode != MODE_OFF else 0, granted, kept)
+    if not old & PTE_P:
+        leaf.filled = True
+        _install_leaf(mmu, leaf.spte, gfn, value)
+    else:
+        value |= old & (PTE_A | PTE_D)
+        leaf.changed = (value ^ old) & ~<u64>(PTE_A | PTE_D) != 0
+        _replace_leaf(mmu, leaf.spte, value)
+    if value & PTE_W:
+        mem_mark_dirty(mmu.mem, gfn)
+    return RC_OK

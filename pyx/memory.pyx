@@ -1,0 +1,182 @@
+"""Memory: guest RAM as one flat array (ours, lazily committed, or the caller's), its slots and dirty logs."""
+import mmap
+import sys
+
+import numpy as np
+
+from libc.string cimport memset
+
+from shadowcore.memory cimport (
+    SC_MAX_SLOTS, SC_POOL_HFN, SC_RAM_ALIGN, mem_frame, sc_no_frame,
+)
+from shadowcore.types cimport u8, u64
+
+from shadowcore.config import MemorySlot, check_int, parse_size
+from shadowcore.errors import ConfigError
+
+
+def allocate(nbytes):
+    """A zeroed uint8 array of `nbytes` whose pages the host commits when they are first touched."""
+    if sys.platform == "win32":
+        return np.zeros(nbytes, dtype=np.uint8)
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+    if sys.platform == "linux":
+        flags |= getattr(mmap, "MAP_NORESERVE", 0x4000)
+    try:
+        return np.frombuffer(mmap.mmap(-1, nbytes, flags=flags), dtype=np.uint8)
+    except (OSError, OverflowError, ValueError) as error:
+        raise MemoryError(f"cannot reserve {nbytes} bytes of address space: {error}") from None
+
+
+cdef u8 *_pointer(object array) except NULL:
+    return <u8 *><size_t>array.ctypes.data
+
+
+cdef class Memory:
+    """Guest RAM and the host physical space it lies in.
+
+    memory: bytes (int, or text such as "64MiB") | uint8 array, used in place | list of MemorySlot.
+    slots: with an array, the MemorySlots that map it, one after the other (default: one slot at gpa 0).
+    """
+
+    def __cinit__(self, memory, slots=None):
+        memset(&self.mem, 0, sizeof(self.mem))
+        if isinstance(memory, (list, tuple)):
+            if slots is not None:
+                raise ConfigError("slots: given twice, in memory and in slots")
+            slots, memory = memory, None
+        if slots is not None:
+            slots = _checked_slots(slots)
+            if memory is None:
+                memory = sum(slot.size for slot in slots)
+        if isinstance(memory, np.ndarray):
+            ram = _checked_array(memory)
+        elif isinstance(memory, (int, str, np.integer)) and not isinstance(memory, bool):
+            ram = allocate(parse_size(memory))
+        else:
+            raise ConfigError("memory: bytes (int), a text such as '64MiB', a uint8 array or a list of MemorySlot "
+                              f"is needed, not {type(memory).__name__}")
+        if slots is None:
+            slots = (MemorySlot(0, ram.size),)
+        if sum(slot.size for slot in slots) != ram.size:
+            raise ConfigError(f"slots: they hold {sum(slot.size for slot in slots)} bytes, the memory {ram.size}")
+        self._views = [memoryview(ram)]
+        self._logs = {}
+        self.bytes = ram
+        self.words = ram.view(np.uint64)
+        self.pool = None
+        self.slots = slots
+        self.on_log = None
+        self.mem.ram = _pointer(ram)
+        self.mem.nframes = ram.size >> 12
+        self.mem.ram_hfn = SC_RAM_ALIGN
+        self.mem.nslots = len(slots)
+        cdef u64 frame = 0
+        for i, slot in enumerate(slots):
+            self.mem.slots[i].base_gfn = slot.gpa >> 12
+            self.mem.slots[i].npages = slot.size >> 12
+            self.mem.slots[i].frame = frame
+            frame += <u64>(slot.size >> 12)
+        for i, slot in enumerate(slots):
+            if slot.dirty_log:
+                self.start_dirty_log(i)
+
+    def attach_pool(self, pages):
+        """Lay the shadow pool of `pages` frames below guest RAM in host physical space. Called by the MMU, once."""
+        if self.pool is not None:
+            raise ConfigError("memory: it already belongs to a VM with a shadow MMU")
+        pool = allocate(pages << 12)
+        self._views.append(memoryview(pool))
+        self.pool = pool.view(np.uint64).reshape(pages, 512)
+        self.mem.pool = <u64 *>_pointer(pool)
+        self.mem.pool_pages = pages
+        self.mem.ram_hfn = (SC_POOL_HFN + pages + SC_RAM_ALIGN - 1) // SC_RAM_ALIGN * SC_RAM_ALIGN
+
+    @property
+    def ram_hpa(self) -> int:
+        """Host physical address of the first byte of guest RAM."""
+        return self.mem.ram_hfn << 12
+
+    @property
+    def pool_hpa(self) -> int:
+        """Host physical address of the first byte of the shadow pool."""
+        return SC_POOL_HFN << 12
+
+    def frame(self, gfn) -> int:
+        """Index in guest RAM (4096-byte frames) of the frame behind `gfn`; ConfigError when it is in no slot."""
+        cdef u64 frame = mem_frame(&self.mem, check_int("gfn", gfn, 0, (1 << 52) - 1))
+        if frame == sc_no_frame():
+            raise ConfigError(f"gfn: {gfn:#x} is in no memory slot")
+        return frame
+
+    def start_dirty_log(self, slot=0) -> None:
+        """Log, from now on, the frames of `slot` that are written (by the guest, its walks, or devices)."""
+        index = check_int("slot", slot, 0, len(self.slots) - 1)
+        if index not in self._logs:
+            log = np.zeros((self.slots[index].size + (1 << 18) - 1) >> 18, dtype=np.uint64)
+            self._logs[index] = log
+            self.mem.slots[index].dirty = <u64 *>_pointer(log)
+            self.mem.logging = True
+            self._changed(index)
+
+    def stop_dirty_log(self, slot=0) -> None:
+        """Stop logging `slot` and forget its log."""
+        index = self._logged(slot)
+        self.mem.slots[index].dirty = NULL
+        del self._logs[index]
+        self.mem.logging = bool(self._logs)
+
+    def dirty_log(self, slot=0):
+        """bool[frames of the slot]: True for each frame written since the log was started or cleared."""
+        index = self._logged(slot)
+        bits = np.unpackbits(self._logs[index].view(np.uint8), bitorder="little")
+        return bits[: self.slots[index].size >> 12].astype(bool)
+
+    def clear_dirty_log(self, slot=0) -> None:
+        """Clear the log of `slot`; its frames are write-protected again so that the next store is seen."""
+        index = self._logged(slot)
+        self._logs[index][:] = 0
+        self._changed(index)
+
+    def _logged(self, slot):
+        index = check_int("slot", slot, 0, len(self.slots) - 1)
+        if index not in self._logs:
+            raise ConfigError(f"slot: {index} is not logged; start_dirty_log({index}) starts a log")
+        return index
+
+    def _changed(self, index):
+        if self.on_log is not None:
+            self.on_log(index)
+
+    def __repr__(self):
+        return f"Memory({self.bytes.size >> 20} MiB, {len(self.slots)} slot(s))"
+
+
+cdef tuple _checked_slots(object slots):
+    cdef list checked = []
+    if not 1 <= len(slots) <= SC_MAX_SLOTS:
+        raise ConfigError(f"slots: 1 to {SC_MAX_SLOTS} are allowed, not {len(slots)}")
+    end = 0
+    for slot in slots:
+        if not isinstance(slot, MemorySlot):
+            raise ConfigError(f"slots: a MemorySlot is needed, not {slot!r}")
+        if slot.gpa < end:
+            raise ConfigError(f"slots: the slot at {slot.gpa:#x} overlaps or precedes the one before it")
+        end = slot.gpa + slot.size
+        if end > 1 << 52:
+            raise ConfigError(f"slots: the slot at {slot.gpa:#x} ends beyond 52 address bits")
+        checked.append(slot)
+    return tuple(checked)
+
+
+cdef object _checked_array(object array):
+    if array.dtype != np.uint8 or array.ndim != 1 or not array.flags.c_contiguous:
+        raise ConfigError(f"memory: a contiguous one-dimensional uint8 array is needed, not {array.dtype}"
+                          f"{list(array.shape)}")
+    if not array.flags.writeable:
+        raise ConfigError("memory: the array is read-only")
+    if array.size == 0 or array.size % 4096:
+        raise ConfigError(f"memory: {array.size} bytes is not a positive multiple of 4096")
+    if array.ctypes.data % 8:
+        raise ConfigError("memory: the array is not aligned to 8 bytes")
+    return array

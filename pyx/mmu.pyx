@@ -1,0 +1,401 @@
+"""The MMU of a VM: resolving an access, the page-fault entry, roots on register loads, and the view from Python."""
+import numpy as np
+
+from libc.string cimport memset
+
+from shadowcore.bits cimport PTE_G, PTE_P, PTE_W, SPTE_MARK, level_index, pte_addr, pte_pkey, pte_rights
+from shadowcore.emulate cimport device_store, walk_updated
+from shadowcore.events cimport (
+    EXIT_EMULATE, EXIT_FILL, EXIT_GUEST, EXIT_MMIO, EXIT_WRITE, Stats,
+)
+from shadowcore.fetch cimport fetch, sc_leaf
+from shadowcore.memory cimport Memory, mem_frame, mem_gfn, mem_guest_frame, mem_pool_page, sc_no_frame
+from shadowcore.pool cimport pool_init, pool_recycle, pool_unprotect, pool_zap, pool_zap_all, pool_zap_nonglobal
+from shadowcore.rmap cimport list_first, list_length, list_next, rmap_remove
+from shadowcore.roots cimport root_release, root_slots, roots_load, roots_release
+from shadowcore.spte cimport spte_drop, spte_is_writable
+from shadowcore.state cimport (
+    QUIRK_FLOOD_NEVER_RESET, QUIRK_NO_REFILL_AT_CR3, QUIRK_ROLE_WITHOUT_ACCESS, QUIRK_TWO_EXITS,
+    ROLE_ACCESS, ROLE_DIRECT, ROLE_GLEVELS, ROLE_GLOBAL, ROLE_LEVEL, ROLE_NXE, ROLE_PKEY, ROLE_PSE, ROLE_QUADRANT,
+    ROLE_WP0, role_field, role_level, sc_frame, sc_link, sc_mmu, sc_page, sc_vcpu,
+)
+from shadowcore.types cimport (
+    MODE_32, MODE_64, MODE_OFF, PF_P, PF_RSVD, RC_EMULATE, RC_EXHAUSTED, RC_LIVELOCK, RC_MMIO, RC_OK, RC_PF,
+    RC_RETRY, SC_NONE, u8, u32, u64,
+)
+from shadowcore.walker cimport access_code, guest_walk, rights_fault, sc_walk, shadow_walk
+
+from shadowcore.config import Shadow, check_int
+from shadowcore.errors import ConfigError, EngineError
+from shadowcore.memory import allocate
+
+cdef enum:
+    MAX_EXITS = 40                  # exits of one access after which it is taken to hang
+
+
+cdef int mmu_resolve(sc_mmu *mmu, sc_vcpu *v, u64 va, u32 access, sc_walk *w) noexcept nogil:
+    """Translate `va` for `access` (PF_W, PF_U, PF_I) with all exits and side effects; w.gpa is where it leads.
+
+    RC_OK: RAM, to be accessed directly. RC_EMULATE: RAM, the store must go through emulate_store. RC_MMIO: no RAM.
+    RC_PF: w.error_code, CR2 is set. Negative: a host-side error.
+    """
+    cdef int rc
+    cdef int exits = 0
+    mmu.stats.accesses += 1
+    if not mmu.shadow:
+        rc = guest_walk(mmu.mem, &v.guest, va, access, w)
+        mmu.stats.walk_references += w.references
+        if rc == RC_PF:
+            v.cr2 = va
+            mmu.stats.pf_guest += 1
+        elif mem_frame(mmu.mem, w.gpa >> 12) == sc_no_frame():
+            rc = RC_MMIO
+        return rc
+    while exits < MAX_EXITS:
+        rc = shadow_walk(mmu.mem, &v.hw, va, access, w)
+        mmu.stats.walk_references += w.references
+        if rc == RC_OK:
+            w.gpa = (mem_gfn(mmu.mem, (w.gpa >> 12) - mmu.mem.ram_hfn) << 12) | (w.gpa & 4095)
+            return RC_OK
+        rc = mmu_page_fault(mmu, v, va, access, w.error_code, w)
+        if rc != RC_RETRY:
+            return rc
+        exits += 1
+    return RC_LIVELOCK
+
+
+cdef inline int _inject(sc_mmu *mmu, sc_vcpu *v, u64 va, u32 code, sc_walk *w) noexcept nogil:
+    v.cr2 = va
+    w.error_code = code
+    mmu.stats.pf_guest += 1
+    mmu.stats.exits[EXIT_GUEST] += 1
+    if not mmu.quirks & QUIRK_FLOOD_NEVER_RESET:
+        v.flood_count = 0
+    return RC_PF
+
+
+cdef int _fetch_with_room(sc_mmu *mmu, sc_vcpu *v, u64 va, u32 access, bint refused, sc_walk *w,
+                          sc_leaf *leaf) noexcept nogil:
+    """fetch, and once more after the most drastic way of making room: everything that is not pinned goes."""
+    cdef int slot
+    if fetch(mmu, v, va, access, refused, w, leaf) == RC_OK:
+        return RC_OK
+    for slot in range(4):
+        if root_slots(v) == 4 and slot != <int>(va >> 30) & 3:
+            root_release(mmu, v, slot)
+    pool_zap_all(mmu)
+    return fetch(mmu, v, va, access, refused, w, leaf)
+
+
+cdef int mmu_page_fault(sc_mmu *mmu, sc_vcpu *v, u64 va, u32 access, u32 code, sc_walk *w) noexcept nogil:
+    """A page-fault exit: the processor's walk of the shadow failed with error code `code`.
+
+    RC_RETRY: the shadow was mended. RC_EMULATE, RC_MMIO: at w.gpa. RC_PF: the guest's own fault, w.error_code.
+    """
+    cdef sc_leaf leaf
+    cdef bint refused = False
+    cdef bint device
+    cdef u64 spte
+    mmu.stats.pf_taken += 1
+    if mmu.keep and mmu.n_free < mmu.min_free:
+        pool_recycle(mmu, mmu.refill)
+    if guest_walk(mmu.mem, &v.guest, va, access, w) == RC_PF:
+        refused = True
+    mmu.stats.guest_walk_references += w.references
+    if w.updated:
+        walk_updated(mmu, v, w)
+    if refused:
+        if w.error_code & (PF_P | PF_RSVD) != PF_P:
+            return _inject(mmu, v, va, w.error_code, w)
+        # Rights forbid it. The series noticed only when a leaf was there, and judged by that leaf.
+        if not mmu.quirks & (QUIRK_ROLE_WITHOUT_ACCESS if code & PF_P else QUIRK_TWO_EXITS):
+            return _inject(mmu, v, va, w.error_code, w)
+    device = mem_frame(mmu.mem, w.gpa >> 12) == sc_no_frame()
+    if _fetch_with_room(mmu, v, va, access, refused, w, &leaf) != RC_OK:
+        mmu.stats.pf_taken -= 1
+        return RC_EXHAUSTED
+    if leaf.refused or (refused and device):
+        return _inject(mmu, v, va, access_code(&v.guest, access) | PF_P, w)
+    if device:
+        mmu.stats.pf_mmio += 1
+        mmu.stats.exits[EXIT_MMIO] += 1
+        return RC_MMIO
+    if v.guest.mode != MODE_OFF:
+        mmu.stats.pf_fixed += 1
+    spte = mmu.table[leaf.spte]
+    if leaf.emulate or (not refused and rights_fault(&v.hw, pte_rights(spte), pte_pkey(spte), access)):
+        # The second case: what the guest allows no leaf can grant under the registers that the processor runs with.
+        mmu.stats.exits[EXIT_EMULATE] += 1
+        return RC_EMULATE
+    if not mmu.quirks & QUIRK_FLOOD_NEVER_RESET:
+        v.flood_count = 0
+    if leaf.filled:
+        mmu.stats.exits[EXIT_FILL] += 1
+    else:
+        mmu.stats.exits[EXIT_WRITE] += 1
+        if not leaf.changed:
+            mmu.stats.pf_spurious += 1
+    return RC_RETRY
+
+
+cdef inline void _refill(sc_mmu *mmu) noexcept nogil:
+    if mmu.keep and mmu.n_free < mmu.min_free and not mmu.quirks & QUIRK_NO_REFILL_AT_CR3:
+        pool_recycle(mmu, mmu.refill)
+
+
+cdef void mmu_new_cr3(sc_mmu *mmu, sc_vcpu *v) noexcept nogil:
+    """CR3 was loaded with paging on: other roots (cached), or the same roots with fewer tables (flush)."""
+    if not mmu.shadow:
+        return
+    mmu.stats.tlb_flush += 1
+    if not mmu.keep:
+        pool_zap_nonglobal(mmu)
+        return
+    roots_release(mmu, v)
+    _refill(mmu)
+    roots_load(mmu, v)
+
+
+cdef void mmu_reset(sc_mmu *mmu, sc_vcpu *v) noexcept nogil:
+    """CR0, CR4 or EFER was loaded: another mode, or the same mode by other rules."""
+    if not mmu.shadow:
+        return
+    roots_release(mmu, v)
+    if not mmu.keep:
+        pool_zap_all(mmu)
+    _refill(mmu)
+    roots_load(mmu, v)
+
+
+cdef void _zap_subtree(sc_mmu *mmu, u32 page) noexcept nogil:
+    """Zap a page of design `flush` and all below it: its pages belong to addresses and must not outlive a link."""
+    cdef u32 spte
+    if role_level(mmu.pages[page].role) > 1:
+        for spte in range(page * 512, page * 512 + 512):
+            if mmu.table[spte] & PTE_P:
+                _zap_subtree(mmu, mem_pool_page(mmu.table[spte]))
+    pool_zap(mmu, page)
+
+
+cdef void mmu_invlpg(sc_mmu *mmu, sc_vcpu *v, u64 va) noexcept nogil:
+    """INVLPG. Shadows that follow every store to a guest table need nothing (patch 18); `flush` drops the leaf, or
+    all leaves of the large page."""
+    cdef int level = v.hw.mode if v.hw.mode >= MODE_64 else 2
+    cdef u32 page, spte
+    if not mmu.shadow or mmu.keep:
+        return
+    page = v.roots[0 if level > 2 else <int>(va >> 30) & 3]
+    while page != SC_NONE:
+        spte = page * 512 + level_index(va, level)
+        if not mmu.table[spte]:
+            return
+        if level == 1:
+            spte_drop(mmu, spte)
+            return
+        if mmu.table[spte] & SPTE_MARK:
+            _zap_subtree(mmu, mem_pool_page(mmu.table[spte]))
+            if v.guest.mode == MODE_32 and mmu.table[spte ^ 1] & SPTE_MARK:
+                _zap_subtree(mmu, mem_pool_page(mmu.table[spte ^ 1]))       # the other half of a 4 MiB page
+            mmu.stats.tlb_flush += 1
+            return
+        page = mem_pool_page(mmu.table[spte])
+        level -= 1
+
+
+cdef void mmu_protect_slot(sc_mmu *mmu, int slot) noexcept nogil:
+    """Take W from every spte that maps a frame of memory slot `slot`, so that stores are seen again (dirty log)."""
+    cdef u32 page, spte
+    cdef u64 gfn
+    for page in range(mmu.pool_pages):
+        if not mmu.pages[page].active or not mmu.pages[page].slots >> slot & 1:
+            continue
+        for spte in range(page * 512, page * 512 + 512):
+            if not spte_is_writable(mmu.table[spte]):
+                continue
+            gfn = mem_gfn(mmu.mem, ((mmu.table[spte] & pte_addr()) >> 12) - mmu.mem.ram_hfn)
+            if gfn - mmu.mem.slots[slot].base_gfn < mmu.mem.slots[slot].npages:
+                rmap_remove(mmu, spte)
+                mmu.table[spte] &= ~<u64>PTE_W
+    mmu.stats.tlb_flush += mmu.n_vcpus
+
+
+PAGES_DTYPE = np.dtype([
+    ("page", "<u4"), ("gfn", "<u8"), ("glevels", "u1"), ("level", "u1"), ("quadrant", "u1"), ("direct", "u1"),
+    ("access", "u1"), ("nxe", "u1"), ("pse", "u1"), ("wp0", "u1"), ("global_", "u1"), ("pkey", "u1"),
+    ("root_count", "<u4"), ("present", "<u2"), ("parents", "<u4"), ("age", "<u4"),
+])
+
+
+cdef class Mmu:
+    """The MMU of a VM: `design`, `stats`, and the shadow structure as arrays."""
+
+    def __cinit__(self, Memory memory, design):
+        cdef u64 buckets = 4
+        memset(&self.c, 0, sizeof(self.c))
+        memset(&self.counters, 0, sizeof(self.counters))
+        self.memory = memory
+        self.design = design
+        self.stats = Stats(self)
+        self.stats.c = &self.counters
+        self.c.mem = &memory.mem
+        self.c.stats = &self.counters
+        self.c.free_head = self.c.young = self.c.old = SC_NONE
+        self._arrays = []
+        memory.mem.log_stores = not isinstance(design, Shadow)
+        if not isinstance(design, Shadow):
+            return
+        memory.attach_pool(design.pool_pages)
+        self.c.shadow = True
+        self.c.keep = design.keep
+        self.c.quirks = int(design.quirks)
+        self.c.pool_pages = design.pool_pages
+        self.c.min_free = design.min_free
+        self.c.refill = design.refill
+        self.c.flood_threshold = design.flood_threshold or 0
+        self.c.hash_shift = 62
+        while buckets < self.c.pool_pages:
+            buckets *= 2
+            self.c.hash_shift -= 1
+        self.c.table = memory.mem.pool
+        self.c.pages = <sc_page *>self._array(sizeof(sc_page) * self.c.pool_pages)
+        self.c.frames = <sc_frame *>self._array(sizeof(sc_frame) * memory.mem.nframes)
+        self.c.links = <sc_link *>self._array(sizeof(sc_link) * 512 * self.c.pool_pages)
+        self.c.hash = <u32 *>self._array(sizeof(u32) * buckets)
+        pool_init(&self.c)
+
+    cdef int idle(self) except -1:
+        """EngineError while another thread runs a batch on this VM: one VM, one user at a time."""
+        if self.busy:
+            raise EngineError("this VM is running a batch in another thread")
+        return 0
+
+    cdef void *_array(self, u64 nbytes) except NULL:
+        array = allocate(nbytes)
+        self._arrays.append(array)
+        return <void *><size_t>array.ctypes.data
+
+    @property
+    def pages(self):
+        """Active shadow pages as a structured array (PAGES_DTYPE), newest first.
+
+        page: number in the pool; gfn and role fields; root_count; present: entries in use; parents: sptes that
+        point to it; age: distance from the recycling end (0 = next victim).
+        """
+        cdef u32 n = self.c.n_active
+        cdef u32 number = self.c.young
+        cdef sc_page *p
+        self.idle()
+        out = np.zeros(n, dtype=PAGES_DTYPE)
+        for i in range(n):
+            p = &self.c.pages[number]
+            out[i] = (
+                number, p.gfn, role_field(p.role, ROLE_GLEVELS, 15), role_level(p.role),
+                role_field(p.role, ROLE_QUADRANT, 3), role_field(p.role, ROLE_DIRECT, 1),
+                role_field(p.role, ROLE_ACCESS, 7), role_field(p.role, ROLE_NXE, 1), role_field(p.role, ROLE_PSE, 1),
+                role_field(p.role, ROLE_WP0, 1), role_field(p.role, ROLE_GLOBAL, 1),
+                role_field(p.role, ROLE_PKEY, 15), p.root_count, p.present, list_length(&self.c, p.parents), n - 1 - i,
+            )
+            number = p.next
+        return out
+
+    @property
+    def pages_used(self) -> int:
+        """Shadow pages in use."""
+        return self.c.n_active
+
+    @property
+    def pages_free(self) -> int:
+        """Shadow pages that are free."""
+        return self.c.n_free
+
+    def table(self, page):
+        """uint64[512]: the sptes of pool page `page` (a copy)."""
+        self._shadow("table")
+        return self.memory.pool[check_int("page", page, 0, self.c.pool_pages - 1)].copy()
+
+    def rmap(self, gfn):
+        """uint32[n, 2]: (page, index) of each writable spte that maps `gfn`, newest first."""
+        self._shadow("rmap")
+        cdef u32 head = self.c.frames[self.memory.frame(gfn)].rmap
+        cdef u32 member = list_first(head)
+        sptes = []
+        while member:
+            sptes.append(((member - 1) >> 9, (member - 1) & 511))
+            member = list_next(&self.c, head, member)
+        return np.array(sptes, dtype=np.uint32).reshape(-1, 2)
+
+    def rmap_length(self, gfn) -> int:
+        """Records of `gfn` in the reverse map, with those that the quirk RMAP_LEAK left behind."""
+        self._shadow("rmap_length")
+        cdef sc_frame *frame = &self.c.frames[self.memory.frame(gfn)]
+        return list_length(&self.c, frame.rmap) + frame.stale
+
+    def roots(self, vcpu=0):
+        """Pool pages that serve as roots of vcpu number `vcpu`: one, or four of which those not loaded are None."""
+        self._shadow("roots")
+        cdef sc_vcpu *v = self.c.vcpus[check_int("vcpu", vcpu, 0, self.c.n_vcpus - 1)]
+        return [None if v.roots[i] == SC_NONE else v.roots[i] for i in range(root_slots(v))]
+
+    def unprotect(self, gfn) -> bool:
+        """Zap the shadow pages of the guest table at `gfn`; True if there were any."""
+        self._shadow("unprotect")
+        return pool_unprotect(&self.c, check_int("gfn", gfn, 0, (1 << 52) - 1))
+
+    def zap_all(self) -> None:
+        """Zap every shadow page; roots in use stay, empty."""
+        self._shadow("zap_all")
+        pool_zap_all(&self.c)
+
+    def write_physical(self, gpa, bytes data) -> None:
+        """A device's store; see VM.write_physical."""
+        cdef u64 address = self._range(gpa, len(data))
+        cdef const u8 *at = data
+        cdef u64 left = len(data)
+        cdef u32 part
+        while left:
+            part = <u32>min(left, 4096 - (address & 4095))
+            device_store(&self.c, address, at, part)
+            address += part
+            at += part
+            left -= part
+
+    def read_physical(self, gpa, size) -> bytes:
+        """Bytes of guest physical memory; see VM.read_physical."""
+        cdef u64 address = self._range(gpa, check_int("size", size, 0, 1 << 48))
+        cdef list parts = []
+        cdef u64 left = size
+        cdef u64 part
+        while left:
+            part = min(left, 4096 - (address & 4095))
+            parts.append((<const char *>mem_guest_frame(self.c.mem, address) + (address & 4095))[:part])
+            address += part
+            left -= part
+        return b"".join(parts)
+
+    def _range(self, gpa, size):
+        self.idle()
+        cdef u64 first = check_int("gpa", gpa, 0, 1 << 52)
+        cdef u64 gfn
+        for gfn in range(first >> 12, (first + size + 4095) >> 12):
+            if mem_frame(self.c.mem, gfn) == sc_no_frame():
+                raise ConfigError(f"gpa: {size} bytes at {first:#x} do not lie in memory slots")
+        return first
+
+    def counters_reset(self) -> None:
+        """The counters are about to be set to 0: remember how many sptes are present."""
+        self.idle()
+        self.c.spte_base += self.counters.spte_installed - self.counters.spte_removed
+
+    def protect_slot(self, slot) -> None:
+        """Write-protect the frames of memory slot `slot`, for its dirty log."""
+        self.idle()
+        if self.c.shadow:
+            mmu_protect_slot(&self.c, slot)
+
+    def _shadow(self, what):
+        self.idle()
+        if not self.c.shadow:
+            raise ConfigError(f"{what}: the design 'native' has no shadow tables")
+
+    def __repr__(self):
+        return f"Mmu({self.design.name}, {self.c.n_active} of {self.c.pool_pages} pages in use)"

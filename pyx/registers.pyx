@@ -1,0 +1,174 @@
+"""Loads of CR0, CR3, CR4, EFER, PKRU and EFLAGS.AC: RC_OK, or RC_GP and nothing changed (SDM vol. 3, 2.5, 4.1)."""
+from libc.string cimport memcpy, memset
+
+from shadowcore.bits cimport (
+    CR0_CD, CR0_NW, CR0_PE, CR0_WP, CR4_FSGSBASE, CR4_LA57, CR4_OSXSAVE, CR4_PAE, CR4_PCIDE, CR4_PKE, CR4_PSE,
+    CR4_SMAP, CR4_SMEP, CR4_UMIP, EFER_LMA, EFER_LME, EFER_NXE, EFER_SCE, cr0_pg, pte_addr,
+)
+from shadowcore.events cimport EXIT_CR0, EXIT_CR3, EXIT_CR4, EXIT_EFER
+from shadowcore.memory cimport mem_guest_frame
+from shadowcore.mmu cimport mmu_new_cr3, mmu_reset
+from shadowcore.state cimport (
+    FEAT_FSGSBASE, FEAT_GBPAGES, FEAT_LA57, FEAT_NX, FEAT_PCID, FEAT_PKU, FEAT_PSE36, FEAT_SMAP, FEAT_SMEP,
+    FEAT_UMIP, FEAT_XSAVE, QUIRK_ACCESSED_EARLY, sc_mmu, sc_vcpu,
+)
+from shadowcore.types cimport (
+    MODE_32, MODE_64, MODE_LA57, MODE_OFF, MODE_PAE, RC_GP, RC_OK, SC_NONE, u8, u32, u64,
+)
+from shadowcore.walker cimport paging_reserved, pdptes_valid
+
+
+cdef inline int _mode(u64 cr0, u64 cr4, u64 efer) noexcept nogil:
+    if not cr0 & cr0_pg():
+        return MODE_OFF
+    if efer & EFER_LME:
+        return MODE_LA57 if cr4 & CR4_LA57 else MODE_64
+    return MODE_PAE if cr4 & CR4_PAE else MODE_32
+
+
+cdef inline bint _has(const sc_vcpu *v, u32 feature) noexcept nogil:
+    return v.features & feature != 0
+
+
+cdef u64 _cr4_allowed(const sc_vcpu *v) noexcept nogil:
+    return (0x7FF | (CR4_UMIP if _has(v, FEAT_UMIP) else 0) | (CR4_LA57 if _has(v, FEAT_LA57) else 0)
+            | (CR4_FSGSBASE if _has(v, FEAT_FSGSBASE) else 0) | (CR4_PCIDE if _has(v, FEAT_PCID) else 0)
+            | (CR4_OSXSAVE if _has(v, FEAT_XSAVE) else 0) | (CR4_SMEP if _has(v, FEAT_SMEP) else 0)
+            | (CR4_SMAP if _has(v, FEAT_SMAP) else 0) | (CR4_PKE if _has(v, FEAT_PKU) else 0))
+
+
+cdef bint _read_pdptes(const sc_mmu *mmu, const sc_vcpu *v, u64 cr3, u64 *pdpte) noexcept nogil:
+    """Read the four PAE root entries; False if one may not be loaded. Where there is no RAM, none is present."""
+    cdef u8 *frame = mem_guest_frame(mmu.mem, cr3 & 0xFFFFFFE0U)
+    memset(pdpte, 0, 32)
+    if frame != NULL:
+        memcpy(pdpte, frame + (cr3 & 0xFE0), 32)
+    return pdptes_valid(pdpte, v.maxphyaddr)
+
+
+cdef void _apply(sc_vcpu *v) noexcept nogil:
+    """Derive what walks need from the registers."""
+    cdef int mode = _mode(v.cr0, v.cr4, v.efer)
+    v.guest.mode = mode
+    v.guest.root = v.cr3 & (pte_addr() if mode >= MODE_64 else 0xFFFFF000U)
+    v.guest.wp = v.cr0 & CR0_WP != 0
+    v.guest.nxe = v.efer & EFER_NXE != 0
+    v.guest.smep = v.cr4 & CR4_SMEP != 0
+    v.guest.smap = v.cr4 & CR4_SMAP != 0
+    v.guest.pke = mode >= MODE_64 and v.cr4 & CR4_PKE != 0
+    v.guest.fetch_coded = v.guest.smep or (v.guest.nxe and mode >= MODE_PAE)
+    paging_reserved(&v.guest, v.maxphyaddr, _has(v, FEAT_GBPAGES), v.cr4 & CR4_PSE != 0, _has(v, FEAT_PSE36))
+    # Under a shadow MMU the processor runs with write protection for supervisor code whatever the guest set, so
+    # that stores to guest tables are always seen.
+    v.hw.wp = True
+    v.hw.nxe = v.guest.nxe
+    v.hw.smep = v.guest.smep
+    v.hw.smap = v.guest.smap
+    v.hw.pke = v.guest.pke
+    v.hw.pkru = v.guest.pkru
+    v.hw.ac = v.guest.ac
+    v.hw.fetch_coded = v.guest.fetch_coded
+    v.hw.mode = MODE_64
+    paging_reserved(&v.hw, 52, True, False, False)
+    v.hw.large_levels = 0
+    v.hw.mode = mode if mode >= MODE_64 else MODE_PAE
+
+
+cdef void vcpu_init(sc_mmu *mmu, sc_vcpu *v) noexcept nogil:
+    """State at reset, paging off; the roots for it are put in place."""
+    cdef int slot
+    v.cr0 = 0x60000010
+    v.guest.accessed_early = mmu.quirks & QUIRK_ACCESSED_EARLY != 0
+    v.flood_gfn = <u64>-1
+    for slot in range(4):
+        v.roots[slot] = SC_NONE
+    _apply(v)
+    mmu_reset(mmu, v)
+
+
+cdef int load_cr0(sc_mmu *mmu, sc_vcpu *v, u64 value) noexcept nogil:
+    cdef u64 pdpte[4]
+    cdef bint pg = value & cr0_pg() != 0
+    if value & ~<u64>0xE005003FULL or (value & CR0_NW and not value & CR0_CD) or (pg and not value & CR0_PE):
+        return RC_GP
+    if pg and v.efer & EFER_LME and not v.cr4 & CR4_PAE:
+        return RC_GP
+    if not pg and v.cr4 & CR4_PCIDE:
+        return RC_GP
+    if _mode(value, v.cr4, v.efer) == MODE_PAE:
+        if not _read_pdptes(mmu, v, v.cr3, pdpte):
+            return RC_GP
+        memcpy(v.guest.pdpte, pdpte, sizeof(pdpte))
+    if mmu.shadow:
+        mmu.stats.exits[EXIT_CR0] += 1
+    v.cr0 = value
+    v.efer &= ~<u64>EFER_LMA
+    if pg and v.efer & EFER_LME:
+        v.efer |= EFER_LMA
+    _apply(v)
+    mmu_reset(mmu, v)
+    return RC_OK
+
+
+cdef int load_cr3(sc_mmu *mmu, sc_vcpu *v, u64 value) noexcept nogil:
+    cdef u64 pdpte[4]
+    cdef u64 reserved = 7 | ~<u64>0xFFFFFFFFULL
+    if v.efer & EFER_LMA:
+        reserved = ~((<u64>1 << v.maxphyaddr) - 1)
+        if v.cr4 & CR4_PCIDE:
+            value &= ~(<u64>1 << 63)        # "do not flush", not stored
+        else:
+            reserved |= 0xFE7
+    if value & reserved:
+        return RC_GP
+    if v.guest.mode == MODE_PAE:
+        if not _read_pdptes(mmu, v, value, pdpte):
+            return RC_GP
+        memcpy(v.guest.pdpte, pdpte, sizeof(pdpte))
+    if mmu.shadow:
+        mmu.stats.exits[EXIT_CR3] += 1
+    v.cr3 = value
+    if v.guest.mode != MODE_OFF:
+        v.guest.root = v.cr3 & (pte_addr() if v.guest.mode >= MODE_64 else 0xFFFFF000U)
+        mmu_new_cr3(mmu, v)
+    return RC_OK
+
+
+cdef int load_cr4(sc_mmu *mmu, sc_vcpu *v, u64 value) noexcept nogil:
+    cdef u64 pdpte[4]
+    if value & ~_cr4_allowed(v):
+        return RC_GP
+    if v.efer & EFER_LMA and (not value & CR4_PAE or (value ^ v.cr4) & CR4_LA57):
+        return RC_GP
+    if value & CR4_PCIDE and not v.cr4 & CR4_PCIDE and (not v.efer & EFER_LMA or v.cr3 & 0xFFF):
+        return RC_GP
+    if _mode(v.cr0, value, v.efer) == MODE_PAE:
+        if not _read_pdptes(mmu, v, v.cr3, pdpte):
+            return RC_GP
+        memcpy(v.guest.pdpte, pdpte, sizeof(pdpte))
+    if mmu.shadow:
+        mmu.stats.exits[EXIT_CR4] += 1
+    v.cr4 = value
+    _apply(v)
+    mmu_reset(mmu, v)
+    return RC_OK
+
+
+cdef int load_efer(sc_mmu *mmu, sc_vcpu *v, u64 value) noexcept nogil:
+    cdef u64 allowed = EFER_SCE | EFER_LME | EFER_LMA | (EFER_NXE if _has(v, FEAT_NX) else 0)
+    if value & ~allowed or (v.cr0 & cr0_pg() and (value ^ v.efer) & EFER_LME):
+        return RC_GP
+    if mmu.shadow:
+        mmu.stats.exits[EXIT_EFER] += 1
+    v.efer = (value & ~<u64>EFER_LMA) | (v.efer & EFER_LMA)
+    _apply(v)
+    mmu_reset(mmu, v)
+    return RC_OK
+
+
+cdef void load_pkru(sc_vcpu *v, u64 value) noexcept nogil:
+    v.guest.pkru = v.hw.pkru = <u32>value
+
+
+cdef void load_ac(sc_vcpu *v, bint on) noexcept nogil:
+    v.guest.ac = v.hw.ac = on

@@ -1,0 +1,104 @@
+"""Roles, and the shadow pages that serve as roots.
+
+In 4- and 5-level mode the root is the shadow of the table that CR3 names. Otherwise the processor runs in PAE format
+and has four roots, one for each GiB (patch 5): the shadows of the four PAE directories, of the four quarters of a
+32-bit directory, or with paging off four direct pages. A page is pinned while it is a root (patch 25).
+"""
+from shadowcore.bits cimport PTE_P, level_mask, pte_addr
+from shadowcore.memory cimport mem_pool_hpa
+from shadowcore.pool cimport pool_get
+from shadowcore.roots cimport root_slots
+from shadowcore.state cimport (
+    QUIRK_ABSENT_PDPTES, QUIRK_ROLE_WITHOUT_ACCESS, QUIRK_ROLE_WITHOUT_MODE, ROLE_ACCESS, ROLE_DIRECT, ROLE_GLEVELS,
+    ROLE_LEVEL, ROLE_NXE, ROLE_PSE, ROLE_QUADRANT, ROLE_WP0, sc_mmu, sc_vcpu,
+)
+from shadowcore.types cimport (
+    ACC_ALL, MODE_32, MODE_64, MODE_OFF, MODE_PAE, SC_NONE, u32, u64,
+)
+from shadowcore.walker cimport sc_paging
+
+
+cdef bint wp0_leaves(const sc_paging *g) noexcept nogil:
+    """Supervisor stores to read-only pages can be granted by a leaf that is W and not U.
+
+    Such a leaf hides from the processor that the page is a user page, so it is not made where SMEP, SMAP or
+    protection keys would look: there each such store is emulated.
+    """
+    return g.mode != MODE_OFF and not (g.wp or g.smep or g.smap or g.pke)
+
+
+cdef u32 make_role(const sc_mmu *mmu, const sc_vcpu *v, u64 va, int level, bint direct, u32 access) noexcept nogil:
+    """Role of the page that serves `va` at `level`; `access`: what the levels above (direct: the leaf) allow."""
+    cdef const sc_paging *g = &v.guest
+    cdef u32 role = (<u32>g.mode << ROLE_GLEVELS) | (<u32>level << ROLE_LEVEL) | (<u32>direct << ROLE_DIRECT)
+    if not mmu.quirks & QUIRK_ROLE_WITHOUT_ACCESS:
+        role |= access << ROLE_ACCESS
+    if g.mode == MODE_32 or g.mode == MODE_OFF:
+        # A table of 1024 4-byte entries has two (level 1) or four (level 2) shadow pages.
+        role |= (<u32>(va >> (12 + 9 * level)) & ((<u32>1 << level) - 1)) << ROLE_QUADRANT
+    if mmu.quirks & QUIRK_ROLE_WITHOUT_MODE:
+        return role
+    if not direct:
+        if g.nxe:
+            role |= 1 << ROLE_NXE
+        if g.mode == MODE_32 and level == 2 and g.large_levels:
+            role |= 1 << ROLE_PSE
+    if wp0_leaves(g):
+        role |= 1 << ROLE_WP0
+    return role
+
+
+cdef u64 linear_gfn(const sc_vcpu *v, u64 va, int level) noexcept nogil:
+    """Key of a page that belongs to linear addresses, not to a guest table (design `flush`)."""
+    return (((va & ~level_mask(level + 1)) >> 12) & (((<u64>1) << 52) - 1)) | (<u64>v.number << 52)
+
+
+cdef u32 root_load(sc_mmu *mmu, sc_vcpu *v, int slot) noexcept nogil:
+    """Put root number `slot` in place and pin it; SC_NONE when the pool has no page left for it."""
+    cdef const sc_paging *g = &v.guest
+    cdef u64 va = <u64>slot << 30
+    cdef int level = g.mode if g.mode >= MODE_64 else 2
+    cdef u32 page
+    if not mmu.keep:
+        page = pool_get(mmu, linear_gfn(v, va, level), make_role(mmu, v, va, level, True, ACC_ALL))
+    elif g.mode == MODE_OFF:
+        page = pool_get(mmu, 0, make_role(mmu, v, va, level, True, ACC_ALL))
+    elif g.mode == MODE_PAE:
+        page = pool_get(mmu, (g.pdpte[slot] & pte_addr()) >> 12, make_role(mmu, v, va, level, False, ACC_ALL))
+    else:
+        page = pool_get(mmu, g.root >> 12, make_role(mmu, v, va, level, False, ACC_ALL))
+    if page == SC_NONE:
+        return SC_NONE
+    mmu.pages[page].root_count += 1
+    mmu.stats.root_loads += 1
+    v.roots[slot] = page
+    v.hw.root = mem_pool_hpa(page)
+    v.hw.pdpte[slot] = mem_pool_hpa(page) | PTE_P
+    return page
+
+
+cdef void root_release(sc_mmu *mmu, sc_vcpu *v, int slot) noexcept nogil:
+    """Take root number `slot` out of place, if it is in; the page stays in the pool with its contents."""
+    if v.roots[slot] == SC_NONE:
+        return
+    mmu.pages[v.roots[slot]].root_count -= 1
+    v.roots[slot] = SC_NONE
+    v.hw.pdpte[slot] = 0
+    v.hw.root = 0
+
+
+cdef void roots_load(sc_mmu *mmu, sc_vcpu *v) noexcept nogil:
+    """Put every root in place; one that finds no free page is left for the fault that needs it."""
+    cdef int slot
+    v.hw.mode = v.guest.mode if v.guest.mode >= MODE_64 else MODE_PAE
+    for slot in range(root_slots(v)):
+        if mmu.keep and v.guest.mode == MODE_PAE and not v.guest.pdpte[slot] & PTE_P:
+            if not mmu.quirks & QUIRK_ABSENT_PDPTES:
+                continue
+        root_load(mmu, v, slot)
+
+
+cdef void roots_release(sc_mmu *mmu, sc_vcpu *v) noexcept nogil:
+    cdef int slot
+    for slot in range(4):
+        root_release(mmu, v, slot)

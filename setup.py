@@ -1,0 +1,159 @@
+"""Build of the extension modules: pyx/NAME.pyx, under the headers shadowcore/*.pxd, becomes shadowcore.NAME.
+
+Flavours, by environment variables that combine:
+  SHADOWCORE_DEBUG=1                     bounds checks, assertions (SC_DEBUG=1 in the C code), -O1 -g
+  SHADOWCORE_SANITIZE=address,undefined  the C compiler's sanitizers
+  SHADOWCORE_NATIVE=1                    tuned to this machine's CPU: not for wheels that travel
+"""
+
+import hashlib
+import json
+import os
+import re
+import sys
+from pathlib import Path
+
+import Cython
+from Cython.Build import cythonize
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+BUILD = Path("build")
+JOBS = os.cpu_count() or 1
+CIMPORT = re.compile(r"^[ \t]*(?:from[ \t]+([\w.]+)[ \t]+)?cimport[ \t]+(\([^)]*\)|(?:\\\n|[^\n#])*)", re.M)
+
+
+def flavour(env):
+    """Cython directives, and arguments of Extension, for the build that the environment asks for."""
+    debug = env.get("SHADOWCORE_DEBUG", "0") not in ("", "0")
+    native = env.get("SHADOWCORE_NATIVE", "0") not in ("", "0")
+    sanitize = env.get("SHADOWCORE_SANITIZE", "")
+    directives = {
+        "language_level": 3,
+        "boundscheck": debug,
+        "initializedcheck": debug,
+        "wraparound": False,
+        "cdivision": True,
+        "binding": True,
+        "embedsignature": True,
+        "embedsignature.format": "python",
+        "auto_pickle": False,
+        "autotestdict": False,
+        "freethreading_compatible": False,
+    }
+    compile_args = ["-fno-strict-aliasing"]
+    compile_args += ["-O1", "-UNDEBUG"] if debug else ["-O3"]
+    compile_args += ["-g", "-fno-omit-frame-pointer"] if debug or sanitize else ["-g0"]
+    compile_args += ["-march=native"] if native else []
+    sanitizers = [f"-fsanitize={sanitize}"] if sanitize else []
+    arguments = {
+        "define_macros": [("SC_DEBUG", "1")] if debug else [],
+        "extra_compile_args": compile_args + sanitizers,
+        "extra_link_args": sanitizers,
+    }
+    return directives, arguments
+
+
+def check_host(maxsize=sys.maxsize, byteorder=sys.byteorder):
+    """Table entries are read in place as 64-bit little-endian words, and RAM is indexed by Py_ssize_t."""
+    if maxsize < 2**63 - 1 or byteorder != "little":
+        bits = maxsize.bit_length() + 1
+        sys.exit(f"shadowcore needs a 64-bit little-endian host; this one is {bits}-bit {byteorder}-endian")
+
+
+def cimports(text):
+    """Names of the headers shadowcore/NAME.pxd that a .pyx or .pxd text cimports itself."""
+    found = set()
+    for package, names in CIMPORT.findall(text):
+        words = re.findall(r"[\w.]+", names)
+        if package.startswith("."):
+            package = ("shadowcore" + package).rstrip(".")
+        if package:
+            words = [f"{package}.{word}" for word in words]
+        found.update(word.split(".")[1] for word in words if word.startswith("shadowcore."))
+    return found
+
+
+def fingerprints(root, settings):
+    """For each module, a digest of all that its C code is made from: settings, source, headers however deep.
+
+    Cython and setuptools compare dates of files. They miss a module's own header (it lies in another
+    directory than its source), every change of directives, flags and versions, and files that became older.
+    """
+    headers = {path.stem: path.read_text("utf-8") for path in root.glob("shadowcore/*.pxd")}
+    c_headers = [path.read_text("utf-8") for path in sorted(root.glob("shadowcore/include/*.h"))]
+    result = {}
+    for source in sorted(root.glob("pyx/*.pyx")):
+        text = source.read_text("utf-8")
+        needed, todo = set(), {source.stem} | cimports(text)
+        while todo:
+            name = todo.pop()
+            if name in headers and name not in needed:
+                needed.add(name)
+                todo |= cimports(headers[name])
+        parts = [settings, text, [headers[name] for name in sorted(needed)], c_headers]
+        result[source.stem] = hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+    return result
+
+
+def remembered(build):
+    """The fingerprints with which the C files under `build` were made."""
+    stamp = build / "fingerprints.json"
+    known = json.loads(stamp.read_text("utf-8")) if stamp.exists() else {}
+    return {name: value for name, value in known.items() if c_file(build, name).exists()}
+
+
+def remember(build, known):
+    build.mkdir(exist_ok=True)
+    (build / "fingerprints.json").write_text(json.dumps(known, indent=1), "utf-8")
+
+
+def c_file(build, name):
+    return build / "cython" / "pyx" / f"{name}.c"
+
+
+class BuildExt(build_ext):
+    def finalize_options(self):
+        super().finalize_options()
+        self.parallel = self.parallel or JOBS
+        if self.inplace:
+            # setuptools would build an editable install in a directory that is thrown away, whole, each time.
+            self.build_lib = str(BUILD / "inplace")
+
+    def build_extensions(self):
+        check_host()
+        directives, arguments = flavour(os.environ)
+        if self.compiler.compiler_type == "msvc":
+            arguments = {"define_macros": arguments["define_macros"]}
+        variables = [os.environ.get(name, "") for name in ("CC", "CFLAGS", "CPPFLAGS", "LDFLAGS")]
+        current = fingerprints(Path(), [Cython.__version__, directives, arguments, variables])
+        known = {} if self.force else remembered(BUILD)
+        fresh = {name: value for name, value in current.items() if known.get(name) == value}
+        # Forgotten first, so that the C file of a translation that fails is not taken for a good one.
+        remember(BUILD, fresh)
+        cythonize(
+            [Extension(f"shadowcore.{name}", [f"pyx/{name}.pyx"]) for name in current.keys() - fresh.keys()],
+            include_path=["."],
+            build_dir=str(BUILD / "cython"),
+            compiler_directives=directives,
+            nthreads=JOBS,
+            force=True,
+        )
+        remember(BUILD, current)
+        # A C file that is made anew is newer than any object made from the old one, in whichever directory
+        # that lies, so that from here the usual comparison of dates is right.
+        for ext in self.extensions:
+            ext.sources = [str(c_file(BUILD, ext.name.rpartition(".")[2]))]
+            for name, value in arguments.items():
+                setattr(ext, name, value)
+        super().build_extensions()
+
+
+if __name__ == "__main__":
+    setup(
+        cmdclass={"build_ext": BuildExt},
+        ext_modules=[
+            Extension(f"shadowcore.{source.stem}", [source.as_posix()])
+            for source in sorted(Path("pyx").glob("*.pyx"))
+        ],
+    )

@@ -1,0 +1,60 @@
+"""Exact, fast, embeddable models of memory virtualization: an x86 shadow paging engine over flat arrays."""
+
+from . import pagetables, trace
+from ._version import __version__
+from .audit import AuditReport, Violation
+from .config import Features, MemorySlot, Native, Op, Quirk, Shadow
+from .errors import (
+    AuditError,
+    ConfigError,
+    EngineError,
+    GeneralProtection,
+    GuestFault,
+    Interrupted,
+    MMIOAccess,
+    PageFault,
+    PoolExhausted,
+    ShadowcoreError,
+    TraceError,
+)
+from .events import Stats
+from .machine import VM
+from .memory import Memory
+from .mmu import Mmu
+from .pagetables import PageTables
+from .results import RunResult
+from .vcpu import OP_DTYPE, Translation, VCpu
+
+__all__ = [
+    "OP_DTYPE",
+    "VM",
+    "AuditError",
+    "AuditReport",
+    "ConfigError",
+    "EngineError",
+    "Features",
+    "GeneralProtection",
+    "GuestFault",
+    "Interrupted",
+    "MMIOAccess",
+    "Memory",
+    "MemorySlot",
+    "Mmu",
+    "Native",
+    "Op",
+    "PageFault",
+    "PageTables",
+    "PoolExhausted",
+    "Quirk",
+    "RunResult",
+    "Shadow",
+    "ShadowcoreError",
+    "Stats",
+    "TraceError",
+    "Translation",
+    "VCpu",
+    "Violation",
+    "__version__",
+    "pagetables",
+    "trace",
+]

@@ -1,0 +1,216 @@
+"""Settings: frozen, checked where they are made, with the series' values as defaults."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from enum import IntEnum, IntFlag
+from typing import Any
+
+from .errors import ConfigError
+
+PAGE_SIZE = 4096
+_UNITS = {"": 1, "b": 1, "kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30, "tib": 1 << 40}
+
+
+class Op(IntEnum):
+    """Codes of the `op` field of OP_DTYPE."""
+
+    READ = 0
+    WRITE = 1
+    FETCH = 2
+    CR3 = 3
+    CR0 = 4
+    CR4 = 5
+    EFER = 6
+    INVLPG = 7
+    PKRU = 8
+    """Load PKRU with `value`."""
+    AC = 9
+    """Set EFLAGS.AC to bit 0 of `value` (SMAP)."""
+
+
+class Quirk(IntFlag):
+    """Defects and costs of the code of January 2007, each to be switched on by itself.
+
+    The names say what is done wrongly; the docstrings name the commit that mended it.
+    """
+
+    NONE = 0
+    TWO_EXITS = 1 << 0
+    """A rights violation through a missing leaf fills the leaf first and is injected at a second exit
+    (mended by 7993ba43db1c, 2.6.20)."""
+    ACCESSED_EARLY = 1 << 1
+    """The walk sets the accessed bit of each present entry before rights are checked (7993ba43db1c, 2.6.20)."""
+    DIRTY_LOST = 1 << 2
+    """The dirty bit of the entry that maps a guest table is not set when the store is emulated
+    (760db773fbd0, 2.6.20-rc4)."""
+    ROLE_WITHOUT_ACCESS = 1 << 3
+    """A table is found again whatever rights the entries above give now (d28c6cfbbc5e, 2.6.22; b1bd5cba3306, 2021)."""
+    ROLE_WITHOUT_MODE = 1 << 4
+    """CR0.WP, EFER.NXE and CR4.PSE are not in the role (3dbe141595fa, 2.6.35)."""
+    PDE_WRITE = 1 << 5
+    """A store to a table of 4-byte entries clears one entry at twice the byte offset, at every level and in every
+    quadrant (ac1b714e78c8, 2.6.21; fce0657ff9f1, 2.6.23)."""
+    NO_REFILL_AT_CR3 = 1 << 6
+    """The pool is not refilled when roots are loaded (7f7417d67ea6, 2.6.20-rc4)."""
+    FLOOD_NEVER_RESET = 1 << 7
+    """Only another emulated store moves the write-flood counter: demand paging looks like fork
+    (a25f7e1f8c1f, 2.6.23)."""
+    RMAP_LEAK = 1 << 8
+    """A leaf that gives up W again (CR0.WP=0) leaves its record in the reverse map (63b1ad24d269, 2.6.23)."""
+    PAGING_OFF_UNPROTECTED = 1 << 9
+    """With paging off, leaves are writable even where the frame is a shadowed guest table."""
+    ABSENT_PDPTES = 1 << 10
+    """PAE root entries that are not present get a shadow page as well (417726a3fbec, 2.6.22)."""
+    ROOT_EMPTIED = 1 << 11
+    """Recycling empties a root in use when it is the oldest page, and keeps it (22d95b128281, 2.6.23)."""
+    NX_LEAF_ONLY = 1 << 12
+    """No-execute is taken from the leaf alone (d55e2cb20123, 2.6.23)."""
+    KVM_2007 = (1 << 13) - 1
+    """All of them: the series as it was."""
+
+
+@dataclass(frozen=True)
+class Features:
+    """What the virtual processor has.
+
+    maxphyaddr: physical address bits, 32 to 52. The others are CPUID features; loading a register bit of an absent
+    feature is #GP.
+    """
+
+    maxphyaddr: int = 46
+    nx: bool = True
+    gbpages: bool = True
+    la57: bool = True
+    pse36: bool = True
+    smep: bool = True
+    smap: bool = True
+    pku: bool = True
+    pcid: bool = True
+    umip: bool = True
+    fsgsbase: bool = True
+    xsave: bool = True
+
+    def __post_init__(self) -> None:
+        check_int("features.maxphyaddr", self.maxphyaddr, 32, 52)
+
+
+@dataclass(frozen=True)
+class MemorySlot:
+    """`size` bytes of guest RAM at guest physical address `gpa` (both multiples of 4096).
+
+    dirty_log: log the frames written from the start.
+    """
+
+    gpa: int
+    size: int | str
+    dirty_log: bool = False
+
+    def __post_init__(self) -> None:
+        check_int("slot.gpa", self.gpa, 0, 1 << 52)
+        object.__setattr__(self, "size", parse_size(self.size, "slot.size"))
+        if self.gpa % PAGE_SIZE:
+            raise ConfigError(f"slot.gpa: {self.gpa:#x} is not a multiple of 4096")
+
+
+@dataclass(frozen=True)
+class Native:
+    """No virtualization: the processor walks the guest's own tables."""
+
+    name: str = field(default="native", init=False)
+
+
+@dataclass(frozen=True)
+class Shadow:
+    """Shadow paging; use the constructors `cached`, `flush`, `kvm_2007`.
+
+    name: what reports call this design.
+    keep: shadow tables belong to guest tables and survive loads of CR3 (`cached`), or belong to linear addresses and
+        are thrown away at CR3 loads unless global (`flush`).
+    pool_pages: shadow pages in the pool (KVM_NUM_MMU_PAGES = 256).
+    min_free: the pool is refilled when fewer pages than this are free (KVM_MIN_FREE_MMU_PAGES = 5).
+    refill: recycling goes on until this many are free (KVM_REFILL_PAGES = 25).
+    flood_threshold: consecutive emulated stores to one frame that zap its shadow pages (3); None: never.
+    quirks: defects of 2007 to reproduce.
+    """
+
+    name: str = "cached"
+    keep: bool = True
+    pool_pages: int = 256
+    min_free: int = 5
+    refill: int = 25
+    flood_threshold: int | None = 3
+    quirks: Quirk = Quirk.NONE
+
+    def __post_init__(self) -> None:
+        check_int("pool_pages", self.pool_pages, 4, 1 << 22)
+        check_int("min_free", self.min_free, 0, 1 << 22)
+        check_int("refill", self.refill, self.min_free, 1 << 22)
+        if self.flood_threshold is not None:
+            check_int("flood_threshold", self.flood_threshold, 1, 1 << 31)
+        if not isinstance(self.quirks, int) or self.quirks & ~Quirk.KVM_2007:
+            raise ConfigError(f"quirks: {self.quirks!r} is not a combination of members of shadowcore.Quirk")
+        object.__setattr__(self, "quirks", Quirk(self.quirks))
+
+    @classmethod
+    def cached(cls, **settings: Any) -> Shadow:
+        """The series: shadow tables survive CR3 loads, guest tables are write-protected, stores to them emulated."""
+        return cls(**{"name": "cached", "keep": True, **settings})
+
+    @classmethod
+    def flush(cls, **settings: Any) -> Shadow:
+        """Before the series (2.6.20-rc3): a CR3 load throws away every table with a non-global leaf.
+
+        The baseline is measured with its own costs: a rights violation takes two exits and accessed bits are set
+        early (pass quirks=0 for the same design without them).
+        """
+        return cls(**{"name": "flush", "keep": False, "quirks": Quirk.TWO_EXITS | Quirk.ACCESSED_EARLY, **settings})
+
+    @classmethod
+    def kvm_2007(cls, **settings: Any) -> Shadow:
+        """`cached` with every quirk: exits, stores, zaps and structure of the real code of January 2007."""
+        return cls(**{"name": "kvm-2007", "keep": True, "quirks": Quirk.KVM_2007, **settings})
+
+
+DESIGNS: dict[str, Any] = {
+    "native": Native,
+    "flush": Shadow.flush,
+    "cached": Shadow.cached,
+    "kvm-2007": Shadow.kvm_2007,
+}
+
+
+def design(mmu: str | Native | Shadow, **settings: Any) -> Native | Shadow:
+    """The design by its name, or the given one; settings apply to names only."""
+    if isinstance(mmu, (Native, Shadow)):
+        return mmu
+    if mmu not in DESIGNS:
+        raise ConfigError(f"mmu: {mmu!r} is not one of {', '.join(DESIGNS)}, or a Native or Shadow object")
+    made: Native | Shadow = DESIGNS[mmu](**settings)
+    return made
+
+
+def check_int(name: str, value: object, low: int, high: int) -> int:
+    """`value` as an int within [low, high], or ConfigError that names the field."""
+    try:
+        number = value.__index__()  # type: ignore[attr-defined]
+    except (AttributeError, TypeError):
+        raise ConfigError(f"{name}: an integer is needed, not {value!r}") from None
+    if isinstance(value, bool) or not low <= number <= high:
+        raise ConfigError(f"{name}: {value!r} is not within {low} to {high}")
+    return int(number)
+
+
+def parse_size(size: object, name: str = "memory") -> int:
+    """Bytes from an int or a text such as "64MiB"; a positive multiple of 4096."""
+    if isinstance(size, str):
+        match = re.fullmatch(r"\s*(\d+)\s*([A-Za-z]*)\s*", size)
+        unit = None if match is None else _UNITS.get(match[2].lower())
+        if match is None or unit is None:
+            raise ConfigError(f"{name}: {size!r} is not a size such as 67108864, '64MiB' or '4GiB'")
+        size = int(match[1]) * unit
+    number = check_int(name, size, PAGE_SIZE, 1 << 52)
+    if number % PAGE_SIZE:
+        raise ConfigError(f"{name}: {number} bytes is not a multiple of 4096")
+    return number

@@ -1,0 +1,87 @@
+"""Errors. Guest faults are results of the guest's own doing; the rest is host-side misuse, raised before any change."""
+
+from __future__ import annotations
+
+
+class ShadowcoreError(Exception):
+    """Base of everything that this package raises by itself."""
+
+
+class ConfigError(ShadowcoreError, ValueError):
+    """A setting or an argument that cannot be: the message names the field and what is allowed."""
+
+
+class TraceError(ShadowcoreError, ValueError):
+    """A recording that cannot be read.
+
+    `file` is its name, `record` the number of the offending record (None: the file as a whole), `expected` what
+    should have stood there.
+    """
+
+    def __init__(self, file: object, record: int | None, expected: str) -> None:
+        self.file = str(file)
+        self.record = record
+        self.expected = expected
+        where = "" if record is None else f", record {record}"
+        super().__init__(f"{self.file}{where}: {expected}")
+
+
+class PoolExhausted(ShadowcoreError):
+    """The shadow pool cannot hold what a vCPU needs at once: `needed` pages, of `had`, `roots` (gfns) pin the rest."""
+
+    def __init__(self, needed: int, had: int, roots: tuple[int, ...]) -> None:
+        self.needed = needed
+        self.had = had
+        self.roots = roots
+        pinned = ", ".join(hex(gfn) for gfn in roots) or "none"
+        super().__init__(f"shadow pool exhausted: {needed} pages needed, the pool has {had}; pinned by roots {pinned}")
+
+
+class AuditError(ShadowcoreError):
+    """An invariant does not hold: `violations` lists (invariant, where, what)."""
+
+    def __init__(self, violations: tuple[object, ...]) -> None:
+        self.violations = violations
+        first = violations[0] if violations else "none"
+        super().__init__(f"{len(violations)} violation(s), first: {first}")
+
+
+class EngineError(ShadowcoreError):
+    """The engine caught itself in a state that must not be (an access that never completes): a defect to report."""
+
+
+class Interrupted(ShadowcoreError, KeyboardInterrupt):
+    """Ctrl-C during `run`; `result` holds the operations that were completed."""
+
+    def __init__(self, result: object) -> None:
+        self.result = result
+        super().__init__("interrupted")
+
+
+class GuestFault(ShadowcoreError):
+    """An access that ends in the guest, not here: #PF, #GP or a device."""
+
+
+class PageFault(GuestFault):
+    """Guest #PF: `address` is the linear address (CR2), `error_code` as in SDM vol. 3, 4.7."""
+
+    def __init__(self, address: int, error_code: int) -> None:
+        self.address = address
+        self.error_code = error_code
+        super().__init__(f"#PF at {address:#x}, error code {error_code:#x}")
+
+
+class GeneralProtection(GuestFault):
+    """Guest #GP, with its error code."""
+
+    def __init__(self, error_code: int = 0) -> None:
+        self.error_code = error_code
+        super().__init__(f"#GP, error code {error_code:#x}")
+
+
+class MMIOAccess(GuestFault):
+    """The access reaches `gpa`, which is in no memory slot: the embedder's device model has to serve it."""
+
+    def __init__(self, gpa: int) -> None:
+        self.gpa = gpa
+        super().__init__(f"device access at gpa {gpa:#x}")

@@ -1,0 +1,13 @@
+"""The fault path: link the levels of a shadow walk and install its leaf."""
+from shadowcore.state cimport sc_mmu, sc_vcpu
+from shadowcore.types cimport u32, u64
+from shadowcore.walker cimport sc_walk
+
+cdef struct sc_leaf:                # outcome of one fault, as far as the shadow is concerned
+    u32 spte                        # number of the leaf
+    bint filled                     # the leaf (or a link to it) was missing
+    bint changed                    # a present leaf got other rights
+    bint emulate                    # the access must be done by the emulator
+    bint refused                    # quirk ROLE_WITHOUT_ACCESS: the leaf as it stands forbids the access
+
+cdef int fetch(sc_mmu *mmu, sc_vcpu *v, u64 va, u32 access, bint refused, sc_walk *w, sc_leaf *leaf) noexcept nogil

@@ -1,0 +1,78 @@
+"""The virtual machine: memory, an MMU of one design, and vcpus."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from .audit import audit
+from .config import Features, MemorySlot, Native, Shadow, check_int, design
+from .errors import AuditError, ConfigError
+from .memory import Memory
+from .mmu import Mmu
+from .vcpu import VCpu
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from .audit import AuditReport
+    from .events import Stats
+
+
+class VM:
+    """A machine with guest RAM, an MMU and `vcpus` processors.
+
+    memory: bytes (int), a text such as "64MiB", a uint8 array used in place, or a list of MemorySlot.
+    mmu: "native", "flush", "cached", "kvm-2007", or a Native or Shadow object.
+    slots: with an array, the MemorySlots that map it one after the other.
+    features: of the processors. Raises ConfigError, and MemoryError where the host has no room.
+    """
+
+    def __init__(
+        self,
+        memory: int | str | np.ndarray[Any, Any] | Sequence[MemorySlot] = "64MiB",
+        mmu: str | Native | Shadow = "cached",
+        vcpus: int = 1,
+        *,
+        features: Features | None = None,
+        slots: Sequence[MemorySlot] | None = None,
+    ) -> None:
+        chosen = design(mmu)
+        count = check_int("vcpus", vcpus, 1, 64)
+        if features is None:
+            features = Features()
+        if not isinstance(features, Features):
+            raise ConfigError(f"features: a Features object is needed, not {features!r}")
+        self.features = features
+        self.memory = Memory(memory, slots)
+        self.mmu = Mmu(self.memory, chosen)
+        self.memory.on_log = self.mmu.protect_slot
+        self.vcpus = tuple(VCpu(self.mmu, features) for _ in range(count))
+
+    @property
+    def stats(self) -> Stats:
+        """Counters of the whole VM."""
+        return self.mmu.stats
+
+    def write_physical(self, gpa: int, data: bytes | bytearray | memoryview) -> None:
+        """Store `data` at guest physical address `gpa` as a device does; shadow tables stay coherent.
+
+        ConfigError, and nothing stored, unless all of it lies in memory slots.
+        """
+        self.mmu.write_physical(gpa, bytes(data))
+
+    def read_physical(self, gpa: int, size: int) -> bytes:
+        """`size` bytes at guest physical address `gpa`; ConfigError unless all of it lies in memory slots."""
+        return self.mmu.read_physical(gpa, size)
+
+    def audit(self, strict: bool = False) -> AuditReport:
+        """Check every invariant of the MMU. strict: raise AuditError instead of reporting violations."""
+        report = audit(self.mmu)
+        if strict and not report.ok:
+            raise AuditError(report.violations)
+        return report
+
+    def __repr__(self) -> str:
+        size = self.memory.bytes.size >> 20
+        return f"VM({size} MiB, mmu={self.mmu.design.name!r}, vcpus={len(self.vcpus)})"

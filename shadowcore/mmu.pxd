@@ -1,0 +1,25 @@
+"""Designs: how an access reaches memory natively or through shadow tables; the fault entry; roots on register loads."""
+from shadowcore.events cimport Stats, sc_stats
+from shadowcore.memory cimport Memory
+from shadowcore.state cimport sc_mmu, sc_vcpu
+from shadowcore.types cimport u32, u64
+from shadowcore.walker cimport sc_walk
+
+cdef int mmu_resolve(sc_mmu *mmu, sc_vcpu *v, u64 va, u32 access, sc_walk *w) noexcept nogil
+cdef int mmu_page_fault(sc_mmu *mmu, sc_vcpu *v, u64 va, u32 access, u32 code, sc_walk *w) noexcept nogil
+cdef void mmu_new_cr3(sc_mmu *mmu, sc_vcpu *v) noexcept nogil
+cdef void mmu_reset(sc_mmu *mmu, sc_vcpu *v) noexcept nogil
+cdef void mmu_invlpg(sc_mmu *mmu, sc_vcpu *v, u64 va) noexcept nogil
+cdef void mmu_protect_slot(sc_mmu *mmu, int slot) noexcept nogil
+
+cdef class Mmu:
+    cdef sc_mmu c
+    cdef sc_stats counters
+    cdef readonly Memory memory
+    cdef readonly Stats stats
+    cdef readonly object design     # Native or Shadow
+    cdef object _arrays             # what c points into
+    cdef bint busy                  # a batch runs, without the GIL
+
+    cdef int idle(self) except -1
+    cdef void *_array(self, u64 nbytes) except NULL

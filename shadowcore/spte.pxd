@@ -1,0 +1,59 @@
+"""One shadow entry: how its value is made, and how it comes and goes with the books kept right."""
+from shadowcore.bits cimport (
+    PTE_A, PTE_P, PTE_U, PTE_W, SPTE_GUEST_U, SPTE_GUEST_W, pte_nx,
+)
+from shadowcore.memory cimport mem_pool_hpa, mem_pool_page
+from shadowcore.rmap cimport list_add, list_remove, rmap_add, rmap_remove
+from shadowcore.state cimport role_level, sc_mmu, sc_page
+from shadowcore.types cimport ACC_U, ACC_W, ACC_X, u32, u64
+
+cdef inline u64 nonleaf_spte(u32 child) noexcept nogil:
+    """Upper entries grant everything; rights are in the leaves alone."""
+    return mem_pool_hpa(child) | PTE_P | PTE_W | PTE_U | PTE_A
+
+cdef inline u64 leaf_spte(u64 hpa, u32 guest, u32 granted, u64 kept) noexcept nogil:
+    """Leaf for `hpa`: rights `guest` that the guest's tables give, `granted` now; `kept`: bits copied as they are."""
+    return (hpa | kept | PTE_P
+            | (PTE_W if granted & ACC_W else 0) | (PTE_U if granted & ACC_U else 0)
+            | (0 if granted & ACC_X else pte_nx())
+            | (SPTE_GUEST_W if guest & ACC_W else 0) | (SPTE_GUEST_U if guest & ACC_U else 0))
+
+cdef inline void spte_put(sc_mmu *mmu, u32 spte, u64 value) noexcept nogil:
+    """Fill an entry that was 0."""
+    cdef sc_page *page = &mmu.pages[spte >> 9]
+    mmu.table[spte] = value
+    page.used[(spte & 511) >> 6] |= <u64>1 << (spte & 63)
+    page.present += 1
+    if value & PTE_P:
+        mmu.stats.spte_installed += 1
+
+cdef inline void spte_wipe(sc_mmu *mmu, u32 spte) noexcept nogil:
+    """Make an entry 0 that is on no list any more."""
+    cdef sc_page *page = &mmu.pages[spte >> 9]
+    if mmu.table[spte] & PTE_P:
+        mmu.stats.spte_removed += 1
+    mmu.table[spte] = 0
+    page.used[(spte & 511) >> 6] &= ~(<u64>1 << (spte & 63))
+    page.present -= 1
+
+cdef inline bint spte_is_writable(u64 value) noexcept nogil:
+    return value & (PTE_P | PTE_W) == (PTE_P | PTE_W)
+
+cdef inline void spte_unlink(sc_mmu *mmu, u32 spte, int level) noexcept nogil:
+    """Take an entry of a page of `level` off the list it is on; its value stays."""
+    cdef u64 value = mmu.table[spte]
+    if level == 1:
+        if spte_is_writable(value):
+            rmap_remove(mmu, spte)
+    elif value & PTE_P:
+        list_remove(mmu, &mmu.pages[mem_pool_page(value)].parents, spte)
+
+cdef inline void spte_drop(sc_mmu *mmu, u32 spte) noexcept nogil:
+    """Remove an entry that is not 0, with its record in the reverse map or among the child's parents."""
+    spte_unlink(mmu, spte, role_level(mmu.pages[spte >> 9].role))
+    spte_wipe(mmu, spte)
+
+cdef inline void spte_link(sc_mmu *mmu, u32 spte, u32 child) noexcept nogil:
+    """Make the empty entry `spte` point to page `child`."""
+    spte_put(mmu, spte, nonleaf_spte(child))
+    list_add(mmu, &mmu.pages[child].parents, spte)

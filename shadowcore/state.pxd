@@ -1,0 +1,135 @@
+"""The structures of the shadow MMU. Indices, not pointers, link them, so that they can be printed and saved.
+
+An spte is named by its number: pool page * 512 + index in the page. In lists it is stored as number + 1, so that
+zeroed memory means "none".
+"""
+from shadowcore.events cimport sc_stats
+from shadowcore.memory cimport sc_mem
+from shadowcore.types cimport u8, u16, u32, u64
+from shadowcore.walker cimport sc_paging
+
+cdef enum:
+    SC_MAX_VCPUS = 64
+
+# Role: what, besides the gfn, identifies a shadow page. Packed into 32 bits.
+cdef enum:
+    ROLE_GLEVELS = 0                # bits 0-3: guest paging levels, MODE_*
+    ROLE_LEVEL = 4                  # bits 4-7: level of the page, 1 to 5
+    ROLE_QUADRANT = 8               # bits 8-9: which part of a table of 4-byte entries
+    ROLE_DIRECT = 10                # bit 10: no guest table behind the page (2007: metaphysical)
+    ROLE_ACCESS = 11                # bits 11-13: ACC_* that the levels above allow (direct: that every leaf grants)
+    ROLE_NXE = 14                   # bit 14: EFER.NXE, with which bit 63 means no-execute
+    ROLE_PSE = 15                   # bit 15: CR4.PSE, with which 32-bit directories hold 4 MiB leaves
+    ROLE_WP0 = 16                   # bit 16: supervisor stores ignore W by leaves that are W and not U
+    ROLE_GLOBAL = 17                # bit 17: direct: G of every leaf
+    ROLE_PKEY = 18                  # bits 18-21: direct: protection key of every leaf
+
+cdef struct sc_page:                # header of one shadow page, beside its frame in the pool
+    u64 gfn                         # guest frame of the table it shadows; direct: first frame it maps
+    u32 role                        # ROLE_*
+    u32 root_count                  # vcpus' root slots that hold it
+    u32 hash_next                   # next page of the bucket, or SC_NONE
+    u32 prev                        # neighbour towards the young end of the active list, or SC_NONE
+    u32 next                        # neighbour towards the old end; in the free list: next free page
+    u32 parents                     # sptes that point to it: a list (see rmap)
+    u32 present                     # entries that are not 0
+    u8 active                       # in use
+    u8 nonglobal                    # a leaf without G was installed: goes at a CR3 load (flush)
+    u16 pad
+    u64 slots                       # bit per memslot of which it maps a frame
+    u64 used[8]                     # bit per entry that is not 0
+
+cdef struct sc_frame:               # per frame of guest RAM
+    u32 rmap                        # writable sptes that map it: a list (see rmap)
+    u16 shadowed                    # shadow pages, not direct, of its gfn
+    u16 stale                       # quirk RMAP_LEAK: records left behind
+
+cdef struct sc_link:                # neighbours of an spte in its list; only lists of two or more use it
+    u32 prev                        # spte + 1, or 0
+    u32 next                        # spte + 1, or 0
+
+cdef struct sc_vcpu:
+    sc_paging guest                 # what the guest set
+    sc_paging hw                    # what the processor walks with under a shadow MMU
+    u64 cr0
+    u64 cr2
+    u64 cr3
+    u64 cr4
+    u64 efer
+    u32 number                      # index in sc_mmu.vcpus
+    u32 cpl                         # privilege level of scalar accesses without user=
+    u32 roots[4]                    # shadow pages that serve as roots (one, or four in PAE format), or SC_NONE
+    bint loaded                     # roots are in place
+    u64 flood_gfn                   # frame of the last emulated store
+    u32 flood_count                 # consecutive emulated stores to it
+    u32 features                    # FEAT_*
+    int maxphyaddr
+
+cdef struct sc_mmu:
+    sc_mem *mem
+    sc_stats *stats
+    bint shadow                     # a shadow MMU, else native
+    bint keep                       # shadow pages belong to guest tables; else to linear addresses
+    u32 quirks                      # QUIRK_*
+    u32 pool_pages
+    u32 min_free                    # refill below this
+    u32 refill                      # until this many are free
+    u32 flood_threshold             # 0: never
+    u32 n_free
+    u32 n_active
+    u32 free_head                   # free list, or SC_NONE
+    u32 young                       # active list: newest page, or SC_NONE
+    u32 old                         # active list: next victim, or SC_NONE
+    u32 hash_shift                  # bucket = mixed gfn >> hash_shift
+    u32 n_pte4                      # active pages that shadow tables of 4-byte entries
+    u32 n_pte8                      # active pages that shadow tables of 8-byte entries
+    u32 n_vcpus
+    u64 spte_base                   # sptes present when the counters were last set to 0
+    u64 *table                      # the pool: 512 sptes a page
+    sc_page *pages                  # header of each pool page
+    sc_frame *frames                # per frame of guest RAM
+    sc_link *links                  # per spte of the pool
+    u32 *hash                       # first page of each bucket, or SC_NONE
+    sc_vcpu *vcpus[SC_MAX_VCPUS]
+
+# Members of shadowcore.config.Quirk, bit by bit.
+cdef enum:
+    QUIRK_TWO_EXITS = 1 << 0
+    QUIRK_ACCESSED_EARLY = 1 << 1
+    QUIRK_DIRTY_LOST = 1 << 2
+    QUIRK_ROLE_WITHOUT_ACCESS = 1 << 3
+    QUIRK_ROLE_WITHOUT_MODE = 1 << 4
+    QUIRK_PDE_WRITE = 1 << 5
+    QUIRK_NO_REFILL_AT_CR3 = 1 << 6
+    QUIRK_FLOOD_NEVER_RESET = 1 << 7
+    QUIRK_RMAP_LEAK = 1 << 8
+    QUIRK_PAGING_OFF_UNPROTECTED = 1 << 9
+    QUIRK_ABSENT_PDPTES = 1 << 10
+    QUIRK_ROOT_EMPTIED = 1 << 11
+    QUIRK_NX_LEAF_ONLY = 1 << 12
+
+cdef enum:
+    FEAT_NX = 1 << 0
+    FEAT_GBPAGES = 1 << 1
+    FEAT_LA57 = 1 << 2
+    FEAT_PSE36 = 1 << 3
+    FEAT_SMEP = 1 << 4
+    FEAT_SMAP = 1 << 5
+    FEAT_PKU = 1 << 6
+    FEAT_PCID = 1 << 7
+    FEAT_UMIP = 1 << 8
+    FEAT_FSGSBASE = 1 << 9
+    FEAT_XSAVE = 1 << 10
+
+cdef inline u32 role_field(u32 role, int at, u32 mask) noexcept nogil:
+    return (role >> at) & mask
+
+cdef inline int role_level(u32 role) noexcept nogil:
+    return <int>role_field(role, ROLE_LEVEL, 15)
+
+cdef inline bint role_direct(u32 role) noexcept nogil:
+    return role_field(role, ROLE_DIRECT, 1)
+
+cdef inline int role_pte_size(u32 role) noexcept nogil:
+    """Bytes of an entry of the guest table behind a page that is not direct."""
+    return 4 if role_field(role, ROLE_GLEVELS, 15) == 2 else 8
