@@ -6,7 +6,8 @@ is seen), less W while the frame is a shadowed guest table (so that every store 
 from libc.string cimport memset
 
 from shadowcore.bits cimport (
-    PTE_A, PTE_D, PTE_G, PTE_P, PTE_W, SPTE_GUEST_U, SPTE_GUEST_W, SPTE_MARK, level_index, level_mask, pte_addr, pte_nx,
+    PTE_A, PTE_D, PTE_G, PTE_P, PTE_U, PTE_W, SPTE_GUEST_U, SPTE_GUEST_W, SPTE_MARK, level_index, level_mask, pte_addr, pte_nx,
+    pte_rights,
 )
 from shadowcore.fetch cimport sc_leaf
 from shadowcore.memory cimport (
@@ -46,7 +47,7 @@ cdef inline u32 _child(sc_mmu *mmu, const sc_vcpu *v, u64 va, int level, const s
     cdef bint direct = level < w.level
     cdef u32 role
     cdef u64 gfn
-    if linked != SC_NONE and not (direct and mmu.keep):
+    if linked != SC_NONE and not (direct and mmu.keep and not mmu.quirks & QUIRK_ROLE_WITHOUT_ACCESS):
         return linked
     if not mmu.keep:
         return pool_get(mmu, linear_gfn(v, va, level), make_role(mmu, v, va, level, True, ACC_ALL))
@@ -88,8 +89,8 @@ cdef int _link_path(sc_mmu *mmu, sc_vcpu *v, u64 va, const sc_walk *w, sc_leaf *
                 mmu.stats.tlb_flush += 1
             spte_link(mmu, spte, child)
             leaf.filled = True
-        if level == w.level and v.guest.mode != MODE_OFF:
-            mmu.table[spte] |= SPTE_MARK
+        if level == w.level:
+            leaf.large = spte
         page = child
         level -= 1
     leaf.spte = page * 512 + level_index(va, 1)
@@ -139,8 +140,11 @@ cdef inline void _set_dirty(sc_mmu *mmu, sc_walk *w, bint on) noexcept nogil:
         w.entry[w.level] &= ~<u64>PTE_D
 
 
-cdef inline void _install_leaf(sc_mmu *mmu, u32 spte, u64 gfn, u64 value) noexcept nogil:
+cdef inline void _install_leaf(sc_mmu *mmu, const sc_leaf *leaf, int mode, u64 gfn, u64 value) noexcept nogil:
     """Fill an entry that is not present."""
+    cdef u32 spte = leaf.spte
+    if mode != MODE_OFF and leaf.large != SC_NONE:
+        mmu.table[leaf.large] |= SPTE_MARK
     if mmu.table[spte]:
         spte_wipe(mmu, spte)
     spte_put(mmu, spte, value)
@@ -169,6 +173,7 @@ cdef int fetch(sc_mmu *mmu, sc_vcpu *v, u64 va, u32 access, bint refused, sc_wal
     cdef bint shadowed, clean_before
     cdef bint taken = False
     memset(leaf, 0, sizeof(sc_leaf))
+    leaf.large = SC_NONE
     if _link_path(mmu, v, va, w, leaf) != RC_OK:
         return RC_EXHAUSTED
     if mmu.quirks & QUIRK_NX_LEAF_ONLY and mode >= MODE_PAE:
@@ -180,24 +185,27 @@ cdef int fetch(sc_mmu *mmu, sc_vcpu *v, u64 va, u32 access, bint refused, sc_wal
         guest = _remembered(old)
         kept = old & (PTE_A | PTE_D | PTE_G)
         write = access & PF_W
-        if rights_fault(&v.guest, guest, 0, access):
+        if rights_fault(&v.guest, guest, 0, access) and (write or not guest & ACC_U or old & PTE_U):
             leaf.refused = True
             _set_dirty(mmu, w, False)
             return RC_OK
         if write:
-            _set_dirty(mmu, w, True)
+            _set_dirty(mmu, w, not old & PTE_W)
     if frame == sc_no_frame():
         if not old & PTE_P:
             leaf.filled = old == 0
             granted = _until_dirty(guest, w, mode)
-            _install_leaf(mmu, leaf.spte, gfn, (leaf_spte(gfn << 12, guest, granted, kept) & ~<u64>PTE_P) | SPTE_MARK)
+            value = leaf_spte(gfn << 12, guest, granted, kept) & ~<u64>PTE_P
+            _install_leaf(mmu, leaf, mode, gfn, value | SPTE_MARK)
         return RC_OK
     hpa = old & pte_addr() if taken and old & PTE_P else mem_frame_hpa(mmu.mem, frame)
     shadowed = mmu.frames[frame].shadowed != 0
     if mode == MODE_OFF and mmu.quirks & QUIRK_PAGING_OFF_UNPROTECTED:
         shadowed = False
     clean_before = mode != MODE_OFF and (w.dirtied or not w.entry[w.level] & PTE_D)
-    if write and not guest & ACC_W:
+    if taken and (not write or old & PTE_W):
+        granted = pte_rights(old) if write or old & PTE_U or not guest & ACC_U else guest & ~<u32>ACC_W
+    elif write and not guest & ACC_W:
         # CR0.WP is 0: a supervisor store passed that no right allows.
         granted = guest
         leaf.emulate = True
@@ -225,7 +233,7 @@ cdef int fetch(sc_mmu *mmu, sc_vcpu *v, u64 va, u32 access, bint refused, sc_wal
     value = leaf_spte(hpa, guest if mode != MODE_OFF else 0, granted, kept)
     if not old & PTE_P:
         leaf.filled = True
-        _install_leaf(mmu, leaf.spte, gfn, value)
+        _install_leaf(mmu, leaf, mode, gfn, value)
     else:
         value |= old & (PTE_A | PTE_D)
         leaf.changed = (value ^ old) & ~<u64>(PTE_A | PTE_D) != 0

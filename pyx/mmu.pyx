@@ -15,7 +15,7 @@ from shadowcore.rmap cimport list_first, list_length, list_next, rmap_remove
 from shadowcore.roots cimport root_release, root_slots, roots_load, roots_release
 from shadowcore.spte cimport spte_drop, spte_is_writable
 from shadowcore.state cimport (
-    QUIRK_FLOOD_NEVER_RESET, QUIRK_NO_REFILL_AT_CR3, QUIRK_ROLE_WITHOUT_ACCESS, QUIRK_TWO_EXITS,
+    QUIRK_NO_REFILL_AT_CR3, QUIRK_PROCESSOR_CODE, QUIRK_ROLE_WITHOUT_ACCESS, QUIRK_TWO_EXITS,
     ROLE_ACCESS, ROLE_DIRECT, ROLE_GLEVELS, ROLE_GLOBAL, ROLE_LEVEL, ROLE_NXE, ROLE_PKEY, ROLE_PSE, ROLE_QUADRANT,
     ROLE_WP0, role_field, role_level, sc_frame, sc_link, sc_mmu, sc_page, sc_vcpu,
 )
@@ -69,7 +69,7 @@ cdef inline int _inject(sc_mmu *mmu, sc_vcpu *v, u64 va, u32 code, sc_walk *w) n
     w.error_code = code
     mmu.stats.pf_guest += 1
     mmu.stats.exits[EXIT_GUEST] += 1
-    if not mmu.quirks & QUIRK_FLOOD_NEVER_RESET:
+    if mmu.flood_reset:
         v.flood_count = 0
     return RC_PF
 
@@ -105,16 +105,16 @@ cdef int mmu_page_fault(sc_mmu *mmu, sc_vcpu *v, u64 va, u32 access, u32 code, s
     if w.updated:
         walk_updated(mmu, v, w)
     if refused:
-        if w.error_code & (PF_P | PF_RSVD) != PF_P:
-            return _inject(mmu, v, va, w.error_code, w)
-        # Rights forbid it. The series noticed only when a leaf was there, and judged by that leaf.
-        if not mmu.quirks & (QUIRK_ROLE_WITHOUT_ACCESS if code & PF_P else QUIRK_TWO_EXITS):
-            return _inject(mmu, v, va, w.error_code, w)
+        # A rights violation, met at the end of a complete walk, is noticed by the series only when a leaf is there,
+        # and judged by that leaf.
+        if (w.error_code & (PF_P | PF_RSVD) != PF_P
+                or not mmu.quirks & (QUIRK_ROLE_WITHOUT_ACCESS if code & PF_P else QUIRK_TWO_EXITS)):
+            return _inject(mmu, v, va, code if mmu.quirks & QUIRK_PROCESSOR_CODE else w.error_code, w)
     device = mem_frame(mmu.mem, w.gpa >> 12) == sc_no_frame()
     if _fetch_with_room(mmu, v, va, access, refused, w, &leaf) != RC_OK:
         mmu.stats.pf_taken -= 1
         return RC_EXHAUSTED
-    if leaf.refused or (refused and device):
+    if (leaf.refused and (device or code & PF_P or not mmu.quirks & QUIRK_TWO_EXITS)) or (refused and device):
         return _inject(mmu, v, va, access_code(&v.guest, access) | PF_P, w)
     if device:
         mmu.stats.pf_mmio += 1
@@ -123,11 +123,12 @@ cdef int mmu_page_fault(sc_mmu *mmu, sc_vcpu *v, u64 va, u32 access, u32 code, s
     if v.guest.mode != MODE_OFF:
         mmu.stats.pf_fixed += 1
     spte = mmu.table[leaf.spte]
-    if leaf.emulate or (not refused and rights_fault(&v.hw, pte_rights(spte), pte_pkey(spte), access)):
+    if leaf.emulate or (not refused and not mmu.quirks & QUIRK_ROLE_WITHOUT_ACCESS
+                        and rights_fault(&v.hw, pte_rights(spte), pte_pkey(spte), access)):
         # The second case: what the guest allows no leaf can grant under the registers that the processor runs with.
         mmu.stats.exits[EXIT_EMULATE] += 1
         return RC_EMULATE
-    if not mmu.quirks & QUIRK_FLOOD_NEVER_RESET:
+    if mmu.flood_reset:
         v.flood_count = 0
     if leaf.filled:
         mmu.stats.exits[EXIT_FILL] += 1
@@ -252,6 +253,7 @@ cdef class Mmu:
         self.c.min_free = design.min_free
         self.c.refill = design.refill
         self.c.flood_threshold = design.flood_threshold or 0
+        self.c.flood_reset = design.flood_reset
         self.c.hash_shift = 62
         while buckets < self.c.pool_pages:
             buckets *= 2
@@ -293,7 +295,8 @@ cdef class Mmu:
                 role_field(p.role, ROLE_QUADRANT, 3), role_field(p.role, ROLE_DIRECT, 1),
                 role_field(p.role, ROLE_ACCESS, 7), role_field(p.role, ROLE_NXE, 1), role_field(p.role, ROLE_PSE, 1),
                 role_field(p.role, ROLE_WP0, 1), role_field(p.role, ROLE_GLOBAL, 1),
-                role_field(p.role, ROLE_PKEY, 15), p.root_count, p.present, list_length(&self.c, p.parents), n - 1 - i,
+                role_field(p.role, ROLE_PKEY, 15), p.root_count,
+                np.count_nonzero(self.memory.pool[number] & 1), list_length(&self.c, p.parents), n - 1 - i,
             )
             number = p.next
         return out

@@ -97,13 +97,19 @@ cdef int _store(sc_mmu *mmu, sc_vcpu *v, sc_replay *t, u64 i, sc_result *r) noex
     return RC_OK
 
 
+cdef void _place_word(sc_mmu *mmu, sc_vcpu *v, u64 gpa, u64 value) noexcept nogil:
+    """A word that got its value by stores that were not recorded."""
+    cdef u64 *at = <u64 *>(mem_guest_frame(mmu.mem, gpa) + (gpa & 4088))
+    if at[0] != value:
+        _store_at_gpa(mmu, v, gpa & ~<u64>7, <u8 *>&value, 8)
+
+
 cdef void _table_begins(sc_mmu *mmu, sc_vcpu *v, sc_replay *t, u64 i) noexcept nogil:
     """A frame begins to serve as a table: put its contents in place, or where it is still shadowed as the table of
     an earlier life, store each word that differs."""
     cdef u64 words[512]
     cdef u64 gpa = t.addr[i]
     cdef u64 frame = mem_frame(mmu.mem, gpa >> 12)
-    cdef u64 *at = <u64 *>mem_guest_frame(mmu.mem, gpa)
     cdef int n
     memset(words, 0, sizeof(words))
     i += 1
@@ -112,12 +118,11 @@ cdef void _table_begins(sc_mmu *mmu, sc_vcpu *v, sc_replay *t, u64 i) noexcept n
         t.snapshot_words += 1
         i += 1
     if not (mmu.shadow and mmu.frames[frame].shadowed):
-        memcpy(at, words, sizeof(words))
+        memcpy(mem_guest_frame(mmu.mem, gpa), words, sizeof(words))
         mem_mark_dirty(mmu.mem, gpa >> 12)
         return
     for n in range(512):
-        if at[n] != words[n]:
-            _store_at_gpa(mmu, v, gpa + 8 * n, <u8 *>&words[n], 8)
+        _place_word(mmu, v, gpa + 8 * n, words[n])
 
 
 cdef int _record(sc_mmu *mmu, sc_vcpu *v, sc_replay *t, u64 i) noexcept nogil:
@@ -136,7 +141,9 @@ cdef int _record(sc_mmu *mmu, sc_vcpu *v, sc_replay *t, u64 i) noexcept nogil:
         if rc == RC_PF or rc == RC_GP:
             t.faults += 1
     elif kind == STORE:
-        if not t.flags[i] & SNAPSHOT:
+        if t.flags[i] & SNAPSHOT:
+            _place_word(mmu, v, addr, t.value[i])   # already there if the table's beginning brought it
+        else:
             rc = _store(mmu, v, t, i, &r)
     elif kind == TABLE:
         _table_begins(mmu, v, t, i)

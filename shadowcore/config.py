@@ -54,19 +54,19 @@ class Quirk(IntFlag):
     quadrant (ac1b714e78c8, 2.6.21; fce0657ff9f1, 2.6.23)."""
     NO_REFILL_AT_CR3 = 1 << 6
     """The pool is not refilled when roots are loaded (7f7417d67ea6, 2.6.20-rc4)."""
-    FLOOD_NEVER_RESET = 1 << 7
-    """Only another emulated store moves the write-flood counter: demand paging looks like fork
-    (a25f7e1f8c1f, 2.6.23)."""
-    RMAP_LEAK = 1 << 8
+    RMAP_LEAK = 1 << 7
     """A leaf that gives up W again (CR0.WP=0) leaves its record in the reverse map (63b1ad24d269, 2.6.23)."""
-    PAGING_OFF_UNPROTECTED = 1 << 9
+    PAGING_OFF_UNPROTECTED = 1 << 8
     """With paging off, leaves are writable even where the frame is a shadowed guest table."""
-    ABSENT_PDPTES = 1 << 10
+    ABSENT_PDPTES = 1 << 9
     """PAE root entries that are not present get a shadow page as well (417726a3fbec, 2.6.22)."""
-    ROOT_EMPTIED = 1 << 11
+    ROOT_EMPTIED = 1 << 10
     """Recycling empties a root in use when it is the oldest page, and keeps it (22d95b128281, 2.6.23)."""
-    NX_LEAF_ONLY = 1 << 12
+    NX_LEAF_ONLY = 1 << 11
     """No-execute is taken from the leaf alone (d55e2cb20123, 2.6.23)."""
+    PROCESSOR_CODE = 1 << 12
+    """A fault is injected with the error code of the processor's walk of the shadow: P says whether a shadow entry
+    was there (7993ba43db1c, 2.6.20)."""
     KVM_2007 = (1 << 13) - 1
     """All of them: the series as it was."""
 
@@ -132,6 +132,8 @@ class Shadow:
     min_free: the pool is refilled when fewer pages than this are free (KVM_MIN_FREE_MMU_PAGES = 5).
     refill: recycling goes on until this many are free (KVM_REFILL_PAGES = 25).
     flood_threshold: consecutive emulated stores to one frame that zap its shadow pages (3); None: never.
+    flood_reset: start counting anew at a fault that is no store to a guest table, as since a25f7e1f8c1f (2.6.23), so
+        that demand paging is not taken for a flood. The series counted on.
     quirks: defects of 2007 to reproduce.
     """
 
@@ -141,6 +143,7 @@ class Shadow:
     min_free: int = 5
     refill: int = 25
     flood_threshold: int | None = 3
+    flood_reset: bool = False
     quirks: Quirk = Quirk.NONE
 
     def __post_init__(self) -> None:

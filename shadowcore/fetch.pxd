@@ -5,6 +5,7 @@ from shadowcore.walker cimport sc_walk
 
 cdef struct sc_leaf:                # outcome of one fault, as far as the shadow is concerned
     u32 spte                        # number of the leaf
+    u32 large                       # of the entry that stands for the guest's large page, or SC_NONE
     bint filled                     # the leaf (or a link to it) was missing
     bint changed                    # a present leaf got other rights
     bint emulate                    # the access must be done by the emulator

@@ -75,6 +75,7 @@ cdef struct sc_mmu:
     u32 min_free                    # refill below this
     u32 refill                      # until this many are free
     u32 flood_threshold             # 0: never
+    bint flood_reset                # a fault that is no store to a guest table starts the count anew
     u32 n_free
     u32 n_active
     u32 free_head                   # free list, or SC_NONE
@@ -101,12 +102,12 @@ cdef enum:
     QUIRK_ROLE_WITHOUT_MODE = 1 << 4
     QUIRK_PDE_WRITE = 1 << 5
     QUIRK_NO_REFILL_AT_CR3 = 1 << 6
-    QUIRK_FLOOD_NEVER_RESET = 1 << 7
-    QUIRK_RMAP_LEAK = 1 << 8
-    QUIRK_PAGING_OFF_UNPROTECTED = 1 << 9
-    QUIRK_ABSENT_PDPTES = 1 << 10
-    QUIRK_ROOT_EMPTIED = 1 << 11
-    QUIRK_NX_LEAF_ONLY = 1 << 12
+    QUIRK_RMAP_LEAK = 1 << 7
+    QUIRK_PAGING_OFF_UNPROTECTED = 1 << 8
+    QUIRK_ABSENT_PDPTES = 1 << 9
+    QUIRK_ROOT_EMPTIED = 1 << 10
+    QUIRK_NX_LEAF_ONLY = 1 << 11
+    QUIRK_PROCESSOR_CODE = 1 << 12
 
 cdef enum:
     FEAT_NX = 1 << 0
