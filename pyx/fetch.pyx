@@ -19,7 +19,7 @@ from shadowcore.roots cimport linear_gfn, make_role, root_load, wp0_leaves
 from shadowcore.spte cimport leaf_spte, spte_drop, spte_is_writable, spte_link, spte_put, spte_wipe
 from shadowcore.state cimport (
     QUIRK_DIRTY_LOST, QUIRK_NX_LEAF_ONLY, QUIRK_PAGING_OFF_UNPROTECTED, QUIRK_RMAP_LEAK,
-    QUIRK_ROLE_WITHOUT_ACCESS, QUIRK_ROLE_WITHOUT_MODE, ROLE_GLOBAL, ROLE_PKEY, sc_mmu, sc_vcpu,
+    QUIRK_ROLE_WITHOUT_ACCESS, QUIRK_ROLE_WITHOUT_MODE, ROLE_DIRTY, ROLE_GLOBAL, ROLE_PKEY, sc_mmu, sc_vcpu,
 )
 from shadowcore.types cimport (
     ACC_ALL, ACC_U, ACC_W, ACC_X, MODE_32, MODE_64, MODE_OFF, MODE_PAE, PF_U, PF_W, RC_EXHAUSTED, RC_OK, SC_NONE,
@@ -58,6 +58,9 @@ cdef inline u32 _child(sc_mmu *mmu, const sc_vcpu *v, u64 va, int level, const s
             role |= w.pkey << ROLE_PKEY
             if w.entry[w.level] & PTE_G:
                 role |= 1 << ROLE_GLOBAL
+            # A leaf that is W against the guest's rights (wp0) must not be found by an entry that is not dirty.
+            if not w.access & ACC_W and w.entry[w.level] & PTE_D and wp0_leaves(&v.guest):
+                role |= 1 << ROLE_DIRTY
         if linked != SC_NONE and mmu.pages[linked].gfn == gfn and mmu.pages[linked].role == role:
             return linked
     else:

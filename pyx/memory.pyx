@@ -155,16 +155,16 @@ cdef class Memory:
 cdef tuple _checked_slots(object slots):
     cdef list checked = []
     if not 1 <= len(slots) <= SC_MAX_SLOTS:
-        raise ConfigError(f"slots: 1 to {SC_MAX_SLOTS} are allowed, not {len(slots)}")
+        raise ConfigError(f"memory slots: 1 to {SC_MAX_SLOTS} are allowed, not {len(slots)}")
     end = 0
     for slot in slots:
         if not isinstance(slot, MemorySlot):
-            raise ConfigError(f"slots: a MemorySlot is needed, not {slot!r}")
+            raise ConfigError(f"memory slots: a MemorySlot is needed, not {slot!r}")
         if slot.gpa < end:
-            raise ConfigError(f"slots: the slot at {slot.gpa:#x} overlaps or precedes the one before it")
+            raise ConfigError(f"memory slots: the slot at {slot.gpa:#x} overlaps or precedes the one before it")
         end = slot.gpa + slot.size
         if end > 1 << 52:
-            raise ConfigError(f"slots: the slot at {slot.gpa:#x} ends beyond 52 address bits")
+            raise ConfigError(f"memory slots: the slot at {slot.gpa:#x} ends beyond 52 address bits")
         checked.append(slot)
     return tuple(checked)
 

@@ -2,7 +2,7 @@
 from libc.string cimport memcpy, memset
 
 from shadowcore.bits cimport (
-    CR0_CD, CR0_NW, CR0_PE, CR0_WP, CR4_FSGSBASE, CR4_LA57, CR4_OSXSAVE, CR4_PAE, CR4_PCIDE, CR4_PKE, CR4_PSE,
+    CR0_CD, CR0_NW, CR0_PE, CR0_WP, CR4_FSGSBASE, CR4_LA57, CR4_OSXSAVE, CR4_PAE, CR4_PCIDE, CR4_PGE, CR4_PKE, CR4_PSE,
     CR4_SMAP, CR4_SMEP, CR4_UMIP, EFER_LMA, EFER_LME, EFER_NXE, EFER_SCE, cr0_pg, pte_addr,
 )
 from shadowcore.events cimport EXIT_CR0, EXIT_CR3, EXIT_CR4, EXIT_EFER
@@ -95,7 +95,8 @@ cdef int load_cr0(sc_mmu *mmu, sc_vcpu *v, u64 value) noexcept nogil:
         return RC_GP
     if not pg and v.cr4 & CR4_PCIDE:
         return RC_GP
-    if _mode(value, v.cr4, v.efer) == MODE_PAE:
+    # SDM 4.4.1: the PAE root entries are read again when CD, NW or PG changes.
+    if _mode(value, v.cr4, v.efer) == MODE_PAE and (value ^ v.cr0) & (CR0_CD | CR0_NW | cr0_pg()):
         if not _read_pdptes(mmu, v, v.cr3, pdpte):
             return RC_GP
         memcpy(v.guest.pdpte, pdpte, sizeof(pdpte))
@@ -118,7 +119,7 @@ cdef int load_cr3(sc_mmu *mmu, sc_vcpu *v, u64 value) noexcept nogil:
         if v.cr4 & CR4_PCIDE:
             value &= ~(<u64>1 << 63)        # "do not flush", not stored
         else:
-            reserved |= 0xFE7
+            reserved |= 0xFE0
     if value & reserved:
         return RC_GP
     if v.guest.mode == MODE_PAE:
@@ -142,7 +143,9 @@ cdef int load_cr4(sc_mmu *mmu, sc_vcpu *v, u64 value) noexcept nogil:
         return RC_GP
     if value & CR4_PCIDE and not v.cr4 & CR4_PCIDE and (not v.efer & EFER_LMA or v.cr3 & 0xFFF):
         return RC_GP
-    if _mode(v.cr0, value, v.efer) == MODE_PAE:
+    # SDM 4.4.1: the PAE root entries are read again when PAE, PGE, PSE or SMEP changes.
+    if (_mode(v.cr0, value, v.efer) == MODE_PAE
+            and (value ^ v.cr4) & (CR4_PAE | CR4_PGE | CR4_PSE | CR4_SMEP)):
         if not _read_pdptes(mmu, v, v.cr3, pdpte):
             return RC_GP
         memcpy(v.guest.pdpte, pdpte, sizeof(pdpte))

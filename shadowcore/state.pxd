@@ -23,6 +23,7 @@ cdef enum:
     ROLE_WP0 = 16                   # bit 16: supervisor stores ignore W by leaves that are W and not U
     ROLE_GLOBAL = 17                # bit 17: direct: G of every leaf
     ROLE_PKEY = 18                  # bits 18-21: direct: protection key of every leaf
+    ROLE_DIRTY = 22                 # bit 22: direct, wp0, leaves not writable for the guest: its entry is dirty
 
 cdef struct sc_page:                # header of one shadow page, beside its frame in the pool
     u64 gfn                         # guest frame of the table it shadows; direct: first frame it maps

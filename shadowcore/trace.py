@@ -1,0 +1,281 @@
+"""Replays: a recorded guest run again on a virtual machine of some design, and what that costs.
+
+A table store goes through the guest's own mappings, so that write protection is met as in life, and every
+access is checked against the recorded gpa: a replay checks itself.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .config import Features, Native, Shadow, check_int, design
+from .errors import GeneralProtection, TraceError
+from .machine import VM
+from .recording import (
+    ACCESS,
+    BUNDLED,
+    INVLPG,
+    LOAD_CR,
+    LOAD_CR3,
+    SNAPSHOT,
+    STORE,
+    TABLE,
+    TABLE_END,
+    USER,
+    WRITE,
+    Recording,
+    load,
+)
+from .replay import replay as replay_records
+
+__all__ = [
+    "ACCESS",
+    "BUNDLED",
+    "INVLPG",
+    "LOAD_CR",
+    "LOAD_CR3",
+    "SNAPSHOT",
+    "STORE",
+    "TABLE",
+    "TABLE_END",
+    "USER",
+    "WRITE",
+    "Phase",
+    "Recording",
+    "ReplayResult",
+    "load",
+    "replay",
+]
+
+SLICE = 1 << 16
+"""Records per call of the engine: progress and Ctrl-C are served in between, many times a second."""
+EFER_LMA = 1 << 10
+
+_MISMATCHES = 10
+"""Mismatching records that a result names."""
+_COUNTS = ("accesses", "table_stores", "snapshot_words", "physical_stores", "faults", "gpa_mismatches")
+"""What the engine counts in a slice, and a result over all of them."""
+
+
+class Phase(NamedTuple):
+    """A stretch of a replay: records, guest instructions, and what the counters of vm.stats grew by."""
+
+    records: int
+    instructions: int
+    counters: dict[str, int]
+
+    @property
+    def exits(self) -> dict[str, int]:
+        """VM exits by reason."""
+        by_name = {k.removeprefix("exits_"): n for k, n in self.counters.items() if k.startswith("exits_")}
+        del by_name["total"]
+        return by_name
+
+    @property
+    def exits_total(self) -> int:
+        return self.counters["exits_total"]
+
+    @property
+    def exits_per_million(self) -> float:
+        """VM exits per million guest instructions."""
+        return 1e6 * self.exits_total / self.instructions if self.instructions else 0.0
+
+
+@dataclasses.dataclass(frozen=True)
+class ReplayResult:
+    """What a design did with a recording.
+
+    design, recording: their names.
+    whole: from the first record replayed to the last. boot, workload: its parts before, and from, the first
+        user-mode access (None where there is none).
+    accesses, table_stores, snapshot_words: operations done.
+    physical_stores: table stores that no direct map reached, made at the gpa.
+    faults: guest faults met.
+    gpa_mismatches: accesses whose gpa is not the recorded one. mismatch_records: the first of them.
+    pages_mean, pages_max: shadow pages in use, sampled at every record.
+    audits: audits made. violations: (record, violation) of the first that found any; the replay ends there.
+    seconds: time that the engine took, audits left out.
+    """
+
+    design: str
+    recording: str
+    whole: Phase
+    boot: Phase | None
+    workload: Phase | None
+    accesses: int
+    table_stores: int
+    snapshot_words: int
+    physical_stores: int
+    faults: int
+    gpa_mismatches: int
+    mismatch_records: tuple[int, ...]
+    pages_mean: float
+    pages_max: int
+    audits: int
+    violations: tuple[tuple[int, Any], ...]
+    seconds: float
+
+    def as_dict(self) -> dict[str, Any]:
+        """All of it in plain types, as `shadowcore compare --json` prints it for a design."""
+        plain = _phase_dict(self.whole)
+        for name in (*_COUNTS, "pages_mean", "pages_max", "audits", "seconds"):
+            plain[name] = getattr(self, name)
+        plain["mismatch_records"] = list(self.mismatch_records)
+        plain["violations"] = [{"record": record, "violation": str(what)} for record, what in self.violations]
+        for name in ("boot", "workload"):
+            phase = getattr(self, name)
+            plain[name] = None if phase is None else _phase_dict(phase)
+        return plain
+
+
+def _phase_dict(phase: Phase) -> dict[str, Any]:
+    counters = phase.counters
+    return {
+        "records": phase.records,
+        "instructions": phase.instructions,
+        "exits_total": phase.exits_total,
+        "exits": phase.exits,
+        "exits_per_million": phase.exits_per_million,
+        "emulated": counters["pf_emulate"],
+        "zapped": counters["mmu_shadow_zapped"],
+        "flooded": counters["mmu_flooded"],
+        "recycled": counters["mmu_recycled"],
+        "walk_references": counters["walk_references"],
+        "guest_walk_references": counters["guest_walk_references"],
+    }
+
+
+def replay(
+    recording: Recording,
+    mmu: str | Native | Shadow = "cached",
+    *,
+    audit_every: int = 0,
+    start: int = 0,
+    stop: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
+    pool: int | None = None,
+) -> ReplayResult:
+    """Run the guest of a recording on a design, and count.
+
+    mmu: a design, or its name. pool: shadow pages in its pool (None: as the design says).
+    audit_every: check every invariant after so many records, and at the end (0: never).
+    start, stop: first record to replay and the one to stop before (None: the last). With a start, the guest's
+        tables and registers are as they stand there, and the shadow MMU is new.
+    progress: called now and then with the number of records done, and of all to do.
+    """
+    made = design(mmu)
+    if pool is not None and isinstance(made, Shadow):
+        made = dataclasses.replace(made, pool_pages=pool)
+    every = check_int("audit_every", audit_every, 0, 1 << 63)
+    start = check_int("start", start, 0, recording.operations - 1)
+    stop = recording.operations if stop is None else check_int("stop", stop, start + 1, recording.operations)
+    split = recording.first_user
+    split = stop if split is None else min(max(split, start), stop)
+
+    # The tables that the first CR3 load needs are put in place, like all that lies before the start.
+    position = min(max(start, recording.first_cr3), stop)
+    vm = _machine(recording, made, position)
+    vm.stats.reset()
+    arrays = recording.arrays | {"flags": _plain_flags(recording)}
+    counts = dict.fromkeys(_COUNTS, 0)
+    counts["snapshot_words"] = int(recording.snapshot[start:position].sum())
+    mismatches: list[int] = []
+    replayed = pages_sum = pages_max = audits = 0
+    violations: tuple[tuple[int, Any], ...] = ()
+    counters_at_split = vm.stats.as_dict()
+    seconds = 0.0
+    while position < stop and not violations:
+        end = min(stop, position + SLICE)
+        if position < split:
+            end = min(end, split)
+        if every:
+            end = min(end, (position // every + 1) * every)
+        clock = time.perf_counter()
+        done = replay_records(vm, arrays, position, end, recording.direct_map)
+        seconds += time.perf_counter() - clock
+        for name in _COUNTS:
+            counts[name] += done[name]
+        replayed += done["records"]
+        pages_sum += done["pages_sum"]
+        mismatches += done["mismatch_records"][: _MISMATCHES - len(mismatches)]
+        pages_max = max(pages_max, done["pages_max"])
+        position = end
+        if position <= split:
+            counters_at_split = vm.stats.as_dict()
+        if every and (position % every == 0 or position == stop):
+            audits += 1
+            violations = tuple((position, violation) for violation in vm.audit().violations)
+        if progress is not None:
+            progress(position - start, stop - start)
+
+    def phase(first: int, last: int, before: dict[str, int], after: dict[str, int]) -> Phase:
+        grown = {name: after[name] - before.get(name, 0) for name in after}
+        return Phase(last - first, int(recording.insns[first:last].sum(dtype=np.uint64)), grown)
+
+    final = vm.stats.as_dict()
+    return ReplayResult(
+        design=made.name,
+        recording=recording.name,
+        whole=phase(start, position, {}, final),
+        boot=phase(start, min(split, position), {}, counters_at_split) if split > start else None,
+        workload=phase(split, position, counters_at_split, final) if position > split else None,
+        mismatch_records=tuple(mismatches),
+        pages_mean=pages_sum / replayed if replayed else 0.0,
+        pages_max=pages_max,
+        audits=audits,
+        violations=violations,
+        seconds=seconds,
+        **counts,
+    )
+
+
+def _plain_flags(recording: Recording) -> NDArray[np.uint16]:
+    """The flags with USER where a user acts, and SNAPSHOT where no store is made, and nowhere else."""
+    flags = recording.flags.copy()
+    flags[(recording.kind == ACCESS) & ~recording.user] &= ~np.uint16(USER)
+    flags[(recording.kind == STORE) & ~recording.snapshot] &= ~np.uint16(SNAPSHOT)
+    return flags
+
+
+def _machine(recording: Recording, made: Native | Shadow, record: int) -> VM:
+    """A VM as the guest was just before `record` (a first CR3 load at `record` itself is taken early)."""
+    vm = VM(memory=recording.memory_size, mmu=made, features=Features(maxphyaddr=52))
+    words, values = _tables_at(recording, record)
+    vm.memory.words[words] = values
+    loads = np.flatnonzero(recording.kind[:record] == LOAD_CR)
+    cr0, cr4 = recording.cr0, recording.cr4
+    if len(loads):
+        cr0, cr4 = int(recording.addr[loads[-1]]), int(recording.value[loads[-1]])
+    loads = np.flatnonzero(recording.kind[: record + 1] == LOAD_CR3)
+    cpu = vm.vcpus[0]
+    cpu.ac = True  # What the guest's kernel did to user pages under SMAP, it did with EFLAGS.AC set.
+    try:
+        cpu.efer = recording.efer & ~EFER_LMA
+        cpu.cr4 = cr4
+        cpu.cr3 = int(recording.addr[loads[-1]]) if len(loads) else 0
+        cpu.cr0 = cr0
+    except GeneralProtection:
+        expected = f"registers that a processor can have expected, not cr0 {cr0:#x}, cr4 {cr4:#x}"
+        raise TraceError(recording.name, record, f"{expected}, efer {recording.efer:#x}") from None
+    return vm
+
+
+def _tables_at(recording: Recording, record: int) -> tuple[NDArray[np.uint64], NDArray[np.uint64]]:
+    """The words of the guest's tables just before `record`: numbers (gpa / 8), values; all others are 0."""
+    while record < recording.operations and recording.snapshot[record]:
+        record += 1
+    kind, addr = recording.kind[:record], recording.addr[:record]
+    stores = np.flatnonzero(kind == STORE)[::-1]
+    words, newest = np.unique(addr[stores] >> np.uint64(3), return_index=True)
+    stores = stores[newest]
+    begun = np.zeros(recording.nframes, dtype=np.int64)
+    tables = np.flatnonzero(kind == TABLE)
+    begun[addr[tables] >> np.uint64(12)] = tables
+    live = stores >= begun[words >> np.uint64(9)]
+    return words[live], recording.value[stores[live]]

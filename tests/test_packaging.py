@@ -1,0 +1,204 @@
+"""What is shipped, and when it is rebuilt."""
+
+import importlib
+import importlib.machinery
+import importlib.metadata
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+import zipfile
+from graphlib import TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+import shadowcore
+
+# Where setuptools and Cython are missing, as in a plain test environment, some of these are skipped; .ci/run
+# selects them by this mark once more when it has installed the dev extra.
+pytestmark = pytest.mark.packaging
+
+ROOT = Path(__file__).resolve().parent.parent
+INSTALLED = Path(shadowcore.__file__).parent
+MODULES = sorted(path.stem for path in ROOT.glob("pyx/*.pyx"))
+PACKAGE_FILES = sorted(
+    path.relative_to(ROOT / "shadowcore").as_posix()
+    for pattern in ("*.pxd", "*.pyi", "py.typed", "include/*.h", "data/*.npz")
+    for path in ROOT.glob(f"shadowcore/{pattern}")
+)
+VISIBLE = re.compile(r"^(?:def|class|cdef class|cpdef)\b", re.M)
+
+
+@pytest.fixture(scope="module")
+def build():
+    """The functions of setup.py."""
+    pytest.importorskip("setuptools")
+    pytest.importorskip("Cython")
+    spec = importlib.util.spec_from_file_location("shadowcore_setup", ROOT / "setup.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_version_is_that_of_the_metadata():
+    assert shadowcore.__version__ == importlib.metadata.version("shadowcore")
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_every_source_is_a_compiled_module(name):
+    module = importlib.import_module(f"shadowcore.{name}")
+    assert module.__file__.endswith(tuple(importlib.machinery.EXTENSION_SUFFIXES))
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_every_visible_module_has_a_stub(name):
+    if VISIBLE.search((ROOT / "pyx" / f"{name}.pyx").read_text("utf-8")):
+        assert (ROOT / "shadowcore" / f"{name}.pyi").is_file()
+
+
+@pytest.mark.parametrize("name", PACKAGE_FILES)
+def test_every_package_file_is_installed(name):
+    assert (INSTALLED / name).is_file()
+
+
+def test_cimports_point_downwards(build):
+    """No module cimports, over whatever detour, one that cimports it."""
+    graph = {}
+    for path in [*ROOT.glob("pyx/*.pyx"), *ROOT.glob("shadowcore/*.pxd")]:
+        graph.setdefault(path.stem, set()).update(build.cimports(path.read_text("utf-8")) - {path.stem})
+    TopologicalSorter(graph).prepare()  # raises CycleError, which names the modules of the cycle
+
+
+def test_cimports_are_found_in_every_form(build):
+    text = """
+from libc.string cimport memset
+from shadowcore.a cimport (
+    x, y,
+)
+from shadowcore cimport b, \\
+    c as d  # e
+cimport shadowcore.f as g
+from .h cimport z
+from . cimport i
+    from shadowcore.j cimport w
+import shadowcore.k
+"""
+    assert build.cimports(text) & set("abcefghijk") == set("abcfhij")
+
+
+@pytest.fixture
+def tree(tmp_path):
+    """Three modules: `near` uses the header `low`, `far` uses it by way of `near`, `alone` does not."""
+    header = "from shadowcore cimport low\ncdef inline int twice(int x):\n    return low.FACTOR * x\n"
+    for folder in ("pyx", "shadowcore"):
+        (tmp_path / folder).mkdir()
+    for name, text in {
+        "pyx/near.pyx": "",
+        "pyx/far.pyx": "from shadowcore.near cimport twice\ndef four():\n    return twice(2)\n",
+        "pyx/alone.pyx": "def one():\n    return 1\n",
+        "shadowcore/near.pxd": header,
+        "shadowcore/low.pxd": "cdef enum:\n    FACTOR = 2\n",
+        "shadowcore/__init__.py": "",
+    }.items():
+        (tmp_path / name).write_text(text, "utf-8")
+    return tmp_path
+
+
+def changed(before, after):
+    return {name for name in after if before.get(name) != after[name]}
+
+
+def test_fingerprint_follows_headers_and_settings(build, tree):
+    before = build.fingerprints(tree, ["settings"])
+    assert build.fingerprints(tree, ["settings"]) == before
+    assert changed(before, build.fingerprints(tree, ["other settings"])) == {"near", "far", "alone"}
+    with (tree / "shadowcore" / "low.pxd").open("a") as header:
+        header.write("    MORE = 3\n")
+    assert changed(before, build.fingerprints(tree, ["settings"])) == {"near", "far"}
+
+
+def test_a_module_whose_c_file_is_gone_is_not_remembered(build, tree):
+    c_files = tree / "build" / "cython" / "pyx"
+    c_files.mkdir(parents=True)
+    (c_files / "near.c").touch()
+    build.remember(tree / "build", {"near": "1", "far": "2"})
+    assert build.remembered(tree / "build") == {"near": "1"}
+
+
+@pytest.mark.parametrize(
+    ("variables", "flags"),
+    [
+        ({}, {"-O3", "-g0"}),
+        ({"SHADOWCORE_DEBUG": "0"}, {"-O3", "-g0"}),
+        ({"SHADOWCORE_DEBUG": "1"}, {"-O1", "-g", "-UNDEBUG"}),
+        ({"SHADOWCORE_NATIVE": "1"}, {"-O3", "-g0", "-march=native"}),
+        ({"SHADOWCORE_SANITIZE": "address,undefined"}, {"-O3", "-g", "-fsanitize=address,undefined"}),
+    ],
+)
+def test_flavours(build, variables, flags):
+    directives, arguments = build.flavour(variables)
+    assert flags <= set(arguments["extra_compile_args"])
+    debug = variables.get("SHADOWCORE_DEBUG") == "1"
+    assert directives["boundscheck"] is debug
+    assert (("SC_DEBUG", "1") in arguments["define_macros"]) is debug
+    assert ("-march=native" in arguments["extra_compile_args"]) is ("SHADOWCORE_NATIVE" in variables)
+    assert bool(arguments["extra_link_args"]) is ("SHADOWCORE_SANITIZE" in variables)
+
+
+@pytest.mark.parametrize(("maxsize", "byteorder"), [(2**31 - 1, "little"), (2**63 - 1, "big")])
+def test_hosts_that_cannot_work_are_refused(build, maxsize, byteorder):
+    with pytest.raises(SystemExit, match="64-bit little-endian"):
+        build.check_host(maxsize, byteorder)
+
+
+@pytest.mark.slow
+def test_rebuilds_what_it_must_and_no_more(build, tree):
+    """The same with a real compiler: what is relinked after each change, first to last."""
+    shutil.copy(ROOT / "setup.py", tree)
+
+    def linked():
+        return {path.name.partition(".")[0]: path.stat().st_mtime_ns for path in tree.glob("shadowcore/*.so")}
+
+    def rebuilt(**variables):
+        before = linked()
+        command = [sys.executable, "setup.py", "build_ext", "--inplace"]
+        subprocess.run(command, cwd=tree, env=os.environ | variables, check=True)
+        return changed(before, linked())
+
+    everything = {"near", "far", "alone"}
+    header = tree / "shadowcore" / "low.pxd"
+    assert rebuilt() == everything
+    assert rebuilt() == set()
+    header.write_text(header.read_text("utf-8").replace("2", "3"), "utf-8")
+    os.utime(header, (0, 0))  # a date that goes backwards, as after a checkout
+    assert rebuilt() == {"near", "far"}
+    assert rebuilt(SHADOWCORE_DEBUG="1") == everything
+    assert rebuilt(SHADOWCORE_DEBUG="1") == set()
+    assert rebuilt() == everything
+
+
+@pytest.mark.slow
+def test_archives_are_complete():
+    """The sdist and the wheel in the directory that SHADOWCORE_DIST names."""
+    if "SHADOWCORE_DIST" not in os.environ:
+        pytest.skip("SHADOWCORE_DIST names no directory of built archives")
+    (sdist,) = Path(os.environ["SHADOWCORE_DIST"]).glob("*.tar.gz")
+    (wheel,) = Path(os.environ["SHADOWCORE_DIST"]).glob("*.whl")
+
+    with tarfile.open(sdist) as archive:
+        in_sdist = {name.partition("/")[2] for name in archive.getnames()}
+    wanted = {f"pyx/{name}.pyx" for name in MODULES} | {f"shadowcore/{name}" for name in PACKAGE_FILES}
+    wanted |= {"setup.py", "pyproject.toml", "LICENSE", "README.md", "CONTRIBUTING.md", "tests/oracle.py"}
+    assert wanted - in_sdist == set()
+    assert not [name for name in in_sdist if name.endswith((".so", ".pyc"))]
+
+    with zipfile.ZipFile(wheel) as archive:
+        in_wheel = set(archive.namelist())
+    assert {f"shadowcore/{name}" for name in PACKAGE_FILES} - in_wheel == set()
+    compiled = {name.split(".")[0] for name in in_wheel if name.endswith((".so", ".pyd"))}
+    assert compiled == {f"shadowcore/{name}" for name in MODULES}
+    assert not [name for name in in_wheel if name.endswith((".pyx", ".c"))]
