@@ -20,7 +20,7 @@ from shadowcore.state cimport (
     ROLE_WP0, role_field, role_level, sc_frame, sc_link, sc_mmu, sc_page, sc_vcpu,
 )
 from shadowcore.types cimport (
-    MODE_32, MODE_64, MODE_OFF, PF_P, PF_RSVD, RC_EMULATE, RC_EXHAUSTED, RC_LIVELOCK, RC_MMIO, RC_OK, RC_PF,
+    ACC_U, MODE_32, MODE_64, MODE_OFF, PF_P, PF_RSVD, PF_W, RC_EMULATE, RC_EXHAUSTED, RC_LIVELOCK, RC_MMIO, RC_OK, RC_PF,
     RC_RETRY, SC_NONE, u8, u32, u64,
 )
 from shadowcore.walker cimport access_code, guest_walk, rights_fault, sc_walk, shadow_walk
@@ -95,6 +95,7 @@ cdef int mmu_page_fault(sc_mmu *mmu, sc_vcpu *v, u64 va, u32 access, u32 code, s
     cdef sc_leaf leaf
     cdef bint refused = False
     cdef bint device
+    cdef u32 looks
     cdef u64 spte
     mmu.stats.pf_taken += 1
     if mmu.keep and mmu.n_free < mmu.min_free:
@@ -105,16 +106,22 @@ cdef int mmu_page_fault(sc_mmu *mmu, sc_vcpu *v, u64 va, u32 access, u32 code, s
     if w.updated:
         walk_updated(mmu, v, w)
     if refused:
-        # A rights violation, met at the end of a complete walk, is noticed by the series only when a leaf is there,
-        # and judged by that leaf.
-        if (w.error_code & (PF_P | PF_RSVD) != PF_P
-                or not mmu.quirks & (QUIRK_ROLE_WITHOUT_ACCESS if code & PF_P else QUIRK_TWO_EXITS)):
+        # A rights violation, met at the end of a complete walk, is noticed by the series only when a leaf is there
+        # and nothing about it can be mended: for a load from a user page, that the leaf is not (CR0.WP = 0). With
+        # ROLE_WITHOUT_ACCESS it is judged by that leaf.
+        looks = QUIRK_TWO_EXITS
+        if code & PF_P:
+            looks = QUIRK_ROLE_WITHOUT_ACCESS | (0 if access & PF_W or not w.access & ACC_U else QUIRK_TWO_EXITS)
+        if w.error_code & (PF_P | PF_RSVD) != PF_P or not mmu.quirks & looks:
             return _inject(mmu, v, va, code if mmu.quirks & QUIRK_PROCESSOR_CODE else w.error_code, w)
     device = mem_frame(mmu.mem, w.gpa >> 12) == sc_no_frame()
     if _fetch_with_room(mmu, v, va, access, refused, w, &leaf) != RC_OK:
         mmu.stats.pf_taken -= 1
         return RC_EXHAUSTED
-    if (leaf.refused and (device or code & PF_P or not mmu.quirks & QUIRK_TWO_EXITS)) or (refused and device):
+    if not mmu.quirks & QUIRK_ROLE_WITHOUT_ACCESS:
+        leaf.refused = refused
+    if ((leaf.refused and ((code & PF_P and not leaf.changed) or not mmu.quirks & QUIRK_TWO_EXITS))
+            or (device and (refused or leaf.refused))):
         return _inject(mmu, v, va, access_code(&v.guest, access) | PF_P, w)
     if device:
         mmu.stats.pf_mmio += 1

@@ -113,7 +113,7 @@ class Recording:
         self._check_records()
 
     def _check_records(self) -> None:
-        """TraceError for the first record that breaks a rule of the format (the rules are taken one by one)."""
+        """TraceError for the first record that breaks a rule of the format (rules are taken one by one)."""
         kind, flags, addr, snapshot = self.kind, self.flags, self.addr, self.snapshot
         size = np.uint64(self.memory_size)
         store, frame = kind == STORE, (kind == TABLE) | (kind == TABLE_END)

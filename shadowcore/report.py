@@ -61,7 +61,7 @@ def comparison(recording: Recording, results: Sequence[ReplayResult]) -> Table:
     table.add_section()
     counter("emulated stores", "pf_emulate")
     counter("shadow pages zapped", "mmu_shadow_zapped")
-    counter("  by write floods", "mmu_flooded")
+    counter("  by floods of stores, or misaligned ones", "mmu_flooded")
     counter("  recycled for room in the pool", "mmu_recycled")
     row("shadow pages in use, mean", [result.pages_mean for result in results], digits=1)
     row("shadow pages in use, most", [result.pages_max for result in results])

@@ -67,7 +67,7 @@ def test_compare_prints_a_table(recording):
         "per million guest instructions",
         "emulated stores",
         "shadow pages zapped",
-        "by write floods",
+        "by floods of stores, or misaligned ones",
         "recycled for room in the pool",
         "shadow pages in use, mean",
         "shadow pages in use, most",
