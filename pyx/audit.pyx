@@ -1,7 +1,7 @@
 """Audits: each invariant has its own checker, and the checker's docstring is the invariant.
 
 They read the structures of the MMU and the guest's tables; they change nothing. Design `native` has no shadow
-structure, and only I9 applies to it. Design `flush` may lag behind the guest's tables until INVLPG or a register
+structure, and only I8 and I9 apply to it. Design `flush` may lag behind the guest's tables until INVLPG or a register
 load, as a TLB does, so I1 and I2 do not apply.
 """
 from dataclasses import dataclass
@@ -14,7 +14,8 @@ from shadowcore.bits cimport (
 )
 from shadowcore.events cimport EXIT_MMIO
 from shadowcore.memory cimport (
-    SC_POOL_HFN, mem_frame, mem_gfn, mem_guest_frame, mem_leaf_frame, mem_pool_hpa, mem_pool_page, sc_no_frame,
+    SC_POOL_HFN, mem_frame, mem_gfn, mem_guest_frame, mem_leaf_frame, mem_pool_hpa, mem_pool_page,
+    mem_slot, sc_no_frame,
 )
 from shadowcore.mmu cimport Mmu
 from shadowcore.pool cimport hash_bucket
@@ -24,6 +25,7 @@ from shadowcore.state cimport (
     QUIRK_NX_LEAF_ONLY, QUIRK_ROLE_WITHOUT_ACCESS, QUIRK_ROLE_WITHOUT_MODE, ROLE_ACCESS, ROLE_GLEVELS, ROLE_QUADRANT,
     ROLE_WP0, role_direct, role_field, role_level, role_pte_size, sc_mmu, sc_page, sc_vcpu,
 )
+from shadowcore.tlb cimport TLB_SIZES, sc_tlb, sc_tlb_entry, tlb_overdue, tlb_valid
 from shadowcore.types cimport ACC_ALL, ACC_U, ACC_W, ACC_X, MODE_32, MODE_64, MODE_OFF, SC_NONE, u8, u32, u64
 
 SENTENCES = (
@@ -48,6 +50,9 @@ SENTENCES = (
     "the root that the processor walks from is not the root that the vcpu holds",
     "page-fault exits are not the sum of their reasons",
     "present sptes are not those installed less those removed",
+    "a TLB entry outlives a flush that covers it",
+    "a TLB entry lets stores reach a shadowed guest table unseen",
+    "a TLB entry lets stores reach a frame whose dirty log does not show it",
 )
 
 cdef enum:
@@ -72,6 +77,9 @@ cdef enum:
     S_HW_ROOT
     S_EXITS
     S_SPTES
+    S_TLB_STALE
+    S_TLB_TABLE
+    S_TLB_LOG
 
 
 cdef inline void _report(sc_audit *a, int invariant, int what, u32 page, u32 index, u64 gfn) noexcept nogil:
@@ -381,10 +389,48 @@ cdef void check_counters(sc_mmu *mmu, sc_audit *a) noexcept nogil:
         _report(a, 9, S_SPTES, SC_NONE, 0, 0)
 
 
+cdef inline bint _unlogged(const sc_mmu *mmu, u64 gfn) noexcept nogil:
+    """The frame is in a slot with a dirty log, which does not show it as written."""
+    cdef int slot = mem_slot(mmu.mem, gfn)
+    cdef u64 n = gfn - mmu.mem.slots[slot].base_gfn
+    return mmu.mem.slots[slot].dirty != NULL and not (mmu.mem.slots[slot].dirty[n >> 6] >> (n & 63)) & 1
+
+
+cdef void check_tlb(sc_mmu *mmu, sc_audit *a) noexcept nogil:
+    """I8: no TLB entry grants more than the guest's tables did at some moment since the last flush that covers it: it
+    was filled after that flush. And none lets a store pass that the shadow MMU has to see."""
+    cdef u32 i, n
+    cdef int size
+    cdef const sc_tlb *t
+    cdef const sc_tlb_entry *e
+    cdef u64 frame
+    for i in range(mmu.n_vcpus):
+        t = mmu.vcpus[i].tlb
+        if t == NULL:
+            continue
+        for size in range(TLB_SIZES):
+            for n in range(t.sets[size] * t.ways[size]):
+                e = &t.entry[size][n]
+                if not tlb_valid(t, e, mmu.flush_epoch):
+                    continue
+                if tlb_overdue(t, e):
+                    _report(a, 8, S_TLB_STALE, SC_NONE, n, e.page >> 12)
+                if not mmu.shadow or not (e.access & ACC_W and e.dirty):
+                    continue
+                frame = mem_frame(mmu.mem, e.gpa >> 12)
+                if frame == sc_no_frame():
+                    continue
+                if mmu.frames[frame].shadowed:
+                    _report(a, 8, S_TLB_TABLE, SC_NONE, n, e.gpa >> 12)
+                if _unlogged(mmu, e.gpa >> 12):
+                    _report(a, 8, S_TLB_LOG, SC_NONE, n, e.gpa >> 12)
+
+
 cdef void audit_all(sc_mmu *mmu, sc_audit *a) noexcept nogil:
     """Run every checker that applies to the design."""
     memset(a, 0, sizeof(sc_audit))
     check_counters(mmu, a)
+    check_tlb(mmu, a)
     if not mmu.shadow:
         return
     check_pool(mmu, a)

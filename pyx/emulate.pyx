@@ -4,11 +4,12 @@ A cleared entry is rebuilt by the fault that next needs it.
 """
 from libc.string cimport memcpy
 
+from shadowcore.bits cimport PTE_P
 from shadowcore.memory cimport mem_frame, mem_guest_frame, mem_mark_dirty, sc_no_frame
 from shadowcore.pool cimport hash_bucket, pool_zap
 from shadowcore.spte cimport spte_drop
 from shadowcore.state cimport (
-    QUIRK_PDE_WRITE, ROLE_QUADRANT, role_direct, role_field, role_level, role_pte_size, sc_mmu,
+    FLUSH_STORE, QUIRK_EXIT_FLUSHES, QUIRK_PDE_WRITE, ROLE_QUADRANT, request_flush, role_direct, role_field, role_level, role_pte_size, sc_mmu,
     sc_page, sc_vcpu,
 )
 from shadowcore.types cimport MODE_32, SC_NONE, u8, u32, u64
@@ -20,6 +21,8 @@ cdef inline void _drop_entry(sc_mmu *mmu, u32 number, u32 index) noexcept nogil:
     if mmu.table[spte]:
         if role_level(mmu.pages[number].role) > 1:
             mmu.stats.mmu_pde_zapped += 1
+        if mmu.table[spte] & PTE_P and not mmu.quirks & QUIRK_EXIT_FLUSHES:
+            request_flush(mmu, FLUSH_STORE)
         spte_drop(mmu, spte)
 
 

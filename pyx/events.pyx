@@ -12,6 +12,7 @@ COUNTERS = (
     "invlpg", "mmu_shadow_zapped", "mmu_pte_write", "mmu_pde_zapped", "mmu_flooded", "mmu_recycled",
     "mmu_cache_miss", "mmu_cache_hit", "mmu_unprotect", "page_frees", "spte_installed", "spte_removed",
     "rmap_protected", "root_loads", "gp_guest", "accesses", "walk_references", "guest_walk_references",
+    "tlb_hits", "tlb_misses",
 )
 
 assert sizeof(sc_stats) == 8 * (len(EXIT_REASONS) + len(COUNTERS))

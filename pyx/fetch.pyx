@@ -18,8 +18,8 @@ from shadowcore.rmap cimport rmap_add, rmap_remove
 from shadowcore.roots cimport linear_gfn, make_role, root_load, wp0_leaves
 from shadowcore.spte cimport leaf_spte, spte_drop, spte_is_writable, spte_link, spte_put, spte_wipe
 from shadowcore.state cimport (
-    QUIRK_DIRTY_LOST, QUIRK_NX_LEAF_ONLY, QUIRK_PAGING_OFF_UNPROTECTED, QUIRK_RMAP_LEAK,
-    QUIRK_ROLE_WITHOUT_ACCESS, QUIRK_ROLE_WITHOUT_MODE, ROLE_DIRTY, ROLE_GLOBAL, ROLE_PKEY, sc_mmu, sc_vcpu,
+    FLUSH_LEAF, FLUSH_LINK, FLUSH_WITHHELD, QUIRK_DIRTY_LOST, QUIRK_NX_LEAF_ONLY, QUIRK_PAGING_OFF_UNPROTECTED, QUIRK_RMAP_LEAK,
+    QUIRK_ROLE_WITHOUT_ACCESS, QUIRK_ROLE_WITHOUT_MODE, ROLE_DIRTY, ROLE_GLOBAL, ROLE_PKEY, request_flush, sc_mmu, sc_vcpu,
 )
 from shadowcore.types cimport (
     ACC_ALL, ACC_U, ACC_W, ACC_X, MODE_32, MODE_64, MODE_OFF, MODE_PAE, PF_U, PF_W, RC_EXHAUSTED, RC_OK, SC_NONE,
@@ -89,7 +89,7 @@ cdef int _link_path(sc_mmu *mmu, sc_vcpu *v, u64 va, const sc_walk *w, sc_leaf *
         if child != linked:
             if linked != SC_NONE:
                 spte_drop(mmu, spte)
-                mmu.stats.tlb_flush += 1
+                request_flush(mmu, FLUSH_LINK)
             spte_link(mmu, spte, child)
             leaf.filled = True
         if level == w.level:
@@ -117,8 +117,10 @@ cdef inline void _replace_leaf(sc_mmu *mmu, u32 spte, u64 value) noexcept nogil:
         if mmu.quirks & QUIRK_RMAP_LEAK and same:
             mmu.frames[mem_leaf_frame(mmu.mem, old)].stale += 1
         else:
-            mmu.stats.tlb_flush += 1
+            request_flush(mmu, FLUSH_LEAF)
         rmap_remove(mmu, spte)
+    elif not same:
+        request_flush(mmu, FLUSH_LEAF)
     mmu.table[spte] = value
     if now and not (was and same):
         rmap_add(mmu, spte)
@@ -219,7 +221,7 @@ cdef int fetch(sc_mmu *mmu, sc_vcpu *v, u64 va, u32 access, bint refused, sc_wal
         granted = _until_dirty(guest, w, mode)
         if granted & ACC_W and shadowed:
             if old == 0 and not clean_before:
-                mmu.stats.tlb_flush += 1        # W was about to be granted (patch 31)
+                request_flush(mmu, FLUSH_WITHHELD)      # W was about to be granted (patch 31)
             if write and access & PF_U:
                 # User mode does not edit page tables: the frame has become something else (patch 27).
                 pool_unprotect(mmu, gfn)

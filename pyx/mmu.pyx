@@ -3,7 +3,7 @@ import numpy as np
 
 from libc.string cimport memset
 
-from shadowcore.bits cimport PTE_G, PTE_P, PTE_W, SPTE_MARK, level_index, pte_addr, pte_pkey, pte_rights
+from shadowcore.bits cimport CR4_PGE, PTE_D, PTE_G, PTE_P, PTE_W, SPTE_MARK, level_index, pte_addr, pte_pkey, pte_rights
 from shadowcore.emulate cimport device_store, walk_updated
 from shadowcore.events cimport (
     EXIT_EMULATE, EXIT_FILL, EXIT_GUEST, EXIT_MMIO, EXIT_WRITE, Stats,
@@ -15,10 +15,11 @@ from shadowcore.rmap cimport list_first, list_length, list_next, rmap_remove
 from shadowcore.roots cimport root_release, root_slots, roots_load, roots_release
 from shadowcore.spte cimport spte_drop, spte_is_writable
 from shadowcore.state cimport (
-    QUIRK_NO_REFILL_AT_CR3, QUIRK_PROCESSOR_CODE, QUIRK_ROLE_WITHOUT_ACCESS, QUIRK_TWO_EXITS,
+    FLUSH_INVLPG, FLUSH_LOG, QUIRK_EXIT_FLUSHES, QUIRK_NO_REFILL_AT_CR3, QUIRK_PROCESSOR_CODE, QUIRK_ROLE_WITHOUT_ACCESS, QUIRK_TWO_EXITS,
     ROLE_ACCESS, ROLE_DIRECT, ROLE_GLEVELS, ROLE_GLOBAL, ROLE_LEVEL, ROLE_NXE, ROLE_PKEY, ROLE_PSE, ROLE_QUADRANT,
-    ROLE_WP0, role_field, role_level, sc_frame, sc_link, sc_mmu, sc_page, sc_vcpu,
+    ROLE_WP0, request_flush, role_field, role_level, sc_frame, sc_link, sc_mmu, sc_page, sc_vcpu, vcpu_pcid,
 )
+from shadowcore.tlb cimport sc_tlb_entry, tlb_fill, tlb_find
 from shadowcore.types cimport (
     ACC_U, MODE_32, MODE_64, MODE_OFF, PF_P, PF_RSVD, PF_W, RC_EMULATE, RC_EXHAUSTED, RC_LIVELOCK, RC_MMIO, RC_OK, RC_PF,
     RC_RETRY, SC_NONE, u8, u32, u64,
@@ -33,6 +34,28 @@ cdef enum:
     MAX_EXITS = 40                  # exits of one access after which it is taken to hang
 
 
+cdef inline bint _tlb_hit(sc_mmu *mmu, sc_vcpu *v, u64 va, u32 access, sc_walk *w) noexcept nogil:
+    """The TLB translates `va` for `access`. Rights are judged at each use, by the registers as they are; where an entry
+    does not do, the tables are walked: real processors do the same before they report a fault."""
+    cdef sc_tlb_entry *e = tlb_find(v.tlb, va, vcpu_pcid(v), mmu.flush_epoch)
+    if (e == NULL or (access & PF_W and not e.dirty)
+            or rights_fault(&v.hw if mmu.shadow else &v.guest, e.access, e.pkey, access)):
+        mmu.stats.tlb_misses += 1
+        return False
+    v.tlb.clock += 1
+    e.used = v.tlb.clock
+    mmu.stats.tlb_hits += 1
+    w.gpa = e.gpa | (va & ((<u64>1 << e.shift) - 1))
+    w.error_code = 0
+    return True
+
+
+cdef inline void _tlb_fill(sc_mmu *mmu, sc_vcpu *v, u64 va, const sc_walk *w, int shift) noexcept nogil:
+    cdef u64 leaf = w.entry[w.level]
+    tlb_fill(v.tlb, va, w.gpa, shift, vcpu_pcid(v), w.access, w.pkey, leaf & PTE_D != 0,
+             leaf & PTE_G != 0 and v.cr4 & CR4_PGE != 0, mmu.flush_epoch)
+
+
 cdef int mmu_resolve(sc_mmu *mmu, sc_vcpu *v, u64 va, u32 access, sc_walk *w) noexcept nogil:
     """Translate `va` for `access` (PF_W, PF_U, PF_I) with all exits and side effects; w.gpa is where it leads.
 
@@ -42,6 +65,8 @@ cdef int mmu_resolve(sc_mmu *mmu, sc_vcpu *v, u64 va, u32 access, sc_walk *w) no
     cdef int rc
     cdef int exits = 0
     mmu.stats.accesses += 1
+    if v.tlb != NULL and _tlb_hit(mmu, v, va, access, w):
+        return RC_OK
     if not mmu.shadow:
         rc = guest_walk(mmu.mem, &v.guest, va, access, w)
         mmu.stats.walk_references += w.references
@@ -50,12 +75,16 @@ cdef int mmu_resolve(sc_mmu *mmu, sc_vcpu *v, u64 va, u32 access, sc_walk *w) no
             mmu.stats.pf_guest += 1
         elif mem_frame(mmu.mem, w.gpa >> 12) == sc_no_frame():
             rc = RC_MMIO
+        elif v.tlb != NULL and v.guest.mode != MODE_OFF:
+            _tlb_fill(mmu, v, va, w, 12 + (10 if v.guest.mode == MODE_32 else 9) * (w.level - 1))
         return rc
     while exits < MAX_EXITS:
         rc = shadow_walk(mmu.mem, &v.hw, va, access, w)
         mmu.stats.walk_references += w.references
         if rc == RC_OK:
             w.gpa = (mem_gfn(mmu.mem, (w.gpa >> 12) - mmu.mem.ram_hfn) << 12) | (w.gpa & 4095)
+            if v.tlb != NULL:
+                _tlb_fill(mmu, v, va, w, 12)
             return RC_OK
         rc = mmu_page_fault(mmu, v, va, access, w.error_code, w)
         if rc != RC_RETRY:
@@ -98,6 +127,8 @@ cdef int mmu_page_fault(sc_mmu *mmu, sc_vcpu *v, u64 va, u32 access, u32 code, s
     cdef u32 looks
     cdef u64 spte
     mmu.stats.pf_taken += 1
+    if mmu.quirks & QUIRK_EXIT_FLUSHES:
+        mmu.flush_epoch += 1
     if mmu.keep and mmu.n_free < mmu.min_free:
         pool_recycle(mmu, mmu.refill)
     if guest_walk(mmu.mem, &v.guest, va, access, w) == RC_PF:
@@ -155,7 +186,7 @@ cdef void mmu_new_cr3(sc_mmu *mmu, sc_vcpu *v) noexcept nogil:
     """CR3 was loaded with paging on: other roots (cached), or the same roots with fewer tables (flush)."""
     if not mmu.shadow:
         return
-    mmu.stats.tlb_flush += 1
+    mmu.stats.tlb_flush += 1        # the flush itself is the CR3 load's: see registers
     if not mmu.keep:
         pool_zap_nonglobal(mmu)
         return
@@ -204,7 +235,7 @@ cdef void mmu_invlpg(sc_mmu *mmu, sc_vcpu *v, u64 va) noexcept nogil:
             _zap_subtree(mmu, mem_pool_page(mmu.table[spte]))
             if v.guest.mode == MODE_32 and mmu.table[spte ^ 1] & SPTE_MARK:
                 _zap_subtree(mmu, mem_pool_page(mmu.table[spte ^ 1]))       # the other half of a 4 MiB page
-            mmu.stats.tlb_flush += 1
+            request_flush(mmu, FLUSH_INVLPG)
             return
         page = mem_pool_page(mmu.table[spte])
         level -= 1
@@ -224,7 +255,8 @@ cdef void mmu_protect_slot(sc_mmu *mmu, int slot) noexcept nogil:
             if gfn - mmu.mem.slots[slot].base_gfn < mmu.mem.slots[slot].npages:
                 rmap_remove(mmu, spte)
                 mmu.table[spte] &= ~<u64>PTE_W
-    mmu.stats.tlb_flush += mmu.n_vcpus
+    for page in range(mmu.n_vcpus):
+        request_flush(mmu, FLUSH_LOG)
 
 
 PAGES_DTYPE = np.dtype([

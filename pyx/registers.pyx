@@ -10,8 +10,9 @@ from shadowcore.memory cimport mem_guest_frame
 from shadowcore.mmu cimport mmu_new_cr3, mmu_reset
 from shadowcore.state cimport (
     FEAT_FSGSBASE, FEAT_GBPAGES, FEAT_LA57, FEAT_NX, FEAT_PCID, FEAT_PKU, FEAT_PSE36, FEAT_SMAP, FEAT_SMEP,
-    FEAT_UMIP, FEAT_XSAVE, QUIRK_ACCESSED_EARLY, sc_mmu, sc_vcpu,
+    FEAT_UMIP, FEAT_XSAVE, FLUSH_CONTEXT, FLUSH_CR3, QUIRK_ACCESSED_EARLY, flush_lost, sc_mmu, sc_vcpu, vcpu_pcid,
 )
+from shadowcore.tlb cimport tlb_flush_all, tlb_flush_pcid
 from shadowcore.types cimport (
     MODE_32, MODE_64, MODE_LA57, MODE_OFF, MODE_PAE, RC_GP, RC_OK, SC_NONE, u8, u32, u64,
 )
@@ -74,6 +75,12 @@ cdef void _apply(sc_vcpu *v) noexcept nogil:
     v.hw.mode = mode if mode >= MODE_64 else MODE_PAE
 
 
+cdef inline void _drop_translations(const sc_mmu *mmu, sc_vcpu *v, bint changed) noexcept nogil:
+    """CR0, CR4 or EFER changes: the TLB forgets everything (SDM 4.10.4.1 asks it for PG, WP, PGE, PCIDE, SMEP, ...)."""
+    if v.tlb != NULL and changed:
+        tlb_flush_all(v.tlb, flush_lost(mmu, FLUSH_CONTEXT))
+
+
 cdef void vcpu_init(sc_mmu *mmu, sc_vcpu *v) noexcept nogil:
     """State at reset, paging off; the roots for it are put in place."""
     cdef int slot
@@ -102,6 +109,7 @@ cdef int load_cr0(sc_mmu *mmu, sc_vcpu *v, u64 value) noexcept nogil:
         memcpy(v.guest.pdpte, pdpte, sizeof(pdpte))
     if mmu.shadow:
         mmu.stats.exits[EXIT_CR0] += 1
+    _drop_translations(mmu, v, value != v.cr0)
     v.cr0 = value
     v.efer &= ~<u64>EFER_LMA
     if pg and v.efer & EFER_LME:
@@ -114,10 +122,12 @@ cdef int load_cr0(sc_mmu *mmu, sc_vcpu *v, u64 value) noexcept nogil:
 cdef int load_cr3(sc_mmu *mmu, sc_vcpu *v, u64 value) noexcept nogil:
     cdef u64 pdpte[4]
     cdef u64 reserved = 7 | ~<u64>0xFFFFFFFFULL
+    cdef bint keep = False
     if v.efer & EFER_LMA:
         reserved = ~((<u64>1 << v.maxphyaddr) - 1)
         if v.cr4 & CR4_PCIDE:
-            value &= ~(<u64>1 << 63)        # "do not flush", not stored
+            keep = value >> 63
+            value &= ~(<u64>1 << 63)        # bit 63 keeps what the TLB holds for the PCID; it is not stored
         else:
             reserved |= 0xFE0
     if value & reserved:
@@ -129,6 +139,8 @@ cdef int load_cr3(sc_mmu *mmu, sc_vcpu *v, u64 value) noexcept nogil:
     if mmu.shadow:
         mmu.stats.exits[EXIT_CR3] += 1
     v.cr3 = value
+    if v.tlb != NULL and not keep:
+        tlb_flush_pcid(v.tlb, vcpu_pcid(v), flush_lost(mmu, FLUSH_CR3))
     if v.guest.mode != MODE_OFF:
         v.guest.root = v.cr3 & (pte_addr() if v.guest.mode >= MODE_64 else 0xFFFFF000U)
         mmu_new_cr3(mmu, v)
@@ -151,6 +163,7 @@ cdef int load_cr4(sc_mmu *mmu, sc_vcpu *v, u64 value) noexcept nogil:
         memcpy(v.guest.pdpte, pdpte, sizeof(pdpte))
     if mmu.shadow:
         mmu.stats.exits[EXIT_CR4] += 1
+    _drop_translations(mmu, v, value != v.cr4)
     v.cr4 = value
     _apply(v)
     mmu_reset(mmu, v)
@@ -163,6 +176,7 @@ cdef int load_efer(sc_mmu *mmu, sc_vcpu *v, u64 value) noexcept nogil:
         return RC_GP
     if mmu.shadow:
         mmu.stats.exits[EXIT_EFER] += 1
+    _drop_translations(mmu, v, (value ^ v.efer) & EFER_NXE)
     v.efer = (value & ~<u64>EFER_LMA) | (v.efer & EFER_LMA)
     _apply(v)
     mmu_reset(mmu, v)

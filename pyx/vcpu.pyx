@@ -12,8 +12,9 @@ from shadowcore.mmu cimport Mmu, mmu_invlpg, mmu_resolve
 from shadowcore.registers cimport load_ac, load_cr0, load_cr3, load_cr4, load_efer, load_pkru, vcpu_init
 from shadowcore.state cimport (
     FEAT_FSGSBASE, FEAT_GBPAGES, FEAT_LA57, FEAT_NX, FEAT_PCID, FEAT_PKU, FEAT_PSE36, FEAT_SMAP, FEAT_SMEP,
-    FEAT_UMIP, FEAT_XSAVE, SC_MAX_VCPUS, sc_mmu, sc_vcpu,
+    FEAT_UMIP, FEAT_XSAVE, FLUSH_INVLPG, SC_MAX_VCPUS, flush_lost, sc_mmu, sc_vcpu,
 )
+from shadowcore.tlb cimport TLB_SIZES, sc_tlb, sc_tlb_entry, tlb_flush_page, tlb_valid
 from shadowcore.types cimport (
     ACC_U, ACC_W, ACC_X, MODE_32, MODE_64, MODE_LA57, MODE_OFF, PF_I, PF_U, PF_W, RC_BAD_OP, RC_EMULATE,
     RC_EXHAUSTED, RC_GP, RC_LIVELOCK, RC_MMIO, RC_OK, RC_PF, u8, u16, u32, u64,
@@ -25,9 +26,15 @@ from shadowcore.config import Op, check_int
 from shadowcore.errors import (
     ConfigError, EngineError, GeneralProtection, Interrupted, MMIOAccess, PageFault, PoolExhausted,
 )
+from shadowcore.memory import allocate
 from shadowcore.results import RunResult
 
 OP_DTYPE = np.dtype([("op", "u1"), ("user", "u1"), ("size", "u1"), ("addr", "<u8"), ("value", "<u8")])
+
+TLB_DTYPE = np.dtype([
+    ("page", "<u8"), ("gpa", "<u8"), ("page_size", "<u4"), ("pcid", "<u2"), ("access", "u1"), ("pkey", "u1"),
+    ("dirty", "u1"), ("global_", "u1"),
+])
 
 cdef enum:
     OP_READ = 0
@@ -164,6 +171,8 @@ cdef int vcpu_op(sc_mmu *mmu, sc_vcpu *v, u32 op, bint user, u32 size, u64 addr,
         rc = load_efer(mmu, v, value)
     elif op == OP_INVLPG:
         mmu.stats.invlpg += 1
+        if v.tlb != NULL:
+            tlb_flush_page(v.tlb, addr, flush_lost(mmu, FLUSH_INVLPG))
         if mmu.shadow and not mmu.keep:
             mmu.stats.exits[EXIT_INVLPG] += 1
             mmu_invlpg(mmu, v, addr)
@@ -255,7 +264,7 @@ cdef class VCpu:
     or MMIOAccess.
     """
 
-    def __cinit__(self, Mmu mmu, features):
+    def __cinit__(self, Mmu mmu, features, tlb=None):
         if mmu.c.n_vcpus == SC_MAX_VCPUS:
             raise ConfigError(f"vcpus: at most {SC_MAX_VCPUS}")
         memset(&self.c, 0, sizeof(self.c))
@@ -267,9 +276,40 @@ cdef class VCpu:
                           ("umip", FEAT_UMIP), ("fsgsbase", FEAT_FSGSBASE), ("xsave", FEAT_XSAVE)):
             if getattr(features, name):
                 self.c.features |= bit
+        if tlb is not None:
+            self._make_tlb(tlb)
         mmu.c.vcpus[mmu.c.n_vcpus] = &self.c
         mmu.c.n_vcpus += 1
         vcpu_init(&mmu.c, &self.c)
+
+    def _make_tlb(self, tlb):
+        cdef u32 entries, ways
+        self._tlb = [allocate(sizeof(sc_tlb))]
+        self.c.tlb = <sc_tlb *><size_t>self._tlb[0].ctypes.data
+        self.c.tlb.epoch = 1        # a zeroed entry is not valid
+        for i, (entries, ways) in enumerate(tlb.geometry):
+            array = allocate(max(1, entries) * sizeof(sc_tlb_entry))
+            self._tlb.append(array)
+            self.c.tlb.entry[i] = <sc_tlb_entry *><size_t>array.ctypes.data
+            self.c.tlb.ways[i] = ways
+            self.c.tlb.sets[i] = entries // ways if ways else 0
+
+    @property
+    def tlb(self):
+        """Valid entries of the modelled TLB as a structured array (TLB_DTYPE); empty without one."""
+        cdef sc_tlb *t = self.c.tlb
+        cdef sc_tlb_entry *e
+        cdef u64 i
+        self.mmu.idle()
+        rows = []
+        if t != NULL:
+            for size in range(TLB_SIZES):
+                for i in range(<u64>t.sets[size] * t.ways[size]):
+                    e = &t.entry[size][i]
+                    if tlb_valid(t, e, self.mmu.c.flush_epoch):
+                        rows.append((e.page & ~<u64>1, e.gpa, 1 << e.shift, e.pcid, e.access, e.pkey, e.dirty,
+                                     e.is_global))
+        return np.array(rows, dtype=TLB_DTYPE)
 
     @property
     def number(self) -> int:

@@ -3,7 +3,7 @@
 from . import pagetables, trace
 from ._version import __version__
 from .audit import AuditReport, Violation
-from .config import Features, MemorySlot, Native, Op, Quirk, Shadow
+from .config import TLB, Features, MemorySlot, Native, Op, Quirk, Shadow
 from .errors import (
     AuditError,
     ConfigError,
@@ -27,6 +27,7 @@ from .vcpu import OP_DTYPE, Translation, VCpu
 
 __all__ = [
     "OP_DTYPE",
+    "TLB",
     "VM",
     "AuditError",
     "AuditReport",

@@ -67,7 +67,10 @@ class Quirk(IntFlag):
     PROCESSOR_CODE = 1 << 12
     """A fault is injected with the error code of the processor's walk of the shadow: P says whether a shadow entry
     was there (7993ba43db1c, 2.6.20)."""
-    KVM_2007 = (1 << 13) - 1
+    EXIT_FLUSHES = 1 << 13
+    """An entry dropped by an emulated store, or with a zapped upper table, asks for no TLB flush: without VPID every
+    exit flushes anyway, and so it does here."""
+    KVM_2007 = (1 << 14) - 1
     """All of them: the series as it was."""
 
 
@@ -112,6 +115,39 @@ class MemorySlot:
         object.__setattr__(self, "size", parse_size(self.size, "slot.size"))
         if self.gpa % PAGE_SIZE:
             raise ConfigError(f"slot.gpa: {self.gpa:#x} is not a multiple of 4096")
+
+
+@dataclass(frozen=True)
+class TLB:
+    """A hardware TLB for each vcpu: set-associative with least-recently-used replacement, split by page size.
+
+    entries, ways: for 4 KiB pages (`small`), 2 and 4 MiB pages (`large`), 1 GiB pages (`huge`); entries is a multiple
+    of ways, the number of sets need not be a power of two; 0 entries: pages of that size are not kept.
+    """
+
+    small_entries: int = 64
+    small_ways: int = 4
+    large_entries: int = 32
+    large_ways: int = 4
+    huge_entries: int = 4
+    huge_ways: int = 4
+
+    def __post_init__(self) -> None:
+        for size in ("small", "large", "huge"):
+            entries = check_int(f"tlb.{size}_entries", getattr(self, f"{size}_entries"), 0, 1 << 20)
+            ways = check_int(f"tlb.{size}_ways", getattr(self, f"{size}_ways"), 1, 1 << 20)
+            if entries % ways:
+                raise ConfigError(f"tlb.{size}_entries: {entries} is not a multiple of {ways} ways")
+
+    @property
+    def geometry(self) -> tuple[tuple[int, int], ...]:
+        """(entries, ways) of the three sizes; (0, 0) for one that is not kept."""
+        pairs = (
+            (self.small_entries, self.small_ways),
+            (self.large_entries, self.large_ways),
+            (self.huge_entries, self.huge_ways),
+        )
+        return tuple(pair if pair[0] else (0, 0) for pair in pairs)
 
 
 @dataclass(frozen=True)

@@ -43,6 +43,8 @@ cdef struct sc_stats:
     u64 accesses                    # loads, stores and fetches
     u64 walk_references             # entries read by the processor's walks
     u64 guest_walk_references       # guest entries read by the shadow MMU's own walks
+    u64 tlb_hits                    # accesses that the modelled TLB translated
+    u64 tlb_misses                  # accesses that it did not
 
 cdef class Stats:
     cdef sc_stats *c                # counters of a VM, or `own`

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .audit import audit
-from .config import Features, MemorySlot, Native, Shadow, check_int, design
+from .config import TLB, Features, MemorySlot, Native, Shadow, check_int, design
 from .errors import AuditError, ConfigError
 from .memory import Memory
 from .mmu import Mmu
@@ -25,6 +25,7 @@ class VM:
 
     memory: bytes (int), a text such as "64MiB", a uint8 array used in place, or a list of MemorySlot.
     mmu: "native", "flush", "cached", "kvm-2007", or a Native or Shadow object.
+    tlb: TLB(...) models a hardware TLB in each vcpu; None: every access walks tables.
     slots: with an array, the MemorySlots that map it one after the other.
     features: of the processors. Raises ConfigError, and MemoryError where the host has no room.
     """
@@ -34,6 +35,7 @@ class VM:
         memory: int | str | np.ndarray[Any, Any] | Sequence[MemorySlot] = "64MiB",
         mmu: str | Native | Shadow = "cached",
         vcpus: int = 1,
+        tlb: TLB | None = None,
         *,
         features: Features | None = None,
         slots: Sequence[MemorySlot] | None = None,
@@ -44,11 +46,13 @@ class VM:
             features = Features()
         if not isinstance(features, Features):
             raise ConfigError(f"features: a Features object is needed, not {features!r}")
+        if tlb is not None and not isinstance(tlb, TLB):
+            raise ConfigError(f"tlb: a TLB object or None is needed, not {tlb!r}")
         self.features = features
         self.memory = Memory(memory, slots)
         self.mmu = Mmu(self.memory, chosen)
         self.memory.on_log = self.mmu.protect_slot
-        self.vcpus = tuple(VCpu(self.mmu, features) for _ in range(count))
+        self.vcpus = tuple(VCpu(self.mmu, features, tlb) for _ in range(count))
 
     @property
     def stats(self) -> Stats:

@@ -3,9 +3,11 @@
 An spte is named by its number: pool page * 512 + index in the page. In lists it is stored as number + 1, so that
 zeroed memory means "none".
 """
+from shadowcore.bits cimport CR4_PCIDE
 from shadowcore.events cimport sc_stats
 from shadowcore.memory cimport sc_mem
 from shadowcore.types cimport u8, u16, u32, u64
+from shadowcore.tlb cimport sc_tlb
 from shadowcore.walker cimport sc_paging
 
 cdef enum:
@@ -65,6 +67,7 @@ cdef struct sc_vcpu:
     u32 flood_count                 # consecutive emulated stores to it
     u32 features                    # FEAT_*
     int maxphyaddr
+    sc_tlb *tlb                     # NULL: no TLB is modelled
 
 cdef struct sc_mmu:
     sc_mem *mem
@@ -86,6 +89,8 @@ cdef struct sc_mmu:
     u32 n_pte4                      # active pages that shadow tables of 4-byte entries
     u32 n_pte8                      # active pages that shadow tables of 8-byte entries
     u32 n_vcpus
+    u64 flush_epoch                 # a new one drops what every TLB holds
+    u32 lost_flushes                # bit per FLUSH_*: flushes that do not happen; for tests alone
     u64 spte_base                   # sptes present when the counters were last set to 0
     u64 *table                      # the pool: 512 sptes a page
     sc_page *pages                  # header of each pool page
@@ -109,6 +114,7 @@ cdef enum:
     QUIRK_ROOT_EMPTIED = 1 << 10
     QUIRK_NX_LEAF_ONLY = 1 << 11
     QUIRK_PROCESSOR_CODE = 1 << 12
+    QUIRK_EXIT_FLUSHES = 1 << 13
 
 cdef enum:
     FEAT_NX = 1 << 0
@@ -123,6 +129,10 @@ cdef enum:
     FEAT_FSGSBASE = 1 << 9
     FEAT_XSAVE = 1 << 10
 
+cdef inline u16 vcpu_pcid(const sc_vcpu *v) noexcept nogil:
+    """The PCID that tags translations: 0 unless CR4.PCIDE is on."""
+    return <u16>(v.cr3 & 0xFFF) if v.cr4 & CR4_PCIDE else 0
+
 cdef inline u32 role_field(u32 role, int at, u32 mask) noexcept nogil:
     return (role >> at) & mask
 
@@ -135,3 +145,28 @@ cdef inline bint role_direct(u32 role) noexcept nogil:
 cdef inline int role_pte_size(u32 role) noexcept nogil:
     """Bytes of an entry of the guest table behind a page that is not direct."""
     return 4 if role_field(role, ROLE_GLEVELS, 15) == 2 else 8
+
+# Why a TLB has to be flushed.
+cdef enum:
+    FLUSH_PROTECT = 0               # a frame became a guest table: its writable sptes lost W
+    FLUSH_ZAP = 1                   # a leaf table was zapped
+    FLUSH_ZAP_UPPER = 2             # a table above the leaves was zapped
+    FLUSH_STORE = 3                 # an emulated store dropped a present entry
+    FLUSH_WITHHELD = 4              # W was withheld from a new leaf
+    FLUSH_LEAF = 5                  # a present leaf lost W or got another frame
+    FLUSH_LINK = 6                  # an upper entry was turned to another page
+    FLUSH_LOG = 7                   # a dirty log was started or cleared
+    FLUSH_CR3 = 8                   # the guest loaded CR3
+    FLUSH_CONTEXT = 9               # the guest loaded CR0, CR4 or EFER
+    FLUSH_INVLPG = 10               # the guest's INVLPG
+
+cdef inline bint flush_lost(const sc_mmu *mmu, int why) noexcept nogil:
+    return mmu.lost_flushes >> why & 1
+
+cdef inline void request_flush(sc_mmu *mmu, int why) noexcept nogil:
+    """The shadow MMU withdrew something that a TLB may hold: no entry of any vcpu outlives this."""
+    mmu.stats.tlb_flush += 1
+    if mmu.n_vcpus > 1:
+        mmu.stats.remote_tlb_flush += 1
+    if not flush_lost(mmu, why):
+        mmu.flush_epoch += 1

@@ -1,10 +1,11 @@
 """All combinations of entry bits, register bits and kinds of access, against the oracle.
 
-The idea is that of kvm-unit-tests' x86/access.c: orthogonal flags form one counter, combinations that mean nothing
-are left out, a failing case is named by its flags.  Each case writes its entries through the guest's own mapping of
-its tables (so a shadow MMU has to see the stores), loads the registers that differ from the previous case's, does
-INVLPG and the access, and reads the entries back: outcome, error code, address and every A and D bit count.
-Nothing else is flushed between cases, so what a case leaves behind meets the next one.
+The idea is that of kvm-unit-tests' x86/access.c: orthogonal flags form one counter, combinations that mean
+nothing are left out, a failing case is named by its flags.  Each case writes its entries through the
+guest's own mapping of its tables (so a shadow MMU has to see the stores), loads the registers that differ
+from the previous case's, does INVLPG and the access, and reads the entries back: outcome, error code,
+address and every A and D bit count. Nothing else is flushed between cases, so what a case leaves behind
+meets the next one.
 
 The default run takes cases at a prime stride; with -m slow all 28,999,680 of them are run.
 """
@@ -17,9 +18,9 @@ import pytest
 import streams
 from oracle import (
     CR0,
-    CR3,
     CR0_PG,
     CR0_WP,
+    CR3,
     CR4,
     CR4_LA57,
     CR4_PAE,
@@ -112,21 +113,21 @@ class Machine:
                 getattr(self.cpu, f"load_{name}")(value)
 
 
-# -- the matrix ------------------------------------------------------------------------------------------------
+# -- the matrix --------------------------------------------------------------------------------------------
 
-# Flags in the order of the counter, those that toggle most often first.  Present and reserved bits sit high, and
-# registers highest, so that they change rarely.  Flags that exclude each other share a digit.
+# Flags in the order of the counter, those that toggle most often first.  Present and reserved bits sit
+# high, and registers highest, so that they change rarely.  Flags that exclude each other share a digit.
 FREE = ["pte.rw", "pte.user", "pte.a", "pte.d", "pde.rw", "pde.user", "pde.a", "pde.d", "pkey=1", "twice"]
 ACCESS = [{}, {"user"}, {"write"}, {"fetch"}, {"user", "write"}, {"user", "fetch"}]
 HIGH = ["pte.p", "pde.p", "pdpte.ro"]
-BITS = {
-    "rw": W, "user": U, "a": A, "d": D, "p": P, "nx": NX, "51": 1 << 51, "36": 1 << 36, "13": 1 << 13, "pse": PS
-}  # fmt: skip
+BITS = {"rw": W, "user": U, "a": A, "d": D, "p": P, "nx": NX, "pse": PS}
+BITS |= {"51": 1 << 51, "36": 1 << 36, "13": 1 << 13}
 
 
 def reserved_digits(maxphyaddr):
-    """Combinations of pse, NX bits, EFER.NXE and reserved bits.  At most one reserved bit at a time, a NX bit counting
-    as one if EFER.NXE=0; bit 13 of a PDE says something only with PSE; bits below MAXPHYADDR are no reserved bits."""
+    """Combinations of pse, NX bits, EFER.NXE and reserved bits.  At most one reserved bit at a time, a NX
+    bit counting as one if EFER.NXE=0; bit 13 of a PDE says something only with PSE; bits below MAXPHYADDR
+    are no reserved bits."""
     address_bits = [f"{e}.{bit}" for bit in (51, 36) if bit >= maxphyaddr for e in ("pde", "pte")]
     digits = []
     for nxe, pse in itertools.product((True, False), repeat=2):
@@ -182,9 +183,7 @@ class Cases:
         key = flags["pkey=1"] << np.uint64(59)
         pse = flags["pde.pse"].astype(bool)
         # A large page takes its key from the PDE; above a PTE, the PDE's key bits (2) are ignored.
-        self.pde = entry(flags, "pde") | np.where(
-            pse, np.uint64(PAGE) | key, np.uint64(table | 2 << 59)
-        )
+        self.pde = entry(flags, "pde") | np.where(pse, np.uint64(PAGE) | key, np.uint64(table | 2 << 59))
         self.pte = entry(flags, "pte") | np.uint64(PAGE) | key
         self.pdpte_flags = np.uint64(P | U | A) | np.uint64(W) * (1 - flags["pdpte.ro"])
         self.efer = np.uint64(EFER_LME) | flags["efer.nx"] * np.uint64(EFER_NXE)
@@ -199,7 +198,7 @@ class Cases:
 
 
 def layout(levels):
-    """Tables for the address under test, and large supervisor pages that map all memory at linear 0 and on."""
+    """Tables for the address under test, and large supervisor pages that map all memory at linear 0."""
     frames = Frames()
     root = frames.table()
     for gpa in range(0, RAM, 2 << 20):
@@ -249,7 +248,7 @@ class Engine:
 
     def answers(self, cases):
         n = len(cases.pde)
-        # Slots of a case.  A register slot is used when its value changes, the slots of the first access if "twice".
+        # Slots of a case.  A register's is used when its value changes, those of the first access if "twice".
         slots = [
             (EFER, 0, cases.efer, changes(cases.efer)),
             (CR0, 0, cases.cr0, changes(cases.cr0)),
@@ -340,15 +339,16 @@ def test_every_case(levels):
         check(matrix, numbers, levels, maxphyaddr=36)
 
 
-# -- rights in every mode --------------------------------------------------------------------------------------
+# -- rights in every mode ----------------------------------------------------------------------------------
 
-MODES = {"32": (4, 2), "pae": (8, 2), "64": (8, 4), "la57": (8, 5)}  # entry size, levels below the PAE registers
+# Bytes of an entry, and levels (for PAE without the root registers).
+MODES = {"32": (4, 2), "pae": (8, 2), "64": (8, 4), "la57": (8, 5)}
 
 
 def rights_program(mode):
-    """Every combination of W, U, NX of the two lowest levels with WP, SMEP, SMAP, AC, NXE and the access, as rows
-    (op, addr, value, size, user) of one program.  Memory is mapped at linear 0 by supervisor tables; the page under
-    test is at 16 MiB, by a table of its own."""
+    """Every combination of W, U, NX of the two lowest levels with WP, SMEP, SMAP, AC, NXE and the access,
+    as rows (op, addr, value, size, user) of one program.  Memory is mapped at linear 0 by supervisor
+    tables; the page under test is at 16 MiB, by a table of its own."""
     width, levels = MODES[mode]
     paging = CR0_PG | 0x11
     cr4 = {"32": CR4_PSE, "pae": CR4_PAE, "64": CR4_PAE, "la57": CR4_PAE | CR4_LA57}[mode]
@@ -423,11 +423,11 @@ def test_rights_in_every_mode(mode):
         assert vm.audit().ok
 
 
-# -- the special tests of access.c -----------------------------------------------------------------------------
+# -- the special tests of access.c -------------------------------------------------------------------------
 
 
 def special(design, build, **settings):
-    """A machine over tables made by `build(frames, root)`, all memory also mapped at linear 0 for the kernel."""
+    """A machine over tables made by `build(frames, root)`; the kernel has all memory at linear 0."""
     frames = Frames()
     root = frames.table()
     for gpa in range(0, RAM, 2 << 20):
@@ -463,8 +463,8 @@ def test_large_page_mapped_read_only_and_writable(design):
 
 @pytest.mark.parametrize("design", DESIGNS)
 def test_reserved_bit_in_a_neighbouring_entry(design):
-    """An access to the first of two neighbouring entries may bring in the second as well: its reserved bit (NX with
-    EFER.NXE=0) must still be reported."""
+    """An access to the first of two neighbouring entries may bring in the second as well: its reserved bit
+    (NX with EFER.NXE=0) must still be reported."""
 
     def build(frames, root):
         frames.map(root, 4, ADDRESS, PAGE | P | W | U)
@@ -477,7 +477,8 @@ def test_reserved_bit_in_a_neighbouring_entry(design):
 
 @pytest.mark.parametrize("design", DESIGNS)
 def test_dirty_bit_of_read_only_large_pages_without_wp(design):
-    """CR0.WP=0: a supervisor write through each of two read-only large pages over the same memory sets D in each."""
+    """CR0.WP=0: a supervisor write through each of two read-only large pages over the same memory sets D in
+    each."""
     first, second = ADDRESS, ADDRESS + (2 << 20)
 
     def build(frames, root):
@@ -494,8 +495,8 @@ def test_dirty_bit_of_read_only_large_pages_without_wp(design):
 
 @pytest.mark.parametrize("design", DESIGNS)
 def test_supervisor_write_then_fetch_with_smep(design):
-    """SMEP: a supervisor page made of a user page for a WP=0 write (so that KVM could grant it) must not become
-    executable for the supervisor.  With WP=1 the write itself is refused."""
+    """SMEP: a supervisor page made of a user page for a WP=0 write (so that KVM could grant it) must not
+    become executable for the supervisor.  With WP=1 the write itself is refused."""
 
     def build(frames, root):
         frames.map(root, 4, ADDRESS, PAGE | P | U)
@@ -510,8 +511,8 @@ def test_supervisor_write_then_fetch_with_smep(design):
 
 @pytest.mark.parametrize("design", DESIGNS)
 def test_toggling_wp_needs_no_invlpg(design):
-    """A supervisor write to a read-only page: granted with WP=0, refused with WP=1, each time without INVLPG, and with
-    EFER.NXE toggled in between."""
+    """A supervisor write to a read-only page: granted with WP=0, refused with WP=1, each time without
+    INVLPG, and with EFER.NXE toggled in between."""
 
     def build(frames, root):
         frames.map(root, 4, ADDRESS, PAGE | P | U)
@@ -528,8 +529,8 @@ def test_toggling_wp_needs_no_invlpg(design):
 
 @pytest.mark.parametrize("design", DESIGNS)
 def test_rights_of_a_table_shared_by_two_parents(design):
-    """Two directory pointers, one read-only, share a directory: what the writable path fills must not be found with
-    write access through the read-only path, and the other way round."""
+    """Two directory pointers, one read-only, share a directory: what the writable path fills must not be
+    found with write access through the read-only path, and the other way round."""
 
     def build(frames, root):
         giga = 1 << 30
@@ -548,4 +549,3 @@ def test_rights_of_a_table_shared_by_two_parents(design):
     assert faults(cpu.write, rw_ro, 2, user=True) == PF_P | PF_W | oracle.PF_U
     cpu.write(rw_rw, 3, user=True)
     assert cpu.read(ro_rw, user=True) == 3
-

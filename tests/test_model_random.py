@@ -1,10 +1,10 @@
 """Random tables and random programs, in every paging mode, against the oracle.
 
-A few frames serve as everything: tables of several levels, roots, data.  Tables map themselves and each other, a frame
-is a table at two levels at once, entries carry any rights, reserved bits and keys; the program accesses, edits (by
-stores through its own mappings and by device writes), loads registers.  What the guest sees, every result, CR2 and
-every byte of memory, has to be what a processor sees that walks its tables each time.
-"""
+A few frames serve as everything: tables of several levels, roots, data.  Tables map themselves and each
+other, a frame is a table at two levels at once, entries carry any rights, reserved bits and keys; the
+program accesses, edits (by stores through its own mappings and by device writes), loads registers.  What
+the guest sees, every result, CR2 and every byte of memory, has to be what a processor sees that walks its
+tables each time."""
 
 from dataclasses import dataclass
 
@@ -85,14 +85,14 @@ FLAGS = [ALL] * 8 + [0, W | U, P, P | W, P | U, ALL | A, ALL | A | D, ALL | PS, 
 FLAGS_8 = [*FLAGS, ALL | NX, P | U | NX, ALL | NX | PS, ALL | 1 << 51, ALL | 1 << 59, ALL | 2 << 59 | A | D]
 # Key 1 or 2 closed to reads or writes; the entries above have these keys.
 PKRU = [0, 1 << 2, 2 << 2, 1 << 4, 2 << 4, 0xB << 2]
-# Frames that entries lead to: tables, data, and one that has no memory.  (A large page must lead to 0 to be valid.)
+# Frames that entries lead to: tables, data, and one that has no memory.  (Large pages are valid at 0 only.)
 TARGETS = [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 0x40]
 DATA = (8, 9)
 
 
 def base_tables(mode):
-    """{(frame, index): entry}: frames 1, 2, ... lead from the root to the leaf table, whose entries map data and the
-    tables themselves; each table but PAE's root also contains itself."""
+    """{(frame, index): entry}: frames 1, 2, ... lead from the root to the leaf table, whose entries map
+    data and the tables themselves; each table but PAE's root also contains itself."""
     tables = {}
     last = mode.levels
     for gfn in range(1, last + 1):
@@ -109,8 +109,8 @@ def base_tables(mode):
 
 
 class Choices:
-    """Makes choices one after the other from a number: one drawn number is one step, which is much faster than a draw
-    per choice and shrinks to first choices all the same."""
+    """Makes choices one after the other from a number: one drawn number is one step, which is much faster
+    than a draw per choice and shrinks to first choices all the same."""
 
     def __init__(self, number):
         self.number = number
@@ -138,8 +138,8 @@ def place(mode, choose):
 
 
 def address(mode, choose):
-    """A linear page made of the few indices that tables use, mostly those that lead straight down; seldom one that
-    is not canonical."""
+    """A linear page made of the few indices that tables use, mostly those that lead straight down; seldom
+    one that is not canonical."""
     page = sum(choose(mode.indices if shift == 12 else mode.straight) << shift for shift in mode.shifts)
     if mode.levels == 3:
         return page & oracle.bits(31, 0)
@@ -152,7 +152,7 @@ def address(mode, choose):
 
 
 def access(mode, choose):
-    """(op, address, value, size, user): offsets are those of entries, or straddle two; values can be entries."""
+    """(op, address, value, size, user): at entries or across two; values can be entries."""
     op = choose([READ, WRITE, WRITE, FETCH])
     size = 1 if op == FETCH else choose([8, 8, 4, 4, 1, 2])
     offset = choose([index * mode.width for index in mode.indices] + [4, 6, 0x80])
@@ -167,7 +167,9 @@ def load(mode, choose):
         cr4 = [CR4_SMEP, CR4_SMAP, CR4_PGE, CR4_PSE] + ([CR4_PKE] * 2 if mode.levels >= 4 else [])
         return choose([("cr0", CR0_WP), ("cr0", CR0_WP), ("efer", EFER_NXE), *(("cr4", bit) for bit in cr4)])
     if name == "cr3":
-        return name, choose([0x1000, 0x1000, 0x6000, 0x1020] if mode.levels == 3 else [0x1000, 0x2000, 0x3000])
+        return name, choose(
+            [0x1000, 0x1000, 0x6000, 0x1020] if mode.levels == 3 else [0x1000, 0x2000, 0x3000]
+        )
     if name == "invlpg":
         return name, address(mode, choose)
     return name, choose([0, 1] if name == "ac" else PKRU)
@@ -187,8 +189,8 @@ def step(mode, number):
 
 
 def rewritten(mode, number):
-    """An entry that differs from the base, as (place, entry): one of four leads elsewhere, the others have other
-    rights only."""
+    """An entry that differs from the base, as (place, entry): one of four leads elsewhere, the others have
+    other rights only."""
     choose = Choices(number)
     if choose([False, False, False, True]):
         return place(mode, choose), entry(mode, choose)
@@ -207,8 +209,8 @@ def start(mode, number):
 
 
 def programs(mode):
-    """(registers, entries that differ from the base, steps).  Long programs find more; the short ones are there for
-    a failure to shrink to."""
+    """(registers, entries that differ from the base, steps).  Long programs find more; the short ones are
+    there for a failure to shrink to."""
     steps = st.one_of(*[st.lists(NUMBERS, min_size=n, max_size=60) for n in (1, 24, 25, 26, 27)])
     return st.builds(
         lambda registers, entries, numbers: (
@@ -223,8 +225,8 @@ def programs(mode):
 
 
 class Reference:
-    """Runs a program on the oracle step by step, turning it into concrete operations for the engine, and keeps
-    what the guest sees."""
+    """Runs a program on the oracle step by step, turning it into concrete operations for the engine, and
+    keeps what the guest sees."""
 
     def __init__(self, mode, registers, entries):
         self.cpu = oracle.Cpu(oracle.Memory((0, FRAMES)))
@@ -261,7 +263,9 @@ class Reference:
             case ("device", (gfn, index), value):
                 where, width = (gfn << 12) + index * self.mode.width, self.mode.width
                 cpu.memory.write(where, value, width)
-                self.rows.append(("device", where, (value & oracle.bits(8 * width - 1, 0)).to_bytes(width, "little")))
+                self.rows.append(
+                    ("device", where, (value & oracle.bits(8 * width - 1, 0)).to_bytes(width, "little"))
+                )
                 return True
             case ("cr0" | "cr4" | "efer" as name, bit):
                 self.op({"cr0": CR0, "cr4": CR4, "efer": EFER}[name], 0, getattr(cpu, name) ^ bit)
@@ -283,8 +287,8 @@ class Reference:
         return False
 
     def flush(self):
-        """Make the processor drop all translations, as an operating system would after an edit: toggling CR4.PGE
-        drops global ones too.  False if a load was refused (PAE root entries that are not valid)."""
+        """Make the processor drop all translations, as an operating system would after an edit: toggling
+        CR4.PGE drops global ones too.  False if a load was refused (bad PAE root entries)."""
         for _ in range(2):
             if self.op(CR4, 0, self.cpu.cr4 ^ CR4_PGE) != OK:
                 return False
@@ -308,7 +312,9 @@ def engine_run(reference, design):
             return
         ops = streams.ops_array(batch, sc.OP_DTYPE)
         result = cpu.run(ops)
-        columns = (np.asarray(getattr(result, key)).tolist() for key in ("outcome", "error_code", "gpa", "value"))
+        columns = (
+            np.asarray(getattr(result, key)).tolist() for key in ("outcome", "error_code", "gpa", "value")
+        )
         seen.extend(zip(*columns, strict=True))
         batch.clear()
         report = vm.audit()
@@ -328,7 +334,7 @@ def assert_same(reference, design):
     vm, seen = engine_run(reference, design)
     ops = [row for row in reference.rows if row[0] != "device"]
     for number, (op, got, want) in enumerate(zip(ops, seen, reference.seen, strict=True)):
-        # The value is compared where data is read: what `value` says of other operations is the engine's affair.
+        # `value` is compared where data is read; what it says of other operations is not specified.
         n = 4 if op[0] == READ and want[0] == OK else 3
         assert got[:n] == want[:n], (design, number, op)
     cpu, want = vm.vcpus[0], reference.cpu
@@ -349,7 +355,7 @@ IDENTICAL = {
 
 @pytest.mark.parametrize("mode", MODES)
 def test_program(mode):
-    """`native` and `cached` are identical to walking at every access, whatever the guest does to its tables."""
+    """`native` and `cached` are identical to walking at every access, whatever the guest does."""
 
     @given(programs(MODES[mode]))
     def run(program):
@@ -365,9 +371,9 @@ def test_program(mode):
 
 @pytest.mark.parametrize("mode", MODES)
 def test_program_that_flushes_after_every_edit(mode):
-    """`flush`, like a TLB, sees edits only at invalidations; a guest that makes one after each edit cannot tell it
-    from walking at every access.  (Without the two habits of 2007 that are that baseline's costs, of which one shows:
-    A set by accesses that then fault.)"""
+    """`flush`, like a TLB, sees edits only at invalidations; a guest that makes one after each edit cannot
+    tell it from walking at every access.  (Without the two habits of 2007 that are that baseline's costs,
+    of which one shows: A set by accesses that then fault.)"""
 
     @given(programs(MODES[mode]))
     def run(program):

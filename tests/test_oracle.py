@@ -157,7 +157,7 @@ def test_linux_pae_as_dumped_is_refused():
         cpu.load_cr0(int(tables["cr0"]))
 
 
-# -- single rules, worked out by hand, for what the recordings do not reach ----------------------------------
+# -- single rules, worked out by hand, for what the recordings do not reach --------------------------------
 
 PAGE_ENTRY = P | W | U
 

@@ -1,4 +1,4 @@
-"""Control registers: which loads are refused, what a load changes besides the register, and changes of mode."""
+"""Control registers: which loads are refused, what else a load changes, and changes of mode."""
 
 import itertools
 
@@ -99,8 +99,9 @@ def test_reset(design):
 @pytest.mark.parametrize("name", REGISTERS)
 @pytest.mark.parametrize("mode", MODES)
 def test_every_single_bit(mode, name):
-    """From each mode, each bit of each register toggled: accepted or refused as the oracle has it, with the same
-    registers afterwards.  (What a 32-bit load of CR3 does with bits 63:32 cannot be written by a guest.)"""
+    """From each mode, each bit of each register toggled: accepted or refused as the oracle has it, with the
+    same registers afterwards.  (What a 32-bit load of CR3 does with bits 63:32 cannot be written by a
+    guest.)"""
     for bit in range(32 if name == "cr3" and mode in ("off", "32", "pae") else 64):
         _, cpu = enter(mode)
         reference = enter_oracle(mode)
@@ -216,12 +217,12 @@ def test_batches_refuse_the_same():
     assert state(cpu) == [before[0], 0x2000, before[2], before[3]]
 
 
-# -- PAE root entries ------------------------------------------------------------------------------------------
+# -- PAE root entries --------------------------------------------------------------------------------------
 
 
 def pae_machine(design):
-    """Directory pointers at 0x1000 and 0x1020; linear page 0 is frame 16 through the first and 17 by the second;
-    linear 2 MiB and on is physical memory."""
+    """Directory pointers at 0x1000 and 0x1020; linear page 0 is frame 16 through the first and 17 by the
+    second; linear 2 MiB and on is physical memory."""
     vm = sc.VM(memory=64 * 4096, mmu=design)
     words = vm.memory.words
     for i in (0, 1):
@@ -305,7 +306,7 @@ def test_which_loads_reload_the_root_entries(design, name, bit, reloads):
     assert cpu.read(0) == (101 if reloads else 100)
 
 
-# -- changes of mode -------------------------------------------------------------------------------------------
+# -- changes of mode ---------------------------------------------------------------------------------------
 
 
 def all_modes_machine(design):
@@ -356,7 +357,7 @@ def test_legacy_modes_truncate_linear_addresses(design):
     assert cpu.read(0xFFFF_0000_0000_0000) == 101
 
 
-# -- what else the registers do --------------------------------------------------------------------------------
+# -- what else the registers do ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("design", DESIGNS)
@@ -398,7 +399,8 @@ def granted(access, *args, **kwargs):
 
 @pytest.mark.parametrize("design", DESIGNS)
 def test_ac_and_pkru_take_effect_at_once(design):
-    """Neither has a table or an INVLPG behind it: the next access obeys, also where the last one was granted."""
+    """Neither has a table or an INVLPG behind it: the next access obeys, also where the last one was
+    granted."""
     vm, cpu = user_page_machine(design, CR4_SMAP | CR4_PKE)
     for _ in range(2):
         assert not granted(cpu.read, 0)
@@ -418,6 +420,22 @@ def test_ac_and_pkru_take_effect_at_once(design):
         cpu.pkru = 0
         assert granted(cpu.read, 0)
         cpu.ac = False
+    assert vm.audit().ok
+
+
+@pytest.mark.parametrize("design", DESIGNS)
+def test_each_protection_key_has_its_own_bits(design):
+    """Bits 62:59 of the leaf choose bits 2k (AD) and 2k+1 (WD) of PKRU."""
+    vm, cpu = user_page_machine(design, CR4_PKE)
+    for key in range(16):
+        vm.write_physical((4 << 12) + 7, bytes([key << 3]))
+        cpu.invlpg(0)
+        for other in range(16):
+            cpu.pkru = 1 << 2 * other
+            assert granted(cpu.read, 0) == (other != key), (key, other)
+            cpu.pkru = 2 << 2 * other
+            assert granted(cpu.write, 0, 1) == (other != key), (key, other)
+            assert granted(cpu.read, 0)
     assert vm.audit().ok
 
 

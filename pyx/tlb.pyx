@@ -1,0 +1,129 @@
+"""The TLB: lookup, fill, and the flushes of register loads and INVLPG.
+
+`lost`, in the flush functions, is for tests alone: the flush becomes due and does not happen.
+"""
+from shadowcore.tlb cimport TLB_PAGES, sc_tlb, sc_tlb_entry, tlb_valid
+from shadowcore.types cimport u16, u32, u64
+
+
+cdef inline int _class(int shift) noexcept nogil:
+    return 0 if shift == 12 else 1 if shift < 30 else 2
+
+
+cdef inline sc_tlb_entry *_set(const sc_tlb *t, int size, u64 va, int shift) noexcept nogil:
+    return t.entry[size] + ((va >> shift) % t.sets[size]) * t.ways[size]
+
+
+cdef sc_tlb_entry *_probe(sc_tlb *t, u64 va, int shift, u16 pcid, u64 mmu_epoch) noexcept nogil:
+    cdef int size = _class(shift)
+    cdef u32 way
+    cdef sc_tlb_entry *e
+    if t.ways[size] == 0:
+        return NULL
+    e = _set(t, size, va, shift)
+    for way in range(t.ways[size]):
+        if (e.page == ((va >> shift) << shift | 1) and e.shift == shift and tlb_valid(t, e, mmu_epoch)
+                and (e.is_global or e.pcid == pcid)):
+            return e
+        e += 1
+    return NULL
+
+
+cdef sc_tlb_entry *tlb_find(sc_tlb *t, u64 va, u16 pcid, u64 mmu_epoch) noexcept nogil:
+    """The valid entry that translates `va` under `pcid`, or NULL."""
+    cdef sc_tlb_entry *e = _probe(t, va, 12, pcid, mmu_epoch)
+    if e == NULL:
+        e = _probe(t, va, 21, pcid, mmu_epoch)
+    if e == NULL:
+        e = _probe(t, va, 22, pcid, mmu_epoch)
+    if e == NULL:
+        e = _probe(t, va, 30, pcid, mmu_epoch)
+    return e
+
+
+cdef void tlb_fill(sc_tlb *t, u64 va, u64 gpa, int shift, u16 pcid, u32 access, u32 pkey, bint dirty, bint is_global,
+                   u64 mmu_epoch) noexcept nogil:
+    """Enter the translation of the page of `va`, over one of the same page, else an invalid one, else the oldest."""
+    cdef int size = _class(shift)
+    cdef u64 page = (va >> shift) << shift | 1
+    cdef sc_tlb_entry *e
+    cdef sc_tlb_entry *victim = NULL
+    cdef u32 way
+    if t.ways[size] == 0:
+        return
+    e = _set(t, size, va, shift)
+    for way in range(t.ways[size]):
+        if e.page == page and e.shift == shift and (e.pcid == pcid or e.is_global or is_global):
+            victim = e
+            break
+        if victim == NULL or not tlb_valid(t, e, mmu_epoch) or (
+                tlb_valid(t, victim, mmu_epoch) and e.used < victim.used):
+            victim = e
+        e += 1
+    t.clock += 1
+    victim.page = page
+    victim.gpa = (gpa >> shift) << shift
+    victim.mmu_epoch = mmu_epoch
+    victim.epoch = t.epoch
+    victim.filled = victim.used = t.clock
+    victim.pcid = pcid
+    victim.pcid_epoch = t.pcid_epoch[pcid]
+    victim.access = access
+    victim.pkey = pkey
+    victim.dirty = dirty
+    victim.is_global = is_global
+    victim.shift = shift
+
+
+cdef void tlb_flush_all(sc_tlb *t, bint lost) noexcept nogil:
+    """Every entry goes: loads of CR0, CR4 and EFER that change paging (SDM 4.10.4.1)."""
+    t.clock += 1
+    t.due_all = t.clock
+    if not lost:
+        t.epoch += 1
+
+
+cdef void tlb_flush_pcid(sc_tlb *t, u16 pcid, bint lost) noexcept nogil:
+    """The entries of `pcid` go that are not global: a CR3 load without bit 63."""
+    t.clock += 1
+    t.due_pcid[pcid] = t.clock
+    if not lost:
+        t.pcid_epoch[pcid] += 1
+
+
+cdef void _forget(sc_tlb *t, u64 va, int shift) noexcept nogil:
+    cdef int size = _class(shift)
+    cdef sc_tlb_entry *e
+    cdef u32 way
+    if t.ways[size] == 0:
+        return
+    e = _set(t, size, va, shift)
+    for way in range(t.ways[size]):
+        if e.shift == shift and e.page == ((va >> shift) << shift | 1):
+            e.page = 0
+        e += 1
+
+
+cdef void tlb_flush_page(sc_tlb *t, u64 va, bint lost) noexcept nogil:
+    """INVLPG: every entry for the page goes, of whatever size and PCID, global ones too."""
+    t.clock += 1
+    t.due_page[t.due_next] = va
+    t.due_page_at[t.due_next] = t.clock
+    t.due_next = (t.due_next + 1) % TLB_PAGES
+    if lost:
+        return
+    _forget(t, va, 12)
+    _forget(t, va, 21)
+    _forget(t, va, 22)
+    _forget(t, va, 30)
+
+
+cdef bint tlb_overdue(const sc_tlb *t, const sc_tlb_entry *e) noexcept nogil:
+    """A flush that covers the entry fell due after it was filled."""
+    cdef int i
+    if t.due_all > e.filled or (not e.is_global and t.due_pcid[e.pcid] > e.filled):
+        return True
+    for i in range(TLB_PAGES):
+        if t.due_page_at[i] > e.filled and t.due_page[i] >> e.shift == e.page >> e.shift:
+            return True
+    return False
