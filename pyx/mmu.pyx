@@ -103,16 +103,36 @@ cdef inline int _inject(sc_mmu *mmu, sc_vcpu *v, u64 va, u32 code, sc_walk *w) n
     return RC_PF
 
 
-cdef int _fetch_with_room(sc_mmu *mmu, sc_vcpu *v, u64 va, u32 access, bint refused, sc_walk *w,
-                          sc_leaf *leaf) noexcept nogil:
-    """fetch, and once more after the most drastic way of making room: everything that is not pinned goes."""
+cdef void _release_everything(sc_mmu *mmu, sc_vcpu *v, u64 va) noexcept nogil:
+    """The most drastic way of making room: v's root slots but the one that serves va, and all that is not pinned."""
     cdef int slot
-    if fetch(mmu, v, va, access, refused, w, leaf) == RC_OK:
-        return RC_OK
     for slot in range(4):
         if root_slots(v) == 4 and slot != <int>(va >> 30) & 3:
             root_release(mmu, v, slot)
     pool_zap_all(mmu)
+
+
+cdef bint _make_room(sc_mmu *mmu, sc_vcpu *v, u64 va) noexcept nogil:
+    """Before a fault changes anything: as many free pages as it can need (patches 17, 29). False: not to be had."""
+    cdef int slot = 0 if root_slots(v) == 1 else <int>(va >> 30) & 3
+    cdef u32 need = (v.guest.mode if v.guest.mode >= MODE_64 else 2) - 1 + (v.roots[slot] == SC_NONE)
+    if not mmu.keep:
+        return True                 # 2.6.20-rc3: no reserve; when a page is missing everything goes
+    if mmu.n_free < mmu.min_free:
+        pool_recycle(mmu, mmu.refill)
+    if mmu.n_free < need:
+        pool_recycle(mmu, need)
+    if mmu.n_free < need:
+        _release_everything(mmu, v, va)
+    return mmu.n_free >= need
+
+
+cdef int _fetch_with_room(sc_mmu *mmu, sc_vcpu *v, u64 va, u32 access, bint refused, sc_walk *w,
+                          sc_leaf *leaf) noexcept nogil:
+    """fetch, and once more with all the room there can be."""
+    if fetch(mmu, v, va, access, refused, w, leaf) == RC_OK:
+        return RC_OK
+    _release_everything(mmu, v, va)
     return fetch(mmu, v, va, access, refused, w, leaf)
 
 
@@ -129,8 +149,9 @@ cdef int mmu_page_fault(sc_mmu *mmu, sc_vcpu *v, u64 va, u32 access, u32 code, s
     mmu.stats.pf_taken += 1
     if mmu.quirks & QUIRK_EXIT_FLUSHES:
         mmu.flush_epoch += 1
-    if mmu.keep and mmu.n_free < mmu.min_free:
-        pool_recycle(mmu, mmu.refill)
+    if not _make_room(mmu, v, va):
+        mmu.stats.pf_taken -= 1
+        return RC_EXHAUSTED
     if guest_walk(mmu.mem, &v.guest, va, access, w) == RC_PF:
         refused = True
     mmu.stats.guest_walk_references += w.references
@@ -259,6 +280,33 @@ cdef void mmu_protect_slot(sc_mmu *mmu, int slot) noexcept nogil:
         request_flush(mmu, FLUSH_LOG)
 
 
+FLUSHES = ("protect", "zap", "zap_upper", "store", "withheld", "leaf", "link", "log", "cr3", "context", "invlpg")
+
+
+cdef bint _ask_can_emulate(void *hook, u64 gva, u64 gpa, u32 nbytes) noexcept with gil:
+    cdef Mmu mmu = <Mmu>hook
+    cdef bint busy = mmu.busy
+    mmu.busy = True                 # the callback may not use its VM
+    try:
+        return bool(mmu._can_emulate(gva, gpa, nbytes))
+    except BaseException as error:
+        mmu.hook_error = error
+        return True
+    finally:
+        mmu.busy = busy
+
+
+# The structures of state.pxd, field by field.
+PAGE_DTYPE = np.dtype([
+    ("gfn", "<u8"), ("role", "<u4"), ("root_count", "<u4"), ("hash_next", "<u4"), ("prev", "<u4"), ("next", "<u4"),
+    ("parents", "<u4"), ("present", "<u4"), ("active", "u1"), ("nonglobal", "u1"), ("pad", "<u2"), ("slots", "<u8"),
+    ("used", "<u8", 8),
+])
+FRAME_DTYPE = np.dtype([("rmap", "<u4"), ("shadowed", "<u2"), ("stale", "<u2")])
+LINK_DTYPE = np.dtype([("prev", "<u4"), ("next", "<u4")])
+assert (PAGE_DTYPE.itemsize, FRAME_DTYPE.itemsize, LINK_DTYPE.itemsize) == (
+    sizeof(sc_page), sizeof(sc_frame), sizeof(sc_link))
+
 PAGES_DTYPE = np.dtype([
     ("page", "<u4"), ("gfn", "<u8"), ("glevels", "u1"), ("level", "u1"), ("quadrant", "u1"), ("direct", "u1"),
     ("access", "u1"), ("nxe", "u1"), ("pse", "u1"), ("wp0", "u1"), ("global_", "u1"), ("pkey", "u1"),
@@ -314,6 +362,52 @@ cdef class Mmu:
         array = allocate(nbytes)
         self._arrays.append(array)
         return <void *><size_t>array.ctypes.data
+
+    @property
+    def arrays(self) -> dict:
+        """The live structures, as arrays that share memory with the engine: table (uint64[pages, 512]), pages
+        (PAGE_DTYPE), frames (FRAME_DTYPE, per frame of RAM), links (LINK_DTYPE, per spte), hash (uint32).
+
+        Reading is safe while no batch runs. Writing is for experiments and tests: what it breaks, `audit` finds.
+        """
+        self._shadow("arrays")
+        pages, frames, links, buckets = self._arrays
+        return {"table": self.memory.pool, "pages": pages.view(PAGE_DTYPE), "frames": frames.view(FRAME_DTYPE),
+                "links": links.view(LINK_DTYPE), "hash": buckets.view(np.uint32)}
+
+    @property
+    def can_emulate(self):
+        """Callable (gva, gpa, nbytes) -> bool, asked before a store to a guest table is emulated; None: always yes.
+
+        Where it says no the table is unprotected and the store is made natively (patch 14). An exception that it
+        raises comes out of the call that made the access. It may not use the VM.
+        """
+        return self._can_emulate
+
+    @can_emulate.setter
+    def can_emulate(self, callback):
+        self.idle()
+        if callback is not None and not callable(callback):
+            raise ConfigError(f"can_emulate: a callable or None is needed, not {callback!r}")
+        self._can_emulate = callback
+        self.c.hook = <void *>self
+        self.c.can_emulate = NULL
+        if callback is not None:
+            self.c.can_emulate = _ask_can_emulate
+
+    def fail_pages(self, after, count=1) -> None:
+        """For tests: `after` more pages can be taken from the pool, then `count` attempts fail."""
+        self._shadow("fail_pages")
+        self.c.fail_after = check_int("after", after, 0, 1 << 31)
+        self.c.fail_for = check_int("count", count, 0, 1 << 31)
+
+    def lose_flushes(self, *names) -> None:
+        """For tests: TLB flushes for these reasons do not happen (none: all happen again)."""
+        self.idle()
+        for name in names:
+            if name not in FLUSHES:
+                raise ConfigError(f"lose_flushes: {name!r} is not one of {', '.join(FLUSHES)}")
+        self.c.lost_flushes = sum(1 << FLUSHES.index(name) for name in set(names))
 
     @property
     def pages(self):

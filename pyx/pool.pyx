@@ -89,6 +89,17 @@ cdef u32 pool_find(const sc_mmu *mmu, u64 gfn, u32 role) noexcept nogil:
     return SC_NONE
 
 
+cdef inline bint _must_fail(sc_mmu *mmu) noexcept nogil:
+    """For tests: this attempt to take a page is one that has to fail."""
+    if mmu.fail_for == 0:
+        return False
+    if mmu.fail_after:
+        mmu.fail_after -= 1
+        return False
+    mmu.fail_for -= 1
+    return True
+
+
 cdef u32 pool_get(sc_mmu *mmu, u64 gfn, u32 role) noexcept nogil:
     """The page of (gfn, role), found or taken from the free list; SC_NONE when none is free.
 
@@ -102,7 +113,7 @@ cdef u32 pool_get(sc_mmu *mmu, u64 gfn, u32 role) noexcept nogil:
         mmu.stats.mmu_cache_hit += 1
         return number
     number = mmu.free_head
-    if number == SC_NONE:
+    if number == SC_NONE or _must_fail(mmu):
         return SC_NONE
     page = &mmu.pages[number]
     mmu.free_head = page.next

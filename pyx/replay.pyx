@@ -7,13 +7,14 @@ and the emulation that a write-protected frame costs.
 """
 from libc.string cimport memcpy, memset
 
+from shadowcore.access cimport OP_INVLPG, OP_READ, OP_WRITE, sc_op, sc_result, vcpu_op
 from shadowcore.emulate cimport emulate_store
 from shadowcore.events cimport EXIT_EMULATE, EXIT_INVLPG
 from shadowcore.memory cimport mem_frame, mem_guest_frame, mem_mark_dirty, sc_no_frame
 from shadowcore.registers cimport load_cr0, load_cr3, load_cr4
 from shadowcore.state cimport sc_mmu, sc_vcpu
 from shadowcore.types cimport PF_W, RC_GP, RC_MMIO, RC_OK, RC_PF, u8, u16, u32, u64
-from shadowcore.vcpu cimport VCpu, host_error, sc_result, vcpu_access, vcpu_op
+from shadowcore.vcpu cimport VCpu, host_error
 from shadowcore.walker cimport probe_walk, sc_walk
 
 cdef enum:
@@ -26,9 +27,6 @@ cdef enum:
     SNAPSHOT = 1 << 7               # flag of a STORE: a word of a table as it was when it began to serve
     ACCESS_WRITE = 1                # flags of an ACCESS
     ACCESS_USER = 2
-    OP_READ = 0
-    OP_WRITE = 1
-    OP_INVLPG = 7
     KEPT_MISMATCHES = 16
 
 cdef struct sc_replay:
@@ -62,6 +60,18 @@ cdef void _mismatch(sc_replay *t, u64 record) noexcept nogil:
     t.gpa_mismatches += 1
 
 
+cdef int _access(sc_mmu *mmu, sc_vcpu *v, u32 op, u64 va, bint user, u32 size, u64 value, bint data,
+                 sc_result *r) noexcept nogil:
+    cdef sc_op o
+    memset(&o, 0, sizeof(o))
+    o.op = op
+    o.user = user
+    o.size = size
+    o.addr = va
+    o.value[0] = value
+    return vcpu_op(mmu, v, &o, data, r)
+
+
 cdef void _store_at_gpa(sc_mmu *mmu, sc_vcpu *v, u64 gpa, const u8 *data, u32 nbytes) noexcept nogil:
     """The guest's store to `gpa` by a mapping that is not known: as seen by the MMU."""
     if mmu.shadow and mmu.frames[mem_frame(mmu.mem, gpa >> 12)].shadowed:
@@ -87,7 +97,7 @@ cdef int _store(sc_mmu *mmu, sc_vcpu *v, sc_replay *t, u64 i, sc_result *r) noex
     if i and _is_store_of(t, i - 1, i):
         va = t.addr[i - 1] + (gpa - t.value[i - 1])
     if probe_walk(mmu.mem, &v.guest, va, PF_W, &w) == RC_OK and w.gpa == gpa:
-        rc = vcpu_access(mmu, v, OP_WRITE, va, False, size, data, True, r)
+        rc = _access(mmu, v, OP_WRITE, va, False, size, data, True, r)
         if rc == RC_OK and r.gpa == gpa:
             return rc
         if rc < 0:
@@ -134,8 +144,8 @@ cdef int _record(sc_mmu *mmu, sc_vcpu *v, sc_replay *t, u64 i) noexcept nogil:
         if t.flags[i] & ACCESS_WRITE and _is_store_of(t, i, i + 1):
             return RC_OK            # done by the store itself, the next record
         t.accesses += 1
-        rc = vcpu_access(mmu, v, OP_WRITE if t.flags[i] & ACCESS_WRITE else OP_READ, addr,
-                         t.flags[i] & ACCESS_USER != 0, 1, 0, False, &r)
+        rc = _access(mmu, v, OP_WRITE if t.flags[i] & ACCESS_WRITE else OP_READ, addr,
+                     t.flags[i] & ACCESS_USER != 0, 1, 0, False, &r)
         if rc >= 0 and r.gpa != t.value[i]:
             _mismatch(t, i)
         if rc == RC_PF or rc == RC_GP:
@@ -155,7 +165,7 @@ cdef int _record(sc_mmu *mmu, sc_vcpu *v, sc_replay *t, u64 i) noexcept nogil:
         if rc == RC_OK and v.cr4 != t.value[i]:
             rc = load_cr4(mmu, v, t.value[i])
     elif kind == INVLPG:
-        rc = vcpu_op(mmu, v, OP_INVLPG, False, 0, addr, 0, False, &r)
+        rc = _access(mmu, v, OP_INVLPG, addr, False, 0, 0, False, &r)
     if rc == RC_GP and kind < STORE:
         t.faults += 1
     return min(rc, RC_OK)

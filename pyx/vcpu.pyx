@@ -4,22 +4,23 @@ import numpy as np
 from cpython.exc cimport PyErr_CheckSignals
 from libc.string cimport memcpy, memset
 
+from shadowcore.access cimport (
+    OP_ADD, OP_AND, OP_CMPXCHG, OP_COUNT, OP_FETCH, OP_INVLPG, OP_OR, OP_READ, OP_WRITE, OP_XCHG, OP_XOR,
+    op_is_access, sc_op, sc_result, vcpu_access, vcpu_op,
+)
 from shadowcore.bits cimport is_canonical
-from shadowcore.emulate cimport emulate_store
-from shadowcore.events cimport EXIT_INVLPG, Stats, stats_copy, stats_since
-from shadowcore.memory cimport mem_frame, mem_guest_frame, mem_mark_dirty, sc_no_frame
-from shadowcore.mmu cimport Mmu, mmu_invlpg, mmu_resolve
+from shadowcore.events cimport Stats, stats_copy, stats_since
+from shadowcore.mmu cimport Mmu
 from shadowcore.registers cimport load_ac, load_cr0, load_cr3, load_cr4, load_efer, load_pkru, vcpu_init
 from shadowcore.state cimport (
     FEAT_FSGSBASE, FEAT_GBPAGES, FEAT_LA57, FEAT_NX, FEAT_PCID, FEAT_PKU, FEAT_PSE36, FEAT_SMAP, FEAT_SMEP,
-    FEAT_UMIP, FEAT_XSAVE, FLUSH_INVLPG, SC_MAX_VCPUS, flush_lost, sc_mmu, sc_vcpu,
+    FEAT_UMIP, FEAT_XSAVE, SC_MAX_VCPUS, sc_mmu, sc_vcpu,
 )
-from shadowcore.tlb cimport TLB_SIZES, sc_tlb, sc_tlb_entry, tlb_flush_page, tlb_valid
+from shadowcore.tlb cimport TLB_SIZES, sc_tlb, sc_tlb_entry, tlb_valid
 from shadowcore.types cimport (
-    ACC_U, ACC_W, ACC_X, MODE_32, MODE_64, MODE_LA57, MODE_OFF, PF_I, PF_U, PF_W, RC_BAD_OP, RC_EMULATE,
-    RC_EXHAUSTED, RC_GP, RC_LIVELOCK, RC_MMIO, RC_OK, RC_PF, u8, u16, u32, u64,
+    ACC_U, ACC_W, ACC_X, MODE_32, MODE_64, MODE_LA57, MODE_OFF, PF_I, PF_U, PF_W, RC_EXHAUSTED, RC_GP, RC_LIVELOCK,
+    RC_MMIO, RC_OK, RC_PF, RC_UNHANDLED, i64, u8, u16, u32, u64,
 )
-from shadowcore.vcpu cimport sc_result
 from shadowcore.walker cimport probe_walk, sc_walk
 
 from shadowcore.config import Op, check_int
@@ -29,6 +30,10 @@ from shadowcore.errors import (
 from shadowcore.memory import allocate
 from shadowcore.results import RunResult
 
+# Optional fields of an operations array, with what they are when absent.
+_OPTIONAL = (("vcpu", np.dtype("u1")), ("value_high", np.dtype("<u8")), ("expected", np.dtype("<u8")),
+             ("expected_high", np.dtype("<u8")))
+
 OP_DTYPE = np.dtype([("op", "u1"), ("user", "u1"), ("size", "u1"), ("addr", "<u8"), ("value", "<u8")])
 
 TLB_DTYPE = np.dtype([
@@ -37,155 +42,8 @@ TLB_DTYPE = np.dtype([
 ])
 
 cdef enum:
-    OP_READ = 0
-    OP_WRITE = 1
-    OP_FETCH = 2
-    OP_CR3 = 3
-    OP_CR0 = 4
-    OP_CR4 = 5
-    OP_EFER = 6
-    OP_INVLPG = 7
-    OP_PKRU = 8
-    OP_AC = 9
-    OP_COUNT = 10
     CHUNK = 4096                    # operations between two looks for Ctrl-C
-
-
-cdef inline u64 _nowhere() noexcept nogil:
-    return <u64>-1
-
-
-cdef inline void _store(sc_mmu *mmu, sc_vcpu *v, int rc, u64 gpa, const u8 *data, u32 nbytes, sc_result *r) noexcept nogil:
-    """Do the store that was resolved to `gpa`; data NULL: the bytes that are there."""
-    cdef u8 *at = mem_guest_frame(mmu.mem, gpa) + (gpa & 4095)
-    cdef u8 same[16]
-    if rc == RC_EMULATE:
-        if data == NULL:
-            memcpy(same, at, nbytes)
-            data = same
-        emulate_store(mmu, v, gpa, data, nbytes)
-        r.emulated += 1
-        return
-    if data != NULL:
-        memcpy(at, data, nbytes)
-    if mmu.mem.log_stores:
-        mem_mark_dirty(mmu.mem, gpa >> 12)
-
-
-cdef int _access_crossing(sc_mmu *mmu, sc_vcpu *v, u64 va, u64 second_va, u32 access, u32 size, u64 value, bint data,
-                          sc_result *r) noexcept nogil:
-    """An access over a page boundary: both pages are resolved before a byte moves."""
-    cdef sc_walk w
-    cdef u64 second
-    cdef u32 head = 4096 - <u32>(va & 4095)
-    cdef int rc = mmu_resolve(mmu, v, va, access, &w)
-    r.error_code = w.error_code
-    r.gpa = w.gpa
-    if rc != RC_OK and rc != RC_EMULATE:
-        return rc
-    rc = mmu_resolve(mmu, v, second_va, access, &w)
-    r.error_code = w.error_code
-    second = w.gpa
-    if rc != RC_OK and rc != RC_EMULATE:
-        r.gpa = second
-        return rc
-    if access & PF_W:
-        # Resolving the second page may have turned the first one's frame into a shadowed table: look again.
-        _store(mmu, v, _store_kind(mmu, r.gpa), r.gpa, <u8 *>&value if data else NULL, head, r)
-        _store(mmu, v, _store_kind(mmu, second), second, <u8 *>&value + head if data else NULL, size - head, r)
-    elif data:
-        memcpy(&r.value, mem_guest_frame(mmu.mem, r.gpa) + (r.gpa & 4095), head)
-        memcpy(<u8 *>&r.value + head, mem_guest_frame(mmu.mem, second), size - head)
-    return RC_OK
-
-
-cdef inline int _store_kind(const sc_mmu *mmu, u64 gpa) noexcept nogil:
-    if mmu.shadow and mmu.frames[mem_frame(mmu.mem, gpa >> 12)].shadowed:
-        return RC_EMULATE
-    return RC_OK
-
-
-cdef int vcpu_access(sc_mmu *mmu, sc_vcpu *v, u32 op, u64 va, bint user, u32 size, u64 value, bint data,
-                     sc_result *r) noexcept nogil:
-    """One load, store or fetch of `size` bytes at `va`. data False: no bytes move, but a store to a guest table is
-    emulated with the bytes that are there. RC_* as in r.outcome, or negative for a host-side error."""
-    cdef sc_walk w
-    cdef u64 second_va
-    cdef u32 access = (PF_U if user else 0) | (PF_W if op == OP_WRITE else PF_I if op == OP_FETCH else 0)
-    cdef u64 taken = mmu.stats.pf_taken
-    cdef int rc, width
-    r.gpa = _nowhere()
-    r.value = 0
-    r.error_code = 0
-    r.emulated = 0
-    if op == OP_FETCH:
-        size = 1
-    second_va = va + (size - 1)
-    if v.guest.mode >= MODE_64:
-        width = 57 if v.guest.mode == MODE_LA57 else 48
-        if not is_canonical(va, width) or not is_canonical(second_va, width) or second_va < va:
-            r.exits = 0
-            r.outcome = RC_GP
-            mmu.stats.gp_guest += 1
-            return RC_GP
-    else:
-        va &= 0xFFFFFFFFULL
-        second_va &= 0xFFFFFFFFULL
-    if (va & 4095) + size > 4096:
-        rc = _access_crossing(mmu, v, va, second_va & ~<u64>4095, access, size, value, data, r)
-    else:
-        rc = mmu_resolve(mmu, v, va, access, &w)
-        r.gpa = w.gpa
-        r.error_code = w.error_code
-        if rc == RC_OK or rc == RC_EMULATE:
-            if op == OP_WRITE:
-                _store(mmu, v, rc, w.gpa, <u8 *>&value if data else NULL, size, r)
-            elif data:
-                memcpy(&r.value, mem_guest_frame(mmu.mem, w.gpa) + (w.gpa & 4095), size)
-    r.exits = <u32>(mmu.stats.pf_taken - taken)
-    if rc == RC_PF:
-        r.gpa = _nowhere()
-    else:
-        r.error_code = 0
-    if rc == RC_EMULATE:
-        rc = RC_OK
-    r.outcome = <u8>rc
-    return rc
-
-
-cdef int vcpu_op(sc_mmu *mmu, sc_vcpu *v, u32 op, bint user, u32 size, u64 addr, u64 value, bint data,
-                 sc_result *r) noexcept nogil:
-    """One operation of a batch; see vcpu_access."""
-    cdef int rc = RC_OK
-    if op <= OP_FETCH:
-        return vcpu_access(mmu, v, op, addr, user, size, value, data, r)
-    memset(r, 0, sizeof(sc_result))
-    r.gpa = _nowhere()
-    if op == OP_CR3:
-        rc = load_cr3(mmu, v, value)
-    elif op == OP_CR0:
-        rc = load_cr0(mmu, v, value)
-    elif op == OP_CR4:
-        rc = load_cr4(mmu, v, value)
-    elif op == OP_EFER:
-        rc = load_efer(mmu, v, value)
-    elif op == OP_INVLPG:
-        mmu.stats.invlpg += 1
-        if v.tlb != NULL:
-            tlb_flush_page(v.tlb, addr, flush_lost(mmu, FLUSH_INVLPG))
-        if mmu.shadow and not mmu.keep:
-            mmu.stats.exits[EXIT_INVLPG] += 1
-            mmu_invlpg(mmu, v, addr)
-    elif op == OP_PKRU:
-        load_pkru(v, value)
-    elif op == OP_AC:
-        load_ac(v, value & 1)
-    else:
-        return RC_BAD_OP
-    if rc == RC_GP:
-        mmu.stats.gp_guest += 1
-    r.outcome = <u8>rc
-    return rc
+    FIELDS = 9                      # of an operation, required and optional
 
 
 cdef class Translation:
@@ -250,6 +108,17 @@ cdef inline u64 _offset(const sc_walk *w, int level, int mode) noexcept:
 
 
 cdef dict _ACCESS = {"r": 0, "w": PF_W, "x": PF_I}
+cdef dict _MODIFY = {"xchg": OP_XCHG, "add": OP_ADD, "and": OP_AND, "or": OP_OR, "xor": OP_XOR}
+
+
+# Python's integers: shifts by 64 and more are not C's.
+cdef object _WORD = 0xFFFFFFFFFFFFFFFF
+cdef object _WIDE = int("F" * 32, 16)
+
+
+cdef object _wide(const sc_result *r):
+    cdef object high = r.value[1]
+    return high << 64 | r.value[0]
 
 
 cdef object _register(name, value):
@@ -260,7 +129,7 @@ cdef class VCpu:
     """A virtual processor. Assigning a register is the instruction that loads it, with its exits and faults.
 
     Accesses: gva is a linear address (0 to 2**64 - 1; below 4- and 5-level paging its low 32 bits count), size is
-    1, 2, 4 or 8 bytes, user says in which mode (default: by cpl). Guest faults raise PageFault, GeneralProtection
+    1, 2, 4, 8 or 16 bytes, user says in which mode (default: by cpl). Guest faults raise PageFault, GeneralProtection
     or MMIOAccess.
     """
 
@@ -409,13 +278,30 @@ cdef class VCpu:
             self.mmu.counters.gp_guest += 1
             raise GeneralProtection(0)
 
-    cdef int _access(self, u32 op, object gva, object size, object user, u64 value, sc_result *r) except -1:
-        cdef u64 va = check_int("gva", gva, 0, (1 << 64) - 1)
+    cdef int _access(self, u32 op, object gva, object size, object user, object value, object expected,
+                     sc_result *r) except -1:
+        cdef sc_op o
         cdef int rc
-        if size not in (1, 2, 4, 8):
-            raise ConfigError(f"size: {size!r} is not 1, 2, 4 or 8")
+        if size not in (1, 2, 4, 8, 16):
+            raise ConfigError(f"size: {size!r} is not 1, 2, 4, 8 or 16")
+        memset(&o, 0, sizeof(o))
+        o.op = op
+        o.size = size
+        o.user = self.c.cpl == 3 if user is None else bool(user)
+        o.addr = check_int("gva", gva, 0, (1 << 64) - 1)
+        if op != OP_READ and op != OP_FETCH:
+            value = check_int("value", value, 0, _WIDE if size == 16 else _WORD)
+            o.value[0] = value & _WORD
+            o.value[1] = value >> 64
+        if op == OP_CMPXCHG:
+            value = check_int("expected", expected, 0, _WIDE if size == 16 else _WORD)
+            o.expected[0] = value & _WORD
+            o.expected[1] = value >> 64
         self.mmu.idle()
-        rc = vcpu_access(&self.mmu.c, &self.c, op, va, self.c.cpl == 3 if user is None else user, size, value, True, r)
+        rc = vcpu_access(&self.mmu.c, &self.c, &o, True, r)
+        if self.mmu.hook_error is not None:
+            error, self.mmu.hook_error = self.mmu.hook_error, None
+            raise error
         if rc == RC_OK:
             return 0
         if rc == RC_PF:
@@ -429,26 +315,49 @@ cdef class VCpu:
     def read(self, gva, size=8, user=None) -> int:
         """Load `size` bytes, little endian."""
         cdef sc_result r
-        self._access(OP_READ, gva, size, user, 0, &r)
-        return r.value
+        self._access(OP_READ, gva, size, user, 0, 0, &r)
+        return r.value[0] if size < 16 else _wide(&r)
 
     def write(self, gva, value, size=8, user=None) -> None:
         """Store the low `size` bytes of `value`."""
         cdef sc_result r
-        cdef u64 v = check_int("value", value, 0, (1 << 64) - 1)
-        self._access(OP_WRITE, gva, size, user, v, &r)
+        self._access(OP_WRITE, gva, size, user, value, 0, &r)
+
+    def cmpxchg(self, gva, expected, value, size=8, user=None) -> bool:
+        """LOCK CMPXCHG (8 and 16 bytes: CMPXCHG8B/16B): store `value` if `expected` is there; whether it was.
+
+        As on hardware the page must be writable, and the destination is stored to, either way.
+        """
+        cdef sc_result r
+        self._access(OP_CMPXCHG, gva, size, user, value, expected, &r)
+        return _wide(&r) == expected & ((1 << (8 * size)) - 1)
+
+    def modify(self, gva, operation, value, size=8, user=None) -> int:
+        """A locked read-modify-write, `operation` "xchg", "add", "and", "or" or "xor"; returns what was there."""
+        cdef sc_result r
+        cdef object op = _MODIFY.get(operation)
+        if op is None:
+            raise ConfigError(f"operation: {operation!r} is not one of {', '.join(_MODIFY)}")
+        if size == 16:
+            raise ConfigError("size: 16 is not 1, 2, 4 or 8")
+        self._access(op, gva, size, user, value, 0, &r)
+        return r.value[0]
 
     def fetch(self, gva, user=None) -> int:
         """Fetch an instruction byte: the gpa it comes from."""
         cdef sc_result r
-        self._access(OP_FETCH, gva, 1, user, 0, &r)
+        self._access(OP_FETCH, gva, 1, user, 0, 0, &r)
         return r.gpa
 
     def invlpg(self, gva) -> None:
         """INVLPG of the page at `gva`."""
         cdef sc_result r
+        cdef sc_op o
+        memset(&o, 0, sizeof(o))
+        o.op = OP_INVLPG
+        o.addr = check_int("gva", gva, 0, (1 << 64) - 1)
         self.mmu.idle()
-        vcpu_op(&self.mmu.c, &self.c, OP_INVLPG, False, 0, check_int("gva", gva, 0, (1 << 64) - 1), 0, True, &r)
+        vcpu_op(&self.mmu.c, &self.c, &o, True, &r)
 
     def translate(self, gva, access="r", user=None):
         """Translation of `gva` by the guest's tables, for access "r", "w" or "x", with no side effect at all.
@@ -492,75 +401,75 @@ cdef class VCpu:
     def run(self, ops, data=True):
         """Perform the operations of a structured array (fields of OP_DTYPE by name, aligned or packed).
 
+        Optional fields: vcpu (u1): which processor performs it, else this one; value_high (u8): upper half of a
+        16-byte value; expected, expected_high (u8): what CMPXCHG compares with.
         data: move bytes. With False no value is read or stored, as for recorded addresses without their data.
         Returns RunResult. Ctrl-C raises Interrupted, and a host-side error its own exception, with `.result` for
         the operations that were done. The GIL is released.
         """
-        cdef const u8 *base
-        cdef u64 n = 0
-        cdef u64 stride = 0
-        cdef u64 at[5]
-        ops = np.asanyarray(ops) if isinstance(ops, np.ndarray) else ops
-        _check_ops(ops)
-        n = ops.shape[0]
-        stride = ops.strides[0] if n else 0
-        for i, name in enumerate(("op", "user", "size", "addr", "value")):
-            at[i] = ops.dtype.fields[name][1]
-        base = <const u8 *><size_t>ops.ctypes.data
-        _check_values(base, n, stride, at)
+        cdef u64 at[FIELDS]
+        _check_ops(ops, at)
+        cdef const u8 *base = <const u8 *><size_t>ops.ctypes.data
+        cdef u64 n = ops.shape[0]
+        cdef i64 stride = ops.strides[0]
+        cdef bint wide = _check_values(base, n, stride, at, self.mmu.c.n_vcpus)
+        self.mmu.idle()
         outcome = np.zeros(n, dtype=np.uint8)
         error_code = np.zeros(n, dtype=np.uint16)
-        gpa = np.full(n, _nowhere(), dtype=np.uint64)
+        gpa = np.zeros(n, dtype=np.uint64)
         value = np.zeros(n, dtype=np.uint64)
+        value_high = np.zeros(n if wide else 0, dtype=np.uint64)
         exits = np.zeros(n, dtype=np.uint16)
         emulated = np.zeros(n, dtype=np.uint8)
         cdef u8[::1] c_outcome = outcome
         cdef u16[::1] c_error = error_code
         cdef u64[::1] c_gpa = gpa
         cdef u64[::1] c_value = value
+        cdef u64[::1] c_high = value_high
         cdef u16[::1] c_exits = exits
         cdef u8[::1] c_emulated = emulated
         cdef sc_mmu *mmu = &self.mmu.c
-        cdef sc_vcpu *v = &self.c
+        cdef sc_op o
         cdef sc_result r
-        cdef u64 i_op = 0
+        cdef u64 i = 0
         cdef u64 stop
-        cdef u64 word[2]
-        cdef const u8 *op
         cdef int rc = 0
         cdef bint move = data
         cdef Stats before = stats_copy(mmu.stats)
-        self.mmu.idle()
+        hold = memoryview(ops)      # the array cannot be resized while the batch runs
         self.mmu.busy = True
         error = None
         try:
-            while i_op < n and rc >= 0:
-                stop = min(n, i_op + CHUNK)
+            while i < n and rc >= 0 and self.mmu.hook_error is None:
+                stop = min(n, i + CHUNK)
                 with nogil:
-                    while i_op < stop:
-                        op = base + i_op * stride
-                        memcpy(&word[0], op + at[3], 8)
-                        memcpy(&word[1], op + at[4], 8)
-                        rc = vcpu_op(mmu, v, op[at[0]], op[at[1]] != 0, op[at[2]], word[0], word[1], move, &r)
+                    while i < stop:
+                        _load_op(&o, base + <i64>i * stride, at, self.c.number)
+                        rc = vcpu_op(mmu, mmu.vcpus[o.vcpu], &o, move, &r)
                         if rc < 0:
                             break
-                        c_outcome[i_op] = r.outcome
-                        c_error[i_op] = <u16>r.error_code
-                        c_gpa[i_op] = r.gpa
-                        c_value[i_op] = r.value
-                        c_exits[i_op] = <u16>r.exits
-                        c_emulated[i_op] = r.emulated
-                        i_op += 1
+                        c_outcome[i] = r.outcome
+                        c_error[i] = <u16>r.error_code
+                        c_gpa[i] = r.gpa
+                        c_value[i] = r.value[0]
+                        if wide:
+                            c_high[i] = r.value[1]
+                        c_exits[i] = <u16>r.exits
+                        c_emulated[i] = r.emulated
+                        i += 1
                 PyErr_CheckSignals()
         except KeyboardInterrupt:
             error = Interrupted(None)
         finally:
             self.mmu.busy = False
-        done = i_op
-        result = RunResult(outcome[:done], error_code[:done], gpa[:done], value[:done], exits[:done], emulated[:done],
-                           stats_since(mmu.stats, before))
+            del hold
+        result = RunResult(outcome[:i], error_code[:i], gpa[:i], value[:i], exits[:i], emulated[:i],
+                           stats_since(mmu.stats, before), value_high[:i] if wide else None)
         if rc < 0:
             error = host_error(self.mmu, rc)
+        if self.mmu.hook_error is not None:
+            error, self.mmu.hook_error = self.mmu.hook_error, None
+            raise error
         if error is not None:
             error.result = result
             raise error
@@ -578,39 +487,72 @@ cdef object host_error(Mmu mmu, int rc):
         return PoolExhausted(len(roots) + 4, mmu.c.pool_pages, tuple(int(gfn) for gfn in roots))
     if rc == RC_LIVELOCK:
         return EngineError("an access does not complete: the shadow and the guest's tables disagree for good")
+    if rc == RC_UNHANDLED:
+        return EngineError("a store cannot be emulated, and its table serves as a root in use and stays protected")
     return EngineError(f"internal error {rc}")
 
 
-cdef int _check_ops(object ops) except -1:
-    """ConfigError unless `ops` is a one-dimensional structured array with the fields of OP_DTYPE."""
+cdef int _check_ops(object ops, u64 *at) except -1:
+    """ConfigError unless `ops` is a one-dimensional structured array with the fields of OP_DTYPE; at: offsets of the
+    fields in an element, all ones for one that is absent."""
     if not isinstance(ops, np.ndarray) or ops.dtype.names is None:
         raise ConfigError(f"ops: a structured array with the fields of OP_DTYPE is needed, not {ops!r:.60}")
     if ops.ndim != 1:
         raise ConfigError(f"ops: one dimension is needed, not {ops.ndim}")
-    for name in OP_DTYPE.names:
+    required = [(name, OP_DTYPE.fields[name][0]) for name in OP_DTYPE.names]
+    for i, (name, dtype) in enumerate((*required, *_OPTIONAL)):
+        at[i] = <u64>-1
         if name not in ops.dtype.names:
-            raise ConfigError(f"ops: field {name!r} is missing")
-        if ops.dtype.fields[name][0] != OP_DTYPE.fields[name][0]:
-            raise ConfigError(f"ops: field {name!r} is {ops.dtype.fields[name][0]}, {OP_DTYPE.fields[name][0]} is needed")
+            if i < len(required):
+                raise ConfigError(f"ops: field {name!r} is missing")
+            continue
+        if ops.dtype.fields[name][0] != dtype:
+            raise ConfigError(f"ops: field {name!r} is {ops.dtype.fields[name][0]}, {dtype} is needed")
+        at[i] = ops.dtype.fields[name][1]
     return 0
 
 
-cdef int _check_values(const u8 *base, u64 n, u64 stride, const u64 *at) except -1:
-    """ConfigError if an operation code or a size does not exist; before anything is run."""
+cdef inline u64 _word(const u8 *element, u64 at) noexcept nogil:
+    cdef u64 word = 0
+    if at != <u64>-1:
+        memcpy(&word, element + at, 8)
+    return word
+
+
+cdef inline void _load_op(sc_op *o, const u8 *element, const u64 *at, u32 vcpu) noexcept nogil:
+    """Gather an operation from an element of the caller's array, which may be packed."""
+    o.op = element[at[0]]
+    o.user = element[at[1]] != 0
+    o.size = element[at[2]]
+    o.addr = _word(element, at[3])
+    o.value[0] = _word(element, at[4])
+    o.vcpu = vcpu if at[5] == <u64>-1 else element[at[5]]
+    o.value[1] = _word(element, at[6])
+    o.expected[0] = _word(element, at[7])
+    o.expected[1] = _word(element, at[8])
+
+
+cdef int _check_values(const u8 *base, u64 n, i64 stride, const u64 *at, u32 vcpus) except -1:
+    """ConfigError if an operation, a size or a vcpu does not exist; before anything is run. 1: some size is 16."""
     cdef u64 i
-    cdef u8 op, size
-    cdef const u8 *where
+    cdef sc_op o
     cdef bint bad = False
+    cdef bint wide = False
     with nogil:
         for i in range(n):
-            where = base + i * stride
-            op = where[at[0]]
-            size = where[at[2]]
-            if op >= OP_COUNT or (op < OP_FETCH and (size == 0 or size > 8 or size & (size - 1))):
+            _load_op(&o, base + <i64>i * stride, at, 0)
+            if o.op >= OP_COUNT or o.vcpu >= vcpus:
                 bad = True
+            elif op_is_access(o.op) and o.op != OP_FETCH:
+                wide = wide or o.size == 16
+                # 1, 2, 4, 8; and 16 for loads, stores and CMPXCHG
+                bad = o.size == 0 or o.size & (o.size - 1) or o.size > 16 or (o.size == 16 and o.op > OP_CMPXCHG)
+            if bad:
                 break
-    if bad:
-        if op >= OP_COUNT:
-            raise ConfigError(f"ops[{i}]: operation code {op} is not one of {', '.join(f'{o.name}={o.value}' for o in Op)}")
-        raise ConfigError(f"ops[{i}]: size {size} is not 1, 2, 4 or 8")
-    return 0
+    if not bad:
+        return wide
+    if o.op >= OP_COUNT:
+        raise ConfigError(f"ops[{i}]: operation code {o.op} is not one of {', '.join(f'{x.name}={x.value}' for x in Op)}")
+    if o.vcpu >= vcpus:
+        raise ConfigError(f"ops[{i}]: there is no vcpu {o.vcpu}, the VM has {vcpus}")
+    raise ConfigError(f"ops[{i}]: size {o.size} is not 1, 2, 4 or 8 (or 16, but for read-modify-write)")

@@ -28,6 +28,13 @@ class Op(IntEnum):
     """Load PKRU with `value`."""
     AC = 9
     """Set EFLAGS.AC to bit 0 of `value` (SMAP)."""
+    CMPXCHG = 10
+    """Store `value` if `expected` is there; the result's value is what was there."""
+    XCHG = 11
+    ADD = 12
+    AND = 13
+    OR = 14
+    XOR = 15
 
 
 class Quirk(IntFlag):

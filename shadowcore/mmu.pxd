@@ -20,6 +20,8 @@ cdef class Mmu:
     cdef readonly object design     # Native or Shadow
     cdef object _arrays             # what c points into
     cdef bint busy                  # a batch runs, without the GIL
+    cdef object _can_emulate        # callable behind c.can_emulate, or None
+    cdef object hook_error          # what a callback raised
 
     cdef int idle(self) except -1
     cdef void *_array(self, u64 nbytes) except NULL

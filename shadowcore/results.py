@@ -19,6 +19,7 @@ class RunResult:
     outcome: uint8: 0 done, 1 guest #PF, 2 #GP, 3 MMIO (nothing was transferred). error_code: uint16, of a #PF.
     gpa: uint64: where the access led; all ones if nowhere. value: uint64: what a load or fetch read.
     exits: uint16: page-fault exits it took. emulated: uint8: stores that the emulator did.
+    value_high: uint64, upper half of 16-byte values; None when no operation has that size.
     stats: the difference that the run made to the VM's counters.
     """
 
@@ -29,6 +30,7 @@ class RunResult:
     exits: NDArray[np.uint16]
     emulated: NDArray[np.uint8]
     stats: Stats
+    value_high: NDArray[np.uint64] | None = None
 
     def __len__(self) -> int:
         return len(self.outcome)

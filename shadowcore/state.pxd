@@ -69,6 +69,9 @@ cdef struct sc_vcpu:
     int maxphyaddr
     sc_tlb *tlb                     # NULL: no TLB is modelled
 
+# Can the store of nbytes at gva, gpa be emulated? (An embedder's instruction emulator may not know it.)
+ctypedef bint (*sc_can_emulate)(void *hook, u64 gva, u64 gpa, u32 nbytes) noexcept nogil
+
 cdef struct sc_mmu:
     sc_mem *mem
     sc_stats *stats
@@ -98,6 +101,10 @@ cdef struct sc_mmu:
     sc_link *links                  # per spte of the pool
     u32 *hash                       # first page of each bucket, or SC_NONE
     sc_vcpu *vcpus[SC_MAX_VCPUS]
+    sc_can_emulate can_emulate      # asked before a store is emulated; NULL: the answer is yes
+    void *hook                      # its first argument
+    u32 fail_after                  # for tests: so many pages can still be taken from the pool,
+    u32 fail_for                    # then so many attempts fail
 
 # Members of shadowcore.config.Quirk, bit by bit.
 cdef enum:

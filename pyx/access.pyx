@@ -1,0 +1,197 @@
+"""One operation of a vcpu, start to end: resolve every page it touches, then move the bytes."""
+from libc.string cimport memcpy, memset
+
+from shadowcore.access cimport (
+    OP_AC, OP_ADD, OP_AND, OP_CMPXCHG, OP_CR0, OP_CR3, OP_CR4, OP_EFER, OP_FETCH, OP_INVLPG, OP_OR, OP_PKRU,
+    OP_WRITE, OP_XCHG, op_is_access, op_is_rmw, sc_op, sc_result,
+)
+from shadowcore.bits cimport is_canonical
+from shadowcore.emulate cimport emulate_store
+from shadowcore.events cimport EXIT_INVLPG
+from shadowcore.memory cimport mem_frame, mem_guest_frame, mem_mark_dirty
+from shadowcore.mmu cimport mmu_invlpg, mmu_resolve
+from shadowcore.pool cimport pool_unprotect
+from shadowcore.registers cimport load_ac, load_cr0, load_cr3, load_cr4, load_efer, load_pkru
+from shadowcore.state cimport FLUSH_INVLPG, flush_lost, sc_mmu, sc_vcpu
+from shadowcore.tlb cimport tlb_flush_page
+from shadowcore.types cimport (
+    MODE_64, MODE_LA57, PF_I, PF_U, PF_W, RC_BAD_OP, RC_EMULATE, RC_GP, RC_OK, RC_PF, RC_UNHANDLED, u8, u32, u64,
+)
+from shadowcore.walker cimport sc_walk
+
+cdef struct sc_part:                # the bytes of an access that lie in one page
+    u64 va
+    u64 gpa
+    u32 nbytes
+    bint emulate                    # a store here has to go through the emulator
+
+
+cdef inline void _modify(u32 op, u64 *now, const sc_op *o, u32 size) noexcept nogil:
+    """What a read-modify-write puts in the place of `now` (only the low `size` bytes count)."""
+    cdef u64 mask = ~<u64>0 if size >= 8 else (<u64>1 << (8 * size)) - 1
+    if op == OP_CMPXCHG:
+        # On a mismatch the old value is written back: the destination is always stored to (SDM vol. 2).
+        if (now[0] ^ o.expected[0]) & mask == 0 and (size < 16 or now[1] == o.expected[1]):
+            now[0] = o.value[0]
+            now[1] = o.value[1]
+    elif op == OP_XCHG:
+        now[0] = o.value[0]
+        now[1] = o.value[1]
+    elif op == OP_ADD:
+        now[0] += o.value[0]
+    elif op == OP_AND:
+        now[0] &= o.value[0]
+    elif op == OP_OR:
+        now[0] |= o.value[0]
+    else:
+        now[0] ^= o.value[0]
+
+
+cdef inline bint _is_table(const sc_mmu *mmu, u64 gpa) noexcept nogil:
+    return mmu.shadow and mmu.frames[mem_frame(mmu.mem, gpa >> 12)].shadowed != 0
+
+
+cdef void _store(sc_mmu *mmu, sc_vcpu *v, const sc_part *part, const u8 *bytes, bint data, sc_result *r) noexcept nogil:
+    if part.emulate:
+        emulate_store(mmu, v, part.gpa, bytes, part.nbytes)
+        r.emulated += 1
+        return
+    if data:
+        memcpy(mem_guest_frame(mmu.mem, part.gpa) + (part.gpa & 4095), bytes, part.nbytes)
+    if mmu.mem.log_stores:
+        mem_mark_dirty(mmu.mem, part.gpa >> 12)
+
+
+cdef int _resolve(sc_mmu *mmu, sc_vcpu *v, u32 access, sc_part *parts, int n, sc_result *r) noexcept nogil:
+    """Resolve each page; RC_OK when all lead to RAM. What the first page's frame is may change with the second."""
+    cdef sc_walk w
+    cdef int i, rc
+    for i in range(n):
+        rc = mmu_resolve(mmu, v, parts[i].va, access, &w)
+        parts[i].gpa = w.gpa
+        parts[i].emulate = rc == RC_EMULATE and access & PF_W
+        if rc != RC_OK and rc != RC_EMULATE:
+            r.error_code = w.error_code if rc == RC_PF else 0
+            r.gpa = w.gpa if rc >= 0 and rc != RC_PF else <u64>-1
+            return rc
+    if n == 2 and access & PF_W:
+        for i in range(n):
+            parts[i].emulate = _is_table(mmu, parts[i].gpa)
+    return RC_OK
+
+
+cdef int _refuse_emulation(sc_mmu *mmu, const sc_part *parts, int n) noexcept nogil:
+    """The embedder cannot emulate one of the stores: RC_EMULATE after its frame was unprotected, so that the access
+    can be made natively (patch 14); RC_UNHANDLED where a root in use keeps it protected; RC_OK if there is nothing."""
+    cdef int i
+    for i in range(n):
+        if parts[i].emulate and not mmu.can_emulate(mmu.hook, parts[i].va, parts[i].gpa, parts[i].nbytes):
+            pool_unprotect(mmu, parts[i].gpa >> 12)
+            return RC_UNHANDLED if _is_table(mmu, parts[i].gpa) else RC_EMULATE
+    return RC_OK
+
+
+cdef int vcpu_access(sc_mmu *mmu, sc_vcpu *v, const sc_op *o, bint data, sc_result *r) noexcept nogil:
+    """One load, store, fetch or read-modify-write.
+
+    data False: no bytes move, but a store to a guest table is emulated with the bytes that are there. Returns
+    r.outcome, or a negative code for a host-side error.
+    """
+    cdef sc_part parts[2]
+    cdef u32 size = 1 if o.op == OP_FETCH else o.size
+    cdef bint stores = o.op == OP_WRITE or op_is_rmw(o.op)
+    cdef u32 access = (PF_U if o.user else 0) | (PF_W if stores else PF_I if o.op == OP_FETCH else 0)
+    cdef u64 taken = mmu.stats.pf_taken
+    cdef u64 last = o.addr + (size - 1)
+    cdef u64 now[2]
+    cdef int n = 1
+    cdef int rc = RC_OK
+    cdef int i, width
+    memset(r, 0, sizeof(sc_result))
+    r.gpa = <u64>-1
+    parts[0].va = o.addr
+    if v.guest.mode >= MODE_64:
+        width = 57 if v.guest.mode == MODE_LA57 else 48
+        if not is_canonical(o.addr, width) or not is_canonical(last, width) or last < o.addr:
+            rc = RC_GP
+    else:
+        parts[0].va &= 0xFFFFFFFFULL
+        last &= 0xFFFFFFFFULL
+    if o.op == OP_CMPXCHG and size == 16 and o.addr & 15:
+        rc = RC_GP                  # CMPXCHG16B wants its operand aligned
+    if rc == RC_GP:
+        mmu.stats.gp_guest += 1
+        r.outcome = RC_GP
+        return rc
+    parts[0].nbytes = size
+    if (o.addr & 4095) + size > 4096:
+        n = 2
+        parts[0].nbytes = 4096 - <u32>(o.addr & 4095)
+        parts[1].nbytes = size - parts[0].nbytes
+        parts[1].va = last & ~<u64>4095
+    rc = _resolve(mmu, v, access, parts, n, r)
+    if rc == RC_OK and mmu.can_emulate != NULL and stores:
+        rc = _refuse_emulation(mmu, parts, n)
+        if rc == RC_EMULATE:
+            rc = _resolve(mmu, v, access, parts, n, r)
+    r.exits = <u32>(mmu.stats.pf_taken - taken)
+    if rc != RC_OK:
+        r.outcome = <u8>rc
+        return rc
+    r.gpa = parts[0].gpa
+    now[0] = now[1] = 0
+    if data and o.op != OP_WRITE or (stores and not data):
+        memcpy(now, mem_guest_frame(mmu.mem, parts[0].gpa) + (parts[0].gpa & 4095), parts[0].nbytes)
+        if n == 2:
+            memcpy(<u8 *>now + parts[0].nbytes, mem_guest_frame(mmu.mem, parts[1].gpa), parts[1].nbytes)
+    if data:
+        r.value[0] = now[0]
+        r.value[1] = now[1]
+    if not stores:
+        return RC_OK
+    if data:
+        if o.op == OP_WRITE:
+            now[0] = o.value[0]
+            now[1] = o.value[1]
+        else:
+            _modify(o.op, now, o, size)
+    _store(mmu, v, &parts[0], <u8 *>now, data, r)
+    if n == 2:
+        # The first part's store may have zapped what the second had to go round: look again.
+        parts[1].emulate = _is_table(mmu, parts[1].gpa)
+        _store(mmu, v, &parts[1], <u8 *>now + parts[0].nbytes, data, r)
+    return RC_OK
+
+
+cdef int vcpu_op(sc_mmu *mmu, sc_vcpu *v, const sc_op *o, bint data, sc_result *r) noexcept nogil:
+    """One operation of a batch; see vcpu_access."""
+    cdef int rc = RC_OK
+    if op_is_access(o.op):
+        return vcpu_access(mmu, v, o, data, r)
+    memset(r, 0, sizeof(sc_result))
+    r.gpa = <u64>-1
+    if o.op == OP_CR3:
+        rc = load_cr3(mmu, v, o.value[0])
+    elif o.op == OP_CR0:
+        rc = load_cr0(mmu, v, o.value[0])
+    elif o.op == OP_CR4:
+        rc = load_cr4(mmu, v, o.value[0])
+    elif o.op == OP_EFER:
+        rc = load_efer(mmu, v, o.value[0])
+    elif o.op == OP_INVLPG:
+        mmu.stats.invlpg += 1
+        if v.tlb != NULL:
+            tlb_flush_page(v.tlb, o.addr, flush_lost(mmu, FLUSH_INVLPG))
+        if mmu.shadow and not mmu.keep:
+            mmu.stats.exits[EXIT_INVLPG] += 1
+            mmu_invlpg(mmu, v, o.addr)
+    elif o.op == OP_PKRU:
+        load_pkru(v, o.value[0])
+    elif o.op == OP_AC:
+        load_ac(v, o.value[0] & 1)
+    else:
+        return RC_BAD_OP
+    if rc == RC_GP:
+        mmu.stats.gp_guest += 1
+    r.outcome = <u8>rc
+    return rc
