@@ -6,7 +6,7 @@ is seen), less W while the frame is a shadowed guest table (so that every store 
 from libc.string cimport memset
 
 from shadowcore.bits cimport (
-    PTE_A, PTE_D, PTE_G, PTE_P, PTE_U, PTE_W, SPTE_GUEST_U, SPTE_GUEST_W, SPTE_MARK, level_index, level_mask, pte_addr, pte_nx,
+    CR4_PGE, PTE_A, PTE_D, PTE_G, PTE_P, PTE_U, PTE_W, SPTE_GUEST_U, SPTE_GUEST_W, SPTE_MARK, level_index, level_mask, pte_addr, pte_nx,
     pte_rights,
 )
 from shadowcore.fetch cimport sc_leaf
@@ -18,7 +18,7 @@ from shadowcore.rmap cimport rmap_add, rmap_remove
 from shadowcore.roots cimport linear_gfn, make_role, root_load, wp0_leaves
 from shadowcore.spte cimport leaf_spte, spte_drop, spte_is_writable, spte_link, spte_put, spte_wipe
 from shadowcore.state cimport (
-    FLUSH_LEAF, FLUSH_LINK, FLUSH_WITHHELD, QUIRK_DIRTY_LOST, QUIRK_NX_LEAF_ONLY, QUIRK_PAGING_OFF_UNPROTECTED, QUIRK_RMAP_LEAK,
+    FLUSH_LEAF, FLUSH_LINK, FLUSH_WITHHELD, QUIRK_DIRTY_LOST, QUIRK_GLOBAL_WITHOUT_PGE, QUIRK_NX_LEAF_ONLY, QUIRK_PAGING_OFF_UNPROTECTED, QUIRK_RMAP_LEAK,
     QUIRK_ROLE_WITHOUT_ACCESS, QUIRK_ROLE_WITHOUT_MODE, ROLE_DIRTY, ROLE_GLOBAL, ROLE_PKEY, request_flush, sc_mmu, sc_vcpu,
 )
 from shadowcore.types cimport (
@@ -145,15 +145,15 @@ cdef inline void _set_dirty(sc_mmu *mmu, sc_walk *w, bint on) noexcept nogil:
         w.entry[w.level] &= ~<u64>PTE_D
 
 
-cdef inline void _install_leaf(sc_mmu *mmu, const sc_leaf *leaf, int mode, u64 gfn, u64 value) noexcept nogil:
+cdef inline void _install_leaf(sc_mmu *mmu, const sc_vcpu *v, const sc_leaf *leaf, u64 gfn, u64 value) noexcept nogil:
     """Fill an entry that is not present."""
     cdef u32 spte = leaf.spte
-    if mode != MODE_OFF and leaf.large != SC_NONE:
+    if v.guest.mode != MODE_OFF and leaf.large != SC_NONE:
         mmu.table[leaf.large] |= SPTE_MARK
     if mmu.table[spte]:
         spte_wipe(mmu, spte)
     spte_put(mmu, spte, value)
-    if not value & PTE_G:
+    if not (value & PTE_G and (v.cr4 & CR4_PGE or mmu.quirks & QUIRK_GLOBAL_WITHOUT_PGE)):
         mmu.pages[spte >> 9].nonglobal = True
     if value & PTE_P:
         mmu.pages[spte >> 9].slots |= <u64>1 << mem_slot(mmu.mem, gfn)
@@ -201,7 +201,7 @@ cdef int fetch(sc_mmu *mmu, sc_vcpu *v, u64 va, u32 access, bint refused, sc_wal
             leaf.filled = old == 0
             granted = _until_dirty(guest, w, mode)
             value = leaf_spte(gfn << 12, guest, granted, kept) & ~<u64>PTE_P
-            _install_leaf(mmu, leaf, mode, gfn, value | SPTE_MARK)
+            _install_leaf(mmu, v, leaf, gfn, value | SPTE_MARK)
         return RC_OK
     hpa = old & pte_addr() if taken and old & PTE_P else mem_frame_hpa(mmu.mem, frame)
     shadowed = mmu.frames[frame].shadowed != 0
@@ -238,7 +238,7 @@ cdef int fetch(sc_mmu *mmu, sc_vcpu *v, u64 va, u32 access, bint refused, sc_wal
     value = leaf_spte(hpa, guest if mode != MODE_OFF else 0, granted, kept)
     if not old & PTE_P:
         leaf.filled = True
-        _install_leaf(mmu, leaf, mode, gfn, value)
+        _install_leaf(mmu, v, leaf, gfn, value)
     else:
         value |= old & (PTE_A | PTE_D)
         leaf.changed = (value ^ old) & ~<u64>(PTE_A | PTE_D) != 0

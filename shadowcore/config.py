@@ -77,7 +77,9 @@ class Quirk(IntFlag):
     EXIT_FLUSHES = 1 << 13
     """An entry dropped by an emulated store, or with a zapped upper table, asks for no TLB flush: without VPID every
     exit flushes anyway, and so it does here."""
-    KVM_2007 = (1 << 14) - 1
+    GLOBAL_WITHOUT_PGE = 1 << 14
+    """Design `flush`: tables of leaves with G survive CR3 loads although CR4.PGE is off (2.6.20-rc3)."""
+    KVM_2007 = (1 << 15) - 1
     """All of them: the series as it was."""
 
 
@@ -208,10 +210,11 @@ class Shadow:
     def flush(cls, **settings: Any) -> Shadow:
         """Before the series (2.6.20-rc3): a CR3 load throws away every table with a non-global leaf.
 
-        The baseline is measured with its own costs: a rights violation takes two exits and accessed bits are set
-        early (pass quirks=0 for the same design without them).
+        The baseline is measured as it was: a rights violation takes two exits, accessed bits are set early, and G
+        counts without CR4.PGE. Pass quirks=Quirk.NONE for the same design without these.
         """
-        return cls(**{"name": "flush", "keep": False, "quirks": Quirk.TWO_EXITS | Quirk.ACCESSED_EARLY, **settings})
+        quirks = Quirk.TWO_EXITS | Quirk.ACCESSED_EARLY | Quirk.GLOBAL_WITHOUT_PGE
+        return cls(**{"name": "flush", "keep": False, "quirks": quirks, **settings})
 
     @classmethod
     def kvm_2007(cls, **settings: Any) -> Shadow:

@@ -122,6 +122,7 @@ cdef enum:
     QUIRK_NX_LEAF_ONLY = 1 << 11
     QUIRK_PROCESSOR_CODE = 1 << 12
     QUIRK_EXIT_FLUSHES = 1 << 13
+    QUIRK_GLOBAL_WITHOUT_PGE = 1 << 14
 
 cdef enum:
     FEAT_NX = 1 << 0
