@@ -103,7 +103,7 @@ cdef inline u64 _gpte(const sc_mmu *mmu, const sc_page *page, u32 index) noexcep
     if role_pte_size(page.role) == 8:
         return (<u64 *>table)[index]
     if role_level(page.role) == 1:
-        return (<u32 *>table)[quadrant * 512 + index]
+        return (<u32 *>table)[(quadrant & 1) * 512 + index]
     return (<u32 *>table)[quadrant * 256 + index // 2]
 
 
@@ -143,10 +143,12 @@ cdef void _check_link(sc_mmu *mmu, u32 number, u32 index, sc_audit *a) noexcept 
     """I1, above the leaves: a present entry leads to the shadow of the table that its gpte names, or to a direct page
     where the gpte is a large page."""
     cdef sc_page *page = &mmu.pages[number]
-    cdef sc_page *child = &mmu.pages[mem_pool_page(mmu.table[number * 512 + index])]
+    cdef u32 target = mem_pool_page(mmu.table[number * 512 + index])
+    cdef sc_page *child
     cdef u64 gpte, named
-    if role_direct(page.role):
-        return
+    if role_direct(page.role) or target >= mmu.pool_pages:
+        return                      # the latter is a matter of I4
+    child = &mmu.pages[target]
     gpte = _gpte(mmu, page, index)
     if not gpte & PTE_P:
         _report(a, 1, S_ABSENT, number, index, page.gfn)
@@ -195,6 +197,8 @@ cdef inline bint _listed(const sc_mmu *mmu, u32 head, u32 spte) noexcept nogil:
         return head == spte + 1
     prev = mmu.links[spte].prev
     next_ = mmu.links[spte].next
+    if prev > mmu.pool_pages * 512 or next_ > mmu.pool_pages * 512:
+        return False
     if prev:
         if mmu.links[prev - 1].next != spte + 1:
             return False
@@ -268,7 +272,7 @@ cdef void check_parents(sc_mmu *mmu, sc_audit *a) noexcept nogil:
 cdef void check_hash(sc_mmu *mmu, sc_audit *a) noexcept nogil:
     """I5: the hash holds every active page once, in its bucket; no two pages have the same (gfn, role)."""
     cdef u64 bucket
-    cdef u32 number, other
+    cdef u32 number, other, steps
     cdef u64 held = 0
     for bucket in range(<u64>1 << (64 - mmu.hash_shift)):
         number = mmu.hash[bucket]
@@ -279,7 +283,9 @@ cdef void check_hash(sc_mmu *mmu, sc_audit *a) noexcept nogil:
                 _report(a, 5, S_HASH, number, 0, 0 if number >= mmu.pool_pages else mmu.pages[number].gfn)
                 break
             other = mmu.pages[number].hash_next
-            while other != SC_NONE and other < mmu.pool_pages:
+            steps = 0
+            while other < mmu.pool_pages and steps < mmu.pool_pages:
+                steps += 1
                 if mmu.pages[other].gfn == mmu.pages[number].gfn and mmu.pages[other].role == mmu.pages[number].role:
                     _report(a, 5, S_TWICE, number, 0, mmu.pages[number].gfn)
                     break
@@ -310,11 +316,11 @@ cdef void check_pool(sc_mmu *mmu, sc_audit *a) noexcept nogil:
             if used != mmu.pages[number].present or (used and not mmu.pages[number].active):
                 _report(a, 6, S_USED if mmu.pages[number].active else S_DIRTY_FREE, number, 0, mmu.pages[number].gfn)
     number = mmu.young
-    while number != SC_NONE and listed <= mmu.pool_pages:
+    while number < mmu.pool_pages and listed <= mmu.pool_pages:
         listed += 1
         number = mmu.pages[number].next
     number = mmu.free_head
-    while number != SC_NONE and free <= mmu.pool_pages:
+    while number < mmu.pool_pages and free <= mmu.pool_pages:
         free += 1
         number = mmu.pages[number].next
     if active != mmu.n_active or listed != active or free != mmu.n_free or free + active != mmu.pool_pages:
@@ -327,7 +333,7 @@ cdef void check_shadowed(sc_mmu *mmu, sc_audit *a) noexcept nogil:
     cdef u64 frame
     cdef u64 pages = 0
     cdef u64 counted = 0
-    cdef u32 same
+    cdef u32 same, steps
     for number in range(mmu.pool_pages):
         if not mmu.pages[number].active or role_direct(mmu.pages[number].role):
             continue
@@ -337,7 +343,9 @@ cdef void check_shadowed(sc_mmu *mmu, sc_audit *a) noexcept nogil:
         pages += 1
         same = 0
         other = mmu.hash[hash_bucket(mmu, mmu.pages[number].gfn)]
-        while other != SC_NONE:
+        steps = 0
+        while other < mmu.pool_pages and steps < mmu.pool_pages:
+            steps += 1
             same += mmu.pages[other].gfn == mmu.pages[number].gfn and not role_direct(mmu.pages[other].role)
             other = mmu.pages[other].hash_next
         if same != mmu.frames[frame].shadowed:

@@ -138,6 +138,15 @@ cdef class Memory:
         self._logs[index][:] = 0
         self._changed(index)
 
+    @property
+    def logged_slots(self) -> tuple:
+        """Numbers of the slots with a dirty log."""
+        return tuple(sorted(self._logs))
+
+    def dirty_words(self, slot=0):
+        """uint64: the log of `slot` itself, one bit a frame, sharing memory."""
+        return self._logs[self._logged(slot)]
+
     def _logged(self, slot):
         index = check_int("slot", slot, 0, len(self.slots) - 1)
         if index not in self._logs:

@@ -42,10 +42,13 @@ cdef inline bint _tlb_hit(sc_mmu *mmu, sc_vcpu *v, u64 va, u32 access, sc_walk *
             or rights_fault(&v.hw if mmu.shadow else &v.guest, e.access, e.pkey, access)):
         mmu.stats.tlb_misses += 1
         return False
+    w.gpa = e.gpa | (va & ((<u64>1 << e.shift) - 1))
+    if mem_frame(mmu.mem, w.gpa >> 12) == sc_no_frame():
+        mmu.stats.tlb_misses += 1   # the part of a large page that lies beyond RAM
+        return False
     v.tlb.clock += 1
     e.used = v.tlb.clock
     mmu.stats.tlb_hits += 1
-    w.gpa = e.gpa | (va & ((<u64>1 << e.shift) - 1))
     w.error_code = 0
     return True
 
@@ -521,6 +524,29 @@ cdef class Mmu:
         """The counters are about to be set to 0: remember how many sptes are present."""
         self.idle()
         self.c.spte_base += self.counters.spte_installed - self.counters.spte_removed
+
+    def export_state(self) -> dict:
+        """The scalars of the MMU and its counters; with `arrays` and the vcpus' states, all of it (VM.save)."""
+        self.idle()
+        cdef sc_mmu *c = &self.c
+        state = {"n_free": c.n_free, "n_active": c.n_active, "free_head": c.free_head, "young": c.young, "old": c.old,
+                 "n_pte4": c.n_pte4, "n_pte8": c.n_pte8, "flush_epoch": c.flush_epoch, "spte_base": c.spte_base}
+        state["counters"] = self.stats.as_array().tolist()
+        return state
+
+    def import_state(self, dict state) -> None:
+        """Put back what export_state gave; the arrays and vcpus have to be put back with it."""
+        self.idle()
+        cdef sc_mmu *c = &self.c
+        cdef u64 *counters = <u64 *>&self.counters
+        cdef u64 number
+        (c.n_free, c.n_active, c.free_head, c.young, c.old, c.n_pte4, c.n_pte8, c.flush_epoch, c.spte_base) = [
+            state[name] for name in ("n_free", "n_active", "free_head", "young", "old", "n_pte4", "n_pte8",
+                                     "flush_epoch", "spte_base")]
+        if len(state["counters"]) != sizeof(sc_stats) // sizeof(u64):
+            raise ConfigError(f"counters: {len(state['counters'])} of them, not {sizeof(sc_stats) // sizeof(u64)}")
+        for i, number in enumerate(state["counters"]):
+            counters[i] = number
 
     def protect_slot(self, slot) -> None:
         """Write-protect the frames of memory slot `slot`, for its dirty log."""

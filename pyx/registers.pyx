@@ -47,7 +47,7 @@ cdef bint _read_pdptes(const sc_mmu *mmu, const sc_vcpu *v, u64 cr3, u64 *pdpte)
     return pdptes_valid(pdpte, v.maxphyaddr)
 
 
-cdef void _apply(sc_vcpu *v) noexcept nogil:
+cdef void vcpu_apply(sc_vcpu *v) noexcept nogil:
     """Derive what walks need from the registers."""
     cdef int mode = _mode(v.cr0, v.cr4, v.efer)
     v.guest.mode = mode
@@ -89,7 +89,7 @@ cdef void vcpu_init(sc_mmu *mmu, sc_vcpu *v) noexcept nogil:
     v.flood_gfn = <u64>-1
     for slot in range(4):
         v.roots[slot] = SC_NONE
-    _apply(v)
+    vcpu_apply(v)
     mmu_reset(mmu, v)
 
 
@@ -114,7 +114,7 @@ cdef int load_cr0(sc_mmu *mmu, sc_vcpu *v, u64 value) noexcept nogil:
     v.efer &= ~<u64>EFER_LMA
     if pg and v.efer & EFER_LME:
         v.efer |= EFER_LMA
-    _apply(v)
+    vcpu_apply(v)
     mmu_reset(mmu, v)
     return RC_OK
 
@@ -165,7 +165,7 @@ cdef int load_cr4(sc_mmu *mmu, sc_vcpu *v, u64 value) noexcept nogil:
         mmu.stats.exits[EXIT_CR4] += 1
     _drop_translations(mmu, v, value != v.cr4)
     v.cr4 = value
-    _apply(v)
+    vcpu_apply(v)
     mmu_reset(mmu, v)
     return RC_OK
 
@@ -178,7 +178,7 @@ cdef int load_efer(sc_mmu *mmu, sc_vcpu *v, u64 value) noexcept nogil:
         mmu.stats.exits[EXIT_EFER] += 1
     _drop_translations(mmu, v, (value ^ v.efer) & EFER_NXE)
     v.efer = (value & ~<u64>EFER_LMA) | (v.efer & EFER_LMA)
-    _apply(v)
+    vcpu_apply(v)
     mmu_reset(mmu, v)
     return RC_OK
 

@@ -8,18 +8,19 @@ from shadowcore.access cimport (
     OP_ADD, OP_AND, OP_CMPXCHG, OP_COUNT, OP_FETCH, OP_INVLPG, OP_OR, OP_READ, OP_WRITE, OP_XCHG, OP_XOR,
     op_is_access, sc_op, sc_result, vcpu_access, vcpu_op,
 )
-from shadowcore.bits cimport is_canonical
+from shadowcore.bits cimport PTE_P, is_canonical
 from shadowcore.events cimport Stats, stats_copy, stats_since
+from shadowcore.memory cimport mem_pool_hpa
 from shadowcore.mmu cimport Mmu
-from shadowcore.registers cimport load_ac, load_cr0, load_cr3, load_cr4, load_efer, load_pkru, vcpu_init
+from shadowcore.registers cimport load_ac, load_cr0, load_cr3, load_cr4, load_efer, load_pkru, vcpu_apply, vcpu_init
 from shadowcore.state cimport (
     FEAT_FSGSBASE, FEAT_GBPAGES, FEAT_LA57, FEAT_NX, FEAT_PCID, FEAT_PKU, FEAT_PSE36, FEAT_SMAP, FEAT_SMEP,
     FEAT_UMIP, FEAT_XSAVE, SC_MAX_VCPUS, sc_mmu, sc_vcpu,
 )
-from shadowcore.tlb cimport TLB_SIZES, sc_tlb, sc_tlb_entry, tlb_valid
+from shadowcore.tlb cimport TLB_PAGES, TLB_SIZES, sc_tlb, sc_tlb_entry, tlb_valid
 from shadowcore.types cimport (
     ACC_U, ACC_W, ACC_X, MODE_32, MODE_64, MODE_LA57, MODE_OFF, PF_I, PF_U, PF_W, RC_EXHAUSTED, RC_GP, RC_LIVELOCK,
-    RC_MMIO, RC_OK, RC_PF, RC_UNHANDLED, i64, u8, u16, u32, u64,
+    RC_MMIO, RC_OK, RC_PF, RC_UNHANDLED, SC_NONE, i64, u8, u16, u32, u64,
 )
 from shadowcore.walker cimport probe_walk, sc_walk
 
@@ -150,6 +151,55 @@ cdef class VCpu:
         mmu.c.vcpus[mmu.c.n_vcpus] = &self.c
         mmu.c.n_vcpus += 1
         vcpu_init(&mmu.c, &self.c)
+
+    def export_state(self) -> dict:
+        """Registers, roots and flood counter: with `tlb_arrays`, all that a vcpu is (VM.save)."""
+        cdef sc_vcpu *c = &self.c
+        self.mmu.idle()
+        return {"cr0": c.cr0, "cr2": c.cr2, "cr3": c.cr3, "cr4": c.cr4, "efer": c.efer, "pkru": c.guest.pkru,
+                "ac": bool(c.guest.ac), "cpl": c.cpl, "pdptes": list(self.pdptes),
+                "roots": [c.roots[i] for i in range(4)], "flood_gfn": c.flood_gfn, "flood_count": c.flood_count}
+
+    def import_state(self, dict state) -> None:
+        """Put back what export_state gave, without the side effects of register loads."""
+        cdef sc_vcpu *c = &self.c
+        self.mmu.idle()
+        (c.cr0, c.cr2, c.cr3, c.cr4, c.efer, c.guest.pkru, c.cpl, c.flood_gfn, c.flood_count) = [
+            state[name] for name in ("cr0", "cr2", "cr3", "cr4", "efer", "pkru", "cpl", "flood_gfn", "flood_count")]
+        c.guest.ac = bool(state["ac"])
+        for i in range(4):
+            c.guest.pdpte[i] = state["pdptes"][i]
+            c.roots[i] = state["roots"][i]
+        vcpu_apply(c)
+        c.hw.root = 0
+        for i in range(4):
+            c.hw.pdpte[i] = 0 if c.roots[i] == SC_NONE else mem_pool_hpa(c.roots[i]) | PTE_P
+            if c.roots[i] != SC_NONE:
+                c.hw.root = mem_pool_hpa(c.roots[i])
+
+    @property
+    def tlb_arrays(self) -> list:
+        """State of the modelled TLB (uint8, sharing memory): its header from the clock on, then the entries of each
+        page size. No array without a TLB."""
+        cdef sc_tlb *t = self.c.tlb
+        self.mmu.idle()
+        if t == NULL:
+            return []
+        return [self._tlb[0][<size_t>&t.clock - <size_t>t:], *self._tlb[1:]]
+
+    def tlb_is_sane(self) -> bool:
+        """Every number in the TLB that is used as one (page size, PCID, position) is one that exists."""
+        cdef sc_tlb *t = self.c.tlb
+        cdef sc_tlb_entry *e
+        cdef u64 i
+        if t == NULL:
+            return True
+        for size in range(TLB_SIZES):
+            for i in range(<u64>t.sets[size] * t.ways[size]):
+                e = &t.entry[size][i]
+                if e.page & 1 and (e.shift not in (12, 21, 22, 30) or e.pcid > 4095):
+                    return False
+        return t.due_next < TLB_PAGES
 
     def _make_tlb(self, tlb):
         cdef u32 entries, ways

@@ -15,6 +15,7 @@ from .errors import (
     PageFault,
     PoolExhausted,
     ShadowcoreError,
+    SnapshotError,
     TraceError,
 )
 from .events import Stats
@@ -50,6 +51,7 @@ __all__ = [
     "RunResult",
     "Shadow",
     "ShadowcoreError",
+    "SnapshotError",
     "Stats",
     "TraceError",
     "Translation",

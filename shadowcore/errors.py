@@ -26,6 +26,15 @@ class TraceError(ShadowcoreError, ValueError):
         super().__init__(f"{self.file}{where}: {expected}")
 
 
+class SnapshotError(ShadowcoreError, ValueError):
+    """A saved VM that cannot be loaded: `file`, and what was `expected` of it. No half-loaded machine is left."""
+
+    def __init__(self, file: object, expected: str) -> None:
+        self.file = str(file)
+        self.expected = expected
+        super().__init__(f"{self.file}: {expected}")
+
+
 class PoolExhausted(ShadowcoreError):
     """The shadow pool cannot hold what a vCPU needs at once: `needed` pages, of `had`, `roots` (gfns) pin the rest."""
 

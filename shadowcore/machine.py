@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from . import snapshot
 from .audit import audit
 from .config import TLB, Features, MemorySlot, Native, Shadow, check_int, design
 from .errors import AuditError, ConfigError
@@ -49,6 +51,7 @@ class VM:
         if tlb is not None and not isinstance(tlb, TLB):
             raise ConfigError(f"tlb: a TLB object or None is needed, not {tlb!r}")
         self.features = features
+        self.tlb = tlb
         self.memory = Memory(memory, slots)
         self.mmu = Mmu(self.memory, chosen)
         self.memory.on_log = self.mmu.protect_slot
@@ -69,6 +72,15 @@ class VM:
     def read_physical(self, gpa: int, size: int) -> bytes:
         """`size` bytes at guest physical address `gpa`; ConfigError unless all of it lies in memory slots."""
         return self.mmu.read_physical(gpa, size)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the complete state to one file. OSError where that cannot be written; an older file is then kept."""
+        snapshot.save(self, path)
+
+    @staticmethod
+    def load(path: str | os.PathLike[str]) -> VM:
+        """The VM that `save` wrote; it continues bit for bit. SnapshotError for a file that is not whole and sound."""
+        return snapshot.load(path)
 
     def audit(self, strict: bool = False) -> AuditReport:
         """Check every invariant of the MMU. strict: raise AuditError instead of reporting violations."""

@@ -2,6 +2,7 @@
 from shadowcore.state cimport sc_mmu, sc_vcpu
 from shadowcore.types cimport u64
 
+cdef void vcpu_apply(sc_vcpu *v) noexcept nogil
 cdef void vcpu_init(sc_mmu *mmu, sc_vcpu *v) noexcept nogil
 cdef int load_cr0(sc_mmu *mmu, sc_vcpu *v, u64 value) noexcept nogil
 cdef int load_cr3(sc_mmu *mmu, sc_vcpu *v, u64 value) noexcept nogil
