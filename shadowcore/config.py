@@ -197,7 +197,7 @@ class Shadow:
         check_int("refill", self.refill, self.min_free, 1 << 22)
         if self.flood_threshold is not None:
             check_int("flood_threshold", self.flood_threshold, 1, 1 << 31)
-        if not isinstance(self.quirks, int) or self.quirks & ~Quirk.KVM_2007:
+        if not isinstance(self.quirks, int) or int(self.quirks) & ~int(Quirk.KVM_2007):
             raise ConfigError(f"quirks: {self.quirks!r} is not a combination of members of shadowcore.Quirk")
         object.__setattr__(self, "quirks", Quirk(self.quirks))
 

@@ -41,6 +41,8 @@ class Stats:
     accesses: Final[int]
     walk_references: Final[int]
     guest_walk_references: Final[int]
+    tlb_hits: Final[int]
+    tlb_misses: Final[int]
 
     @property
     def exits(self) -> dict[str, int]: ...

@@ -1,4 +1,5 @@
-from typing import Final, Self, SupportsIndex
+from collections.abc import Callable
+from typing import Any, Final, Self, SupportsIndex
 
 import numpy as np
 from numpy.typing import NDArray
@@ -8,6 +9,10 @@ from .config import Native, Shadow
 from .events import Stats
 from .memory import Memory
 
+FLUSHES: Final[tuple[str, ...]]
+PAGE_DTYPE: Final[np.dtype[np.void]]
+FRAME_DTYPE: Final[np.dtype[np.void]]
+LINK_DTYPE: Final[np.dtype[np.void]]
 PAGES_DTYPE: Final[np.dtype[np.void]]
 
 @disjoint_base
@@ -19,6 +24,16 @@ class Mmu:
     def stats(self) -> Stats: ...
     @property
     def design(self) -> Native | Shadow: ...
+    @property
+    def arrays(self) -> dict[str, NDArray[Any]]: ...
+    @property
+    def can_emulate(self) -> Callable[[int, int, int], bool] | None: ...
+    @can_emulate.setter
+    def can_emulate(self, callback: Callable[[int, int, int], bool] | None) -> None: ...
+    def fail_pages(self, after: SupportsIndex, count: SupportsIndex = 1) -> None: ...
+    def lose_flushes(self, *names: str) -> None: ...
+    def export_state(self) -> dict[str, Any]: ...
+    def import_state(self, state: dict[str, Any]) -> None: ...
     @property
     def pages(self) -> NDArray[np.void]: ...
     @property

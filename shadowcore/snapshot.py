@@ -10,8 +10,6 @@ import dataclasses
 import hashlib
 import json
 import os
-import zipfile
-import zlib
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -30,7 +28,8 @@ VERSION = 1
 NONE = 0xFFFFFFFF
 LIST_MANY = 0x80000000
 _ARRAYS = ("table", "pages", "frames", "links", "hash")
-_UNREADABLE = (OSError, EOFError, KeyError, ValueError, TypeError, OverflowError, zipfile.BadZipFile, zlib.error)
+_UNFIT = (KeyError, ValueError, TypeError, OverflowError, IndexError, AttributeError, MemoryError)
+"""What making a VM of a state raises that does not fit together."""
 
 
 def save(vm: VM, path: str | os.PathLike[str]) -> None:
@@ -52,7 +51,8 @@ def save(vm: VM, path: str | os.PathLike[str]) -> None:
     beside = f"{os.fspath(path)}.{os.getpid()}.part"
     try:
         with open(beside, "wb") as file:
-            np.savez_compressed(file, state=np.array(text), digest=np.array(_digest(text, members)), **members)
+            members |= {"state": np.array(text), "digest": np.array(_digest(text, members))}
+            np.savez_compressed(file, **members)  # type: ignore[arg-type]
         os.replace(beside, path)
     finally:
         if os.path.exists(beside):
@@ -65,7 +65,7 @@ def load(path: str | os.PathLike[str]) -> VM:
     try:
         vm = _machine(state)
         _restore(vm, state, members)
-    except (*_UNREADABLE, IndexError, AttributeError) as error:
+    except _UNFIT as error:
         if isinstance(error, SnapshotError):
             raise SnapshotError(path, error.expected) from None
         raise SnapshotError(path, f"a state that a VM can have expected: {error}") from None
@@ -111,7 +111,7 @@ def _read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, NDArr
         state = json.loads(text)
     except FileNotFoundError as error:
         raise SnapshotError(path, f"a readable file expected: {error.strerror}") from None
-    except _UNREADABLE as error:
+    except Exception as error:  # numpy and zipfile raise a dozen kinds for a damaged file
         raise SnapshotError(path, f"a saved VM expected: {error}") from None
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         raise SnapshotError(path, "a saved VM expected, this is something else")
@@ -127,7 +127,9 @@ def _machine(state: dict[str, Any]) -> VM:
 
     design = dict(state["design"])
     kind = design.pop("kind")
-    mmu: Native | Shadow = Native() if kind == "Native" else Shadow(**{**design, "quirks": Quirk(design["quirks"])})
+    mmu: Native | Shadow = (
+        Native() if kind == "Native" else Shadow(**{**design, "quirks": Quirk(design["quirks"])})
+    )
     slots = [
         MemorySlot(gpa, size, dirty_log=number in state["logged"])
         for number, (gpa, size) in enumerate(state["slots"])
@@ -172,7 +174,9 @@ def _restore(vm: VM, state: dict[str, Any], members: dict[str, NDArray[Any]]) ->
 
 def _put(target: NDArray[Any], source: NDArray[Any]) -> None:
     if source.dtype != target.dtype or source.shape != target.shape:
-        raise SnapshotError("", f"{target.dtype}{list(target.shape)} expected, not {source.dtype}{list(source.shape)}")
+        raise SnapshotError(
+            "", f"{target.dtype}{list(target.shape)} expected, not {source.dtype}{list(source.shape)}"
+        )
     target[...] = source
 
 
@@ -207,9 +211,12 @@ def _check_shadow(vm: VM, state: dict[str, Any], arrays: dict[str, Any]) -> None
     frame = address - np.uint64(vm.memory.ram_hpa >> 12)
     within(frame[leaf], vm.memory.bytes.size >> 12, "frames that leaves map", none=False)
     link = (table != 0) & (level > 1)[:, None]
-    within((address - np.uint64(vm.memory.pool_hpa >> 12))[link], pool, "pages that upper entries lead to", none=False)
+    within(
+        (address - np.uint64(vm.memory.pool_hpa >> 12))[link],
+        pool,
+        "pages that upper entries lead to",
+        none=False,
+    )
     used = np.unpackbits(pages["used"].view(np.uint8).reshape(pool, 64), axis=1, bitorder="little")
     if np.any(used.astype(bool) != (table != 0)):
         raise SnapshotError("", "bitmaps of used entries that agree with the entries expected")
-
-

@@ -1,14 +1,15 @@
-from typing import Final, Literal, Self, SupportsIndex
+from typing import Any, Final, Literal, Self, SupportsIndex
 
 import numpy as np
 from numpy.typing import NDArray
 from typing_extensions import disjoint_base
 
-from .config import Features
+from .config import TLB, Features
 from .mmu import Mmu
 from .results import RunResult
 
 OP_DTYPE: Final[np.dtype[np.void]]
+TLB_DTYPE: Final[np.dtype[np.void]]
 
 @disjoint_base
 class Translation:
@@ -31,9 +32,16 @@ class Translation:
 
 @disjoint_base
 class VCpu:
-    def __new__(cls, mmu: Mmu, features: Features) -> Self: ...
+    def __new__(cls, mmu: Mmu, features: Features, tlb: TLB | None = None) -> Self: ...
     @property
     def mmu(self) -> Mmu: ...
+    @property
+    def tlb(self) -> NDArray[np.void]: ...
+    @property
+    def tlb_arrays(self) -> list[NDArray[np.uint8]]: ...
+    def tlb_is_sane(self) -> bool: ...
+    def export_state(self) -> dict[str, Any]: ...
+    def import_state(self, state: dict[str, Any]) -> None: ...
     @property
     def number(self) -> int: ...
     @property
@@ -76,6 +84,22 @@ class VCpu:
     def write(
         self, gva: SupportsIndex, value: SupportsIndex, size: int = 8, user: bool | None = None
     ) -> None: ...
+    def cmpxchg(
+        self,
+        gva: SupportsIndex,
+        expected: SupportsIndex,
+        value: SupportsIndex,
+        size: int = 8,
+        user: bool | None = None,
+    ) -> bool: ...
+    def modify(
+        self,
+        gva: SupportsIndex,
+        operation: Literal["xchg", "add", "and", "or", "xor"],
+        value: SupportsIndex,
+        size: int = 8,
+        user: bool | None = None,
+    ) -> int: ...
     def fetch(self, gva: SupportsIndex, user: bool | None = None) -> int: ...
     def invlpg(self, gva: SupportsIndex) -> None: ...
     def translate(

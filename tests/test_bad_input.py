@@ -55,7 +55,7 @@ def test_addresses_of_another_type(machine, address):
         refuses(machine, (sc.ConfigError, TypeError), call, address)
 
 
-@pytest.mark.parametrize("size", [0, 3, 5, 7, 9, 16, -1, -8, 1 << 40])
+@pytest.mark.parametrize("size", [0, 3, 5, 7, 9, 12, 17, 32, -1, -8, 1 << 40])
 def test_sizes_that_are_none(machine, size):
     cpu = machine.vcpus[0]
     refuses(machine, sc.ConfigError, cpu.read, 0x10, size=size)
@@ -86,7 +86,7 @@ def ops(*rows):
 GOOD = {"op": sc.Op.WRITE, "size": 8, "addr": 0x10, "value": 0x4321}
 
 
-@pytest.mark.parametrize("size", [0, 3, 5, 16, 255])
+@pytest.mark.parametrize("size", [0, 3, 5, 12, 32, 255])
 @pytest.mark.parametrize("op", [sc.Op.READ, sc.Op.WRITE])
 def test_batch_with_a_bad_size(machine, op, size):
     """Found before anything runs: the good store in front of it has not been done."""

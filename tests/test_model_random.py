@@ -380,7 +380,10 @@ def test_program_that_flushes_after_every_edit(mode):
         registers, entries, steps = program
         reference = Reference(MODES[mode], registers, entries)
         for step in steps:
-            if reference.step(step) and not reference.flush():
+            edited = reference.step(step)
+            # Global translations outlive CR3 loads, and these address spaces do not have them in common.
+            edited |= step[0] == "cr3" and bool(reference.cpu.cr4 & CR4_PGE)
+            if edited and not reference.flush():
                 break
         assert_same(reference, sc.Shadow.flush(quirks=0))
 

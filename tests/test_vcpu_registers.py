@@ -32,6 +32,7 @@ from oracle import (
 import shadowcore as sc
 
 DESIGNS = ["native", "cached", "flush"]
+GLOBAL = 1 << 8
 PAGING = CR0_PG | CR0_PE | 0x10
 
 # Registers in the order in which they are loaded to enter a mode.
@@ -436,6 +437,28 @@ def test_each_protection_key_has_its_own_bits(design):
             cpu.pkru = 2 << 2 * other
             assert granted(cpu.write, 0, 1) == (other != key), (key, other)
             assert granted(cpu.read, 0)
+    assert vm.audit().ok
+
+
+@pytest.mark.parametrize("design", DESIGNS)
+def test_global_bit_means_nothing_without_pge(design):
+    """SDM 4.10.2.4: with CR4.PGE=0 no translation is global, so a CR3 load drops those with G=1 as well.
+
+    The baseline `flush` ignored that (Quirk.GLOBAL_WITHOUT_PGE).
+    """
+    vm = sc.VM(memory=64 * 4096, mmu=sc.Shadow.flush(quirks=sc.Quirk.NONE) if design == "flush" else design)
+    for gfn in range(1, 4):
+        vm.memory.words[gfn * 512] = (gfn + 1) << 12 | P | W
+    vm.memory.words[4 * 512] = 16 << 12 | GLOBAL | P | W
+    vm.memory.words[4 * 512 + 1] = 4 << 12 | GLOBAL | P | W  # the leaf table, at linear 0x1000
+    vm.memory.words[[16 * 512, 17 * 512]] = 100, 101
+    cpu = vm.vcpus[0]
+    for name, value in MODES["64"].items():
+        setattr(cpu, name, value)
+    assert cpu.read(0) == 100
+    cpu.write(0x1000, 17 << 12 | GLOBAL | P | W)
+    cpu.cr3 = 0x1000
+    assert cpu.read(0) == 101
     assert vm.audit().ok
 
 

@@ -1,0 +1,124 @@
+"""Guests for the benchmarks: a VM, the page tables of its address space, and operations on it."""
+
+import numpy as np
+
+import shadowcore as sc
+
+MODES = ("64", "pae", "32")
+"""The modes that the series was measured in."""
+ALL_MODES = ("32", "pae", "64", "la57")
+PAGE = 4096
+MIB = 1 << 20
+
+
+class Guest:
+    """A VM with `table_room` bytes for page tables, from gpa 0, and behind them `size` bytes for the rest.
+
+    Leaves are made user, writable, executable, accessed, dirty, of 4096 bytes.
+    kernel: where the tables can be mapped for supervisor code: the guest edits them there.
+    """
+
+    def __init__(
+        self,
+        mode: str,
+        size: int,
+        mmu: str | sc.Native | sc.Shadow = "cached",
+        table_room: int = 16 * MIB,
+    ) -> None:
+        self.mode = mode
+        self.size = size
+        self.kernel = 0xFFFF_8880_0000_0000 if mode in ("64", "la57") else 0xC000_0000
+        self.vm = sc.VM(memory=size + table_room, mmu=mmu)
+        self.cpu = self.vm.vcpus[0]
+        self.frames = iter(range(table_room // PAGE))
+        self.table_room = table_room
+        self.tables = self.address_space()
+
+    def address_space(self) -> sc.PageTables:
+        """Empty page tables of one more address space."""
+        return sc.PageTables(self.vm.memory, self.mode, allocate=lambda: next(self.frames))
+
+    def map(self, va: int = 0, offset: int = 0, size: int | None = None) -> "Guest":
+        """Map memory to user code in the first address space; default: all of it, from va 0."""
+        self.map_in(self.tables, va, offset, size)
+        return self
+
+    def map_in(self, tables: sc.PageTables, va: int = 0, offset: int = 0, size: int | None = None) -> None:
+        """The same in any address space. offset: into the memory behind the tables."""
+        size = self.size if size is None else size
+        gpa = self.table_room + offset
+        tables.map(va, gpa, size, "rwxu", page_size=PAGE, accessed=True, dirty=True)
+
+    def map_tables(self, size: int = 4 * MIB) -> "Guest":
+        """Map the frames of the tables at `kernel`, for supervisor code."""
+        self.tables.map(self.kernel, 0, size, "rwx", page_size=PAGE, accessed=True, dirty=True)
+        return self
+
+    def start(self) -> "Guest":
+        """Turn paging on."""
+        for name, value in self.tables.registers.items():
+            setattr(self.cpu, name, value)
+        return self
+
+    def run(self, ops: np.ndarray, data: bool = False) -> sc.RunResult:
+        return self.cpu.run(ops, data=data)
+
+    def edit_address(self, gpa: np.ndarray) -> np.ndarray:
+        """Where supervisor code reaches gpas of tables."""
+        return np.uint64(self.kernel) + gpa
+
+    @property
+    def entry_dtype(self) -> np.dtype:
+        return np.dtype("<u4") if self.mode == "32" else np.dtype("<u8")
+
+    def leaf_tables(self, va: int, size: int) -> np.ndarray:
+        """gpas of the tables of level 1 for [va, va + size), one after the other."""
+        step = 1 << self.tables.format.shift(2)
+        return np.array(
+            [self.tables.entry(at).gpa & ~0xFFF for at in range(va, va + size, step)], dtype=np.uint64
+        )
+
+    def entries(self, table: int) -> np.ndarray:
+        """The entries of the table at gpa `table`, in guest memory (a view)."""
+        return self.vm.memory.bytes[int(table) : int(table) + PAGE].view(self.entry_dtype)
+
+
+def accesses(
+    va: np.ndarray, op: int = sc.Op.READ, user: int = 1, size: int = 8, value: object = 0
+) -> np.ndarray:
+    """Operations, one at each address."""
+    ops = np.zeros(len(va), dtype=sc.OP_DTYPE)
+    ops["op"], ops["user"], ops["size"] = op, user, size
+    ops["addr"], ops["value"] = va, value
+    return ops
+
+
+def pages(count: int, first: int = 0) -> np.ndarray:
+    """Linear addresses of `count` pages, one after the other."""
+    return np.arange(first, first + count, dtype=np.uint64) * np.uint64(PAGE)
+
+
+def one_per_region(count: int, region: int = 2 * MIB) -> np.ndarray:
+    """Addresses, one in each region of a leaf shadow table, in changing places: no cache set is crowded."""
+    number = np.arange(count, dtype=np.uint64)
+    return number * np.uint64(region) + (number * np.uint64(37) % np.uint64(region // PAGE)) * np.uint64(PAGE)
+
+
+def editing_guest(mode: str, flood_threshold: int = 3) -> tuple[Guest, np.ndarray]:
+    """A guest of 400 MiB that can edit its tables, and the gpas of its 200 leaf tables (mode 32: 100)."""
+    shadow = sc.Shadow.cached(pool_pages=1024, flood_threshold=flood_threshold)
+    guest = Guest(mode, 400 * MIB, shadow).map().map_tables().start()
+    return guest, guest.leaf_tables(0, guest.size)
+
+
+def stores_to(guest: Guest, gpa: np.ndarray) -> np.ndarray:
+    """Supervisor stores to entries of tables, of what they hold."""
+    size = guest.entry_dtype.itemsize
+    values = guest.vm.memory.bytes.view(guest.entry_dtype)[gpa // np.uint64(size)]
+    return accesses(guest.edit_address(gpa), sc.Op.WRITE, user=0, size=size, value=values)
+
+
+def entries_of(guest: Guest, tables: np.ndarray) -> np.ndarray:
+    """gpas of all entries of the tables. Two tables take turns: stores to one after the other are a flood."""
+    offsets = np.arange(0, PAGE, guest.entry_dtype.itemsize, dtype=np.uint64)
+    return (tables.reshape(-1, 1, 2) + offsets[None, :, None]).ravel()
