@@ -12,7 +12,7 @@ from shadowcore.memory cimport (
 from shadowcore.types cimport u8, u64
 
 from shadowcore.config import MemorySlot, check_int, parse_size
-from shadowcore.errors import ConfigError
+from shadowcore.errors import ConfigError, EngineError
 
 
 def allocate(nbytes):
@@ -111,6 +111,7 @@ cdef class Memory:
 
     def start_dirty_log(self, slot=0) -> None:
         """Log, from now on, the frames of `slot` that are written (by the guest, its walks, or devices)."""
+        self._idle()
         index = check_int("slot", slot, 0, len(self.slots) - 1)
         if index not in self._logs:
             log = np.zeros((self.slots[index].size + (1 << 18) - 1) >> 18, dtype=np.uint64)
@@ -147,7 +148,12 @@ cdef class Memory:
         """uint64: the log of `slot` itself, one bit a frame, sharing memory."""
         return self._logs[self._logged(slot)]
 
+    def _idle(self):
+        if self.mem.busy:
+            raise EngineError("this VM is running a batch in another thread")
+
     def _logged(self, slot):
+        self._idle()
         index = check_int("slot", slot, 0, len(self.slots) - 1)
         if index not in self._logs:
             raise ConfigError(f"slot: {index} is not logged; start_dirty_log({index}) starts a log")

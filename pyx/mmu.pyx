@@ -288,15 +288,15 @@ FLUSHES = ("protect", "zap", "zap_upper", "store", "withheld", "leaf", "link", "
 
 cdef bint _ask_can_emulate(void *hook, u64 gva, u64 gpa, u32 nbytes) noexcept with gil:
     cdef Mmu mmu = <Mmu>hook
-    cdef bint busy = mmu.busy
-    mmu.busy = True                 # the callback may not use its VM
+    cdef bint busy = mmu.c.mem.busy
+    mmu.c.mem.busy = True           # the callback may not use its VM
     try:
         return bool(mmu._can_emulate(gva, gpa, nbytes))
     except BaseException as error:
         mmu.hook_error = error
         return True
     finally:
-        mmu.busy = busy
+        mmu.c.mem.busy = busy
 
 
 # The structures of state.pxd, field by field.
@@ -332,6 +332,7 @@ cdef class Mmu:
         self.c.stats = &self.counters
         self.c.free_head = self.c.young = self.c.old = SC_NONE
         self._arrays = []
+        self._vcpus = []
         memory.mem.log_stores = not isinstance(design, Shadow)
         if not isinstance(design, Shadow):
             return
@@ -357,7 +358,7 @@ cdef class Mmu:
 
     cdef int idle(self) except -1:
         """EngineError while another thread runs a batch on this VM: one VM, one user at a time."""
-        if self.busy:
+        if self.c.mem.busy:
             raise EngineError("this VM is running a batch in another thread")
         return 0
 

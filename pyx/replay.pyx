@@ -13,7 +13,7 @@ from shadowcore.events cimport EXIT_EMULATE, EXIT_INVLPG
 from shadowcore.memory cimport mem_frame, mem_guest_frame, mem_mark_dirty, sc_no_frame
 from shadowcore.registers cimport load_cr0, load_cr3, load_cr4
 from shadowcore.state cimport sc_mmu, sc_vcpu
-from shadowcore.types cimport PF_W, RC_GP, RC_MMIO, RC_OK, RC_PF, u8, u16, u32, u64
+from shadowcore.types cimport PF_W, RC_BAD_OP, RC_GP, RC_MMIO, RC_OK, RC_PF, u8, u16, u32, u64
 from shadowcore.vcpu cimport VCpu, host_error
 from shadowcore.walker cimport probe_walk, sc_walk
 
@@ -140,6 +140,8 @@ cdef int _record(sc_mmu *mmu, sc_vcpu *v, sc_replay *t, u64 i) noexcept nogil:
     cdef u8 kind = t.kind[i]
     cdef u64 addr = t.addr[i]
     cdef int rc = RC_OK
+    if (kind == STORE or kind == TABLE) and mem_frame(mmu.mem, addr >> 12) == sc_no_frame():
+        return RC_BAD_OP            # recordings are checked when they are read; arrays may come from elsewhere
     if kind == ACCESS:
         if t.flags[i] & ACCESS_WRITE and _is_store_of(t, i, i + 1):
             return RC_OK            # done by the store itself, the next record
@@ -200,7 +202,7 @@ def replay(vm, dict arrays, start, stop, direct_map=0xFFFF888000000000):
     if not i <= end <= t.length:
         raise ValueError(f"records {start} to {stop} of {t.length}")
     cpu.mmu.idle()
-    cpu.mmu.busy = True
+    cpu.mmu.c.mem.busy = True
     try:
         with nogil:
             while i < end:
@@ -212,7 +214,9 @@ def replay(vm, dict arrays, start, stop, direct_map=0xFFFF888000000000):
                     t.pages_max = mmu.n_active
                 i += 1
     finally:
-        cpu.mmu.busy = False
+        cpu.mmu.c.mem.busy = False
+    if rc == RC_BAD_OP:
+        raise ValueError(f"record {i}: gpa {t.addr[i]:#x} is in no memory slot")
     if rc < 0:
         raise host_error(cpu.mmu, rc)
     return {

@@ -150,6 +150,7 @@ cdef class VCpu:
             self._make_tlb(tlb)
         mmu.c.vcpus[mmu.c.n_vcpus] = &self.c
         mmu.c.n_vcpus += 1
+        mmu._vcpus.append(self)
         vcpu_init(&mmu.c, &self.c)
 
     def export_state(self) -> dict:
@@ -487,7 +488,7 @@ cdef class VCpu:
         cdef bint move = data
         cdef Stats before = stats_copy(mmu.stats)
         hold = memoryview(ops)      # the array cannot be resized while the batch runs
-        self.mmu.busy = True
+        self.mmu.c.mem.busy = True
         error = None
         try:
             while i < n and rc >= 0 and self.mmu.hook_error is None:
@@ -511,7 +512,7 @@ cdef class VCpu:
         except KeyboardInterrupt:
             error = Interrupted(None)
         finally:
-            self.mmu.busy = False
+            self.mmu.c.mem.busy = False
             del hold
         result = RunResult(outcome[:i], error_code[:i], gpa[:i], value[:i], exits[:i], emulated[:i],
                            stats_since(mmu.stats, before), value_high[:i] if wide else None)

@@ -21,6 +21,7 @@ cdef struct sc_mem:
     u64 pool_pages                  # frames of the pool
     bint log_stores                 # native: the processor's stores are logged one by one
     bint logging                    # some slot has a dirty log
+    bint busy                       # a batch runs, without the GIL: nobody else may touch the VM
     int nslots
     sc_slot slots[SC_MAX_SLOTS]     # ascending base_gfn, no two overlap
 

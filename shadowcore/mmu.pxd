@@ -19,7 +19,7 @@ cdef class Mmu:
     cdef readonly Stats stats
     cdef readonly object design     # Native or Shadow
     cdef object _arrays             # what c points into
-    cdef bint busy                  # a batch runs, without the GIL
+    cdef list _vcpus                # kept alive as long as c points into them
     cdef object _can_emulate        # callable behind c.can_emulate, or None
     cdef object hook_error          # what a callback raised
 
