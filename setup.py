@@ -46,8 +46,11 @@ def flavour(env):
     compile_args += ["-g", "-fno-omit-frame-pointer"] if debug or sanitize else ["-g0"]
     compile_args += ["-march=native"] if native else []
     sanitizers = [f"-fsanitize={sanitize}"] if sanitize else []
+    # A walk is compiled once for each paging mode by inlining one body with a constant descriptor; left to itself
+    # the compiler keeps a single copy that reads the descriptor at run time (20 % on 4-level faults).
+    inline = ("CYTHON_INLINE", "inline __attribute__((always_inline))")
     arguments = {
-        "define_macros": [("SC_DEBUG", "1")] if debug else [],
+        "define_macros": [("SC_DEBUG", "1")] if debug else [inline],
         "extra_compile_args": compile_args + sanitizers,
         "extra_link_args": sanitizers,
     }
@@ -124,7 +127,7 @@ class BuildExt(build_ext):
         check_host()
         directives, arguments = flavour(os.environ)
         if self.compiler.compiler_type == "msvc":
-            arguments = {"define_macros": arguments["define_macros"]}
+            arguments = {"define_macros": [macro for macro in arguments["define_macros"] if macro[0] == "SC_DEBUG"]}
         variables = [os.environ.get(name, "") for name in ("CC", "CFLAGS", "CPPFLAGS", "LDFLAGS")]
         current = fingerprints(Path(), [Cython.__version__, directives, arguments, variables])
         known = {} if self.force else remembered(BUILD)
