@@ -166,6 +166,7 @@ cdef int vcpu_access(sc_mmu *mmu, sc_vcpu *v, const sc_op *o, bint data, sc_resu
 cdef int vcpu_op(sc_mmu *mmu, sc_vcpu *v, const sc_op *o, bint data, sc_result *r) noexcept nogil:
     """One operation of a batch; see vcpu_access."""
     cdef int rc = RC_OK
+    cdef u64 va
     if op_is_access(o.op):
         return vcpu_access(mmu, v, o, data, r)
     memset(r, 0, sizeof(sc_result))
@@ -179,12 +180,13 @@ cdef int vcpu_op(sc_mmu *mmu, sc_vcpu *v, const sc_op *o, bint data, sc_result *
     elif o.op == OP_EFER:
         rc = load_efer(mmu, v, o.value[0])
     elif o.op == OP_INVLPG:
+        va = o.addr if v.guest.mode >= MODE_64 else o.addr & 0xFFFFFFFFULL
         mmu.stats.invlpg += 1
         if v.tlb != NULL:
-            tlb_flush_page(v.tlb, o.addr, flush_lost(mmu, FLUSH_INVLPG))
+            tlb_flush_page(v.tlb, va, flush_lost(mmu, FLUSH_INVLPG))
         if mmu.shadow and not mmu.keep:
             mmu.stats.exits[EXIT_INVLPG] += 1
-            mmu_invlpg(mmu, v, o.addr)
+            mmu_invlpg(mmu, v, va)
     elif o.op == OP_PKRU:
         load_pkru(v, o.value[0])
     elif o.op == OP_AC:

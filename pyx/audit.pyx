@@ -15,15 +15,15 @@ from shadowcore.bits cimport (
 from shadowcore.events cimport EXIT_MMIO
 from shadowcore.memory cimport (
     SC_POOL_HFN, mem_frame, mem_gfn, mem_guest_frame, mem_leaf_frame, mem_pool_hpa, mem_pool_page,
-    mem_slot, sc_no_frame,
+    mem_slot, mem_unlogged, sc_no_frame,
 )
 from shadowcore.mmu cimport Mmu
 from shadowcore.pool cimport hash_bucket
 from shadowcore.rmap cimport LIST_MANY, list_first, list_next
 from shadowcore.spte cimport spte_is_writable
 from shadowcore.state cimport (
-    QUIRK_NX_LEAF_ONLY, QUIRK_ROLE_WITHOUT_ACCESS, QUIRK_ROLE_WITHOUT_MODE, ROLE_ACCESS, ROLE_GLEVELS, ROLE_QUADRANT,
-    ROLE_WP0, role_direct, role_field, role_level, role_pte_size, sc_mmu, sc_page, sc_vcpu,
+    QUIRK_NX_LEAF_ONLY, QUIRK_ROLE_WITHOUT_ACCESS, QUIRK_ROLE_WITHOUT_MODE, ROLE_ACCESS, ROLE_GLEVELS, ROLE_PSE,
+    ROLE_QUADRANT, ROLE_WP0, role_direct, role_field, role_level, role_pte_size, sc_mmu, sc_page, sc_vcpu,
 )
 from shadowcore.tlb cimport TLB_SIZES, sc_tlb, sc_tlb_entry, tlb_overdue, tlb_valid
 from shadowcore.types cimport ACC_ALL, ACC_U, ACC_W, ACC_X, MODE_32, MODE_64, MODE_OFF, SC_NONE, u8, u32, u64
@@ -50,6 +50,9 @@ SENTENCES = (
     "the root that the processor walks from is not the root that the vcpu holds",
     "page-fault exits are not the sum of their reasons",
     "present sptes are not those installed less those removed",
+    "the active list does not lead back from its old end as it led there",
+    "a page does not know of a memory slot that it maps",
+    "the count of pages by entry size of their guest tables is wrong",
     "a TLB entry outlives a flush that covers it",
     "a TLB entry lets stores reach a shadowed guest table unseen",
     "a TLB entry lets stores reach a frame whose dirty log does not show it",
@@ -77,6 +80,9 @@ cdef enum:
     S_HW_ROOT
     S_EXITS
     S_SPTES
+    S_LIST
+    S_SLOTS
+    S_FORMATS
     S_TLB_STALE
     S_TLB_TABLE
     S_TLB_LOG
@@ -146,6 +152,8 @@ cdef void _check_link(sc_mmu *mmu, u32 number, u32 index, sc_audit *a) noexcept 
     cdef u32 target = mem_pool_page(mmu.table[number * 512 + index])
     cdef sc_page *child
     cdef u64 gpte, named
+    cdef u32 granted, allowed
+    cdef bint large
     if role_direct(page.role) or target >= mmu.pool_pages:
         return                      # the latter is a matter of I4
     child = &mmu.pages[target]
@@ -153,8 +161,16 @@ cdef void _check_link(sc_mmu *mmu, u32 number, u32 index, sc_audit *a) noexcept 
     if not gpte & PTE_P:
         _report(a, 1, S_ABSENT, number, index, page.gfn)
         return
-    if role_direct(child.role):
-        if not gpte & PTE_PS:
+    if not mmu.quirks & QUIRK_ROLE_WITHOUT_ACCESS:
+        granted = role_field(child.role, ROLE_ACCESS, 7)
+        allowed = role_field(page.role, ROLE_ACCESS, 7) & pte_rights(gpte)
+        if granted & ~allowed or (granted != allowed and not role_direct(child.role)):
+            _report(a, 1, S_RIGHTS, number, index, page.gfn)
+    large = gpte & PTE_PS and role_level(page.role) <= 3 and (
+        role_pte_size(page.role) == 8 or role_field(page.role, ROLE_PSE, 1)
+        or mmu.quirks & QUIRK_ROLE_WITHOUT_MODE != 0)
+    if role_direct(child.role) or large:
+        if not (role_direct(child.role) and large):
             _report(a, 1, S_TABLE, number, index, page.gfn)
         return
     named = (gpte & (pte_addr() if role_pte_size(page.role) == 8 else 0xFFFFF000U)) >> 12
@@ -222,6 +238,9 @@ cdef void check_rmap(sc_mmu *mmu, sc_audit *a) noexcept nogil:
                 continue
             leaves += 1
             frame = mem_leaf_frame(mmu.mem, mmu.table[spte])
+            if frame < mmu.mem.nframes and not mmu.pages[number].slots >> mem_slot(
+                    mmu.mem, mem_gfn(mmu.mem, frame)) & 1:
+                _report(a, 3, S_SLOTS, number, index, mem_gfn(mmu.mem, frame))
             if frame >= mmu.mem.nframes or not _listed(mmu, mmu.frames[frame].rmap, spte):
                 _report(a, 3, S_RMAP_MISSING, number, index, mem_gfn(mmu.mem, frame))
     for frame in range(mmu.mem.nframes):
@@ -297,7 +316,7 @@ cdef void check_hash(sc_mmu *mmu, sc_audit *a) noexcept nogil:
 
 cdef void check_pool(sc_mmu *mmu, sc_audit *a) noexcept nogil:
     """I6: free pages are all zero; free + active = pool; what a page's header counts is what it holds."""
-    cdef u32 number, index, used
+    cdef u32 number, index, used, previous
     cdef u32 active = 0
     cdef u32 listed = 0
     cdef u32 free = 0
@@ -316,9 +335,15 @@ cdef void check_pool(sc_mmu *mmu, sc_audit *a) noexcept nogil:
             if used != mmu.pages[number].present or (used and not mmu.pages[number].active):
                 _report(a, 6, S_USED if mmu.pages[number].active else S_DIRTY_FREE, number, 0, mmu.pages[number].gfn)
     number = mmu.young
+    previous = SC_NONE
     while number < mmu.pool_pages and listed <= mmu.pool_pages:
         listed += 1
+        if mmu.pages[number].prev != previous:
+            _report(a, 6, S_LIST, number, 0, mmu.pages[number].gfn)
+        previous = number
         number = mmu.pages[number].next
+    if previous != mmu.old:
+        _report(a, 6, S_LIST, mmu.old, 0, 0)
     number = mmu.free_head
     while number < mmu.pool_pages and free <= mmu.pool_pages:
         free += 1
@@ -334,9 +359,12 @@ cdef void check_shadowed(sc_mmu *mmu, sc_audit *a) noexcept nogil:
     cdef u64 pages = 0
     cdef u64 counted = 0
     cdef u32 same, steps
+    cdef u32 formats[2]
+    formats[0] = formats[1] = 0
     for number in range(mmu.pool_pages):
         if not mmu.pages[number].active or role_direct(mmu.pages[number].role):
             continue
+        formats[role_pte_size(mmu.pages[number].role) == 8] += 1
         frame = mem_frame(mmu.mem, mmu.pages[number].gfn)
         if frame == sc_no_frame():
             continue
@@ -354,6 +382,8 @@ cdef void check_shadowed(sc_mmu *mmu, sc_audit *a) noexcept nogil:
         counted += mmu.frames[frame].shadowed
     if counted != pages:
         _report(a, 6, S_SHADOWED, SC_NONE, 0, 0)
+    if formats[0] != mmu.n_pte4 or formats[1] != mmu.n_pte8:
+        _report(a, 6, S_FORMATS, SC_NONE, 0, 0)
 
 
 cdef void check_roots(sc_mmu *mmu, sc_audit *a) noexcept nogil:
@@ -397,13 +427,6 @@ cdef void check_counters(sc_mmu *mmu, sc_audit *a) noexcept nogil:
         _report(a, 9, S_SPTES, SC_NONE, 0, 0)
 
 
-cdef inline bint _unlogged(const sc_mmu *mmu, u64 gfn) noexcept nogil:
-    """The frame is in a slot with a dirty log, which does not show it as written."""
-    cdef int slot = mem_slot(mmu.mem, gfn)
-    cdef u64 n = gfn - mmu.mem.slots[slot].base_gfn
-    return mmu.mem.slots[slot].dirty != NULL and not (mmu.mem.slots[slot].dirty[n >> 6] >> (n & 63)) & 1
-
-
 cdef void check_tlb(sc_mmu *mmu, sc_audit *a) noexcept nogil:
     """I8: no TLB entry grants more than the guest's tables did at some moment since the last flush that covers it: it
     was filled after that flush. And none lets a store pass that the shadow MMU has to see."""
@@ -430,7 +453,7 @@ cdef void check_tlb(sc_mmu *mmu, sc_audit *a) noexcept nogil:
                     continue
                 if mmu.frames[frame].shadowed:
                     _report(a, 8, S_TLB_TABLE, SC_NONE, n, e.gpa >> 12)
-                if _unlogged(mmu, e.gpa >> 12):
+                if mem_unlogged(mmu.mem, e.gpa >> 12):
                     _report(a, 8, S_TLB_LOG, SC_NONE, n, e.gpa >> 12)
 
 

@@ -11,7 +11,7 @@ from shadowcore.bits cimport (
 )
 from shadowcore.fetch cimport sc_leaf
 from shadowcore.memory cimport (
-    mem_frame, mem_frame_hpa, mem_leaf_frame, mem_mark_dirty, mem_pool_page, mem_slot, sc_no_frame,
+    mem_frame, mem_frame_hpa, mem_leaf_frame, mem_mark_dirty, mem_pool_page, mem_slot, mem_unlogged, sc_no_frame,
 )
 from shadowcore.pool cimport pool_get, pool_unprotect
 from shadowcore.rmap cimport rmap_add, rmap_remove
@@ -232,6 +232,8 @@ cdef int fetch(sc_mmu *mmu, sc_vcpu *v, u64 va, u32 access, bint refused, sc_wal
             if shadowed:
                 granted &= ~<u32>ACC_W
                 leaf.emulate = write
+    if granted & ACC_W and not write and mem_unlogged(mmu.mem, gfn):
+        granted &= ~<u32>ACC_W      # the store, when it comes, is to be seen by the dirty log
     if leaf.emulate and mmu.quirks & QUIRK_DIRTY_LOST:
         _set_dirty(mmu, w, False)
         kept = (kept & ~<u64>PTE_D) | (w.entry[w.level] & PTE_D)
@@ -242,6 +244,7 @@ cdef int fetch(sc_mmu *mmu, sc_vcpu *v, u64 va, u32 access, bint refused, sc_wal
     else:
         value |= old & (PTE_A | PTE_D)
         leaf.changed = (value ^ old) & ~<u64>(PTE_A | PTE_D) != 0
+        mmu.pages[leaf.spte >> 9].slots |= <u64>1 << mem_slot(mmu.mem, gfn)
         _replace_leaf(mmu, leaf.spte, value)
     if value & PTE_W:
         mem_mark_dirty(mmu.mem, gfn)

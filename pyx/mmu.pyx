@@ -9,15 +9,15 @@ from shadowcore.events cimport (
     EXIT_EMULATE, EXIT_FILL, EXIT_GUEST, EXIT_MMIO, EXIT_WRITE, Stats,
 )
 from shadowcore.fetch cimport fetch, sc_leaf
-from shadowcore.memory cimport Memory, mem_frame, mem_gfn, mem_guest_frame, mem_pool_page, sc_no_frame
+from shadowcore.memory cimport SC_POOL_HFN, Memory, mem_frame, mem_gfn, mem_guest_frame, mem_pool_page, sc_no_frame
 from shadowcore.pool cimport pool_init, pool_recycle, pool_unprotect, pool_zap, pool_zap_all, pool_zap_nonglobal
 from shadowcore.rmap cimport list_first, list_length, list_next, rmap_remove
-from shadowcore.roots cimport root_release, root_slots, roots_load, roots_release
+from shadowcore.roots cimport root_load, root_release, root_slots, root_wanted, roots_load, roots_release
 from shadowcore.spte cimport spte_drop, spte_is_writable
 from shadowcore.state cimport (
-    FLUSH_INVLPG, FLUSH_LOG, QUIRK_EXIT_FLUSHES, QUIRK_NO_REFILL_AT_CR3, QUIRK_PROCESSOR_CODE, QUIRK_ROLE_WITHOUT_ACCESS, QUIRK_TWO_EXITS,
+    FLUSH_INVLPG, FLUSH_LOG, QUIRK_NO_REFILL_AT_CR3, QUIRK_PROCESSOR_CODE, QUIRK_ROLE_WITHOUT_ACCESS, QUIRK_TWO_EXITS,
     ROLE_ACCESS, ROLE_DIRECT, ROLE_GLEVELS, ROLE_GLOBAL, ROLE_LEVEL, ROLE_NXE, ROLE_PKEY, ROLE_PSE, ROLE_QUADRANT,
-    ROLE_WP0, request_flush, role_field, role_level, sc_frame, sc_link, sc_mmu, sc_page, sc_vcpu, vcpu_pcid,
+    ROLE_WP0, exit_flush, request_flush, role_direct, role_field, role_level, sc_frame, sc_link, sc_mmu, sc_page, sc_vcpu, vcpu_pcid,
 )
 from shadowcore.tlb cimport sc_tlb_entry, tlb_fill, tlb_find
 from shadowcore.types cimport (
@@ -53,9 +53,24 @@ cdef inline bint _tlb_hit(sc_mmu *mmu, sc_vcpu *v, u64 va, u32 access, sc_walk *
     return True
 
 
-cdef inline void _tlb_fill(sc_mmu *mmu, sc_vcpu *v, u64 va, const sc_walk *w, int shift) noexcept nogil:
+cdef inline int _guest_shift(const sc_mmu *mmu, const sc_vcpu *v, const sc_walk *w) noexcept nogil:
+    """log2 of the guest's page size, from a walk of the shadow: direct pages stand for a large page; in `flush`, where
+    all pages are direct, the mark above them does."""
+    cdef int level
+    if v.guest.mode == MODE_OFF:
+        return 12
+    level = 1
+    while level < 3 and (role_direct(mmu.pages[w.table[level] - SC_POOL_HFN].role) if mmu.keep
+                         else w.entry[level + 1] & SPTE_MARK != 0):
+        level += 1
+        if not mmu.keep and w.entry[level] & SPTE_MARK:
+            break
+    return 12 if level == 1 else 22 if v.guest.mode == MODE_32 else 12 + 9 * (level - 1)
+
+
+cdef inline void _tlb_fill(sc_mmu *mmu, sc_vcpu *v, u64 va, const sc_walk *w, int shift, int guest) noexcept nogil:
     cdef u64 leaf = w.entry[w.level]
-    tlb_fill(v.tlb, va, w.gpa, shift, vcpu_pcid(v), w.access, w.pkey, leaf & PTE_D != 0,
+    tlb_fill(v.tlb, va, w.gpa, shift, guest, vcpu_pcid(v), w.access, w.pkey, leaf & PTE_D != 0,
              leaf & PTE_G != 0 and v.cr4 & CR4_PGE != 0, mmu.flush_epoch)
 
 
@@ -65,7 +80,7 @@ cdef int mmu_resolve(sc_mmu *mmu, sc_vcpu *v, u64 va, u32 access, sc_walk *w) no
     RC_OK: RAM, to be accessed directly. RC_EMULATE: RAM, the store must go through emulate_store. RC_MMIO: no RAM.
     RC_PF: w.error_code, CR2 is set. Negative: a host-side error.
     """
-    cdef int rc
+    cdef int rc, shift
     cdef int exits = 0
     mmu.stats.accesses += 1
     if v.tlb != NULL and _tlb_hit(mmu, v, va, access, w):
@@ -79,7 +94,8 @@ cdef int mmu_resolve(sc_mmu *mmu, sc_vcpu *v, u64 va, u32 access, sc_walk *w) no
         elif mem_frame(mmu.mem, w.gpa >> 12) == sc_no_frame():
             rc = RC_MMIO
         elif v.tlb != NULL and v.guest.mode != MODE_OFF:
-            _tlb_fill(mmu, v, va, w, 12 + (10 if v.guest.mode == MODE_32 else 9) * (w.level - 1))
+            shift = 12 + (10 if v.guest.mode == MODE_32 else 9) * (w.level - 1)
+            _tlb_fill(mmu, v, va, w, shift, shift)
         return rc
     while exits < MAX_EXITS:
         rc = shadow_walk(mmu.mem, &v.hw, va, access, w)
@@ -87,7 +103,7 @@ cdef int mmu_resolve(sc_mmu *mmu, sc_vcpu *v, u64 va, u32 access, sc_walk *w) no
         if rc == RC_OK:
             w.gpa = (mem_gfn(mmu.mem, (w.gpa >> 12) - mmu.mem.ram_hfn) << 12) | (w.gpa & 4095)
             if v.tlb != NULL:
-                _tlb_fill(mmu, v, va, w, 12)
+                _tlb_fill(mmu, v, va, w, 12, _guest_shift(mmu, v, w))
             return RC_OK
         rc = mmu_page_fault(mmu, v, va, access, w.error_code, w)
         if rc != RC_RETRY:
@@ -118,11 +134,16 @@ cdef void _release_everything(sc_mmu *mmu, sc_vcpu *v, u64 va) noexcept nogil:
 cdef bint _make_room(sc_mmu *mmu, sc_vcpu *v, u64 va) noexcept nogil:
     """Before a fault changes anything: as many free pages as it can need (patches 17, 29). False: not to be had."""
     cdef int slot = 0 if root_slots(v) == 1 else <int>(va >> 30) & 3
-    cdef u32 need = (v.guest.mode if v.guest.mode >= MODE_64 else 2) - 1 + (v.roots[slot] == SC_NONE)
+    cdef u32 need = (v.guest.mode if v.guest.mode >= MODE_64 else 2) - 1
     if not mmu.keep:
         return True                 # 2.6.20-rc3: no reserve; when a page is missing everything goes
     if mmu.n_free < mmu.min_free:
         pool_recycle(mmu, mmu.refill)
+    if v.roots[slot] == SC_NONE and root_wanted(mmu, v, slot):
+        if mmu.n_free <= need:
+            _release_everything(mmu, v, va)
+        root_load(mmu, v, slot)     # takes no page where another vcpu has the same root
+        need += v.roots[slot] == SC_NONE
     if mmu.n_free < need:
         pool_recycle(mmu, need)
     if mmu.n_free < need:
@@ -150,10 +171,10 @@ cdef int mmu_page_fault(sc_mmu *mmu, sc_vcpu *v, u64 va, u32 access, u32 code, s
     cdef u32 looks
     cdef u64 spte
     mmu.stats.pf_taken += 1
-    if mmu.quirks & QUIRK_EXIT_FLUSHES:
-        mmu.flush_epoch += 1
+    exit_flush(mmu)
     if not _make_room(mmu, v, va):
         mmu.stats.pf_taken -= 1
+        mmu.exhausted = v.number
         return RC_EXHAUSTED
     if guest_walk(mmu.mem, &v.guest, va, access, w) == RC_PF:
         refused = True
@@ -172,6 +193,7 @@ cdef int mmu_page_fault(sc_mmu *mmu, sc_vcpu *v, u64 va, u32 access, u32 code, s
     device = mem_frame(mmu.mem, w.gpa >> 12) == sc_no_frame()
     if _fetch_with_room(mmu, v, va, access, refused, w, &leaf) != RC_OK:
         mmu.stats.pf_taken -= 1
+        mmu.exhausted = v.number
         return RC_EXHAUSTED
     if not mmu.quirks & QUIRK_ROLE_WITHOUT_ACCESS:
         leaf.refused = refused
@@ -211,6 +233,7 @@ cdef void mmu_new_cr3(sc_mmu *mmu, sc_vcpu *v) noexcept nogil:
     if not mmu.shadow:
         return
     mmu.stats.tlb_flush += 1        # the flush itself is the CR3 load's: see registers
+    exit_flush(mmu)
     if not mmu.keep:
         pool_zap_nonglobal(mmu)
         return
@@ -223,6 +246,7 @@ cdef void mmu_reset(sc_mmu *mmu, sc_vcpu *v) noexcept nogil:
     """CR0, CR4 or EFER was loaded: another mode, or the same mode by other rules."""
     if not mmu.shadow:
         return
+    exit_flush(mmu)
     roots_release(mmu, v)
     if not mmu.keep:
         pool_zap_all(mmu)
@@ -247,6 +271,7 @@ cdef void mmu_invlpg(sc_mmu *mmu, sc_vcpu *v, u64 va) noexcept nogil:
     cdef u32 page, spte
     if not mmu.shadow or mmu.keep:
         return
+    exit_flush(mmu)
     page = v.roots[0 if level > 2 else <int>(va >> 30) & 3]
     while page != SC_NONE:
         spte = page * 512 + level_index(va, level)

@@ -53,6 +53,12 @@ cdef u64 linear_gfn(const sc_vcpu *v, u64 va, int level) noexcept nogil:
     return (((va & ~level_mask(level + 1)) >> 12) & (((<u64>1) << 52) - 1)) | (<u64>v.number << 52)
 
 
+cdef bint root_wanted(const sc_mmu *mmu, const sc_vcpu *v, int slot) noexcept nogil:
+    """Root number `slot` stands for something: a PAE root entry that is not present does not."""
+    return (not mmu.keep or v.guest.mode != MODE_PAE or v.guest.pdpte[slot] & PTE_P
+            or mmu.quirks & QUIRK_ABSENT_PDPTES)
+
+
 cdef u32 root_load(sc_mmu *mmu, sc_vcpu *v, int slot) noexcept nogil:
     """Put root number `slot` in place and pin it; SC_NONE when the pool has no page left for it."""
     cdef const sc_paging *g = &v.guest
@@ -92,10 +98,8 @@ cdef void roots_load(sc_mmu *mmu, sc_vcpu *v) noexcept nogil:
     cdef int slot
     v.hw.mode = v.guest.mode if v.guest.mode >= MODE_64 else MODE_PAE
     for slot in range(root_slots(v)):
-        if mmu.keep and v.guest.mode == MODE_PAE and not v.guest.pdpte[slot] & PTE_P:
-            if not mmu.quirks & QUIRK_ABSENT_PDPTES:
-                continue
-        root_load(mmu, v, slot)
+        if root_wanted(mmu, v, slot):
+            root_load(mmu, v, slot)
 
 
 cdef void roots_release(sc_mmu *mmu, sc_vcpu *v) noexcept nogil:

@@ -41,8 +41,8 @@ cdef sc_tlb_entry *tlb_find(sc_tlb *t, u64 va, u16 pcid, u64 mmu_epoch) noexcept
     return e
 
 
-cdef void tlb_fill(sc_tlb *t, u64 va, u64 gpa, int shift, u16 pcid, u32 access, u32 pkey, bint dirty, bint is_global,
-                   u64 mmu_epoch) noexcept nogil:
+cdef void tlb_fill(sc_tlb *t, u64 va, u64 gpa, int shift, int guest_shift, u16 pcid, u32 access, u32 pkey,
+                   bint dirty, bint is_global, u64 mmu_epoch) noexcept nogil:
     """Enter the translation of the page of `va`, over one of the same page, else an invalid one, else the oldest."""
     cdef int size = _class(shift)
     cdef u64 page = (va >> shift) << shift | 1
@@ -73,6 +73,7 @@ cdef void tlb_fill(sc_tlb *t, u64 va, u64 gpa, int shift, u16 pcid, u32 access, 
     victim.dirty = dirty
     victim.is_global = is_global
     victim.shift = shift
+    victim.guest_shift = guest_shift
 
 
 cdef void tlb_flush_all(sc_tlb *t, bint lost) noexcept nogil:
@@ -124,6 +125,6 @@ cdef bint tlb_overdue(const sc_tlb *t, const sc_tlb_entry *e) noexcept nogil:
     if t.due_all > e.filled or (not e.is_global and t.due_pcid[e.pcid] > e.filled):
         return True
     for i in range(TLB_PAGES):
-        if t.due_page_at[i] > e.filled and t.due_page[i] >> e.shift == e.page >> e.shift:
+        if t.due_page_at[i] > e.filled and t.due_page[i] >> e.guest_shift == e.page >> e.guest_shift:
             return True
     return False

@@ -530,12 +530,29 @@ cdef class VCpu:
         return f"VCpu({self.c.number}, mode {self.mode}, cr3={self.c.cr3:#x})"
 
 
+cdef object _exhausted(Mmu mmu):
+    """PoolExhausted for the vcpu that found no room: what the others pin, and what it needs beside that."""
+    cdef sc_vcpu *v = mmu.c.vcpus[mmu.c.exhausted]
+    cdef u32 i, slot, page
+    own = set()
+    others = set()
+    for i in range(mmu.c.n_vcpus):
+        for slot in range(4):
+            page = mmu.c.vcpus[i].roots[slot]
+            if page != SC_NONE:
+                (own if i == v.number else others).add(page)
+    levels = v.guest.mode if v.guest.mode >= MODE_64 else 2
+    needed = len(others) + levels - (1 if own and own <= others else 0)
+    gfns = []
+    for page in sorted(others | own):
+        gfns.append(mmu.c.pages[page].gfn)
+    return PoolExhausted(needed, mmu.c.pool_pages, tuple(gfns))
+
+
 cdef object host_error(Mmu mmu, int rc):
     """The exception for a negative return code."""
     if rc == RC_EXHAUSTED:
-        pages = mmu.pages
-        roots = pages["gfn"][pages["root_count"] > 0]
-        return PoolExhausted(len(roots) + 4, mmu.c.pool_pages, tuple(int(gfn) for gfn in roots))
+        return _exhausted(mmu)
     if rc == RC_LIVELOCK:
         return EngineError("an access does not complete: the shadow and the guest's tables disagree for good")
     if rc == RC_UNHANDLED:

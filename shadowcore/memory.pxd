@@ -95,6 +95,16 @@ cdef inline void mem_mark_dirty(sc_mem *m, u64 gfn) noexcept nogil:
                 m.slots[i].dirty[n >> 6] |= <u64>1 << (n & 63)
             return
 
+cdef inline bint mem_unlogged(const sc_mem *m, u64 gfn) noexcept nogil:
+    """Frame `gfn` is in a slot with a dirty log that does not show it: its next store has to be seen."""
+    cdef int slot
+    cdef u64 n
+    if not m.logging:
+        return False
+    slot = mem_slot(m, gfn)
+    n = gfn - m.slots[slot].base_gfn
+    return m.slots[slot].dirty != NULL and not (m.slots[slot].dirty[n >> 6] >> (n & 63)) & 1
+
 cdef class Memory:
     cdef sc_mem mem
     cdef readonly object bytes      # uint8[nframes * 4096]: guest RAM, slots one after the other

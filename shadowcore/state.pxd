@@ -103,6 +103,7 @@ cdef struct sc_mmu:
     sc_vcpu *vcpus[SC_MAX_VCPUS]
     sc_can_emulate can_emulate      # asked before a store is emulated; NULL: the answer is yes
     void *hook                      # its first argument
+    u32 exhausted                   # vcpu for which there were not enough pages, when RC_EXHAUSTED was returned
     u32 fail_after                  # for tests: so many pages can still be taken from the pool,
     u32 fail_for                    # then so many attempts fail
 
@@ -170,6 +171,11 @@ cdef enum:
 
 cdef inline bint flush_lost(const sc_mmu *mmu, int why) noexcept nogil:
     return mmu.lost_flushes >> why & 1
+
+cdef inline void exit_flush(sc_mmu *mmu) noexcept nogil:
+    """An exit: with the quirk EXIT_FLUSHES (no VPID) it is a flush of its own, and not counted."""
+    if mmu.quirks & QUIRK_EXIT_FLUSHES:
+        mmu.flush_epoch += 1
 
 cdef inline void request_flush(sc_mmu *mmu, int why) noexcept nogil:
     """The shadow MMU withdrew something that a TLB may hold: no entry of any vcpu outlives this."""

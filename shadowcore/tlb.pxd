@@ -24,7 +24,7 @@ cdef struct sc_tlb_entry:
     u8 dirty                        # D was set: stores need no walk
     u8 is_global                    # G was set and CR4.PGE on
     u8 shift                        # log2 of the page size
-    u8 pad
+    u8 guest_shift                  # log2 of the guest's page size, of which this may be a fragment
 
 cdef struct sc_tlb:
     sc_tlb_entry *entry[TLB_SIZES]  # sets * ways of each size, a set in one piece
@@ -47,8 +47,8 @@ cdef inline bint tlb_valid(const sc_tlb *t, const sc_tlb_entry *e, u64 mmu_epoch
             and (e.is_global or e.pcid_epoch == t.pcid_epoch[e.pcid]))
 
 cdef sc_tlb_entry *tlb_find(sc_tlb *t, u64 va, u16 pcid, u64 mmu_epoch) noexcept nogil
-cdef void tlb_fill(sc_tlb *t, u64 va, u64 gpa, int shift, u16 pcid, u32 access, u32 pkey, bint dirty, bint is_global,
-                   u64 mmu_epoch) noexcept nogil
+cdef void tlb_fill(sc_tlb *t, u64 va, u64 gpa, int shift, int guest_shift, u16 pcid, u32 access, u32 pkey,
+                   bint dirty, bint is_global, u64 mmu_epoch) noexcept nogil
 cdef void tlb_flush_all(sc_tlb *t, bint lost) noexcept nogil
 cdef void tlb_flush_pcid(sc_tlb *t, u16 pcid, bint lost) noexcept nogil
 cdef void tlb_flush_page(sc_tlb *t, u64 va, bint lost) noexcept nogil
