@@ -15,7 +15,8 @@ from shadowcore.registers cimport load_ac, load_cr0, load_cr3, load_cr4, load_ef
 from shadowcore.state cimport FLUSH_INVLPG, flush_lost, sc_mmu, sc_vcpu
 from shadowcore.tlb cimport tlb_flush_page
 from shadowcore.types cimport (
-    MODE_64, MODE_LA57, PF_I, PF_U, PF_W, RC_BAD_OP, RC_EMULATE, RC_GP, RC_OK, RC_PF, RC_UNHANDLED, u8, u32, u64,
+    MODE_64, MODE_LA57, PF_I, PF_U, PF_W, RC_BAD_OP, RC_EMULATE, RC_GP, RC_HOOK, RC_MMIO, RC_OK,
+    RC_PF, RC_UNHANDLED, u8, u32, u64,
 )
 from shadowcore.walker cimport sc_walk
 
@@ -63,32 +64,53 @@ cdef void _store(sc_mmu *mmu, sc_vcpu *v, const sc_part *part, const u8 *bytes, 
 
 
 cdef int _resolve(sc_mmu *mmu, sc_vcpu *v, u32 access, sc_part *parts, int n, sc_result *r) noexcept nogil:
-    """Resolve each page; RC_OK when all lead to RAM. What the first page's frame is may change with the second."""
+    """Resolve each page; RC_OK when all lead to RAM. A fault on the second comes before a device at the first."""
     cdef sc_walk w
     cdef int i, rc
+    cdef int device = RC_OK
     for i in range(n):
         rc = mmu_resolve(mmu, v, parts[i].va, access, &w)
         parts[i].gpa = w.gpa
         parts[i].emulate = rc == RC_EMULATE and access & PF_W
-        if rc != RC_OK and rc != RC_EMULATE:
+        if rc == RC_MMIO:
+            if device == RC_OK:
+                r.gpa = w.gpa
+            device = RC_MMIO
+        elif rc != RC_OK and rc != RC_EMULATE:
             r.error_code = w.error_code if rc == RC_PF else 0
-            r.gpa = w.gpa if rc >= 0 and rc != RC_PF else <u64>-1
+            r.gpa = <u64>-1
             return rc
-    if n == 2 and access & PF_W:
+    if device == RC_OK and n == 2 and access & PF_W:
+        # What the first page's frame is may have changed with the second.
         for i in range(n):
             parts[i].emulate = _is_table(mmu, parts[i].gpa)
-    return RC_OK
+    return device
 
 
-cdef int _refuse_emulation(sc_mmu *mmu, const sc_part *parts, int n) noexcept nogil:
-    """The embedder cannot emulate one of the stores: RC_EMULATE after its frame was unprotected, so that the access
-    can be made natively (patch 14); RC_UNHANDLED where a root in use keeps it protected; RC_OK if there is nothing."""
-    cdef int i
-    for i in range(n):
-        if parts[i].emulate and not mmu.can_emulate(mmu.hook, parts[i].va, parts[i].gpa, parts[i].nbytes):
-            pool_unprotect(mmu, parts[i].gpa >> 12)
-            return RC_UNHANDLED if _is_table(mmu, parts[i].gpa) else RC_EMULATE
-    return RC_OK
+cdef int _ask_embedder(sc_mmu *mmu, sc_vcpu *v, u32 access, sc_part *parts, int n, sc_result *r) noexcept nogil:
+    """Ask whether each store that needs emulation can have it. Where not, unprotect the table, so that the access can
+    be made natively (patch 14), and resolve anew; RC_UNHANDLED where that leads back to a protected table (a root in
+    use, a table that maps itself)."""
+    cdef int i, answer
+    cdef int rc = RC_OK
+    cdef int refusals = 0
+    while rc == RC_OK:
+        for i in range(n):
+            if not parts[i].emulate:
+                continue
+            answer = mmu.can_emulate(mmu.hook, parts[i].va, parts[i].gpa, parts[i].nbytes)
+            if answer < 0:
+                return RC_HOOK
+            if answer == 0:
+                break
+        else:
+            return RC_OK
+        refusals += 1
+        pool_unprotect(mmu, parts[i].gpa >> 12)
+        if _is_table(mmu, parts[i].gpa) or refusals > 2 * n:
+            return RC_UNHANDLED
+        rc = _resolve(mmu, v, access, parts, n, r)
+    return rc
 
 
 cdef int vcpu_access(sc_mmu *mmu, sc_vcpu *v, const sc_op *o, bint data, sc_result *r) noexcept nogil:
@@ -131,9 +153,7 @@ cdef int vcpu_access(sc_mmu *mmu, sc_vcpu *v, const sc_op *o, bint data, sc_resu
         parts[1].va = last & ~<u64>4095
     rc = _resolve(mmu, v, access, parts, n, r)
     if rc == RC_OK and mmu.can_emulate != NULL and stores:
-        rc = _refuse_emulation(mmu, parts, n)
-        if rc == RC_EMULATE:
-            rc = _resolve(mmu, v, access, parts, n, r)
+        rc = _ask_embedder(mmu, v, access, parts, n, r)
     r.exits = <u32>(mmu.stats.pf_taken - taken)
     if rc != RC_OK:
         r.outcome = <u8>rc

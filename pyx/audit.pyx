@@ -10,7 +10,7 @@ from libc.string cimport memset
 
 from shadowcore.audit cimport SC_MAX_FINDINGS, sc_audit, sc_finding
 from shadowcore.bits cimport (
-    PTE_A, PTE_D, PTE_P, PTE_PS, PTE_U, PTE_W, pte_addr, pte_rights,
+    PTE_D, PTE_G, PTE_P, PTE_PS, level_mask, pte_addr, pte_pkey, pte_rights,
 )
 from shadowcore.events cimport EXIT_MMIO
 from shadowcore.memory cimport (
@@ -22,7 +22,8 @@ from shadowcore.pool cimport hash_bucket
 from shadowcore.rmap cimport LIST_MANY, list_first, list_next
 from shadowcore.spte cimport spte_is_writable
 from shadowcore.state cimport (
-    QUIRK_NX_LEAF_ONLY, QUIRK_ROLE_WITHOUT_ACCESS, QUIRK_ROLE_WITHOUT_MODE, ROLE_ACCESS, ROLE_GLEVELS, ROLE_PSE,
+    QUIRK_NX_LEAF_ONLY, QUIRK_ROLE_WITHOUT_ACCESS, QUIRK_ROLE_WITHOUT_MODE, ROLE_ACCESS, ROLE_GLEVELS, ROLE_GLOBAL,
+    ROLE_PKEY, ROLE_PSE,
     ROLE_QUADRANT, ROLE_WP0, role_direct, role_field, role_level, role_pte_size, sc_mmu, sc_page, sc_vcpu,
 )
 from shadowcore.tlb cimport TLB_SIZES, sc_tlb, sc_tlb_entry, tlb_overdue, tlb_valid
@@ -52,6 +53,7 @@ SENTENCES = (
     "present sptes are not those installed less those removed",
     "the active list does not lead back from its old end as it led there",
     "a page does not know of a memory slot that it maps",
+    "a leaf table that has to go at a CR3 load is not marked so",
     "the count of pages by entry size of their guest tables is wrong",
     "a TLB entry outlives a flush that covers it",
     "a TLB entry lets stores reach a shadowed guest table unseen",
@@ -82,6 +84,7 @@ cdef enum:
     S_SPTES
     S_LIST
     S_SLOTS
+    S_NONGLOBAL
     S_FORMATS
     S_TLB_STALE
     S_TLB_TABLE
@@ -122,6 +125,7 @@ cdef void _check_leaf(sc_mmu *mmu, u32 number, u32 index, sc_audit *a) noexcept 
     cdef u32 mode = role_field(page.role, ROLE_GLEVELS, 15)
     cdef u32 allowed = role_field(page.role, ROLE_ACCESS, 7)
     cdef u32 granted = pte_rights(spte)
+    cdef u32 pkey = role_field(page.role, ROLE_PKEY, 15)
     cdef u64 gpte, named
     if mmu.quirks & QUIRK_ROLE_WITHOUT_ACCESS:
         allowed = ACC_ALL
@@ -136,13 +140,22 @@ cdef void _check_leaf(sc_mmu *mmu, u32 number, u32 index, sc_audit *a) noexcept 
         allowed &= pte_rights(gpte)
         if granted & ACC_W and not gpte & PTE_D:
             _report(a, 1, S_CLEAN, number, index, page.gfn)
+        pkey = pte_pkey(gpte)
     if named != gfn:
         _report(a, 1, S_FRAME, number, index, named)
     if role_field(page.role, ROLE_WP0, 1) or mmu.quirks & QUIRK_ROLE_WITHOUT_MODE:
         if not granted & ACC_U:
             allowed |= ACC_W
-    if granted & ~allowed:
+    if granted & ~allowed or (mode >= MODE_64 and pte_pkey(spte) != pkey and not (
+            role_direct(page.role) and mmu.quirks & QUIRK_ROLE_WITHOUT_ACCESS)):
         _report(a, 1, S_RIGHTS, number, index, page.gfn)
+
+
+cdef inline u64 _large_gfn(const sc_page *page, u64 gpte) noexcept nogil:
+    """First frame of the large page that `gpte`, in the table behind `page`, maps."""
+    if role_pte_size(page.role) == 8:
+        return (gpte & pte_addr() & ~level_mask(role_level(page.role))) >> 12
+    return ((gpte & 0xFFC00000U) | (((gpte >> 13) & 0xFF) << 32)) >> 12
 
 
 cdef void _check_link(sc_mmu *mmu, u32 number, u32 index, sc_audit *a) noexcept nogil:
@@ -164,6 +177,8 @@ cdef void _check_link(sc_mmu *mmu, u32 number, u32 index, sc_audit *a) noexcept 
     if not mmu.quirks & QUIRK_ROLE_WITHOUT_ACCESS:
         granted = role_field(child.role, ROLE_ACCESS, 7)
         allowed = role_field(page.role, ROLE_ACCESS, 7) & pte_rights(gpte)
+        if role_direct(child.role) and not gpte & PTE_D:
+            allowed &= ~<u32>ACC_W
         if granted & ~allowed or (granted != allowed and not role_direct(child.role)):
             _report(a, 1, S_RIGHTS, number, index, page.gfn)
     large = gpte & PTE_PS and role_level(page.role) <= 3 and (
@@ -172,6 +187,13 @@ cdef void _check_link(sc_mmu *mmu, u32 number, u32 index, sc_audit *a) noexcept 
     if role_direct(child.role) or large:
         if not (role_direct(child.role) and large):
             _report(a, 1, S_TABLE, number, index, page.gfn)
+        elif _large_gfn(page, gpte) != child.gfn:
+            _report(a, 1, S_FRAME, number, index, _large_gfn(page, gpte))
+        elif not mmu.quirks & QUIRK_ROLE_WITHOUT_ACCESS and (
+                role_field(child.role, ROLE_GLOBAL, 1) != (gpte & PTE_G != 0)
+                or (role_field(page.role, ROLE_GLEVELS, 15) >= MODE_64
+                    and role_field(child.role, ROLE_PKEY, 15) != pte_pkey(gpte))):
+            _report(a, 1, S_RIGHTS, number, index, page.gfn)
         return
     named = (gpte & (pte_addr() if role_pte_size(page.role) == 8 else 0xFFFFF000U)) >> 12
     if named != child.gfn:
@@ -246,11 +268,11 @@ cdef void check_rmap(sc_mmu *mmu, sc_audit *a) noexcept nogil:
     for frame in range(mmu.mem.nframes):
         member = list_first(mmu.frames[frame].rmap)
         while member:
-            listed += 1
             if (member > mmu.pool_pages * 512 or not spte_is_writable(mmu.table[member - 1])
-                    or mem_leaf_frame(mmu.mem, mmu.table[member - 1]) != frame or listed > leaves):
+                    or mem_leaf_frame(mmu.mem, mmu.table[member - 1]) != frame or listed >= leaves):
                 _report(a, 3, S_RMAP_FOREIGN, (member - 1) >> 9, (member - 1) & 511, mem_gfn(mmu.mem, frame))
                 break
+            listed += 1
             member = list_next(mmu, mmu.frames[frame].rmap, member)
     if listed != leaves:
         _report(a, 3, S_RMAP_MISSING, SC_NONE, 0, 0)
@@ -278,11 +300,11 @@ cdef void check_parents(sc_mmu *mmu, sc_audit *a) noexcept nogil:
     for number in range(mmu.pool_pages):
         member = list_first(mmu.pages[number].parents)
         while member:
-            listed += 1
             if (member > mmu.pool_pages * 512 or not mmu.table[member - 1] & PTE_P
-                    or mmu.table[member - 1] & pte_addr() != mem_pool_hpa(number) or listed > links):
+                    or mmu.table[member - 1] & pte_addr() != mem_pool_hpa(number) or listed >= links):
                 _report(a, 4, S_PARENT_FOREIGN, number, 0, mmu.pages[number].gfn)
                 break
+            listed += 1
             member = list_next(mmu, mmu.pages[number].parents, member)
     if listed != links:
         _report(a, 4, S_PARENT_MISSING, SC_NONE, 0, 0)
@@ -296,11 +318,11 @@ cdef void check_hash(sc_mmu *mmu, sc_audit *a) noexcept nogil:
     for bucket in range(<u64>1 << (64 - mmu.hash_shift)):
         number = mmu.hash[bucket]
         while number != SC_NONE:
-            held += 1
-            if (number >= mmu.pool_pages or held > mmu.n_active or not mmu.pages[number].active
+            if (number >= mmu.pool_pages or held >= mmu.n_active or not mmu.pages[number].active
                     or hash_bucket(mmu, mmu.pages[number].gfn) != bucket):
                 _report(a, 5, S_HASH, number, 0, 0 if number >= mmu.pool_pages else mmu.pages[number].gfn)
                 break
+            held += 1
             other = mmu.pages[number].hash_next
             steps = 0
             while other < mmu.pool_pages and steps < mmu.pool_pages:
@@ -320,10 +342,11 @@ cdef void check_pool(sc_mmu *mmu, sc_audit *a) noexcept nogil:
     cdef u32 active = 0
     cdef u32 listed = 0
     cdef u32 free = 0
-    cdef bint marked
+    cdef bint marked, global_
     for number in range(mmu.pool_pages):
         active += mmu.pages[number].active
         used = 0
+        global_ = True
         for index in range(512):
             marked = (mmu.pages[number].used[index >> 6] >> (index & 63)) & 1
             if marked != (mmu.table[number * 512 + index] != 0):
@@ -331,7 +354,11 @@ cdef void check_pool(sc_mmu *mmu, sc_audit *a) noexcept nogil:
                         mmu.pages[number].gfn)
                 break
             used += marked
+            global_ = global_ and (not marked or mmu.table[number * 512 + index] & PTE_G != 0)
         else:
+            if (not mmu.keep and not global_ and not mmu.pages[number].nonglobal
+                    and role_level(mmu.pages[number].role) == 1):
+                _report(a, 6, S_NONGLOBAL, number, 0, mmu.pages[number].gfn)
             if used != mmu.pages[number].present or (used and not mmu.pages[number].active):
                 _report(a, 6, S_USED if mmu.pages[number].active else S_DIRTY_FREE, number, 0, mmu.pages[number].gfn)
     number = mmu.young
@@ -486,7 +513,9 @@ class Violation:
     gfn: int
 
     def __str__(self):
-        where = "" if self.page is None else f" (page {self.page}, entry {self.index}, gfn {self.gfn:#x})"
+        where = f" (gfn {self.gfn:#x})" if self.gfn else ""
+        if self.page is not None:
+            where = f" (page {self.page}, entry {self.index}, gfn {self.gfn:#x})"
         return f"{self.invariant}: {self.what}{where}"
 
 

@@ -145,6 +145,14 @@ cdef inline void _set_dirty(sc_mmu *mmu, sc_walk *w, bint on) noexcept nogil:
         w.entry[w.level] &= ~<u64>PTE_D
 
 
+cdef inline void _note_leaf(sc_mmu *mmu, const sc_vcpu *v, u32 spte, u64 gfn, u64 value) noexcept nogil:
+    """What the page's header has to know of a leaf that gets `value`."""
+    if not (value & PTE_G and (v.cr4 & CR4_PGE or mmu.quirks & QUIRK_GLOBAL_WITHOUT_PGE)):
+        mmu.pages[spte >> 9].nonglobal = True
+    if value & PTE_P:
+        mmu.pages[spte >> 9].slots |= <u64>1 << mem_slot(mmu.mem, gfn)
+
+
 cdef inline void _install_leaf(sc_mmu *mmu, const sc_vcpu *v, const sc_leaf *leaf, u64 gfn, u64 value) noexcept nogil:
     """Fill an entry that is not present."""
     cdef u32 spte = leaf.spte
@@ -153,12 +161,9 @@ cdef inline void _install_leaf(sc_mmu *mmu, const sc_vcpu *v, const sc_leaf *lea
     if mmu.table[spte]:
         spte_wipe(mmu, spte)
     spte_put(mmu, spte, value)
-    if not (value & PTE_G and (v.cr4 & CR4_PGE or mmu.quirks & QUIRK_GLOBAL_WITHOUT_PGE)):
-        mmu.pages[spte >> 9].nonglobal = True
-    if value & PTE_P:
-        mmu.pages[spte >> 9].slots |= <u64>1 << mem_slot(mmu.mem, gfn)
-        if value & PTE_W:
-            rmap_add(mmu, spte)
+    _note_leaf(mmu, v, spte, gfn, value)
+    if spte_is_writable(value):
+        rmap_add(mmu, spte)
 
 
 cdef int fetch(sc_mmu *mmu, sc_vcpu *v, u64 va, u32 access, bint refused, sc_walk *w, sc_leaf *leaf) noexcept nogil:
@@ -184,6 +189,7 @@ cdef int fetch(sc_mmu *mmu, sc_vcpu *v, u64 va, u32 access, bint refused, sc_wal
     if mmu.quirks & QUIRK_NX_LEAF_ONLY and mode >= MODE_PAE:
         guest = (guest & ~<u32>ACC_X) | (0 if w.entry[w.level] & pte_nx() else ACC_X)
     old = mmu.table[leaf.spte]
+    leaf.refused = refused and not old
     if old and mmu.quirks & QUIRK_ROLE_WITHOUT_ACCESS and mode != MODE_OFF:
         # A leaf that is there is taken as it is, whatever the guest's tables say by now.
         taken = True
@@ -200,6 +206,8 @@ cdef int fetch(sc_mmu *mmu, sc_vcpu *v, u64 va, u32 access, bint refused, sc_wal
         if not old & PTE_P:
             leaf.filled = old == 0
             granted = _until_dirty(guest, w, mode)
+            if w.dirtied:
+                kept &= ~<u64>PTE_D     # the processor's to set, and it never walks here
             value = leaf_spte(gfn << 12, guest, granted, kept) & ~<u64>PTE_P
             _install_leaf(mmu, v, leaf, gfn, value | SPTE_MARK)
         return RC_OK
@@ -208,6 +216,7 @@ cdef int fetch(sc_mmu *mmu, sc_vcpu *v, u64 va, u32 access, bint refused, sc_wal
     if mode == MODE_OFF and mmu.quirks & QUIRK_PAGING_OFF_UNPROTECTED:
         shadowed = False
     clean_before = mode != MODE_OFF and (w.dirtied or not w.entry[w.level] & PTE_D)
+    leaf.plain = not old & PTE_P and (not write or (guest & ACC_W and not clean_before and not shadowed))
     if taken and (not write or old & PTE_W):
         granted = pte_rights(old) if write or old & PTE_U or not guest & ACC_U else guest & ~<u32>ACC_W
     elif write and not guest & ACC_W:
@@ -244,7 +253,9 @@ cdef int fetch(sc_mmu *mmu, sc_vcpu *v, u64 va, u32 access, bint refused, sc_wal
     else:
         value |= old & (PTE_A | PTE_D)
         leaf.changed = (value ^ old) & ~<u64>(PTE_A | PTE_D) != 0
-        mmu.pages[leaf.spte >> 9].slots |= <u64>1 << mem_slot(mmu.mem, gfn)
+        _note_leaf(mmu, v, leaf.spte, gfn, value)
+        if not mmu.keep and leaf.large != SC_NONE and mode != MODE_OFF:
+            mmu.table[leaf.large] |= SPTE_MARK
         _replace_leaf(mmu, leaf.spte, value)
     if value & PTE_W:
         mem_mark_dirty(mmu.mem, gfn)

@@ -191,6 +191,10 @@ cdef int mmu_page_fault(sc_mmu *mmu, sc_vcpu *v, u64 va, u32 access, u32 code, s
         if w.error_code & (PF_P | PF_RSVD) != PF_P or not mmu.quirks & looks:
             return _inject(mmu, v, va, code if mmu.quirks & QUIRK_PROCESSOR_CODE else w.error_code, w)
     device = mem_frame(mmu.mem, w.gpa >> 12) == sc_no_frame()
+    if device and v.guest.mode == MODE_OFF:
+        mmu.stats.pf_mmio += 1
+        mmu.stats.exits[EXIT_MMIO] += 1
+        return RC_MMIO
     if _fetch_with_room(mmu, v, va, access, refused, w, &leaf) != RC_OK:
         mmu.stats.pf_taken -= 1
         mmu.exhausted = v.number
@@ -200,6 +204,8 @@ cdef int mmu_page_fault(sc_mmu *mmu, sc_vcpu *v, u64 va, u32 access, u32 code, s
     if ((leaf.refused and ((code & PF_P and not leaf.changed) or not mmu.quirks & QUIRK_TWO_EXITS))
             or (device and (refused or leaf.refused))):
         return _inject(mmu, v, va, access_code(&v.guest, access) | PF_P, w)
+    if mmu.quirks & QUIRK_PROCESSOR_CODE and code & PF_P and leaf.plain and not device and v.guest.mode != MODE_OFF:
+        return _inject(mmu, v, va, code, w)
     if device:
         mmu.stats.pf_mmio += 1
         mmu.stats.exits[EXIT_MMIO] += 1
@@ -264,27 +270,37 @@ cdef void _zap_subtree(sc_mmu *mmu, u32 page) noexcept nogil:
     pool_zap(mmu, page)
 
 
+cdef bint _zap_marked(sc_mmu *mmu, u32 spte) noexcept nogil:
+    """Zap what an upper entry leads to if that stands for a large page of the guest."""
+    if not mmu.table[spte] & SPTE_MARK:
+        return False
+    _zap_subtree(mmu, mem_pool_page(mmu.table[spte]))
+    return True
+
+
 cdef void mmu_invlpg(sc_mmu *mmu, sc_vcpu *v, u64 va) noexcept nogil:
     """INVLPG. Shadows that follow every store to a guest table need nothing (patch 18); `flush` drops the leaf, or
     all leaves of the large page."""
     cdef int level = v.hw.mode if v.hw.mode >= MODE_64 else 2
     cdef u32 page, spte
+    cdef bint marked
     if not mmu.shadow or mmu.keep:
         return
     exit_flush(mmu)
     page = v.roots[0 if level > 2 else <int>(va >> 30) & 3]
     while page != SC_NONE:
         spte = page * 512 + level_index(va, level)
-        if not mmu.table[spte]:
-            return
         if level == 1:
-            spte_drop(mmu, spte)
+            if mmu.table[spte]:
+                spte_drop(mmu, spte)
             return
-        if mmu.table[spte] & SPTE_MARK:
-            _zap_subtree(mmu, mem_pool_page(mmu.table[spte]))
-            if v.guest.mode == MODE_32 and mmu.table[spte ^ 1] & SPTE_MARK:
-                _zap_subtree(mmu, mem_pool_page(mmu.table[spte ^ 1]))       # the other half of a 4 MiB page
+        marked = _zap_marked(mmu, spte)
+        if v.guest.mode == MODE_32 and level == 2:
+            marked = _zap_marked(mmu, spte ^ 1) or marked       # the other half of a 4 MiB page
+        if marked:
             request_flush(mmu, FLUSH_INVLPG)
+            return
+        if not mmu.table[spte]:
             return
         page = mem_pool_page(mmu.table[spte])
         level -= 1
@@ -311,15 +327,15 @@ cdef void mmu_protect_slot(sc_mmu *mmu, int slot) noexcept nogil:
 FLUSHES = ("protect", "zap", "zap_upper", "store", "withheld", "leaf", "link", "log", "cr3", "context", "invlpg")
 
 
-cdef bint _ask_can_emulate(void *hook, u64 gva, u64 gpa, u32 nbytes) noexcept with gil:
+cdef int _ask_can_emulate(void *hook, u64 gva, u64 gpa, u32 nbytes) noexcept with gil:
     cdef Mmu mmu = <Mmu>hook
     cdef bint busy = mmu.c.mem.busy
     mmu.c.mem.busy = True           # the callback may not use its VM
     try:
-        return bool(mmu._can_emulate(gva, gpa, nbytes))
+        return 1 if mmu._can_emulate(gva, gpa, nbytes) else 0
     except BaseException as error:
         mmu.hook_error = error
-        return True
+        return -1
     finally:
         mmu.c.mem.busy = busy
 
@@ -382,9 +398,9 @@ cdef class Mmu:
         pool_init(&self.c)
 
     cdef int idle(self) except -1:
-        """EngineError while another thread runs a batch on this VM: one VM, one user at a time."""
+        """EngineError while another thread runs a batch on this VM, or a callback of it: one VM, one user at a time."""
         if self.c.mem.busy:
-            raise EngineError("this VM is running a batch in another thread")
+            raise EngineError("this VM is in use: by a batch in another thread, or by the callback that makes this call")
         return 0
 
     cdef void *_array(self, u64 nbytes) except NULL:

@@ -74,6 +74,7 @@ cdef void tlb_fill(sc_tlb *t, u64 va, u64 gpa, int shift, int guest_shift, u16 p
     victim.is_global = is_global
     victim.shift = shift
     victim.guest_shift = guest_shift
+    t.fragments += guest_shift > shift
 
 
 cdef void tlb_flush_all(sc_tlb *t, bint lost) noexcept nogil:
@@ -107,6 +108,8 @@ cdef void _forget(sc_tlb *t, u64 va, int shift) noexcept nogil:
 
 cdef void tlb_flush_page(sc_tlb *t, u64 va, bint lost) noexcept nogil:
     """INVLPG: every entry for the page goes, of whatever size and PCID, global ones too."""
+    cdef sc_tlb_entry *e
+    cdef u32 i
     t.clock += 1
     t.due_page[t.due_next] = va
     t.due_page_at[t.due_next] = t.clock
@@ -117,14 +120,20 @@ cdef void tlb_flush_page(sc_tlb *t, u64 va, bint lost) noexcept nogil:
     _forget(t, va, 21)
     _forget(t, va, 22)
     _forget(t, va, 30)
+    if t.fragments:
+        # What the guest has as one large page may be here in many small ones.
+        for i in range(t.sets[0] * t.ways[0]):
+            e = &t.entry[0][i]
+            if e.guest_shift > e.shift and e.page >> (e.guest_shift & 63) == va >> (e.guest_shift & 63):
+                e.page = 0
 
 
 cdef bint tlb_overdue(const sc_tlb *t, const sc_tlb_entry *e) noexcept nogil:
     """A flush that covers the entry fell due after it was filled."""
     cdef int i
-    if t.due_all > e.filled or (not e.is_global and t.due_pcid[e.pcid] > e.filled):
+    if t.due_all > e.filled or (not e.is_global and t.due_pcid[e.pcid & 4095] > e.filled):
         return True
     for i in range(TLB_PAGES):
-        if t.due_page_at[i] > e.filled and t.due_page[i] >> e.guest_shift == e.page >> e.guest_shift:
+        if t.due_page_at[i] > e.filled and t.due_page[i] >> (e.guest_shift & 63) == e.page >> (e.guest_shift & 63):
             return True
     return False

@@ -19,7 +19,7 @@ from shadowcore.state cimport (
 )
 from shadowcore.tlb cimport TLB_PAGES, TLB_SIZES, sc_tlb, sc_tlb_entry, tlb_valid
 from shadowcore.types cimport (
-    ACC_U, ACC_W, ACC_X, MODE_32, MODE_64, MODE_LA57, MODE_OFF, PF_I, PF_U, PF_W, RC_EXHAUSTED, RC_GP, RC_LIVELOCK,
+    ACC_U, ACC_W, ACC_X, MODE_32, MODE_64, MODE_LA57, MODE_OFF, PF_I, PF_U, PF_W, RC_EXHAUSTED, RC_GP, RC_HOOK, RC_LIVELOCK,
     RC_MMIO, RC_OK, RC_PF, RC_UNHANDLED, SC_NONE, i64, u8, u16, u32, u64,
 )
 from shadowcore.walker cimport probe_walk, sc_walk
@@ -257,6 +257,7 @@ cdef class VCpu:
 
     @cr2.setter
     def cr2(self, value):
+        self.mmu.idle()
         self.c.cr2 = _register("cr2", value)
 
     @property
@@ -293,6 +294,7 @@ cdef class VCpu:
 
     @pkru.setter
     def pkru(self, value):
+        self.mmu.idle()
         load_pkru(&self.c, check_int("pkru", value, 0, (1 << 32) - 1))
 
     @property
@@ -302,6 +304,7 @@ cdef class VCpu:
 
     @ac.setter
     def ac(self, value):
+        self.mmu.idle()
         load_ac(&self.c, bool(value))
 
     @property
@@ -313,6 +316,7 @@ cdef class VCpu:
     def cpl(self, value):
         if value not in (0, 3):
             raise ConfigError(f"cpl: {value!r} is not 0 or 3")
+        self.mmu.idle()
         self.c.cpl = value
 
     @property
@@ -491,7 +495,7 @@ cdef class VCpu:
         self.mmu.c.mem.busy = True
         error = None
         try:
-            while i < n and rc >= 0 and self.mmu.hook_error is None:
+            while i < n and rc >= 0:
                 stop = min(n, i + CHUNK)
                 with nogil:
                     while i < stop:
@@ -516,11 +520,10 @@ cdef class VCpu:
             del hold
         result = RunResult(outcome[:i], error_code[:i], gpa[:i], value[:i], exits[:i], emulated[:i],
                            stats_since(mmu.stats, before), value_high[:i] if wide else None)
-        if rc < 0:
+        if rc < 0 and rc != RC_HOOK:
             error = host_error(self.mmu, rc)
         if self.mmu.hook_error is not None:
             error, self.mmu.hook_error = self.mmu.hook_error, None
-            raise error
         if error is not None:
             error.result = result
             raise error

@@ -49,12 +49,13 @@ class PoolExhausted(ShadowcoreError):
 
 
 class AuditError(ShadowcoreError):
-    """An invariant does not hold: `violations` lists (invariant, where, what)."""
+    """Invariants do not hold: `violations`, the first of `count`."""
 
-    def __init__(self, violations: tuple[object, ...]) -> None:
+    def __init__(self, violations: tuple[object, ...], count: int | None = None) -> None:
         self.violations = violations
+        self.count = len(violations) if count is None else count
         first = violations[0] if violations else "none"
-        super().__init__(f"{len(violations)} violation(s), first: {first}")
+        super().__init__(f"{self.count} violation(s), first: {first}")
 
 
 class EngineError(ShadowcoreError):

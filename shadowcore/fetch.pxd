@@ -9,6 +9,7 @@ cdef struct sc_leaf:                # outcome of one fault, as far as the shadow
     bint filled                     # the leaf (or a link to it) was missing
     bint changed                    # a present leaf got other rights
     bint emulate                    # the access must be done by the emulator
+    bint plain                      # filled as it is, with nothing for this access to add
     bint refused                    # quirk ROLE_WITHOUT_ACCESS: the leaf as it stands forbids the access
 
 cdef int fetch(sc_mmu *mmu, sc_vcpu *v, u64 va, u32 access, bint refused, sc_walk *w, sc_leaf *leaf) noexcept nogil

@@ -86,7 +86,7 @@ class VM:
         """Check every invariant of the MMU. strict: raise AuditError instead of reporting violations."""
         report = audit(self.mmu)
         if strict and not report.ok:
-            raise AuditError(report.violations)
+            raise AuditError(report.violations, report.count)
         return report
 
     def __repr__(self) -> str:

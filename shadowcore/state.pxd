@@ -69,8 +69,9 @@ cdef struct sc_vcpu:
     int maxphyaddr
     sc_tlb *tlb                     # NULL: no TLB is modelled
 
-# Can the store of nbytes at gva, gpa be emulated? (An embedder's instruction emulator may not know it.)
-ctypedef bint (*sc_can_emulate)(void *hook, u64 gva, u64 gpa, u32 nbytes) noexcept nogil
+# Can the store of nbytes at gva, gpa be emulated? 1 yes, 0 no (an embedder's instruction emulator may not know it), -1
+# the callback failed and the access is to be given up.
+ctypedef int (*sc_can_emulate)(void *hook, u64 gva, u64 gpa, u32 nbytes) noexcept nogil
 
 cdef struct sc_mmu:
     sc_mem *mem

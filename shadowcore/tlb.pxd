@@ -32,8 +32,7 @@ cdef struct sc_tlb:
     u32 ways[TLB_SIZES]
     u64 clock                       # counts fills, hits and flushes
     u64 epoch                       # a new one drops every entry
-    u64 hits
-    u64 misses
+    u64 fragments                   # fills with a part of a larger page of the guest, ever
     u32 pcid_epoch[4096]            # a new one drops the entries of a PCID that are not global
     # What the guest's instructions made stale, kept apart from the flushing itself, for the audit (I8).
     u64 due_all                     # clock of the last load that drops everything
@@ -44,7 +43,7 @@ cdef struct sc_tlb:
 
 cdef inline bint tlb_valid(const sc_tlb *t, const sc_tlb_entry *e, u64 mmu_epoch) noexcept nogil:
     return (e.page & 1 and e.mmu_epoch == mmu_epoch and e.epoch == t.epoch
-            and (e.is_global or e.pcid_epoch == t.pcid_epoch[e.pcid]))
+            and (e.is_global or e.pcid_epoch == t.pcid_epoch[e.pcid & 4095]))
 
 cdef sc_tlb_entry *tlb_find(sc_tlb *t, u64 va, u16 pcid, u64 mmu_epoch) noexcept nogil
 cdef void tlb_fill(sc_tlb *t, u64 va, u64 gpa, int shift, int guest_shift, u16 pcid, u32 access, u32 pkey,

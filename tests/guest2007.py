@@ -3,11 +3,19 @@
 from contextlib import contextmanager
 
 import numpy as np
+import pytest
 
 import shadowcore as sc
 from shadowcore.pagetables import FORMATS, A, D, P, U, W
 
 MODES = ("32", "pae", "64", "la57")
+every_mode = pytest.mark.parametrize("mode", MODES)
+eight_byte_modes = pytest.mark.parametrize("mode", MODES[1:])
+
+# Levels of tables; and shadow pages on the way to a page of the user, below the root.
+LEVELS = {"32": 2, "pae": 3, "64": 4, "la57": 5}
+BELOW_ROOT = {"32": 1, "pae": 1, "64": 3, "la57": 4}
+
 ADDRESS = 0x000F_FFFF_FFFF_F000
 
 # Guest physical memory: data at DATA, frames for tables from TABLES to TABLES_END, nothing from RAM on.
@@ -47,9 +55,9 @@ class Guest:
     are still to be loaded (`start`).
     """
 
-    def __init__(self, mode="64", mmu="cached", pages=8, paging=True, features=None):
+    def __init__(self, mode="64", mmu="cached", pages=8, paging=True, tlb=None):
         self.mode = mode
-        self.vm = sc.VM(memory=RAM, mmu=mmu, features=features)
+        self.vm = sc.VM(memory=RAM, mmu=mmu, tlb=tlb)
         self.cpu = self.vm.vcpus[0]
         self.frames = iter(range(TABLES >> 12, TABLES_END >> 12))
         self.tables = self.address_space(pages)
@@ -74,9 +82,9 @@ class Guest:
         """Map by plain stores, before the guest has used the range: the shadow does not learn of it."""
         self.tables.map(va, gpa, size, **{**USED, **flags})
 
-    def entry(self, va, level=1, tables=None):
+    def entry(self, va, level=1):
         """gpa of the guest's entry of `level` for `va`."""
-        return (tables or self.tables).entry(va, level).gpa
+        return self.tables.entry(va, level).gpa
 
     def table(self, va, level=1):
         """gfn of the guest's table of `level` for `va`."""
@@ -101,17 +109,12 @@ class Guest:
         before = self.vm.stats.as_dict()
         yield moved
         after = self.vm.stats.as_dict()
-        moved.update(
-            {name: after[name] - before[name] for name in (*COUNTED, *more) if after[name] != before[name]}
-        )
+        moved.update({name: after[name] - before[name] for name in (*COUNTED, *more) if after[name] != before[name]})
 
-    def exits(self, va, write=None, user=False, size=4):
-        """Exits of one load (or store of `write`) that succeeds."""
+    def exits(self, va):
+        """Exits of one load, which succeeds."""
         taken = self.vm.stats.pf_taken
-        if write is None:
-            self.cpu.read(va, size, user=user)
-        else:
-            self.cpu.write(va, write, size, user=user)
+        self.cpu.read(va, 4)
         return self.vm.stats.pf_taken - taken
 
     # -- the shadow ----------------------------------------------------------------------------------------------
@@ -163,12 +166,23 @@ class Guest:
         return report.ok and not self.vm.memory.pool[free].any()
 
 
-def run(guest, rows):
-    """Operations (op, addr, value, size, user) as one batch."""
-    ops = np.zeros(len(rows), dtype=sc.OP_DTYPE)
-    for name, column in zip(("op", "addr", "value", "size", "user"), zip(*rows, strict=True), strict=True):
-        ops[name] = np.array(column, dtype=np.uint64)
-    return guest.cpu.run(ops)
-
-
-__all__ = ["DATA", "MODES", "PAGE", "RAM", "TABLES", "USED", "USER", "WINDOW", "A", "D", "Guest", "P", "U", "W", "run"]
+__all__ = [
+    "BELOW_ROOT",
+    "DATA",
+    "LEVELS",
+    "MODES",
+    "PAGE",
+    "RAM",
+    "TABLES",
+    "USED",
+    "USER",
+    "WINDOW",
+    "A",
+    "D",
+    "Guest",
+    "P",
+    "U",
+    "W",
+    "eight_byte_modes",
+    "every_mode",
+]

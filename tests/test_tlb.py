@@ -1,0 +1,822 @@
+"""The modelled TLB: its geometry, its tags, and each instruction that drops entries.
+
+A stale entry is made and used on purpose: what an invalidation is good for shows only where, without it, the
+processor goes on with what the guest's tables no longer say."""
+
+import random
+from collections import OrderedDict
+
+import numpy as np
+import pytest
+from oracle import (
+    CR0_PG,
+    CR0_WP,
+    CR4_PAE,
+    CR4_PCIDE,
+    CR4_PGE,
+    CR4_PKE,
+    CR4_SMAP,
+    CR4_SMEP,
+    EFER_NXE,
+    EFER_SCE,
+    FETCH,
+    PS,
+    READ,
+    WRITE,
+    D,
+    P,
+    U,
+    W,
+)
+from tlb_machine import (
+    ACC_U,
+    ACC_W,
+    ACC_X,
+    DATA_A,
+    DATA_B,
+    DATA_C,
+    DESIGNS,
+    HIT,
+    KEEP,
+    LARGE,
+    MIB,
+    MISS,
+    MODES,
+    X,
+    Y,
+    Z,
+    hits,
+    leaf,
+    machine,
+    pages,
+    poke,
+    start,
+    two_spaces,
+)
+
+import shadowcore as sc
+
+# -- geometry ----------------------------------------------------------------------------------------------------
+
+
+class Model:
+    """Sets of at most `ways` entries, the least recently used of which is replaced."""
+
+    def __init__(self, geometry):
+        self.geometry = geometry  # size class: (entries, ways)
+        self.sets = {
+            size: [OrderedDict() for _ in range(entries // ways)]
+            for size, (entries, ways) in geometry.items()
+            if entries
+        }
+        self.hits = self.misses = 0
+
+    def access(self, size, number, write, dirty):
+        """Page `number` of a size; `dirty`: what its entry says after the access."""
+        ways = self.geometry[size][1]
+        if size not in self.sets:
+            self.misses += 1
+            return
+        found = self.sets[size][number % len(self.sets[size])]
+        if number in found and (found[number] or not write):
+            self.hits += 1
+        else:
+            self.misses += 1
+            if number not in found and len(found) == ways:
+                found.popitem(last=False)
+            found[number] = dirty
+        found.move_to_end(number)
+
+    def pages(self, shifts):
+        return sorted(number << shifts[size] for size in self.sets for found in self.sets[size] for number in found)
+
+
+GEOMETRIES = [
+    {},
+    {"small_entries": 1, "small_ways": 1, "large_entries": 1, "large_ways": 1},
+    {"small_entries": 8, "small_ways": 8, "large_entries": 3, "large_ways": 3},
+    {"small_entries": 7, "small_ways": 1, "large_entries": 5, "large_ways": 1},
+    {"small_entries": 12, "small_ways": 2, "large_entries": 6, "large_ways": 2},
+    {"small_entries": 15, "small_ways": 5, "large_entries": 0, "huge_entries": 0},
+    {"small_entries": 0, "large_entries": 2, "large_ways": 1, "huge_entries": 1, "huge_ways": 1},
+]
+
+
+@pytest.mark.parametrize("geometry", GEOMETRIES)
+@pytest.mark.parametrize("mode", MODES)
+def test_sets_ways_and_replacement(mode, geometry):
+    """Random loads and stores of pages of all sizes: hits, misses and what is kept, exactly as of sets with
+    replacement of the least recently used entry, each page size for itself."""
+    tlb = sc.TLB(**geometry)
+    vm, tables = machine("native", mode, tlb)
+    shifts = {"small": 12, "large": 22 if mode == "32" else 21, "huge": 30}
+    bases = {"small": X, "large": LARGE, "huge": 0x4000_0000}
+    counts = {"small": 40, "large": 9, "huge": 3}
+    if mode in ("32", "pae"):
+        del shifts["huge"]
+    dirty = set()
+    for size, shift in shifts.items():
+        for i in range(counts[size]):
+            gpa = i % 30 << 12 if size == "small" else 0
+            va = bases[size] + (i << shift)
+            tables.map(va, gpa, 1 << shift, "rwx", page_size=1 << shift, dirty=i % 3 == 0)
+            dirty |= {va} if i % 3 == 0 else set()
+    cpu = start(vm, tables)
+    geometry = {size: (getattr(tlb, f"{size}_entries"), getattr(tlb, f"{size}_ways")) for size in shifts}
+    model = Model(geometry)
+    rng = random.Random(3)
+    vm.stats.reset()
+    for _ in range(20):
+        rows = []
+        for _ in range(40):
+            size = rng.choice(list(shifts))
+            # A hot part, so that hits are frequent whatever the geometry.
+            i = rng.randrange(rng.choice([2, counts[size]]))
+            va = bases[size] + (i << shifts[size])
+            op = rng.choice([READ, READ, FETCH, WRITE])
+            rows.append((op, 0, 8, va + 8 * rng.randrange(1, 500), 0))
+            dirty |= {va} if op == WRITE else set()
+            model.access(size, va >> shifts[size], op == WRITE, va in dirty)
+        assert not cpu.run(np.array(rows, dtype=sc.OP_DTYPE)).outcome.any()
+        assert (vm.stats.tlb_hits, vm.stats.tlb_misses) == (model.hits, model.misses)
+        assert pages(cpu) == model.pages(shifts)
+    assert vm.stats.accesses == model.hits + model.misses == 800
+    assert model.hits > 0
+    assert vm.audit().ok
+
+
+def test_replacement_step_by_step():
+    """Four ways: a fifth page replaces the one not used for longest, and a hit makes a page young."""
+    vm, tables = machine(tlb=sc.TLB(small_entries=4, small_ways=4))
+    tables.map(X, DATA_A, 0x10000, "rw")
+    cpu = start(vm, tables)
+    a, b, c, d, e, f = (X + (i << 12) for i in range(6))
+    for va in (a, b, c, d):
+        assert hits(vm, cpu.read, va) == MISS
+    assert hits(vm, cpu.read, a) == HIT
+    assert hits(vm, cpu.read, e) == MISS
+    assert pages(cpu) == [a, c, d, e]
+    assert hits(vm, cpu.read, b) == MISS
+    assert pages(cpu) == [a, b, d, e]
+    cpu.invlpg(e)
+    assert hits(vm, cpu.read, f) == MISS  # takes the place that is free, not that of d, the oldest
+    assert pages(cpu) == [a, b, d, f]
+
+
+def test_number_of_sets_need_not_be_a_power_of_two():
+    """Three sets of two ways: the page number modulo three chooses the set."""
+    vm, tables = machine(tlb=sc.TLB(small_entries=6, small_ways=2))
+    tables.map(X, DATA_A, 0x10000, "rw")
+    cpu = start(vm, tables)
+    first = X >> 12
+    rows = {first + i: (first + i) % 3 for i in range(10)}
+    same = [number for number, row in rows.items() if row == rows[first]]
+    other = next(number for number, row in rows.items() if row != rows[first])
+    assert len(same) == 4
+    cpu.read(other << 12)
+    for number in same[:3]:
+        cpu.read(number << 12)
+    assert pages(cpu) == sorted(number << 12 for number in (other, *same[1:3]))
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_native_keeps_pages_whole(mode):
+    """The sizes of the guest's pages; one entry serves all of a page."""
+    vm, tables = machine("native", mode)
+    large = 4 * MIB if mode == "32" else 2 * MIB
+    tables.map(X, DATA_A, 4096, "rwx")
+    tables.map(LARGE, 0, large, "rwx", page_size=large)
+    sizes = {X: 4096, LARGE: large}
+    if mode in ("64", "la57"):
+        tables.map(0x4000_0000, 0, 1 << 30, "rw", page_size=1 << 30)
+        sizes[0x4000_0000] = 1 << 30
+    cpu = start(vm, tables)
+    for va, size in sizes.items():
+        assert hits(vm, cpu.read, va + DATA_B % size) == MISS
+        assert hits(vm, cpu.read, va + min(size - 8, MIB)) == HIT
+    assert dict(zip(cpu.tlb["page"].tolist(), cpu.tlb["page_size"].tolist(), strict=True)) == sizes
+    assert cpu.read(LARGE + DATA_C) == DATA_C
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mmu", ["cached", "flush"])
+def test_shadow_tables_hold_only_small_pages(mmu, mode):
+    """The processor walks the shadow, whose leaves are of 4 KiB, whatever the guest's are."""
+    large = 4 * MIB if mode == "32" else 2 * MIB
+    for kept in (True, False):
+        tlb = sc.TLB() if kept else sc.TLB(small_entries=0)
+        vm, tables = machine(mmu, mode, tlb)
+        tables.map(LARGE, 0, large, "rw" if mode != "32" else "rwx", page_size=large)
+        cpu = start(vm, tables)
+        for i in range(3):
+            assert hits(vm, cpu.read, LARGE + (i << 12)) == MISS
+            assert hits(vm, cpu.read, LARGE + (i << 12) + 8) == (HIT if kept else MISS)
+        assert pages(cpu) == ([LARGE + (i << 12) for i in range(3)] if kept else [])
+        assert set(cpu.tlb["page_size"].tolist()) <= {4096}
+
+
+def test_settings_that_make_no_sense():
+    for settings, named in [
+        ({"small_entries": 10, "small_ways": 4}, "tlb.small_entries"),
+        ({"large_ways": 0}, "tlb.large_ways"),
+        ({"huge_entries": -1}, "tlb.huge_entries"),
+        ({"small_entries": 2.5}, "tlb.small_entries"),
+    ]:
+        with pytest.raises(sc.ConfigError, match=named):
+            sc.TLB(**settings)
+    with pytest.raises(sc.ConfigError, match="tlb"):
+        sc.VM(memory=MIB, tlb=64)
+
+
+# -- counters, and the view of the entries -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mmu", DESIGNS)
+def test_counters(mmu):
+    """Hits and misses by what the access needs; together they are the accesses."""
+    vm, tables = machine(mmu)
+    tables.map(X, DATA_A, 0x2000, "rwx")
+    tables.map(X + 0x2000, DATA_C, 0x1000, "rx")
+    tables.map(X + 0x3000, 0x100_0000, 0x1000, "rw")  # no memory there
+    cpu = start(vm, tables)
+    vm.stats.reset()
+    assert hits(vm, cpu.read, X) == MISS
+    assert hits(vm, cpu.read, X + 8, 4) == HIT
+    assert hits(vm, cpu.fetch, X) == HIT
+    # D is not set yet: the processor has to walk; then it is.
+    assert hits(vm, cpu.write, X, 1) == MISS
+    assert hits(vm, cpu.write, X, 1) == HIT
+    assert hits(vm, cpu.cmpxchg, X, 1, 2) == HIT
+    # An access to two pages asks twice.
+    assert hits(vm, cpu.read, X + 0xFFC) == (1, 1)
+    assert hits(vm, cpu.read, X + 0xFFC) == (2, 0)
+
+    def faults(access, *arguments, **settings):
+        with pytest.raises(sc.PageFault):
+            access(*arguments, **settings)
+
+    # What an entry refuses is looked up in the tables before it is a fault.
+    assert hits(vm, cpu.read, X + 0x2000) == MISS
+    assert hits(vm, faults, cpu.write, X + 0x2000, 1) == MISS
+    assert hits(vm, faults, cpu.read, X + 0x2000, user=True) == MISS
+    assert hits(vm, faults, cpu.read, X + 0x8000) == MISS
+
+    def device():
+        with pytest.raises(sc.MMIOAccess):
+            cpu.read(X + 0x3000)
+
+    # Devices and pages that are not present are never kept.
+    assert hits(vm, device) == MISS
+    assert hits(vm, device) == MISS
+    assert pages(cpu) == [X, X + 0x1000, X + 0x2000]
+    assert vm.stats.tlb_hits + vm.stats.tlb_misses == vm.stats.accesses == 16
+    assert vm.audit().ok
+
+
+def test_a_hit_reads_no_table():
+    vm, tables = machine()
+    tables.map(X, DATA_A, 4096, "rw")
+    cpu = start(vm, tables)
+    cpu.read(X)
+    assert vm.stats.walk_references == 4
+    cpu.read(X)
+    assert vm.stats.walk_references == 4
+
+
+def test_without_a_tlb_nothing_is_counted():
+    vm = sc.VM(memory=MIB, mmu="native")
+    cpu = vm.vcpus[0]
+    cpu.read(0)
+    assert len(cpu.tlb) == 0
+    assert (vm.stats.tlb_hits, vm.stats.tlb_misses, vm.stats.accesses) == (0, 0, 1)
+
+
+def test_paging_off_needs_no_translation():
+    """Without paging there is nothing to keep in `native`; under a shadow MMU the processor still walks one."""
+    for mmu, kept in (("native", []), ("cached", [DATA_A]), ("flush", [DATA_A])):
+        vm, _ = machine(mmu)
+        cpu = vm.vcpus[0]
+        assert cpu.read(DATA_A) == cpu.read(DATA_A) == DATA_A
+        assert pages(cpu) == kept
+        assert vm.stats.tlb_hits == len(kept)
+
+
+def test_view_of_the_entries():
+    """`cpu.tlb` has one row an entry, of each field what the guest's tables said; it is a copy."""
+    vm, tables = machine()
+    tables.map(X, DATA_A, 4096, "rwu", dirty=True, pkey=5)
+    tables.map(Y, DATA_B, 4096, "rx", global_=True)
+    tables.map(LARGE, 2 * MIB, 2 * MIB, "rwxu", page_size="2MiB")
+    cpu = start(vm, tables, cr4=CR4_PCIDE | CR4_PKE)
+    cpu.cr3 = tables.root | 7
+    for va in (X + 24, Y, LARGE + 0x12345):
+        cpu.read(va)
+    rows = {row["page"].item(): row for row in cpu.tlb}
+    names = ("gpa", "page_size", "pcid", "access", "pkey", "dirty", "global_")
+    assert {va: tuple(row[name].item() for name in names) for va, row in rows.items()} == {
+        X: (DATA_A, 4096, 7, ACC_W | ACC_U, 5, 1, 0),
+        Y: (DATA_B, 4096, 7, ACC_X, 0, 0, 1),
+        LARGE: (2 * MIB, 2 * MIB, 7, ACC_X | ACC_W | ACC_U, 0, 0, 0),
+    }
+    copy = cpu.tlb
+    copy["gpa"] = 0
+    assert cpu.read(X) == DATA_A
+    assert sorted(cpu.tlb["gpa"].tolist()) == [DATA_A, DATA_B, 2 * MIB]
+
+
+# -- a stale entry, and the instructions that drop it --------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_stale_until_invlpg(mode):
+    """Another frame, fewer rights: the old translation serves until INVLPG; then the new one."""
+    vm, tables = machine("native", mode)
+    tables.map(X, DATA_A, 4096, "rwx", dirty=True)
+    cpu = start(vm, tables)
+    width = tables.format.entry_size
+    assert cpu.read(X) == DATA_A
+    poke(vm, leaf(tables, X), DATA_B | P, width)
+    assert cpu.read(X) == DATA_A
+    cpu.write(X + 8, 77)
+    assert vm.memory.words[DATA_A // 8 + 1] == 77
+    cpu.invlpg(X + 0xABC)
+    assert cpu.read(X) == DATA_B
+    with pytest.raises(sc.PageFault) as caught:
+        cpu.write(X + 8, 78)
+    assert caught.value.error_code == 3
+    poke(vm, leaf(tables, X), 0, width)
+    assert cpu.read(X) == DATA_B
+    cpu.invlpg(X)
+    with pytest.raises(sc.PageFault) as caught:
+        cpu.read(X)
+    assert caught.value.error_code == 0
+    assert vm.audit().ok
+
+
+@pytest.mark.parametrize("mmu", DESIGNS)
+def test_what_appears_is_seen_at_once(mmu):
+    """An entry that is not present is never kept, and rights that grow are looked up before a fault."""
+    vm, tables = machine(mmu)
+    tables.map(X, DATA_A, 4096, "rw", dirty=True)
+    tables.map(Y, DATA_B, 4096, "r")
+    cpu = start(vm, tables)
+    entry = tables.entry(X)
+    vm.write_physical(entry.gpa, bytes(8))
+    with pytest.raises(sc.PageFault):
+        cpu.read(X)
+    vm.write_physical(entry.gpa, entry.value.to_bytes(8, "little"))
+    assert cpu.read(X) == DATA_A
+    assert cpu.read(Y) == DATA_B
+    with pytest.raises(sc.PageFault):
+        cpu.write(Y, 1)
+    vm.write_physical(leaf(tables, Y), (DATA_B | P | W | U).to_bytes(8, "little"))
+    cpu.write(Y, 1)
+    assert cpu.read(Y, user=True) == 1
+
+
+def test_dirty_is_kept_too():
+    """D cleared behind the processor's back: a store through an entry that remembers D does not set it again."""
+    vm, tables = machine()
+    tables.map(X, DATA_A, 4096, "rw")
+    cpu = start(vm, tables)
+    cpu.write(X, 1)
+    assert tables.entry(X).value & D
+    poke(vm, leaf(tables, X), tables.entry(X).value & ~D)
+    cpu.write(X, 2)
+    assert not tables.entry(X).value & D
+    cpu.invlpg(X)
+    cpu.write(X, 3)
+    assert tables.entry(X).value & D
+
+
+def test_rights_are_judged_at_each_use():
+    """PKRU, EFLAGS.AC and the mode of the access count as they are now; entries hold what the tables say."""
+    vm, tables = machine()
+    tables.map(X, DATA_A, 4096, "rwu", dirty=True, pkey=3)
+    cpu = start(vm, tables, cr4=CR4_PKE | CR4_SMAP)
+    cpu.ac = True
+    assert cpu.read(X) == DATA_A
+    cpu.ac = False
+    with pytest.raises(sc.PageFault):
+        cpu.read(X)
+    assert cpu.read(X, user=True) == DATA_A
+    cpu.pkru = 1 << 6
+    with pytest.raises(sc.PageFault) as caught:
+        cpu.read(X, user=True)
+    assert caught.value.error_code == 0x25
+    cpu.pkru = 2 << 6
+    assert cpu.read(X, user=True) == DATA_A
+    with pytest.raises(sc.PageFault):
+        cpu.write(X, 1, user=True)
+    # None of these loads drops an entry.
+    cpu.pkru = 0
+    assert hits(vm, cpu.write, X, 1, user=True) == HIT
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mmu", DESIGNS)
+def test_cr3_drops_what_is_not_global(mmu, mode):
+    vm, tables, other, cpu = two_spaces(mmu, mode)
+    tables.map(Z, DATA_C, 4096, "rwx", global_=True)
+    assert cpu.read(X) == DATA_A
+    assert cpu.read(Z) == DATA_C
+    cpu.cr3 = other.cr3
+    # `flush` has thrown shadow tables away at this, and with each table everything in the TLB.
+    assert pages(cpu) == ([] if mmu == "flush" else [Z])
+    assert cpu.read(X) == DATA_B
+    cpu.cr3 = tables.cr3
+    assert hits(vm, cpu.read, X) == MISS
+    assert cpu.read(X) == DATA_A
+    assert vm.audit().ok
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_global_entries_outlive_cr3(mode):
+    """The stale global translation serves in the other address space, until INVLPG; with CR4.PGE off there
+    is no such thing."""
+    vm, tables, other, cpu = two_spaces("native", mode, global_=True)
+    assert cpu.read(X) == DATA_A
+    cpu.cr3 = other.cr3
+    assert cpu.read(X) == DATA_A
+    assert cpu.tlb["global_"].tolist() == [1]
+    cpu.invlpg(X)
+    assert cpu.read(X) == DATA_B
+    cpu.cr4 &= ~CR4_PGE
+    assert cpu.read(X) == DATA_B
+    assert cpu.tlb["global_"].tolist() == [0]
+    cpu.cr3 = tables.cr3
+    assert cpu.read(X) == DATA_A
+    assert vm.audit().ok
+
+
+@pytest.mark.parametrize("mmu", ["native", "cached"])
+def test_pcids_are_tags(mmu):
+    """Entries belong to the PCID they were made under: bit 63 of CR3 keeps those of the PCID that comes, without
+    it they go; those of others stay either way."""
+    vm, tables, other, cpu = two_spaces(mmu)
+    cpu.cr4 |= CR4_PCIDE
+    cpu.cr3 = tables.cr3 | 1
+    assert hits(vm, cpu.read, X) == MISS
+    cpu.cr3 = other.cr3 | 2
+    assert cpu.cr3 == other.cr3 | 2
+    assert cpu.read(X) == DATA_B
+    assert sorted(zip(cpu.tlb["pcid"].tolist(), cpu.tlb["gpa"].tolist(), strict=True)) == [(1, DATA_A), (2, DATA_B)]
+    cpu.cr3 = tables.cr3 | 1 | KEEP
+    assert cpu.cr3 == tables.cr3 | 1
+    assert hits(vm, cpu.read, X) == HIT
+    assert cpu.read(X) == DATA_A
+    cpu.cr3 = other.cr3 | 2
+    assert cpu.tlb["pcid"].tolist() == [1]
+    assert hits(vm, cpu.read, X) == MISS
+    cpu.cr3 = tables.cr3 | 1 | KEEP
+    assert hits(vm, cpu.read, X) == HIT
+    assert vm.audit().ok
+
+
+@pytest.mark.parametrize("mmu", ["native", "cached"])
+def test_bit_63_keeps_even_what_is_wrong(mmu):
+    """One PCID, two address spaces: the guest's mistake, and it is told so by stale data."""
+    vm, tables, other, cpu = two_spaces(mmu)
+    cpu.cr4 |= CR4_PCIDE
+    cpu.cr3 = tables.cr3 | 1
+    assert cpu.read(X) == DATA_A
+    cpu.cr3 = other.cr3 | 1 | KEEP
+    assert cpu.read(X) == DATA_A
+    cpu.cr3 = other.cr3 | 1
+    assert cpu.read(X) == DATA_B
+    assert vm.audit().ok
+
+
+@pytest.mark.parametrize("mmu", ["native", "cached"])
+def test_global_entries_serve_all_pcids(mmu):
+    vm, tables, other, cpu = two_spaces(mmu, global_=True)
+    cpu.cr4 |= CR4_PCIDE
+    cpu.cr3 = tables.cr3 | 1
+    assert cpu.read(X) == DATA_A
+    cpu.cr3 = other.cr3 | 2
+    assert hits(vm, cpu.read, X) == HIT
+    assert cpu.read(X) == DATA_A
+    cpu.invlpg(X)
+    assert cpu.read(X) == DATA_B
+    cpu.cr3 = tables.cr3 | 1
+    assert cpu.read(X) == DATA_B
+    assert vm.audit().ok
+
+
+@pytest.mark.parametrize("mmu", ["native", "cached"])
+def test_invlpg_reaches_every_pcid(mmu):
+    """The page's entries under every PCID go, and no other page's."""
+    _, tables, other, cpu = two_spaces(mmu)
+    cpu.cr4 |= CR4_PCIDE
+    for pcid, space in ((1, tables), (2, other), (3, tables)):
+        cpu.cr3 = space.cr3 | pcid
+        cpu.read(X)
+        cpu.read(Y)
+    assert len(cpu.tlb) == 6
+    cpu.invlpg(X + 0xFFF)
+    assert pages(cpu) == [Y, Y, Y]
+    assert sorted(cpu.tlb["pcid"].tolist()) == [1, 2, 3]
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_invlpg_of_a_large_page(mode):
+    """Any address of a large page names all of it."""
+    vm, tables = machine("native", mode)
+    sizes = [4 * MIB if mode == "32" else 2 * MIB] + ([1 << 30] if mode in ("64", "la57") else [])
+    for size in sizes:
+        tables.map(0x4000_0000, 0, size, "rwx", page_size=size)
+        cpu = start(vm, tables)
+        assert cpu.read(0x4000_0000 + DATA_A) == DATA_A
+        level = 2 if size < 1 << 30 else 3
+        old = tables.entry(0x4000_0000, level)
+        poke(vm, old.gpa, 0, tables.format.entry_size)
+        assert cpu.read(0x4000_0000 + DATA_B) == DATA_B
+        cpu.invlpg(0x4000_0000 + size)
+        assert cpu.read(0x4000_0000 + DATA_B) == DATA_B
+        cpu.invlpg(0x4000_0000 + size - 1)
+        with pytest.raises(sc.PageFault):
+            cpu.read(0x4000_0000 + DATA_B)
+        tables.unmap(0x4000_0000, size)
+        cpu.cr0 &= ~CR0_PG
+    assert vm.audit().ok
+
+
+@pytest.mark.parametrize("mmu", ["native", "flush"])
+@pytest.mark.parametrize("mode", ["32", "pae"])
+def test_invlpg_outside_64_bit_modes_has_32_address_bits(mode, mmu):
+    """As for accesses, the low 32 bits count."""
+    vm, tables = machine(mmu, mode)
+    tables.map(X, DATA_A, 4096, "rwx")
+    cpu = start(vm, tables)
+    assert cpu.read(X | 5 << 32) == DATA_A
+    tables.set_entry(X, 1, DATA_B | P)
+    assert cpu.read(X) == DATA_A
+    cpu.invlpg(X | 7 << 32)
+    assert cpu.read(X) == DATA_B
+
+
+def test_invlpg_of_an_address_that_is_not_canonical_does_nothing():
+    vm, tables = machine()
+    tables.map(X, DATA_A, 4096, "rwx")
+    cpu = start(vm, tables)
+    cpu.read(X)
+    cpu.invlpg(X | 1 << 52)
+    assert pages(cpu) == [X]
+
+
+# Toggles of a register bit: with it, every entry goes, global or not, under every PCID.
+DROPPING = [
+    ("cr4", CR4_PGE),
+    ("cr4", CR4_PCIDE),
+    ("cr4", CR4_SMEP),
+    ("cr0", CR0_WP),
+    ("efer", EFER_NXE),
+]
+
+
+@pytest.mark.parametrize(("name", "bit"), DROPPING)
+@pytest.mark.parametrize("mmu", DESIGNS)
+def test_register_loads_that_drop_everything(mmu, name, bit):
+    """Both ways; a load of the value that is there drops nothing."""
+    vm, tables, _, cpu = two_spaces(mmu)
+    tables.map(Z, DATA_C, 4096, "rx" if name != "efer" else "rwx", global_=True)
+    if bit == CR4_PCIDE:
+        cpu.cr4 |= CR4_PCIDE
+    for _ in range(2):
+        if cpu.cr4 & CR4_PCIDE:
+            cpu.cr3 = tables.cr3 | 4
+            cpu.read(X)
+            cpu.cr3 = tables.cr3
+        cpu.read(X)
+        cpu.read(Z)
+        assert {X, Z} <= set(pages(cpu))
+        setattr(cpu, name, getattr(cpu, name))
+        # (`flush` throws its shadow tables away at each load, and with them what the TLB holds.)
+        assert mmu == "flush" or {X, Z} <= set(pages(cpu))
+        setattr(cpu, name, getattr(cpu, name) ^ bit)
+        assert pages(cpu) == []
+    assert vm.audit().ok
+
+
+def test_stale_entries_end_with_register_loads():
+    """The same where it shows: a stale translation, even a global one, is not used after such a load."""
+    for name, bit in DROPPING:
+        vm, tables = machine()
+        tables.map(X, DATA_A, 4096, "rwx", global_=True)
+        cpu = start(vm, tables, cr4=CR4_PCIDE)
+        assert cpu.read(X) == DATA_A
+        poke(vm, leaf(tables, X), DATA_B | P | W)
+        cpu.cr3 = cpu.cr3
+        assert cpu.read(X) == DATA_A
+        setattr(cpu, name, getattr(cpu, name) ^ bit)
+        assert (name, hex(bit), cpu.read(X)) == (name, hex(bit), DATA_B)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mmu", DESIGNS)
+def test_paging_off_and_on(mmu, mode):
+    vm, tables = machine(mmu, mode)
+    tables.map(X, DATA_A, 4096, "rwx", global_=True)
+    cpu = start(vm, tables)
+    assert cpu.read(X) == DATA_A
+    cpu.cr0 &= ~CR0_PG
+    assert cpu.read(X) == X  # linear is physical
+    tables.set_entry(X, 1, DATA_B | P)
+    cpu.cr0 |= CR0_PG
+    assert cpu.read(X) == DATA_B
+    assert vm.audit().ok
+
+
+@pytest.mark.parametrize("mmu", ["native", "cached"])
+def test_loads_that_drop_nothing(mmu):
+    vm, tables = machine(mmu)
+    tables.map(X, DATA_A, 4096, "rwu")
+    cpu = start(vm, tables)
+    cpu.read(X)
+    cpu.efer |= EFER_SCE
+    cpu.pkru = 0x55555554
+    cpu.ac = True
+    cpu.cpl = 3
+    for name, value in [("cr4", cpu.cr4 & ~CR4_PAE), ("cr3", 1 << 60), ("cr0", CR0_PG), ("efer", 1 << 40)]:
+        with pytest.raises(sc.GeneralProtection):
+            setattr(cpu, name, value)
+    assert pages(cpu) == [X]
+    assert hits(vm, cpu.read, X) == HIT
+
+
+# -- PCIDs: what is refused ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mmu", DESIGNS)
+def test_pcid_rules(mmu):
+    """A load against the rules is #GP(0); registers and TLB stay as they are."""
+    vm, tables = machine(mmu)
+    tables.map(X, DATA_A, 4096, "rw")
+    cpu = start(vm, tables)
+
+    def refused(name, value):
+        cpu.read(X)
+        state = [cpu.cr0, cpu.cr3, cpu.cr4, cpu.efer], cpu.tlb.tolist()
+        with pytest.raises(sc.GeneralProtection) as caught:
+            setattr(cpu, name, value)
+        assert caught.value.error_code == 0
+        assert ([cpu.cr0, cpu.cr3, cpu.cr4, cpu.efer], cpu.tlb.tolist()) == state
+
+    refused("cr3", cpu.cr3 | KEEP)  # bit 63 means something with PCIDE only
+    for low in (0x008, 0x010, 0x018):
+        cpu.cr3 = tables.cr3 | low
+        refused("cr4", cpu.cr4 | CR4_PCIDE)  # the current PCID would not be 0
+    cpu.cr3 = tables.cr3
+    cpu.cr4 |= CR4_PCIDE
+    refused("cr0", cpu.cr0 & ~CR0_PG)
+    cpu.cr3 = tables.cr3 | 0xFFF
+    refused("cr0", cpu.cr0 & ~CR0_PG)
+    cpu.cr4 = cpu.cr4  # PCIDE is on already: the PCID may be anything
+    # Off again, with a PCID that becomes plain bits of CR3.
+    cpu.cr4 &= ~CR4_PCIDE
+    refused("cr3", tables.cr3 | 0xFFF)
+    cpu.cr3 = tables.cr3
+    cpu.cr0 &= ~CR0_PG
+    refused("cr4", cpu.cr4 | CR4_PCIDE)  # not outside 64-bit modes
+    assert vm.audit().ok
+
+
+def test_pcid_needs_the_feature():
+    vm, tables = machine(features=sc.Features(pcid=False))
+    cpu = start(vm, tables)
+    with pytest.raises(sc.GeneralProtection):
+        cpu.cr4 |= CR4_PCIDE
+
+
+@pytest.mark.parametrize("mode", ["32", "pae"])
+def test_pcid_is_for_64_bit_modes(mode):
+    vm, tables = machine("native", mode)
+    cpu = start(vm, tables)
+    with pytest.raises(sc.GeneralProtection):
+        cpu.cr4 |= CR4_PCIDE
+
+
+# -- a shadow that lags behind ------------------------------------------------------------------------------------
+#
+# `flush` sees edits at INVLPG and loads of CR3, as a TLB does: its leaves are subject to the same rules.
+
+
+def three_frames(mode, va, size, **settings):
+    """`flush`, without a TLB and then with one: (cpu, turn), where turn(frame, flags) edits the entry of `va`."""
+    for tlb in (None, sc.TLB()):
+        vm = sc.VM(memory=16 * MIB, mmu=sc.Shadow.flush(quirks=0), tlb=tlb)
+        vm.memory.words[: 12 * MIB // 8 : 512] = np.arange(0, 12 * MIB, 4096)
+        tables = sc.PageTables(vm, mode)
+        tables.map(va, size, size, "rwx", page_size=size, **settings)
+
+        def turn(gpa, flags, tables=tables, level=1 if size == 4096 else 2):
+            tables.set_entry(va, level, gpa | flags)
+
+        yield start(vm, tables), turn
+
+
+def test_a_leaf_that_ceases_to_be_global():
+    """A global leaf is refreshed by an entry that is not global: the next load of CR3 drops it."""
+    for cpu, turn in three_frames("64", X, 4096, global_=True):
+        assert cpu.read(X) == 4096
+        turn(DATA_B, P | W | U)
+        cpu.write(X + 8, 1)  # the tables are looked up, for D
+        assert cpu.read(X) == DATA_B
+        turn(DATA_C, P | W | U)
+        cpu.cr3 = cpu.cr3
+        assert cpu.read(X) in (DATA_C, 4096)  # (the global one might still be remembered)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_leaf_that_becomes_part_of_a_large_page(mode):
+    """A leaf of a small page is refreshed by the entry of a large one: INVLPG of any of its addresses drops it."""
+    size = 4 * MIB if mode == "32" else 2 * MIB
+    for tlb in (None, sc.TLB()):
+        vm = sc.VM(memory=16 * MIB, mmu=sc.Shadow.flush(quirks=0), tlb=tlb)
+        vm.memory.words[: 12 * MIB // 8 : 512] = np.arange(0, 12 * MIB, 4096)
+        tables = sc.PageTables(vm, mode)
+        tables.map(LARGE, DATA_A, 0x2000, "rwx")
+        cpu = start(vm, tables)
+        assert cpu.read(LARGE + 0x1000) == DATA_A + 0x1000
+        directory = leaf(tables, LARGE, 2)
+        width = tables.format.entry_size
+        vm.write_physical(directory, (size | P | W | U | PS).to_bytes(width, "little"))
+        cpu.write(LARGE + 0x1008, 1)
+        assert cpu.read(LARGE + 0x1000) == size + 0x1000
+        vm.write_physical(directory, (2 * size | P | W | U | PS).to_bytes(width, "little"))
+        cpu.invlpg(LARGE)
+        assert cpu.read(LARGE + 0x1000) == 2 * size + 0x1000
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_invlpg_of_the_other_part_of_a_large_page(mode):
+    """Whichever part of the page was used, and whichever is named."""
+    size = 4 * MIB if mode == "32" else 2 * MIB
+    for used, named in [(0, size // 2), (size // 2, 0), (size - 4096, 0x1000)]:
+        for cpu, turn in three_frames(mode, LARGE, size):
+            assert cpu.read(LARGE + used) == size + used
+            turn(0, P | PS)
+            cpu.invlpg(LARGE + named)
+            assert cpu.read(LARGE + used) == used
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mmu", ["cached", "flush"])
+def test_invlpg_drops_every_fragment_of_a_large_page(mmu, mode):
+    """One INVLPG is enough for a page of any size, of which the TLB has 4 KiB here and there."""
+    vm, tables, other, cpu = two_spaces(mmu, mode)
+    size = 4 * MIB if mode == "32" else 2 * MIB
+    tables.map(LARGE, 0, size, "rwx", page_size=size, global_=True)
+    other.map(LARGE, DATA_A, 0x4000, "rwx")
+    for i in range(3):
+        assert cpu.read(LARGE + (i << 12)) == i << 12
+    cpu.cr3 = other.cr3
+    assert cpu.read(LARGE + 0x1000) in (0x1000, DATA_A + 0x1000)
+    cpu.invlpg(LARGE)
+    assert cpu.read(LARGE + 0x2000) == DATA_A + 0x2000
+    assert vm.audit().ok
+
+
+# -- the shadow MMU besides ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mmu", ["cached", "flush"])
+def test_zapping_everything_flushes(mmu):
+    vm, tables = machine(mmu)
+    tables.map(X, DATA_A, 4096, "rw", global_=True)
+    cpu = start(vm, tables)
+    cpu.read(X)
+    vm.mmu.zap_all()
+    assert pages(cpu) == []
+    assert cpu.read(X) == DATA_A
+    assert vm.audit().ok
+
+
+@pytest.mark.parametrize("mmu", ["cached", "flush"])
+@pytest.mark.parametrize("mode", MODES)
+def test_a_tlb_does_not_change_what_a_shadow_does(mmu, mode):
+    """Page-fault exits are those of the machine without a TLB: entries are not wider than the leaves they are
+    made from."""
+
+    def run(tlb):
+        vm = sc.VM(memory=8 * MIB, mmu=mmu, tlb=tlb)
+        tables = sc.PageTables(vm, mode)
+        tables.map(X, DATA_A, 0x10000, "rwx")
+        tables.map(LARGE, 0, 4 * MIB, "rwxu")
+        tables.map(Y, leaf(tables, X) & ~0xFFF, 4096, "rwx")
+        cpu = start(vm, tables)
+        rng = random.Random(5)
+        rows = []
+        for _ in range(600):
+            base = rng.choice([X, X, LARGE])
+            rows.append((rng.choice([READ, WRITE, FETCH]), rng.randrange(2), 8, base + rng.randrange(16) * 4096, 9))
+            if rng.randrange(8) == 0:
+                rows.append((READ, 0, 8, Y + 8 * rng.randrange(512), 0))
+        result = cpu.run(np.array(rows, dtype=sc.OP_DTYPE))
+        counters = vm.stats.as_dict()
+        for name in ("tlb_hits", "tlb_misses", "walk_references"):
+            del counters[name]
+        return [getattr(result, name).tolist() for name in ("outcome", "error_code", "gpa", "exits")], counters
+
+    with_tlb, without = run(sc.TLB()), run(None)
+    assert with_tlb == without
