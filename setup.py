@@ -156,7 +156,6 @@ if __name__ == "__main__":
     setup(
         cmdclass={"build_ext": BuildExt},
         ext_modules=[
-            Extension(f"shadowcore.{source.stem}", [source.as_posix()])
-            for source in sorted(Path("pyx").glob("*.pyx"))
+            Extension(f"shadowcore.{source.stem}", [source.as_posix()]) for source in sorted(Path("pyx").glob("*.pyx"))
         ],
     )

@@ -24,9 +24,7 @@ def hot_guest(size):
         guest.map(page * PAGE, page * PAGE, PAGE)
     guest.start()
     va = rng.choice(number, OPERATIONS) * PAGE + rng.integers(0, PAGE // 8, OPERATIONS) * 8
-    ops = accesses(
-        va.astype(np.uint64), rng.choice([sc.Op.READ, sc.Op.READ, sc.Op.READ, sc.Op.WRITE], OPERATIONS)
-    )
+    ops = accesses(va.astype(np.uint64), rng.choice([sc.Op.READ, sc.Op.READ, sc.Op.READ, sc.Op.WRITE], OPERATIONS))
     for _ in range(2):
         result = guest.run(ops)
     check(result)

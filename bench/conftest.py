@@ -110,9 +110,7 @@ class SideBySide:
         gc.collect()
         gc.disable()  # a collection between prepare and ours would take what was prepared out of the caches
         try:
-            result = self.benchmark.pedantic(
-                target, setup=before, teardown=after, rounds=self.rounds * repeats
-            )
+            result = self.benchmark.pedantic(target, setup=before, teardown=after, rounds=self.rounds * repeats)
             if last:  # disabled: the call was made once, without what comes after
                 after()
         finally:
@@ -130,8 +128,7 @@ class SideBySide:
 def figures(times: dict[str, list[float]], repeats: int) -> dict[str, float]:
     """Of each round the fastest; of the rounds the median, and the median of their ratios."""
     best = {
-        name: [min(values[i : i + repeats]) for i in range(0, len(values), repeats)]
-        for name, values in times.items()
+        name: [min(values[i : i + repeats]) for i in range(0, len(values), repeats)] for name, values in times.items()
     }
     found = {"rounds": len(best["ours"]), "ours_ns": statistics.median(best["ours"])}
     if best["yardstick"]:
@@ -143,9 +140,7 @@ def figures(times: dict[str, list[float]], repeats: int) -> dict[str, float]:
         exits = [a - b for a, b in zip(best["ours"], best["again"], strict=True)]
         found["exit_ns"] = statistics.median(exits)
         if best["yardstick"]:
-            found["exit_ratio"] = statistics.median(
-                [a / b for a, b in zip(exits, best["yardstick"], strict=True)]
-            )
+            found["exit_ratio"] = statistics.median([a / b for a, b in zip(exits, best["yardstick"], strict=True)])
     return found
 
 

@@ -74,18 +74,14 @@ class Guest:
     def leaf_tables(self, va: int, size: int) -> np.ndarray:
         """gpas of the tables of level 1 for [va, va + size), one after the other."""
         step = 1 << self.tables.format.shift(2)
-        return np.array(
-            [self.tables.entry(at).gpa & ~0xFFF for at in range(va, va + size, step)], dtype=np.uint64
-        )
+        return np.array([self.tables.entry(at).gpa & ~0xFFF for at in range(va, va + size, step)], dtype=np.uint64)
 
     def entries(self, table: int) -> np.ndarray:
         """The entries of the table at gpa `table`, in guest memory (a view)."""
         return self.vm.memory.bytes[int(table) : int(table) + PAGE].view(self.entry_dtype)
 
 
-def accesses(
-    va: np.ndarray, op: int = sc.Op.READ, user: int = 1, size: int = 8, value: object = 0
-) -> np.ndarray:
+def accesses(va: np.ndarray, op: int = sc.Op.READ, user: int = 1, size: int = 8, value: object = 0) -> np.ndarray:
     """Operations, one at each address."""
     ops = np.zeros(len(va), dtype=sc.OP_DTYPE)
     ops["op"], ops["user"], ops["size"] = op, user, size

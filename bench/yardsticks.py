@@ -94,9 +94,7 @@ def paging(memory: np.ndarray, tables: sc.PageTables, maxphyaddr: int = 46) -> P
 class Walks:
     """A batch of page walks in C, of the accesses of an operation array, over the tables of a guest."""
 
-    def __init__(
-        self, library: ctypes.CDLL, memory: np.ndarray, tables: sc.PageTables, ops: np.ndarray
-    ) -> None:
+    def __init__(self, library: ctypes.CDLL, memory: np.ndarray, tables: sc.PageTables, ops: np.ndarray) -> None:
         self.memory = memory
         self.operations = len(ops)
         self.paging = paging(memory, tables)

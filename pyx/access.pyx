@@ -8,7 +8,7 @@ from shadowcore.access cimport (
 from shadowcore.bits cimport is_canonical
 from shadowcore.emulate cimport emulate_store
 from shadowcore.events cimport EXIT_INVLPG
-from shadowcore.memory cimport mem_frame, mem_guest_frame, mem_mark_dirty
+from shadowcore.memory cimport mem_frame, mem_guest_frame, mem_mark_dirty, sc_no_frame
 from shadowcore.mmu cimport mmu_invlpg, mmu_resolve
 from shadowcore.pool cimport pool_unprotect
 from shadowcore.registers cimport load_ac, load_cr0, load_cr3, load_cr4, load_efer, load_pkru
@@ -18,7 +18,7 @@ from shadowcore.types cimport (
     MODE_64, MODE_LA57, PF_I, PF_U, PF_W, RC_BAD_OP, RC_EMULATE, RC_GP, RC_HOOK, RC_MMIO, RC_OK,
     RC_PF, RC_UNHANDLED, u8, u32, u64,
 )
-from shadowcore.walker cimport sc_walk
+from shadowcore.walker cimport probe_walk, sc_walk
 
 cdef struct sc_part:                # the bytes of an access that lie in one page
     u64 va
@@ -63,12 +63,23 @@ cdef void _store(sc_mmu *mmu, sc_vcpu *v, const sc_part *part, const u8 *bytes, 
         mem_mark_dirty(mmu.mem, part.gpa >> 12)
 
 
+cdef bint _leads_to_ram(sc_mmu *mmu, const sc_vcpu *v, u64 va, u32 access) noexcept nogil:
+    """The guest's tables allow the access, to a page in a memory slot; without side effect."""
+    cdef sc_walk w
+    return (probe_walk(mmu.mem, &v.guest, va, access, &w) == RC_OK
+            and mem_frame(mmu.mem, w.gpa >> 12) != sc_no_frame())
+
+
 cdef int _resolve(sc_mmu *mmu, sc_vcpu *v, u32 access, sc_part *parts, int n, sc_result *r) noexcept nogil:
     """Resolve each page; RC_OK when all lead to RAM. A fault on the second comes before a device at the first."""
     cdef sc_walk w
     cdef int i, rc
     cdef int device = RC_OK
-    for i in range(n):
+    cdef int first = 0
+    if n == 2 and access & PF_W and _leads_to_ram(mmu, v, parts[0].va, access):
+        # A store whose second page cannot be stored to leaves no trace at the first: no D, nothing in the dirty log.
+        first = not _leads_to_ram(mmu, v, parts[1].va, access)
+    for i in range(first, n):
         rc = mmu_resolve(mmu, v, parts[i].va, access, &w)
         parts[i].gpa = w.gpa
         parts[i].emulate = rc == RC_EMULATE and access & PF_W
@@ -79,6 +90,14 @@ cdef int _resolve(sc_mmu *mmu, sc_vcpu *v, u32 access, sc_part *parts, int n, sc
         elif rc != RC_OK and rc != RC_EMULATE:
             r.error_code = w.error_code if rc == RC_PF else 0
             r.gpa = <u64>-1
+            return rc
+    if first and device == RC_OK:   # the processor's TLB knew better than the tables
+        rc = mmu_resolve(mmu, v, parts[0].va, access, &w)
+        parts[0].gpa = w.gpa
+        parts[0].emulate = rc == RC_EMULATE
+        if rc != RC_OK and rc != RC_EMULATE:
+            r.gpa = w.gpa if rc == RC_MMIO else <u64>-1
+            r.error_code = w.error_code if rc == RC_PF else 0
             return rc
     if device == RC_OK and n == 2 and access & PF_W:
         # What the first page's frame is may have changed with the second.
@@ -128,7 +147,7 @@ cdef int vcpu_access(sc_mmu *mmu, sc_vcpu *v, const sc_op *o, bint data, sc_resu
     cdef u64 now[2]
     cdef int n = 1
     cdef int rc = RC_OK
-    cdef int i, width
+    cdef int width
     memset(r, 0, sizeof(sc_result))
     r.gpa = <u64>-1
     parts[0].va = o.addr

@@ -14,7 +14,7 @@ from shadowcore.bits cimport (
 )
 from shadowcore.events cimport EXIT_MMIO
 from shadowcore.memory cimport (
-    SC_POOL_HFN, mem_frame, mem_gfn, mem_guest_frame, mem_leaf_frame, mem_pool_hpa, mem_pool_page,
+    mem_frame, mem_gfn, mem_guest_frame, mem_leaf_frame, mem_pool_hpa, mem_pool_page,
     mem_slot, mem_unlogged, sc_no_frame,
 )
 from shadowcore.mmu cimport Mmu
@@ -22,12 +22,12 @@ from shadowcore.pool cimport hash_bucket
 from shadowcore.rmap cimport LIST_MANY, list_first, list_next
 from shadowcore.spte cimport spte_is_writable
 from shadowcore.state cimport (
-    QUIRK_NX_LEAF_ONLY, QUIRK_ROLE_WITHOUT_ACCESS, QUIRK_ROLE_WITHOUT_MODE, ROLE_ACCESS, ROLE_GLEVELS, ROLE_GLOBAL,
+    QUIRK_ROLE_WITHOUT_ACCESS, QUIRK_ROLE_WITHOUT_MODE, ROLE_ACCESS, ROLE_GLEVELS, ROLE_GLOBAL,
     ROLE_PKEY, ROLE_PSE,
     ROLE_QUADRANT, ROLE_WP0, role_direct, role_field, role_level, role_pte_size, sc_mmu, sc_page, sc_vcpu,
 )
 from shadowcore.tlb cimport TLB_SIZES, sc_tlb, sc_tlb_entry, tlb_overdue, tlb_valid
-from shadowcore.types cimport ACC_ALL, ACC_U, ACC_W, ACC_X, MODE_32, MODE_64, MODE_OFF, SC_NONE, u8, u32, u64
+from shadowcore.types cimport ACC_ALL, ACC_U, ACC_W, MODE_32, MODE_64, SC_NONE, u8, u32, u64
 
 SENTENCES = (
     "the shadow leaf maps a frame that the guest's entry does not name",
@@ -318,7 +318,7 @@ cdef void check_hash(sc_mmu *mmu, sc_audit *a) noexcept nogil:
     for bucket in range(<u64>1 << (64 - mmu.hash_shift)):
         number = mmu.hash[bucket]
         while number != SC_NONE:
-            if (number >= mmu.pool_pages or held >= mmu.n_active or not mmu.pages[number].active
+            if (number >= mmu.pool_pages or held >= min(mmu.n_active, mmu.pool_pages) or not mmu.pages[number].active
                     or hash_bucket(mmu, mmu.pages[number].gfn) != bucket):
                 _report(a, 5, S_HASH, number, 0, 0 if number >= mmu.pool_pages else mmu.pages[number].gfn)
                 break

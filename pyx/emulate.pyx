@@ -9,8 +9,8 @@ from shadowcore.memory cimport mem_frame, mem_guest_frame, mem_mark_dirty, sc_no
 from shadowcore.pool cimport hash_bucket, pool_zap
 from shadowcore.spte cimport spte_drop
 from shadowcore.state cimport (
-    FLUSH_STORE, QUIRK_EXIT_FLUSHES, QUIRK_PDE_WRITE, ROLE_QUADRANT, request_flush, role_direct, role_field, role_level, role_pte_size, sc_mmu,
-    sc_page, sc_vcpu,
+    FLUSH_STORE, QUIRK_EXIT_FLUSHES, QUIRK_PDE_WRITE, ROLE_QUADRANT, request_flush, role_direct, role_field,
+    role_level, role_pte_size, sc_mmu, sc_page, sc_vcpu,
 )
 from shadowcore.types cimport MODE_32, SC_NONE, u8, u32, u64
 from shadowcore.walker cimport sc_walk

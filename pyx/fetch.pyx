@@ -6,8 +6,8 @@ is seen), less W while the frame is a shadowed guest table (so that every store 
 from libc.string cimport memset
 
 from shadowcore.bits cimport (
-    CR4_PGE, PTE_A, PTE_D, PTE_G, PTE_P, PTE_U, PTE_W, SPTE_GUEST_U, SPTE_GUEST_W, SPTE_MARK, level_index, level_mask, pte_addr, pte_nx,
-    pte_rights,
+    CR4_PGE, PTE_A, PTE_D, PTE_G, PTE_P, PTE_U, PTE_W, SPTE_GUEST_U, SPTE_GUEST_W, SPTE_MARK, level_index, level_mask,
+    pte_addr, pte_nx, pte_rights,
 )
 from shadowcore.fetch cimport sc_leaf
 from shadowcore.memory cimport (
@@ -18,12 +18,13 @@ from shadowcore.rmap cimport rmap_add, rmap_remove
 from shadowcore.roots cimport linear_gfn, make_role, root_load, wp0_leaves
 from shadowcore.spte cimport leaf_spte, spte_drop, spte_is_writable, spte_link, spte_put, spte_wipe
 from shadowcore.state cimport (
-    FLUSH_LEAF, FLUSH_LINK, FLUSH_WITHHELD, QUIRK_DIRTY_LOST, QUIRK_GLOBAL_WITHOUT_PGE, QUIRK_NX_LEAF_ONLY, QUIRK_PAGING_OFF_UNPROTECTED, QUIRK_RMAP_LEAK,
-    QUIRK_ROLE_WITHOUT_ACCESS, QUIRK_ROLE_WITHOUT_MODE, ROLE_DIRTY, ROLE_GLOBAL, ROLE_PKEY, request_flush, sc_mmu, sc_vcpu,
+    FLUSH_LEAF, FLUSH_LINK, FLUSH_WITHHELD, QUIRK_DIRTY_LOST, QUIRK_GLOBAL_WITHOUT_PGE, QUIRK_NX_LEAF_ONLY,
+    QUIRK_PAGING_OFF_UNPROTECTED, QUIRK_RMAP_LEAK, QUIRK_ROLE_WITHOUT_ACCESS, QUIRK_ROLE_WITHOUT_MODE, ROLE_DIRTY,
+    ROLE_GLOBAL, ROLE_PKEY, request_flush, sc_mmu, sc_vcpu,
 )
 from shadowcore.types cimport (
-    ACC_ALL, ACC_U, ACC_W, ACC_X, MODE_32, MODE_64, MODE_OFF, MODE_PAE, PF_U, PF_W, RC_EXHAUSTED, RC_OK, SC_NONE,
-    u8, u32, u64,
+    ACC_ALL, ACC_U, ACC_W, ACC_X, MODE_32, MODE_64, MODE_OFF, MODE_PAE, PF_U, PF_W, RC_EXHAUSTED, RC_OK, SC_NONE, u8,
+    u32, u64,
 )
 from shadowcore.walker cimport rights_fault, sc_walk
 

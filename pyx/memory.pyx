@@ -150,7 +150,7 @@ cdef class Memory:
 
     def _idle(self):
         if self.mem.busy:
-            raise EngineError("this VM is in use: by a batch in another thread, or by the callback that makes this call")
+            raise EngineError("this VM is in use, by a batch in another thread or by the callback that makes this call")
 
     def _logged(self, slot):
         self._idle()

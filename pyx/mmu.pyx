@@ -16,13 +16,14 @@ from shadowcore.roots cimport root_load, root_release, root_slots, root_wanted, 
 from shadowcore.spte cimport spte_drop, spte_is_writable
 from shadowcore.state cimport (
     FLUSH_INVLPG, FLUSH_LOG, QUIRK_NO_REFILL_AT_CR3, QUIRK_PROCESSOR_CODE, QUIRK_ROLE_WITHOUT_ACCESS, QUIRK_TWO_EXITS,
-    ROLE_ACCESS, ROLE_DIRECT, ROLE_GLEVELS, ROLE_GLOBAL, ROLE_LEVEL, ROLE_NXE, ROLE_PKEY, ROLE_PSE, ROLE_QUADRANT,
-    ROLE_WP0, exit_flush, request_flush, role_direct, role_field, role_level, sc_frame, sc_link, sc_mmu, sc_page, sc_vcpu, vcpu_pcid,
+    ROLE_ACCESS, ROLE_DIRECT, ROLE_GLEVELS, ROLE_GLOBAL, ROLE_NXE, ROLE_PKEY, ROLE_PSE, ROLE_QUADRANT,
+    ROLE_WP0, exit_flush, request_flush, role_direct, role_field, role_level, sc_frame, sc_link, sc_mmu, sc_page,
+    sc_vcpu, vcpu_pcid,
 )
 from shadowcore.tlb cimport sc_tlb_entry, tlb_fill, tlb_find
 from shadowcore.types cimport (
-    ACC_U, MODE_32, MODE_64, MODE_OFF, PF_P, PF_RSVD, PF_W, RC_EMULATE, RC_EXHAUSTED, RC_LIVELOCK, RC_MMIO, RC_OK, RC_PF,
-    RC_RETRY, SC_NONE, u8, u32, u64,
+    ACC_U, MODE_32, MODE_64, MODE_OFF, PF_P, PF_RSVD, PF_W, RC_EMULATE, RC_EXHAUSTED, RC_LIVELOCK, RC_MMIO, RC_OK,
+    RC_PF, RC_RETRY, SC_NONE, u8, u32, u64,
 )
 from shadowcore.walker cimport access_code, guest_walk, rights_fault, sc_walk, shadow_walk
 
@@ -135,6 +136,7 @@ cdef bint _make_room(sc_mmu *mmu, sc_vcpu *v, u64 va) noexcept nogil:
     """Before a fault changes anything: as many free pages as it can need (patches 17, 29). False: not to be had."""
     cdef int slot = 0 if root_slots(v) == 1 else <int>(va >> 30) & 3
     cdef u32 need = (v.guest.mode if v.guest.mode >= MODE_64 else 2) - 1
+    cdef bint loaded = False
     if not mmu.keep:
         return True                 # 2.6.20-rc3: no reserve; when a page is missing everything goes
     if mmu.n_free < mmu.min_free:
@@ -142,13 +144,17 @@ cdef bint _make_room(sc_mmu *mmu, sc_vcpu *v, u64 va) noexcept nogil:
     if v.roots[slot] == SC_NONE and root_wanted(mmu, v, slot):
         if mmu.n_free <= need:
             _release_everything(mmu, v, va)
-        root_load(mmu, v, slot)     # takes no page where another vcpu has the same root
+        loaded = root_load(mmu, v, slot) != SC_NONE     # takes no page where another vcpu has the same root
         need += v.roots[slot] == SC_NONE
     if mmu.n_free < need:
         pool_recycle(mmu, need)
     if mmu.n_free < need:
         _release_everything(mmu, v, va)
-    return mmu.n_free >= need
+    if mmu.n_free >= need:
+        return True
+    if loaded:
+        root_release(mmu, v, slot)  # it serves nothing without the tables below, and others may want the page
+    return False
 
 
 cdef int _fetch_with_room(sc_mmu *mmu, sc_vcpu *v, u64 va, u32 access, bint refused, sc_walk *w,
@@ -320,7 +326,7 @@ cdef void mmu_protect_slot(sc_mmu *mmu, int slot) noexcept nogil:
             if gfn - mmu.mem.slots[slot].base_gfn < mmu.mem.slots[slot].npages:
                 rmap_remove(mmu, spte)
                 mmu.table[spte] &= ~<u64>PTE_W
-    for page in range(mmu.n_vcpus):
+    for _ in range(mmu.n_vcpus):
         request_flush(mmu, FLUSH_LOG)
 
 
@@ -400,7 +406,7 @@ cdef class Mmu:
     cdef int idle(self) except -1:
         """EngineError while another thread runs a batch on this VM, or a callback of it: one VM, one user at a time."""
         if self.c.mem.busy:
-            raise EngineError("this VM is in use: by a batch in another thread, or by the callback that makes this call")
+            raise EngineError("this VM is in use, by a batch in another thread or by the callback that makes this call")
         return 0
 
     cdef void *_array(self, u64 nbytes) except NULL:

@@ -3,9 +3,7 @@
 Pages are clean (all entries 0) whenever they are free: zapping empties a page by the entries in use, so that no scan
 is needed when it is taken again (patch 22 scanned all 512, twice).
 """
-from libc.string cimport memset
-
-from shadowcore.memory cimport mem_frame, mem_pool_page, sc_no_frame
+from shadowcore.memory cimport mem_frame, sc_no_frame
 from shadowcore.pool cimport hash_bucket
 from shadowcore.rmap cimport list_first, list_remove, rmap_write_protect
 from shadowcore.spte cimport spte_unlink, spte_wipe

@@ -9,11 +9,11 @@ from libc.string cimport memcpy, memset
 
 from shadowcore.access cimport OP_INVLPG, OP_READ, OP_WRITE, sc_op, sc_result, vcpu_op
 from shadowcore.emulate cimport emulate_store
-from shadowcore.events cimport EXIT_EMULATE, EXIT_INVLPG
+from shadowcore.events cimport EXIT_EMULATE
 from shadowcore.memory cimport mem_frame, mem_guest_frame, mem_mark_dirty, sc_no_frame
 from shadowcore.registers cimport load_cr0, load_cr3, load_cr4
 from shadowcore.state cimport sc_mmu, sc_vcpu
-from shadowcore.types cimport PF_W, RC_BAD_OP, RC_GP, RC_MMIO, RC_OK, RC_PF, u8, u16, u32, u64
+from shadowcore.types cimport PF_W, RC_BAD_OP, RC_GP, RC_OK, RC_PF, u8, u16, u32, u64
 from shadowcore.vcpu cimport VCpu, host_error
 from shadowcore.walker cimport probe_walk, sc_walk
 

@@ -16,12 +16,11 @@ cdef inline sc_tlb_entry *_set(const sc_tlb *t, int size, u64 va, int shift) noe
 
 cdef sc_tlb_entry *_probe(sc_tlb *t, u64 va, int shift, u16 pcid, u64 mmu_epoch) noexcept nogil:
     cdef int size = _class(shift)
-    cdef u32 way
     cdef sc_tlb_entry *e
     if t.ways[size] == 0:
         return NULL
     e = _set(t, size, va, shift)
-    for way in range(t.ways[size]):
+    for _ in range(t.ways[size]):
         if (e.page == ((va >> shift) << shift | 1) and e.shift == shift and tlb_valid(t, e, mmu_epoch)
                 and (e.is_global or e.pcid == pcid)):
             return e
@@ -48,11 +47,10 @@ cdef void tlb_fill(sc_tlb *t, u64 va, u64 gpa, int shift, int guest_shift, u16 p
     cdef u64 page = (va >> shift) << shift | 1
     cdef sc_tlb_entry *e
     cdef sc_tlb_entry *victim = NULL
-    cdef u32 way
     if t.ways[size] == 0:
         return
     e = _set(t, size, va, shift)
-    for way in range(t.ways[size]):
+    for _ in range(t.ways[size]):
         if e.page == page and e.shift == shift and (e.pcid == pcid or e.is_global or is_global):
             victim = e
             break
@@ -96,11 +94,10 @@ cdef void tlb_flush_pcid(sc_tlb *t, u16 pcid, bint lost) noexcept nogil:
 cdef void _forget(sc_tlb *t, u64 va, int shift) noexcept nogil:
     cdef int size = _class(shift)
     cdef sc_tlb_entry *e
-    cdef u32 way
     if t.ways[size] == 0:
         return
     e = _set(t, size, va, shift)
-    for way in range(t.ways[size]):
+    for _ in range(t.ways[size]):
         if e.shift == shift and e.page == ((va >> shift) << shift | 1):
             e.page = 0
         e += 1

@@ -14,13 +14,13 @@ from shadowcore.memory cimport mem_pool_hpa
 from shadowcore.mmu cimport Mmu
 from shadowcore.registers cimport load_ac, load_cr0, load_cr3, load_cr4, load_efer, load_pkru, vcpu_apply, vcpu_init
 from shadowcore.state cimport (
-    FEAT_FSGSBASE, FEAT_GBPAGES, FEAT_LA57, FEAT_NX, FEAT_PCID, FEAT_PKU, FEAT_PSE36, FEAT_SMAP, FEAT_SMEP,
-    FEAT_UMIP, FEAT_XSAVE, SC_MAX_VCPUS, sc_mmu, sc_vcpu,
+    FEAT_FSGSBASE, FEAT_GBPAGES, FEAT_LA57, FEAT_NX, FEAT_PCID, FEAT_PKU, FEAT_PSE36, FEAT_SMAP, FEAT_SMEP, FEAT_UMIP,
+    FEAT_XSAVE, SC_MAX_VCPUS, sc_mmu, sc_vcpu,
 )
 from shadowcore.tlb cimport TLB_PAGES, TLB_SIZES, sc_tlb, sc_tlb_entry, tlb_valid
 from shadowcore.types cimport (
-    ACC_U, ACC_W, ACC_X, MODE_32, MODE_64, MODE_LA57, MODE_OFF, PF_I, PF_U, PF_W, RC_EXHAUSTED, RC_GP, RC_HOOK, RC_LIVELOCK,
-    RC_MMIO, RC_OK, RC_PF, RC_UNHANDLED, SC_NONE, i64, u8, u16, u32, u64,
+    ACC_U, ACC_W, ACC_X, MODE_32, MODE_64, MODE_LA57, MODE_OFF, PF_I, PF_U, PF_W, RC_EXHAUSTED, RC_GP, RC_HOOK,
+    RC_LIVELOCK, RC_MMIO, RC_OK, RC_PF, RC_UNHANDLED, SC_NONE, i64, u8, u16, u32, u64,
 )
 from shadowcore.walker cimport probe_walk, sc_walk
 
@@ -623,7 +623,8 @@ cdef int _check_values(const u8 *base, u64 n, i64 stride, const u64 *at, u32 vcp
     if not bad:
         return wide
     if o.op >= OP_COUNT:
-        raise ConfigError(f"ops[{i}]: operation code {o.op} is not one of {', '.join(f'{x.name}={x.value}' for x in Op)}")
+        known = ", ".join(f"{known.name}={known.value}" for known in Op)
+        raise ConfigError(f"ops[{i}]: operation code {o.op} is not one of {known}")
     if o.vcpu >= vcpus:
         raise ConfigError(f"ops[{i}]: there is no vcpu {o.vcpu}, the VM has {vcpus}")
     raise ConfigError(f"ops[{i}]: size {o.size} is not 1, 2, 4 or 8 (or 16, but for read-modify-write)")

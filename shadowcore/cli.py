@@ -102,8 +102,7 @@ _JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON instead
     type=Design(),
     multiple=True,
     metavar="NAME",
-    help=f"A design to replay under: {', '.join(DESIGNS)}; may be repeated.  "
-    f"[default: {', '.join(DEFAULT_DESIGNS)}]",
+    help=f"A design to replay under: {', '.join(DESIGNS)}; may be repeated.  [default: {', '.join(DEFAULT_DESIGNS)}]",
 )
 @_POOL
 @click.option(
@@ -113,9 +112,7 @@ _JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON instead
     "shadow.  [default: begin at the first record]",
 )
 @_JSON
-def compare(
-    recording: str | None, designs: tuple[str, ...], pool: int | None, skip_boot: bool, as_json: bool
-) -> None:
+def compare(recording: str | None, designs: tuple[str, ...], pool: int | None, skip_boot: bool, as_json: bool) -> None:
     """Replay RECORDING under several designs and print one table of what each costs.
 
     RECORDING is an .npz file of what a guest did; without it, the recording that comes with the package: a
@@ -216,8 +213,6 @@ def audit(recording: str | None, every: int, design: str, pool: int | None, as_j
         for record, violation in result.violations:
             click.echo(f"after record {record:,}: {violation}")
         count = f"{len(result.violations):,} violation(s)" if result.violations else "no violations"
-        click.echo(
-            f"{design} on {loaded.name}: {result.whole.records:,} records, {result.audits:,} audits, {count}"
-        )
+        click.echo(f"{design} on {loaded.name}: {result.whole.records:,} records, {result.audits:,} audits, {count}")
     if result.violations:
         sys.exit(1)

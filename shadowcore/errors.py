@@ -43,9 +43,7 @@ class PoolExhausted(ShadowcoreError):
         self.had = had
         self.roots = roots
         pinned = ", ".join(hex(gfn) for gfn in roots) or "none"
-        super().__init__(
-            f"shadow pool exhausted: {needed} pages needed, the pool has {had}; pinned by roots {pinned}"
-        )
+        super().__init__(f"shadow pool exhausted: {needed} pages needed, the pool has {had}; pinned by roots {pinned}")
 
 
 class AuditError(ShadowcoreError):

@@ -224,9 +224,7 @@ def explain(vm: VM, gva: int, access: Access = "r", user: bool = False) -> Expla
     steps, reached = _steps(cpu, form, gva)
     slots = ((slot.gpa, slot.gpa + int(slot.size)) for slot in vm.memory.slots)
     mmio = not any(first <= t.gpa < end for first, end in slots)
-    return Explanation(
-        **asked, steps=steps, gpa=t.gpa, page_size=t.page_size, rights=reached.words(), mmio=mmio
-    )
+    return Explanation(**asked, steps=steps, gpa=t.gpa, page_size=t.page_size, rights=reached.words(), mmio=mmio)
 
 
 @dataclass
@@ -287,9 +285,7 @@ def _reserved(mode: str, form: Format, level: int, value: int, leaf: bool, nxe: 
     return high | low | (PS if level >= 4 else 0)
 
 
-def _bit_words(
-    value: int, form: Format, level: int, leaf: bool, pae_root: bool, nxe: bool
-) -> tuple[str, ...]:
+def _bit_words(value: int, form: Format, level: int, leaf: bool, pae_root: bool, nxe: bool) -> tuple[str, ...]:
     if not value & P:
         return ("not present",) if not value else ("not present", "the other bits are the guest's own")
     words = ["present"]
@@ -339,9 +335,7 @@ def _why(cpu: Any, code: int, access: str, user: bool, last: Step, reached: _Rea
         return f"a write to a page that is read only: W is clear in the {reached.no_write}"
     if not user and not reached.no_user and cpu.cr4 & CR4_SMAP and not cpu.ac:
         return "a supervisor access to a user page, with CR4.SMAP set and EFLAGS.AC clear"
-    return (
-        f"protection key {reached.entry >> PKEY_SHIFT & 15} of the page, with PKRU {cpu.pkru:#x}, forbids it"
-    )
+    return f"protection key {reached.entry >> PKEY_SHIFT & 15} of the page, with PKRU {cpu.pkru:#x}, forbids it"
 
 
 def _size(page_size: int) -> str:

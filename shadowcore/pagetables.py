@@ -193,9 +193,7 @@ class PageTables:
         if isinstance(rights, str):
             flags |= (A if accessed else 0) | (D if dirty else 0) | (G if global_ else 0) | self._key(pkey)
         elif global_ or pkey or accessed or dirty:
-            raise ConfigError(
-                "rights: an int says all by its bits; global_, pkey, accessed, dirty must be unset"
-            )
+            raise ConfigError("rights: an int says all by its bits; global_, pkey, accessed, dirty must be unset")
         gpa = check_int("gpa", gpa, 0, (1 << 52) - 1)
         runs = list(self._runs(va, gpa, size, self._page_level(page_size)))
         missing = {key for va_run, _, level, _ in runs for key in self._missing(va_run, level)}
@@ -228,9 +226,7 @@ class PageTables:
         flags = self._flags(rights)
         for entry, values in self._leaves(va, va + size):
             if not (values & P).all():
-                raise ConfigError(
-                    f"va: [{va:#x}, {va + size:#x}) is not all mapped: see the entry at {entry.gpa:#x}"
-                )
+                raise ConfigError(f"va: [{va:#x}, {va + size:#x}) is not all mapped: see the entry at {entry.gpa:#x}")
         self._reserve(len(self._splits(va, va + size)))
         self._split(va, va + size)
         changed = (W | U | NX) if isinstance(rights, str) else self._flag_bits
@@ -250,9 +246,7 @@ class PageTables:
         found = self.walk(va, level)[-1]
         if found.level != level:
             why = "maps a large page" if found.value & P else "is not present"
-            raise ConfigError(
-                f"level: {va:#x} has no table of level {level}: its level {found.level} entry {why}"
-            )
+            raise ConfigError(f"level: {va:#x} has no table of level {level}: its level {found.level} entry {why}")
         return found
 
     def set_entry(self, va: int, level: int, value: int) -> None:
@@ -267,9 +261,7 @@ class PageTables:
         if self.format.levels < 4:
             check_int("va", va, 0, (1 << 32) - 1)
         elif va >> self.format.va_bits - 1 not in (0, (1 << 65 - self.format.va_bits) - 1):
-            raise ConfigError(
-                f"va: {va:#x} is not canonical: bits 63:{self.format.va_bits - 1} must be equal"
-            )
+            raise ConfigError(f"va: {va:#x} is not canonical: bits 63:{self.format.va_bits - 1} must be equal")
         return va
 
     def _checked_range(self, va: int, size: int | str) -> tuple[int, int]:
@@ -317,9 +309,7 @@ class PageTables:
     def _runs(self, va: int, gpa: int, size: int, level: int | None) -> Iterator[tuple[int, int, int, int]]:
         """(va, gpa, level, pages) of leaves that stand side by side in one table."""
         if (gpa | size) % 4096 or gpa + size > 1 << 52:
-            raise ConfigError(
-                f"gpa: [{gpa:#x}, {gpa + size:#x}) is not made of frames of 4096 bytes below 2**52"
-            )
+            raise ConfigError(f"gpa: [{gpa:#x}, {gpa + size:#x}) is not made of frames of 4096 bytes below 2**52")
         page = 1 << self.format.shift(level or 1)
         if (va | gpa | size) % page:
             raise ConfigError(f"page_size: va, gpa and size must be multiples of {page}")
@@ -382,9 +372,7 @@ class PageTables:
                 continue
             cut = [at for at in range(last.level, 1, -1) if edge % (1 << self.format.shift(at))]
             if cut and self.format.entry_size == 4 and self.format.address(2, last.value) >> 32:
-                raise ConfigError(
-                    f"va: {edge:#x} cuts a page above 4 GiB, where 4096-byte pages cannot reach"
-                )
+                raise ConfigError(f"va: {edge:#x} cuts a page above 4 GiB, where 4096-byte pages cannot reach")
             found |= {(at, edge >> self.format.shift(at)) for at in cut}
         return found
 

@@ -127,12 +127,9 @@ def _machine(state: dict[str, Any]) -> VM:
 
     design = dict(state["design"])
     kind = design.pop("kind")
-    mmu: Native | Shadow = (
-        Native() if kind == "Native" else Shadow(**{**design, "quirks": Quirk(design["quirks"])})
-    )
+    mmu: Native | Shadow = Native() if kind == "Native" else Shadow(**{**design, "quirks": Quirk(design["quirks"])})
     slots = [
-        MemorySlot(gpa, size, dirty_log=number in state["logged"])
-        for number, (gpa, size) in enumerate(state["slots"])
+        MemorySlot(gpa, size, dirty_log=number in state["logged"]) for number, (gpa, size) in enumerate(state["slots"])
     ]
     tlb = None if state["tlb"] is None else TLB(**state["tlb"])
     return VM(slots, mmu, len(state["vcpus"]), tlb, features=Features(**state["features"]))
@@ -174,9 +171,7 @@ def _restore(vm: VM, state: dict[str, Any], members: dict[str, NDArray[Any]]) ->
 
 def _put(target: NDArray[Any], source: NDArray[Any]) -> None:
     if source.dtype != target.dtype or source.shape != target.shape:
-        raise SnapshotError(
-            "", f"{target.dtype}{list(target.shape)} expected, not {source.dtype}{list(source.shape)}"
-        )
+        raise SnapshotError("", f"{target.dtype}{list(target.shape)} expected, not {source.dtype}{list(source.shape)}")
     target[...] = source
 
 

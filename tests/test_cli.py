@@ -197,9 +197,7 @@ def test_walk_in_words():
     row = np.flatnonzero((tables["leaf_root"] == root) & (tables["leaf_bits"] & 0x80 != 0))[0]
     va, pa = int(tables["leaf_va"][row]), int(tables["leaf_pa"][row])
     output = run("walk", IMAGE, hex(va + 0x1234))
-    assert output.startswith(
-        f"gva {va + 0x1234:#x}: supervisor read, 4-level paging, CR3 {tables['cr3']:#x}\n"
-    )
+    assert output.startswith(f"gva {va + 0x1234:#x}: supervisor read, 4-level paging, CR3 {tables['cr3']:#x}\n")
     for level, name in ((4, f"PML4E {va >> 39 & 511}"), (2, f"PDE {va >> 21 & 511}")):
         assert f"level {level}  {name} at gpa 0x" in output
     assert "level 1" not in output

@@ -128,13 +128,9 @@ def test_not_present(mode):
 
 def test_rights(mode):
     vm, tables = machine(mode, (0, 0, 4096, "rwx"), (0x1000, 0, 4096, "rxu"))
-    assert fault(vm, 0, user=True).why == (
-        "a user access to a page for the supervisor only: U is clear in the PTE"
-    )
+    assert fault(vm, 0, user=True).why == ("a user access to a page for the supervisor only: U is clear in the PTE")
     for user in (False, True):
-        assert (
-            fault(vm, 0x1000, "w", user).why == "a write to a page that is read only: W is clear in the PTE"
-        )
+        assert fault(vm, 0x1000, "w", user).why == "a write to a page that is read only: W is clear in the PTE"
     pde = tables.entry(0, 2)
     tables.set_entry(0, 2, pde.value & ~U)
     assert fault(vm, 0x1000, user=True).why.endswith("U is clear in the PDE")
@@ -276,9 +272,7 @@ def test_images_that_no_processor_can_load(tmp_path):
         load_image(image(tmp_path, cr4=np.uint64(0x10B0))).machine()
     with pytest.raises(sc.ConfigError, match="is #GP"):
         load_image(image(tmp_path, cr4=np.uint64(0))).machine()
-    with pytest.raises(
-        sc.ConfigError, match="cr3: the image holds no table at 0x5000; its roots are 0x600000"
-    ):
+    with pytest.raises(sc.ConfigError, match="cr3: the image holds no table at 0x5000; its roots are 0x600000"):
         load_image(image(tmp_path)).machine(0x5000)
 
 

@@ -167,9 +167,7 @@ def load(mode, choose):
         cr4 = [CR4_SMEP, CR4_SMAP, CR4_PGE, CR4_PSE] + ([CR4_PKE] * 2 if mode.levels >= 4 else [])
         return choose([("cr0", CR0_WP), ("cr0", CR0_WP), ("efer", EFER_NXE), *(("cr4", bit) for bit in cr4)])
     if name == "cr3":
-        return name, choose(
-            [0x1000, 0x1000, 0x6000, 0x1020] if mode.levels == 3 else [0x1000, 0x2000, 0x3000]
-        )
+        return name, choose([0x1000, 0x1000, 0x6000, 0x1020] if mode.levels == 3 else [0x1000, 0x2000, 0x3000])
     if name == "invlpg":
         return name, address(mode, choose)
     return name, choose([0, 1] if name == "ac" else PKRU)
@@ -263,9 +261,7 @@ class Reference:
             case ("device", (gfn, index), value):
                 where, width = (gfn << 12) + index * self.mode.width, self.mode.width
                 cpu.memory.write(where, value, width)
-                self.rows.append(
-                    ("device", where, (value & oracle.bits(8 * width - 1, 0)).to_bytes(width, "little"))
-                )
+                self.rows.append(("device", where, (value & oracle.bits(8 * width - 1, 0)).to_bytes(width, "little")))
                 return True
             case ("cr0" | "cr4" | "efer" as name, bit):
                 self.op({"cr0": CR0, "cr4": CR4, "efer": EFER}[name], 0, getattr(cpu, name) ^ bit)
@@ -312,9 +308,7 @@ def engine_run(reference, design):
             return
         ops = streams.ops_array(batch, sc.OP_DTYPE)
         result = cpu.run(ops)
-        columns = (
-            np.asarray(getattr(result, key)).tolist() for key in ("outcome", "error_code", "gpa", "value")
-        )
+        columns = (np.asarray(getattr(result, key)).tolist() for key in ("outcome", "error_code", "gpa", "value"))
         seen.extend(zip(*columns, strict=True))
         batch.clear()
         report = vm.audit()

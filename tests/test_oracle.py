@@ -279,9 +279,7 @@ def test_large_pages(level, size):
     assert fault_of(cpu, 0x12345, READ) == PF_P | PF_RSVD
 
 
-@pytest.mark.parametrize(
-    ("mode", "bad", "good"), [("64", 1 << 47, (1 << 47) - 1), ("la57", 1 << 56, 1 << 47)]
-)
+@pytest.mark.parametrize(("mode", "bad", "good"), [("64", 1 << 47, (1 << 47) - 1), ("la57", 1 << 56, 1 << 47)])
 def test_canonical_addresses(mode, bad, good):
     cpu, _ = small_cpu(mode)
     for address in (bad, ~bad % (1 << 64), 1 << 63):

@@ -230,9 +230,7 @@ def test_frames_come_from_the_allocator(mode, ram):
     tables = PageTables(ram, mode, allocate=lambda: next(frames))
     tables.map(0, 0, 4096)
     levels = FORMATS[mode].levels
-    assert list(tables.tables.items()) == list(
-        zip([700, 600, 500, 400, 300], range(levels, 0, -1), strict=False)
-    )
+    assert list(tables.tables.items()) == list(zip([700, 600, 500, 400, 300], range(levels, 0, -1), strict=False))
     assert tables.cr3 == 700 << 12
     with pytest.raises(ConfigError, match="holds a table already"):
         PageTables(ram, mode, allocate=lambda: 5).map(0, 0, 4096)

@@ -34,9 +34,7 @@ def assert_same(one, other):
 
 @pytest.mark.parametrize("tlb", [None, sc.TLB(small_entries=12, small_ways=4)], ids=["no tlb", "tlb"])
 @pytest.mark.parametrize("design", DESIGNS)
-@pytest.mark.parametrize(
-    "name", ["fuzz_64_s6", "fuzz_pae_s6", "fuzz_32_s6", "pressure_32_s1", "modeswitch_mix_s1"]
-)
+@pytest.mark.parametrize("name", ["fuzz_64_s6", "fuzz_pae_s6", "fuzz_32_s6", "pressure_32_s1", "modeswitch_mix_s1"])
 def test_continues_bit_for_bit(tmp_path, name, design, tlb):
     vm, left = half_way(name, design, tlb)
     vm.save(tmp_path / "vm")

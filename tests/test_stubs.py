@@ -25,9 +25,7 @@ def test_stubs_agree_with_the_modules(tmp_path):
     names = [f"shadowcore.{name}" for name in MODULES]
     command = [sys.executable, "-m", "mypy.stubtest", "--allowlist", ALLOWLIST, *names]
     path = os.pathsep.join(filter(None, [str(PACKAGE.parent), os.environ.get("PYTHONPATH")]))
-    done = subprocess.run(
-        command, cwd=tmp_path, env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True
-    )
+    done = subprocess.run(command, cwd=tmp_path, env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
 
 

@@ -112,7 +112,7 @@ def test_stale_translations_are_met():
     assert met > 50
 
 
-# -- programs that keep the rules ------------------------------------------------------------------------------------
+# -- programs that keep the rules ------------------------------------------------------------------------
 
 
 class Careful(Steps):

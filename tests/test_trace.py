@@ -399,10 +399,7 @@ def small_guest(*rows):
     for gfn, level in tables.tables.items():
         build.append((trace.TABLE, level, gfn << 12, 0))
         used = np.flatnonzero(words[gfn * 512 : gfn * 512 + 512]).tolist()
-        build += [
-            (trace.STORE, level | trace.SNAPSHOT, (gfn << 12) + 8 * i, int(words[gfn * 512 + i]))
-            for i in used
-        ]
+        build += [(trace.STORE, level | trace.SNAPSHOT, (gfn << 12) + 8 * i, int(words[gfn * 512 + i])) for i in used]
     leaf = tables.entry(0x400000)
     rows = [row(leaf) if callable(row) else row for row in rows]
     return made(*build, (trace.LOAD_CR3, 0, tables.cr3, 0), *rows), leaf

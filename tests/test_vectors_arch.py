@@ -74,9 +74,7 @@ def test_stream_under_flush(name):
     data = streams.stream(name)
     old = data["before_res"]
     excepted = streams.is_access(data["ops"]) & (
-        (old["outcome"] != old["arch_outcome"])
-        | (old["err"] != old["arch_err"])
-        | (old["gpa"] != old["arch_gpa"])
+        (old["outcome"] != old["arch_outcome"]) | (old["err"] != old["arch_err"]) | (old["gpa"] != old["arch_gpa"])
     )
     count, first, _ = FLUSH_EXCEPTIONS.get(name, (0, None, ""))
     assert excepted.sum() == count
