@@ -309,23 +309,6 @@ def pinned(mode, pool_pages):
     return vm
 
 
-@pytest.mark.parametrize(("mode", "need"), [("32", 1), ("pae", 1), ("64", 3), ("la57", 4)])
-def test_no_more_is_recycled_than_a_fault_can_need(mode, need):
-    """With min_free = 0: the oldest pages go, here those of paging off, until a whole path below the root fits."""
-    guest = Guest(mode, sc.Shadow.cached(pool_pages=12, min_free=0, refill=0))
-    guest.map(FAR, DATA, PAGE)
-    guest.cpu.read(USER)
-    while guest.vm.mmu.pages_free:  # up to the last page
-        va = USER + (guest.vm.mmu.pages_free + 1 << 23)
-        guest.map(va, DATA, PAGE)
-        guest.cpu.read(va)
-    with guest.counting() as moved:
-        guest.cpu.read(FAR)
-    assert (moved["mmu_recycled"], moved["mmu_shadow_zapped"]) == (need, need)
-    assert guest.vm.mmu.pages_free == need - 1
-    assert guest.vm.audit().ok
-
-
 # Pages that the second processor needs to get anywhere: the roots of the first, its own, and the rest of a path.
 ENOUGH = {"32": 4 + 1 + 1, "pae": 4 + 1 + 1, "64": 1 + 1 + 3, "la57": 1 + 1 + 4}
 
