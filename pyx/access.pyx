@@ -2,8 +2,8 @@
 from libc.string cimport memcpy, memset
 
 from shadowcore.access cimport (
-    OP_AC, OP_ADD, OP_AND, OP_CMPXCHG, OP_CR0, OP_CR3, OP_CR4, OP_EFER, OP_FETCH, OP_INVLPG, OP_OR, OP_PKRU,
-    OP_WRITE, OP_XCHG, op_is_access, op_is_rmw, sc_op, sc_result,
+    OP_AC, OP_ADD, OP_AND, OP_CMPXCHG, OP_CR0, OP_CR3, OP_CR4, OP_EFER, OP_FETCH, OP_INVLPG, OP_OR, OP_PKRU, OP_WRITE,
+    OP_XCHG, op_is_access, op_is_rmw, sc_op, sc_result,
 )
 from shadowcore.bits cimport is_canonical
 from shadowcore.emulate cimport emulate_store
@@ -15,8 +15,8 @@ from shadowcore.registers cimport load_ac, load_cr0, load_cr3, load_cr4, load_ef
 from shadowcore.state cimport FLUSH_INVLPG, flush_lost, sc_mmu, sc_vcpu
 from shadowcore.tlb cimport tlb_flush_page
 from shadowcore.types cimport (
-    MODE_64, MODE_LA57, PF_I, PF_U, PF_W, RC_BAD_OP, RC_EMULATE, RC_GP, RC_HOOK, RC_MMIO, RC_OK,
-    RC_PF, RC_UNHANDLED, u8, u32, u64,
+    MODE_64, MODE_LA57, PF_I, PF_U, PF_W, RC_BAD_OP, RC_EMULATE, RC_GP, RC_HOOK, RC_MMIO, RC_OK, RC_PF, RC_UNHANDLED,
+    u8, u32, u64,
 )
 from shadowcore.walker cimport probe_walk, sc_walk
 

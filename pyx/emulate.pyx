@@ -9,8 +9,8 @@ from shadowcore.memory cimport mem_frame, mem_guest_frame, mem_mark_dirty, sc_no
 from shadowcore.pool cimport hash_bucket, pool_zap
 from shadowcore.spte cimport spte_drop
 from shadowcore.state cimport (
-    FLUSH_STORE, QUIRK_EXIT_FLUSHES, QUIRK_PDE_WRITE, ROLE_QUADRANT, request_flush, role_direct, role_field,
-    role_level, role_pte_size, sc_mmu, sc_page, sc_vcpu,
+    FLUSH_STORE, POINT_POST_WRITE, POINT_PRE_WRITE, QUIRK_EXIT_FLUSHES, QUIRK_PDE_WRITE, ROLE_QUADRANT, audit_point,
+    request_flush, role_direct, role_field, role_level, role_pte_size, sc_mmu, sc_page, sc_vcpu,
 )
 from shadowcore.types cimport MODE_32, SC_NONE, u8, u32, u64
 from shadowcore.walker cimport sc_walk
@@ -81,16 +81,20 @@ cdef void emulate_store(sc_mmu *mmu, sc_vcpu *v, u64 gpa, const u8 *data, u32 nb
         v.flood_gfn = gfn
         v.flood_count = 1
     mmu.stats.pf_emulate += 1
+    audit_point(mmu, POINT_PRE_WRITE)
     table_written(mmu, gpa, nbytes, mmu.flood_threshold != 0 and v.flood_count >= mmu.flood_threshold)
     memcpy(mem_guest_frame(mmu.mem, gpa) + (gpa & 4095), data, nbytes)
     mem_mark_dirty(mmu.mem, gfn)
+    audit_point(mmu, POINT_POST_WRITE)
 
 
 cdef void device_store(sc_mmu *mmu, u64 gpa, const u8 *data, u32 nbytes) noexcept nogil:
     """A store that no vcpu made, to RAM, within one frame: the shadow stays coherent, nothing is counted as a flood."""
+    audit_point(mmu, POINT_PRE_WRITE)
     table_written(mmu, gpa, nbytes, False)
     memcpy(mem_guest_frame(mmu.mem, gpa) + (gpa & 4095), data, nbytes)
     mem_mark_dirty(mmu.mem, gpa >> 12)
+    audit_point(mmu, POINT_POST_WRITE)
 
 
 cdef void walk_updated(sc_mmu *mmu, const sc_vcpu *v, const sc_walk *w) noexcept nogil:

@@ -1,34 +1,31 @@
-"""The MMU of a VM: resolving an access, the page-fault entry, roots on register loads, and the view from Python."""
+"""The MMU of a VM: resolving an access, roots on register loads, INVLPG, dirty logs, and the view from Python."""
 import numpy as np
 
 from libc.string cimport memset
 
-from shadowcore.bits cimport CR4_PGE, PTE_D, PTE_G, PTE_P, PTE_W, SPTE_MARK, level_index, pte_addr, pte_pkey, pte_rights
-from shadowcore.emulate cimport device_store, walk_updated
-from shadowcore.events cimport (
-    EXIT_EMULATE, EXIT_FILL, EXIT_GUEST, EXIT_MMIO, EXIT_WRITE, Stats,
-)
-from shadowcore.fetch cimport fetch, sc_leaf
+from shadowcore.bits cimport CR4_PGE, PTE_D, PTE_G, PTE_P, PTE_W, SPTE_MARK, level_index, pte_addr
+from shadowcore.emulate cimport device_store
+from shadowcore.events cimport Stats, sc_stats
+from shadowcore.fault cimport page_fault
 from shadowcore.memory cimport SC_POOL_HFN, Memory, mem_frame, mem_gfn, mem_guest_frame, mem_pool_page, sc_no_frame
 from shadowcore.pool cimport pool_init, pool_recycle, pool_unprotect, pool_zap, pool_zap_all, pool_zap_nonglobal
-from shadowcore.rmap cimport list_first, list_length, list_next, rmap_remove
-from shadowcore.roots cimport root_load, root_release, root_slots, root_wanted, roots_load, roots_release
+from shadowcore.rmap cimport list_first, list_next, rmap_remove
+from shadowcore.roots cimport root_slots, roots_load, roots_release
 from shadowcore.spte cimport spte_drop, spte_is_writable
 from shadowcore.state cimport (
-    FLUSH_INVLPG, FLUSH_LOG, QUIRK_NO_REFILL_AT_CR3, QUIRK_PROCESSOR_CODE, QUIRK_ROLE_WITHOUT_ACCESS, QUIRK_TWO_EXITS,
-    ROLE_ACCESS, ROLE_DIRECT, ROLE_GLEVELS, ROLE_GLOBAL, ROLE_NXE, ROLE_PKEY, ROLE_PSE, ROLE_QUADRANT,
-    ROLE_WP0, exit_flush, request_flush, role_direct, role_field, role_level, sc_frame, sc_link, sc_mmu, sc_page,
-    sc_vcpu, vcpu_pcid,
+    FLUSH_INVLPG, FLUSH_LOG, QUIRK_NO_REFILL_AT_CR3, QUIRK_ROOT_EMPTIED, ROLE_ACCESS, ROLE_DIRECT, ROLE_GLEVELS,
+    ROLE_GLOBAL, ROLE_NXE, ROLE_PKEY, ROLE_PSE, ROLE_QUADRANT, ROLE_WP0, exit_flush, request_flush, role_direct,
+    role_field, role_level, sc_frame, sc_link, sc_mmu, sc_page, sc_vcpu, vcpu_pcid,
 )
 from shadowcore.tlb cimport sc_tlb_entry, tlb_fill, tlb_find
 from shadowcore.types cimport (
-    ACC_U, MODE_32, MODE_64, MODE_OFF, PF_P, PF_RSVD, PF_W, RC_EMULATE, RC_EXHAUSTED, RC_LIVELOCK, RC_MMIO, RC_OK,
-    RC_PF, RC_RETRY, SC_NONE, u8, u32, u64,
+    MODE_32, MODE_64, MODE_OFF, PF_W, RC_AUDIT, RC_EXHAUSTED, RC_HOOK, RC_LIVELOCK, RC_MMIO, RC_OK, RC_PF, RC_RETRY,
+    RC_UNHANDLED, SC_NONE, u8, u32, u64,
 )
-from shadowcore.walker cimport access_code, guest_walk, rights_fault, sc_walk, shadow_walk
+from shadowcore.walker cimport guest_walk, rights_fault, sc_walk, shadow_walk
 
 from shadowcore.config import Shadow, check_int
-from shadowcore.errors import ConfigError, EngineError
+from shadowcore.errors import ConfigError, EngineError, PoolExhausted
 from shadowcore.memory import allocate
 
 cdef enum:
@@ -106,133 +103,11 @@ cdef int mmu_resolve(sc_mmu *mmu, sc_vcpu *v, u64 va, u32 access, sc_walk *w) no
             if v.tlb != NULL:
                 _tlb_fill(mmu, v, va, w, 12, _guest_shift(mmu, v, w))
             return RC_OK
-        rc = mmu_page_fault(mmu, v, va, access, w.error_code, w)
+        rc = page_fault(mmu, v, va, access, w.error_code, w)
         if rc != RC_RETRY:
             return rc
         exits += 1
     return RC_LIVELOCK
-
-
-cdef inline int _inject(sc_mmu *mmu, sc_vcpu *v, u64 va, u32 code, sc_walk *w) noexcept nogil:
-    v.cr2 = va
-    w.error_code = code
-    mmu.stats.pf_guest += 1
-    mmu.stats.exits[EXIT_GUEST] += 1
-    if mmu.flood_reset:
-        v.flood_count = 0
-    return RC_PF
-
-
-cdef void _release_everything(sc_mmu *mmu, sc_vcpu *v, u64 va) noexcept nogil:
-    """The most drastic way of making room: v's root slots but the one that serves va, and all that is not pinned."""
-    cdef int slot
-    for slot in range(4):
-        if root_slots(v) == 4 and slot != <int>(va >> 30) & 3:
-            root_release(mmu, v, slot)
-    pool_zap_all(mmu)
-
-
-cdef bint _make_room(sc_mmu *mmu, sc_vcpu *v, u64 va) noexcept nogil:
-    """Before a fault changes anything: as many free pages as it can need (patches 17, 29). False: not to be had."""
-    cdef int slot = 0 if root_slots(v) == 1 else <int>(va >> 30) & 3
-    cdef u32 need = (v.guest.mode if v.guest.mode >= MODE_64 else 2) - 1
-    cdef bint loaded = False
-    if not mmu.keep:
-        return True                 # 2.6.20-rc3: no reserve; when a page is missing everything goes
-    if mmu.n_free < mmu.min_free:
-        pool_recycle(mmu, mmu.refill)
-    if v.roots[slot] == SC_NONE and root_wanted(mmu, v, slot):
-        if mmu.n_free <= need:
-            _release_everything(mmu, v, va)
-        loaded = root_load(mmu, v, slot) != SC_NONE     # takes no page where another vcpu has the same root
-        need += v.roots[slot] == SC_NONE
-    if mmu.n_free < need:
-        pool_recycle(mmu, need)
-    if mmu.n_free < need:
-        _release_everything(mmu, v, va)
-    if mmu.n_free >= need:
-        return True
-    if loaded:
-        root_release(mmu, v, slot)  # it serves nothing without the tables below, and others may want the page
-    return False
-
-
-cdef int _fetch_with_room(sc_mmu *mmu, sc_vcpu *v, u64 va, u32 access, bint refused, sc_walk *w,
-                          sc_leaf *leaf) noexcept nogil:
-    """fetch, and once more with all the room there can be."""
-    if fetch(mmu, v, va, access, refused, w, leaf) == RC_OK:
-        return RC_OK
-    _release_everything(mmu, v, va)
-    return fetch(mmu, v, va, access, refused, w, leaf)
-
-
-cdef int mmu_page_fault(sc_mmu *mmu, sc_vcpu *v, u64 va, u32 access, u32 code, sc_walk *w) noexcept nogil:
-    """A page-fault exit: the processor's walk of the shadow failed with error code `code`.
-
-    RC_RETRY: the shadow was mended. RC_EMULATE, RC_MMIO: at w.gpa. RC_PF: the guest's own fault, w.error_code.
-    """
-    cdef sc_leaf leaf
-    cdef bint refused = False
-    cdef bint device
-    cdef u32 looks
-    cdef u64 spte
-    mmu.stats.pf_taken += 1
-    exit_flush(mmu)
-    if not _make_room(mmu, v, va):
-        mmu.stats.pf_taken -= 1
-        mmu.exhausted = v.number
-        return RC_EXHAUSTED
-    if guest_walk(mmu.mem, &v.guest, va, access, w) == RC_PF:
-        refused = True
-    mmu.stats.guest_walk_references += w.references
-    if w.updated:
-        walk_updated(mmu, v, w)
-    if refused:
-        # A rights violation, met at the end of a complete walk, is noticed by the series only when a leaf is there
-        # and nothing about it can be mended: for a load from a user page, that the leaf is not (CR0.WP = 0). With
-        # ROLE_WITHOUT_ACCESS it is judged by that leaf.
-        looks = QUIRK_TWO_EXITS
-        if code & PF_P:
-            looks = QUIRK_ROLE_WITHOUT_ACCESS | (0 if access & PF_W or not w.access & ACC_U else QUIRK_TWO_EXITS)
-        if w.error_code & (PF_P | PF_RSVD) != PF_P or not mmu.quirks & looks:
-            return _inject(mmu, v, va, code if mmu.quirks & QUIRK_PROCESSOR_CODE else w.error_code, w)
-    device = mem_frame(mmu.mem, w.gpa >> 12) == sc_no_frame()
-    if device and v.guest.mode == MODE_OFF:
-        mmu.stats.pf_mmio += 1
-        mmu.stats.exits[EXIT_MMIO] += 1
-        return RC_MMIO
-    if _fetch_with_room(mmu, v, va, access, refused, w, &leaf) != RC_OK:
-        mmu.stats.pf_taken -= 1
-        mmu.exhausted = v.number
-        return RC_EXHAUSTED
-    if not mmu.quirks & QUIRK_ROLE_WITHOUT_ACCESS:
-        leaf.refused = refused
-    if ((leaf.refused and ((code & PF_P and not leaf.changed) or not mmu.quirks & QUIRK_TWO_EXITS))
-            or (device and (refused or leaf.refused))):
-        return _inject(mmu, v, va, access_code(&v.guest, access) | PF_P, w)
-    if mmu.quirks & QUIRK_PROCESSOR_CODE and code & PF_P and leaf.plain and not device and v.guest.mode != MODE_OFF:
-        return _inject(mmu, v, va, code, w)
-    if device:
-        mmu.stats.pf_mmio += 1
-        mmu.stats.exits[EXIT_MMIO] += 1
-        return RC_MMIO
-    if v.guest.mode != MODE_OFF:
-        mmu.stats.pf_fixed += 1
-    spte = mmu.table[leaf.spte]
-    if leaf.emulate or (not refused and not mmu.quirks & QUIRK_ROLE_WITHOUT_ACCESS
-                        and rights_fault(&v.hw, pte_rights(spte), pte_pkey(spte), access)):
-        # The second case: what the guest allows no leaf can grant under the registers that the processor runs with.
-        mmu.stats.exits[EXIT_EMULATE] += 1
-        return RC_EMULATE
-    if mmu.flood_reset:
-        v.flood_count = 0
-    if leaf.filled:
-        mmu.stats.exits[EXIT_FILL] += 1
-    else:
-        mmu.stats.exits[EXIT_WRITE] += 1
-        if not leaf.changed:
-            mmu.stats.pf_spurious += 1
-    return RC_RETRY
 
 
 cdef inline void _refill(sc_mmu *mmu) noexcept nogil:
@@ -409,6 +284,42 @@ cdef class Mmu:
             raise EngineError("this VM is in use, by a batch in another thread or by the callback that makes this call")
         return 0
 
+    cdef object failure(self, int rc):
+        """The exception for a negative return code."""
+        if rc == RC_HOOK:
+            error, self.hook_error = self.hook_error, None
+            return error
+        if rc == RC_AUDIT:
+            return self.audits.take()
+        if rc == RC_EXHAUSTED:
+            return self._exhausted()
+        if rc == RC_LIVELOCK and self.c.quirks & QUIRK_ROOT_EMPTIED:
+            return EngineError(f"an access does not complete: with the quirk ROOT_EMPTIED a pool of {self.c.pool_pages}"
+                               " pages loses those that the access needs while it takes them; the original hangs here")
+        if rc == RC_LIVELOCK:
+            return EngineError("an access does not complete: the shadow and the guest's tables disagree for good")
+        if rc == RC_UNHANDLED:
+            return EngineError("a store cannot be emulated, and its table serves as a root in use and stays protected")
+        return EngineError(f"internal error {rc}")
+
+    def _exhausted(self):
+        """PoolExhausted for the vcpu that found no room: what the others pin, and what it needs beside that."""
+        cdef sc_vcpu *v = self.c.vcpus[self.c.exhausted]
+        cdef u32 i, slot, page
+        own = set()
+        others = set()
+        for i in range(self.c.n_vcpus):
+            for slot in range(4):
+                page = self.c.vcpus[i].roots[slot]
+                if page != SC_NONE:
+                    (own if i == v.number else others).add(page)
+        levels = v.guest.mode if v.guest.mode >= MODE_64 else 2
+        needed = len(others) + levels - (1 if own and own <= others else 0)
+        gfns = []
+        for page in sorted(others | own):
+            gfns.append(self.c.pages[page].gfn)
+        return PoolExhausted(needed, self.c.pool_pages, tuple(gfns))
+
     cdef void *_array(self, u64 nbytes) except NULL:
         array = allocate(nbytes)
         self._arrays.append(array)
@@ -473,6 +384,8 @@ cdef class Mmu:
         self.idle()
         out = np.zeros(n, dtype=PAGES_DTYPE)
         for i in range(n):
+            if number >= self.c.pool_pages:
+                raise EngineError(f"the active list leads to page {number}, which does not exist: see vm.audit()")
             p = &self.c.pages[number]
             out[i] = (
                 number, p.gfn, role_field(p.role, ROLE_GLEVELS, 15), role_level(p.role),
@@ -480,7 +393,7 @@ cdef class Mmu:
                 role_field(p.role, ROLE_ACCESS, 7), role_field(p.role, ROLE_NXE, 1), role_field(p.role, ROLE_PSE, 1),
                 role_field(p.role, ROLE_WP0, 1), role_field(p.role, ROLE_GLOBAL, 1),
                 role_field(p.role, ROLE_PKEY, 15), p.root_count,
-                np.count_nonzero(self.memory.pool[number] & 1), list_length(&self.c, p.parents), n - 1 - i,
+                np.count_nonzero(self.memory.pool[number] & 1), len(self._list(p.parents)), n - 1 - i,
             )
             number = p.next
         return out
@@ -503,19 +416,26 @@ cdef class Mmu:
     def rmap(self, gfn):
         """uint32[n, 2]: (page, index) of each writable spte that maps `gfn`, newest first."""
         self._shadow("rmap")
-        cdef u32 head = self.c.frames[self.memory.frame(gfn)].rmap
-        cdef u32 member = list_first(head)
-        sptes = []
-        while member:
-            sptes.append(((member - 1) >> 9, (member - 1) & 511))
-            member = list_next(&self.c, head, member)
+        sptes = [(spte >> 9, spte & 511) for spte in self._list(self.c.frames[self.memory.frame(gfn)].rmap)]
         return np.array(sptes, dtype=np.uint32).reshape(-1, 2)
 
     def rmap_length(self, gfn) -> int:
         """Records of `gfn` in the reverse map, with those that the quirk RMAP_LEAK left behind."""
         self._shadow("rmap_length")
         cdef sc_frame *frame = &self.c.frames[self.memory.frame(gfn)]
-        return list_length(&self.c, frame.rmap) + frame.stale
+        return len(self._list(frame.rmap)) + frame.stale
+
+    cdef list _list(self, u32 head):
+        """Members of a list of sptes. EngineError where the links, which may be written by hand, lead nowhere."""
+        cdef u32 member = list_first(head)
+        cdef u32 most = self.c.pool_pages * 512
+        cdef list members = []
+        while member:
+            if member > most or <u32>len(members) == most:
+                raise EngineError(f"a list of sptes leads to entry {member - 1}, which is not one: see vm.audit()")
+            members.append(member - 1)
+            member = list_next(&self.c, head, member)
+        return members
 
     def roots(self, vcpu=0):
         """Pool pages that serve as roots of vcpu number `vcpu`: one, or four of which those not loaded are None."""
@@ -545,6 +465,8 @@ cdef class Mmu:
             address += part
             at += part
             left -= part
+        if self.c.audit_found:
+            raise self.failure(RC_AUDIT)
 
     def read_physical(self, gpa, size) -> bytes:
         """Bytes of guest physical memory; see VM.read_physical."""

@@ -3,6 +3,7 @@
 Pages are clean (all entries 0) whenever they are free: zapping empties a page by the entries in use, so that no scan
 is needed when it is taken again (patch 22 scanned all 512, twice).
 """
+from shadowcore.bits cimport PTE_P
 from shadowcore.memory cimport mem_frame, sc_no_frame
 from shadowcore.pool cimport hash_bucket
 from shadowcore.rmap cimport list_first, list_remove, rmap_write_protect
@@ -11,7 +12,6 @@ from shadowcore.state cimport (
     FLUSH_ZAP, FLUSH_ZAP_UPPER, QUIRK_EXIT_FLUSHES, QUIRK_ROOT_EMPTIED, request_flush, role_direct, role_level,
     role_pte_size, sc_mmu, sc_page,
 )
-from shadowcore.bits cimport PTE_P
 from shadowcore.types cimport SC_NONE, u32, u64
 
 
@@ -87,8 +87,18 @@ cdef u32 pool_find(const sc_mmu *mmu, u64 gfn, u32 role) noexcept nogil:
     return SC_NONE
 
 
+cdef bint pool_has(sc_mmu *mmu, u32 need) noexcept nogil:
+    """`need` pages can be taken; an injected failure counts as an attempt to take them."""
+    if mmu.n_free < need:
+        return False
+    if mmu.fail_for == 0 or mmu.fail_after >= need:
+        return True
+    mmu.fail_for -= 1
+    return False
+
+
 cdef inline bint _must_fail(sc_mmu *mmu) noexcept nogil:
-    """For tests: this attempt to take a page is one that has to fail."""
+    """For tests: this page, which nobody made sure of before, is not to be had."""
     if mmu.fail_for == 0:
         return False
     if mmu.fail_after:

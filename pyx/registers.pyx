@@ -9,13 +9,12 @@ from shadowcore.events cimport EXIT_CR0, EXIT_CR3, EXIT_CR4, EXIT_EFER
 from shadowcore.memory cimport mem_guest_frame
 from shadowcore.mmu cimport mmu_new_cr3, mmu_reset
 from shadowcore.state cimport (
-    FEAT_FSGSBASE, FEAT_GBPAGES, FEAT_LA57, FEAT_NX, FEAT_PCID, FEAT_PKU, FEAT_PSE36, FEAT_SMAP, FEAT_SMEP,
-    FEAT_UMIP, FEAT_XSAVE, FLUSH_CONTEXT, FLUSH_CR3, QUIRK_ACCESSED_EARLY, flush_lost, sc_mmu, sc_vcpu, vcpu_pcid,
+    FEAT_FSGSBASE, FEAT_GBPAGES, FEAT_LA57, FEAT_NX, FEAT_PCID, FEAT_PKU, FEAT_PSE36, FEAT_SMAP, FEAT_SMEP, FEAT_UMIP,
+    FEAT_XSAVE, FLUSH_CONTEXT, FLUSH_CR3, POINT_POST_CR3, QUIRK_ACCESSED_EARLY, audit_point, flush_lost, sc_mmu,
+    sc_vcpu, vcpu_pcid,
 )
 from shadowcore.tlb cimport tlb_flush_all, tlb_flush_pcid
-from shadowcore.types cimport (
-    MODE_32, MODE_64, MODE_LA57, MODE_OFF, MODE_PAE, RC_GP, RC_OK, SC_NONE, u8, u32, u64,
-)
+from shadowcore.types cimport MODE_32, MODE_64, MODE_LA57, MODE_OFF, MODE_PAE, RC_GP, RC_OK, SC_NONE, u8, u32, u64
 from shadowcore.walker cimport paging_reserved, pdptes_valid
 
 
@@ -144,6 +143,7 @@ cdef int load_cr3(sc_mmu *mmu, sc_vcpu *v, u64 value) noexcept nogil:
     if v.guest.mode != MODE_OFF:
         v.guest.root = v.cr3 & (pte_addr() if v.guest.mode >= MODE_64 else 0xFFFFF000U)
         mmu_new_cr3(mmu, v)
+    audit_point(mmu, POINT_POST_CR3)
     return RC_OK
 
 

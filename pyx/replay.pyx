@@ -13,8 +13,8 @@ from shadowcore.events cimport EXIT_EMULATE
 from shadowcore.memory cimport mem_frame, mem_guest_frame, mem_mark_dirty, sc_no_frame
 from shadowcore.registers cimport load_cr0, load_cr3, load_cr4
 from shadowcore.state cimport sc_mmu, sc_vcpu
-from shadowcore.types cimport PF_W, RC_BAD_OP, RC_GP, RC_OK, RC_PF, u8, u16, u32, u64
-from shadowcore.vcpu cimport VCpu, host_error
+from shadowcore.types cimport PF_W, RC_AUDIT, RC_BAD_OP, RC_GP, RC_OK, RC_PF, u8, u16, u32, u64
+from shadowcore.vcpu cimport VCpu
 from shadowcore.walker cimport probe_walk, sc_walk
 
 cdef enum:
@@ -207,6 +207,8 @@ def replay(vm, dict arrays, start, stop, direct_map=0xFFFF888000000000):
         with nogil:
             while i < end:
                 rc = _record(mmu, &cpu.c, &t, i)
+                if mmu.audit_found:
+                    rc = RC_AUDIT
                 if rc < 0:
                     break
                 t.pages_sum += mmu.n_active
@@ -218,7 +220,9 @@ def replay(vm, dict arrays, start, stop, direct_map=0xFFFF888000000000):
     if rc == RC_BAD_OP:
         raise ValueError(f"record {i}: gpa {t.addr[i]:#x} is in no memory slot")
     if rc < 0:
-        raise host_error(cpu.mmu, rc)
+        error = cpu.mmu.failure(rc)
+        error.record = i
+        raise error
     return {
         "records": i - <u64>start,
         "accesses": t.accesses,

@@ -1,51 +1,36 @@
 """The virtual processor: its registers, single accesses, translations without side effect, and batches."""
 import numpy as np
 
-from cpython.exc cimport PyErr_CheckSignals
-from libc.string cimport memcpy, memset
+from libc.string cimport memset
 
 from shadowcore.access cimport (
-    OP_ADD, OP_AND, OP_CMPXCHG, OP_COUNT, OP_FETCH, OP_INVLPG, OP_OR, OP_READ, OP_WRITE, OP_XCHG, OP_XOR,
-    op_is_access, sc_op, sc_result, vcpu_access, vcpu_op,
+    OP_ADD, OP_AND, OP_CMPXCHG, OP_FETCH, OP_INVLPG, OP_OR, OP_READ, OP_WRITE, OP_XCHG, OP_XOR, sc_op, sc_result,
+    vcpu_access, vcpu_op,
 )
+from shadowcore.batch cimport run_batch
 from shadowcore.bits cimport PTE_P, is_canonical
-from shadowcore.events cimport Stats, stats_copy, stats_since
 from shadowcore.memory cimport mem_pool_hpa
 from shadowcore.mmu cimport Mmu
 from shadowcore.registers cimport load_ac, load_cr0, load_cr3, load_cr4, load_efer, load_pkru, vcpu_apply, vcpu_init
 from shadowcore.state cimport (
     FEAT_FSGSBASE, FEAT_GBPAGES, FEAT_LA57, FEAT_NX, FEAT_PCID, FEAT_PKU, FEAT_PSE36, FEAT_SMAP, FEAT_SMEP, FEAT_UMIP,
-    FEAT_XSAVE, SC_MAX_VCPUS, sc_mmu, sc_vcpu,
+    FEAT_XSAVE, SC_MAX_VCPUS, sc_vcpu,
 )
 from shadowcore.tlb cimport TLB_PAGES, TLB_SIZES, sc_tlb, sc_tlb_entry, tlb_valid
 from shadowcore.types cimport (
-    ACC_U, ACC_W, ACC_X, MODE_32, MODE_64, MODE_LA57, MODE_OFF, PF_I, PF_U, PF_W, RC_EXHAUSTED, RC_GP, RC_HOOK,
-    RC_LIVELOCK, RC_MMIO, RC_OK, RC_PF, RC_UNHANDLED, SC_NONE, i64, u8, u16, u32, u64,
+    ACC_U, ACC_W, ACC_X, MODE_32, MODE_64, MODE_LA57, MODE_OFF, PF_I, PF_U, PF_W, RC_AUDIT, RC_GP, RC_MMIO, RC_OK,
+    RC_PF, SC_NONE, u32, u64,
 )
 from shadowcore.walker cimport probe_walk, sc_walk
 
-from shadowcore.config import Op, check_int
-from shadowcore.errors import (
-    ConfigError, EngineError, GeneralProtection, Interrupted, MMIOAccess, PageFault, PoolExhausted,
-)
+from shadowcore.config import check_int
+from shadowcore.errors import ConfigError, GeneralProtection, MMIOAccess, PageFault
 from shadowcore.memory import allocate
-from shadowcore.results import RunResult
-
-# Optional fields of an operations array, with what they are when absent.
-_OPTIONAL = (("vcpu", np.dtype("u1")), ("value_high", np.dtype("<u8")), ("expected", np.dtype("<u8")),
-             ("expected_high", np.dtype("<u8")))
-
-OP_DTYPE = np.dtype([("op", "u1"), ("user", "u1"), ("size", "u1"), ("addr", "<u8"), ("value", "<u8")])
 
 TLB_DTYPE = np.dtype([
     ("page", "<u8"), ("gpa", "<u8"), ("page_size", "<u4"), ("pcid", "<u2"), ("access", "u1"), ("pkey", "u1"),
     ("dirty", "u1"), ("global_", "u1"),
 ])
-
-cdef enum:
-    CHUNK = 4096                    # operations between two looks for Ctrl-C
-    FIELDS = 9                      # of an operation, required and optional
-
 
 cdef class Translation:
     """Where a linear address leads now, found without any side effect.
@@ -332,6 +317,8 @@ cdef class VCpu:
         if rc == RC_GP:
             self.mmu.counters.gp_guest += 1
             raise GeneralProtection(0)
+        if self.mmu.c.audit_found:
+            raise self.mmu.failure(RC_AUDIT)
 
     cdef int _access(self, u32 op, object gva, object size, object user, object value, object expected,
                      sc_result *r) except -1:
@@ -354,9 +341,8 @@ cdef class VCpu:
             o.expected[1] = value >> 64
         self.mmu.idle()
         rc = vcpu_access(&self.mmu.c, &self.c, &o, True, r)
-        if self.mmu.hook_error is not None:
-            error, self.mmu.hook_error = self.mmu.hook_error, None
-            raise error
+        if self.mmu.c.audit_found:
+            rc = RC_AUDIT
         if rc == RC_OK:
             return 0
         if rc == RC_PF:
@@ -365,7 +351,7 @@ cdef class VCpu:
             raise GeneralProtection(0)
         if rc == RC_MMIO:
             raise MMIOAccess(r.gpa)
-        raise host_error(self.mmu, rc)
+        raise self.mmu.failure(rc)
 
     def read(self, gva, size=8, user=None) -> int:
         """Load `size` bytes, little endian."""
@@ -462,169 +448,7 @@ cdef class VCpu:
         Returns RunResult. Ctrl-C raises Interrupted, and a host-side error its own exception, with `.result` for
         the operations that were done. The GIL is released.
         """
-        cdef u64 at[FIELDS]
-        _check_ops(ops, at)
-        cdef const u8 *base = <const u8 *><size_t>ops.ctypes.data
-        cdef u64 n = ops.shape[0]
-        cdef i64 stride = ops.strides[0]
-        cdef bint wide = _check_values(base, n, stride, at, self.mmu.c.n_vcpus)
-        self.mmu.idle()
-        outcome = np.zeros(n, dtype=np.uint8)
-        error_code = np.zeros(n, dtype=np.uint16)
-        gpa = np.zeros(n, dtype=np.uint64)
-        value = np.zeros(n, dtype=np.uint64)
-        value_high = np.zeros(n if wide else 0, dtype=np.uint64)
-        exits = np.zeros(n, dtype=np.uint16)
-        emulated = np.zeros(n, dtype=np.uint8)
-        cdef u8[::1] c_outcome = outcome
-        cdef u16[::1] c_error = error_code
-        cdef u64[::1] c_gpa = gpa
-        cdef u64[::1] c_value = value
-        cdef u64[::1] c_high = value_high
-        cdef u16[::1] c_exits = exits
-        cdef u8[::1] c_emulated = emulated
-        cdef sc_mmu *mmu = &self.mmu.c
-        cdef sc_op o
-        cdef sc_result r
-        cdef u64 i = 0
-        cdef u64 stop
-        cdef int rc = 0
-        cdef bint move = data
-        cdef Stats before = stats_copy(mmu.stats)
-        hold = memoryview(ops)      # the array cannot be resized while the batch runs
-        self.mmu.c.mem.busy = True
-        error = None
-        try:
-            while i < n and rc >= 0:
-                stop = min(n, i + CHUNK)
-                with nogil:
-                    while i < stop:
-                        _load_op(&o, base + <i64>i * stride, at, self.c.number)
-                        rc = vcpu_op(mmu, mmu.vcpus[o.vcpu], &o, move, &r)
-                        if rc < 0:
-                            break
-                        c_outcome[i] = r.outcome
-                        c_error[i] = <u16>r.error_code
-                        c_gpa[i] = r.gpa
-                        c_value[i] = r.value[0]
-                        if wide:
-                            c_high[i] = r.value[1]
-                        c_exits[i] = <u16>r.exits
-                        c_emulated[i] = r.emulated
-                        i += 1
-                PyErr_CheckSignals()
-        except KeyboardInterrupt:
-            error = Interrupted(None)
-        finally:
-            self.mmu.c.mem.busy = False
-            del hold
-        result = RunResult(outcome[:i], error_code[:i], gpa[:i], value[:i], exits[:i], emulated[:i],
-                           stats_since(mmu.stats, before), value_high[:i] if wide else None)
-        if rc < 0 and rc != RC_HOOK:
-            error = host_error(self.mmu, rc)
-        if self.mmu.hook_error is not None:
-            error, self.mmu.hook_error = self.mmu.hook_error, None
-        if error is not None:
-            error.result = result
-            raise error
-        return result
+        return run_batch(self.mmu, self.c.number, ops, data)
 
     def __repr__(self):
         return f"VCpu({self.c.number}, mode {self.mode}, cr3={self.c.cr3:#x})"
-
-
-cdef object _exhausted(Mmu mmu):
-    """PoolExhausted for the vcpu that found no room: what the others pin, and what it needs beside that."""
-    cdef sc_vcpu *v = mmu.c.vcpus[mmu.c.exhausted]
-    cdef u32 i, slot, page
-    own = set()
-    others = set()
-    for i in range(mmu.c.n_vcpus):
-        for slot in range(4):
-            page = mmu.c.vcpus[i].roots[slot]
-            if page != SC_NONE:
-                (own if i == v.number else others).add(page)
-    levels = v.guest.mode if v.guest.mode >= MODE_64 else 2
-    needed = len(others) + levels - (1 if own and own <= others else 0)
-    gfns = []
-    for page in sorted(others | own):
-        gfns.append(mmu.c.pages[page].gfn)
-    return PoolExhausted(needed, mmu.c.pool_pages, tuple(gfns))
-
-
-cdef object host_error(Mmu mmu, int rc):
-    """The exception for a negative return code."""
-    if rc == RC_EXHAUSTED:
-        return _exhausted(mmu)
-    if rc == RC_LIVELOCK:
-        return EngineError("an access does not complete: the shadow and the guest's tables disagree for good")
-    if rc == RC_UNHANDLED:
-        return EngineError("a store cannot be emulated, and its table serves as a root in use and stays protected")
-    return EngineError(f"internal error {rc}")
-
-
-cdef int _check_ops(object ops, u64 *at) except -1:
-    """ConfigError unless `ops` is a one-dimensional structured array with the fields of OP_DTYPE; at: offsets of the
-    fields in an element, all ones for one that is absent."""
-    if not isinstance(ops, np.ndarray) or ops.dtype.names is None:
-        raise ConfigError(f"ops: a structured array with the fields of OP_DTYPE is needed, not {ops!r:.60}")
-    if ops.ndim != 1:
-        raise ConfigError(f"ops: one dimension is needed, not {ops.ndim}")
-    required = [(name, OP_DTYPE.fields[name][0]) for name in OP_DTYPE.names]
-    for i, (name, dtype) in enumerate((*required, *_OPTIONAL)):
-        at[i] = <u64>-1
-        if name not in ops.dtype.names:
-            if i < len(required):
-                raise ConfigError(f"ops: field {name!r} is missing")
-            continue
-        if ops.dtype.fields[name][0] != dtype:
-            raise ConfigError(f"ops: field {name!r} is {ops.dtype.fields[name][0]}, {dtype} is needed")
-        at[i] = ops.dtype.fields[name][1]
-    return 0
-
-
-cdef inline u64 _word(const u8 *element, u64 at) noexcept nogil:
-    cdef u64 word = 0
-    if at != <u64>-1:
-        memcpy(&word, element + at, 8)
-    return word
-
-
-cdef inline void _load_op(sc_op *o, const u8 *element, const u64 *at, u32 vcpu) noexcept nogil:
-    """Gather an operation from an element of the caller's array, which may be packed."""
-    o.op = element[at[0]]
-    o.user = element[at[1]] != 0
-    o.size = element[at[2]]
-    o.addr = _word(element, at[3])
-    o.value[0] = _word(element, at[4])
-    o.vcpu = vcpu if at[5] == <u64>-1 else element[at[5]]
-    o.value[1] = _word(element, at[6])
-    o.expected[0] = _word(element, at[7])
-    o.expected[1] = _word(element, at[8])
-
-
-cdef int _check_values(const u8 *base, u64 n, i64 stride, const u64 *at, u32 vcpus) except -1:
-    """ConfigError if an operation, a size or a vcpu does not exist; before anything is run. 1: some size is 16."""
-    cdef u64 i
-    cdef sc_op o
-    cdef bint bad = False
-    cdef bint wide = False
-    with nogil:
-        for i in range(n):
-            _load_op(&o, base + <i64>i * stride, at, 0)
-            if o.op >= OP_COUNT or o.vcpu >= vcpus:
-                bad = True
-            elif op_is_access(o.op) and o.op != OP_FETCH:
-                wide = wide or o.size == 16
-                # 1, 2, 4, 8; and 16 for loads, stores and CMPXCHG
-                bad = o.size == 0 or o.size & (o.size - 1) or o.size > 16 or (o.size == 16 and o.op > OP_CMPXCHG)
-            if bad:
-                break
-    if not bad:
-        return wide
-    if o.op >= OP_COUNT:
-        known = ", ".join(f"{known.name}={known.value}" for known in Op)
-        raise ConfigError(f"ops[{i}]: operation code {o.op} is not one of {known}")
-    if o.vcpu >= vcpus:
-        raise ConfigError(f"ops[{i}]: there is no vcpu {o.vcpu}, the VM has {vcpus}")
-    raise ConfigError(f"ops[{i}]: size {o.size} is not 1, 2, 4 or 8 (or 16, but for read-modify-write)")

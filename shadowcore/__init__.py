@@ -3,6 +3,7 @@
 from . import pagetables, trace
 from ._version import __version__
 from .audit import AuditReport, Violation
+from .batch import OP_DTYPE
 from .config import TLB, Features, MemorySlot, Native, Op, Quirk, Shadow
 from .errors import (
     AuditError,
@@ -24,7 +25,7 @@ from .memory import Memory
 from .mmu import Mmu
 from .pagetables import PageTables
 from .results import RunResult
-from .vcpu import OP_DTYPE, Translation, VCpu
+from .vcpu import Translation, VCpu
 
 __all__ = [
     "OP_DTYPE",

@@ -1,20 +1,7 @@
-"""Audits: one checker per invariant of the shadow MMU."""
-from shadowcore.state cimport sc_mmu
-from shadowcore.types cimport u32, u64
+"""Audits on demand and at named points."""
+from shadowcore.invariants cimport sc_audit
+from shadowcore.mmu cimport Mmu
 
-cdef enum:
-    SC_MAX_FINDINGS = 64
-
-cdef struct sc_finding:
-    int invariant                   # 1 for I1, ...
-    int what                        # index of the sentence in audit.SENTENCES
-    u32 page                        # pool page, or SC_NONE
-    u32 index                       # entry in the page, or 0
-    u64 gfn                         # guest frame concerned
-
-cdef struct sc_audit:
-    sc_finding found[SC_MAX_FINDINGS]
-    u32 n                           # violations, of which the first SC_MAX_FINDINGS are kept
-    u64 sptes                       # present sptes looked at
-
-cdef void audit_all(sc_mmu *mmu, sc_audit *a) noexcept nogil
+cdef class AuditPoints:
+    cdef sc_audit c                 # what the first audit found that found something
+    cdef Mmu mmu

@@ -1,9 +1,13 @@
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, Self
 
+from typing_extensions import disjoint_base
+
+from .errors import AuditError
 from .mmu import Mmu
 
-SENTENCES: Final[tuple[str, ...]]
+POINTS: Final[tuple[str, ...]]
 
 @dataclass(frozen=True)
 class Violation:
@@ -23,3 +27,12 @@ class AuditReport:
     def ok(self) -> bool: ...
 
 def audit(mmu: Mmu) -> AuditReport: ...
+
+@disjoint_base
+class AuditPoints:
+    def __new__(cls, mmu: Mmu) -> Self: ...
+    @property
+    def names(self) -> tuple[str, ...]: ...
+    @names.setter
+    def names(self, value: Iterable[str]) -> None: ...
+    def take(self) -> AuditError | None: ...

@@ -185,6 +185,13 @@ def walk(image: str, gva: int, cr3: int | None, write: bool, fetch: bool, user: 
     help="Records between two audits; there is one at the end besides.",
 )
 @click.option(
+    "--at",
+    "points",
+    type=click.Choice(("pre-fault", "post-fault", "pre-write", "post-write", "post-cr3")),
+    multiple=True,
+    help="Audit at this point as well, each time (slow); may be repeated.  [default: none]",
+)
+@click.option(
     "--mmu",
     "design",
     type=Design(),
@@ -195,7 +202,9 @@ def walk(image: str, gva: int, cr3: int | None, write: bool, fetch: bool, user: 
 )
 @_POOL
 @_JSON
-def audit(recording: str | None, every: int, design: str, pool: int | None, as_json: bool) -> None:
+def audit(
+    recording: str | None, every: int, points: tuple[str, ...], design: str, pool: int | None, as_json: bool
+) -> None:
     """Replay RECORDING and check every invariant of the shadow structure now and then.
 
     RECORDING is an .npz file of what a guest did; without it, the recording that comes with the package. The
@@ -205,7 +214,7 @@ def audit(recording: str | None, every: int, design: str, pool: int | None, as_j
 
     loaded = trace.load(recording)
     with report.progress(design) as progress:
-        result = trace.replay(loaded, design, audit_every=every, pool=pool, progress=progress)
+        result = trace.replay(loaded, design, audit_every=every, audit_at=points, pool=pool, progress=progress)
     if as_json:
         found = {"workload": loaded.name, "operations": loaded.operations, "design": design, "every": every}
         click.echo(json.dumps(found | result.as_dict()))

@@ -36,24 +36,38 @@ class SnapshotError(ShadowcoreError, ValueError):
 
 
 class PoolExhausted(ShadowcoreError):
-    """The shadow pool cannot hold what a vCPU needs at once: `needed` pages, of `had`, `roots` (gfns) pin the rest."""
+    """The shadow pool cannot hold what a vCPU needs at once: `needed` pages, of `had`, `roots` (gfns) pin the rest.
+
+    Where the pool would have held it, the failure was injected (`vm.mmu.fail_pages`).
+    """
 
     def __init__(self, needed: int, had: int, roots: tuple[int, ...]) -> None:
         self.needed = needed
         self.had = had
         self.roots = roots
         pinned = ", ".join(hex(gfn) for gfn in roots) or "none"
-        super().__init__(f"shadow pool exhausted: {needed} pages needed, the pool has {had}; pinned by roots {pinned}")
+        injected = " (injected: fail_pages)" if needed <= had else ""
+        super().__init__(
+            f"shadow pool exhausted{injected}: {needed} pages needed, the pool has {had}; pinned by roots {pinned}"
+        )
 
 
 class AuditError(ShadowcoreError):
-    """Invariants do not hold: `violations`, the first of `count`."""
+    """Invariants do not hold: `violations`, the first of `count`, found at `point` (None: by `vm.audit`).
 
-    def __init__(self, violations: tuple[object, ...], count: int | None = None) -> None:
+    From a batch it has `.result`, the operations done, the last of which is the one that was audited; from a
+    replay the number of the record.
+    """
+
+    def __init__(self, violations: tuple[object, ...], count: int | None = None, point: str | None = None) -> None:
         self.violations = violations
         self.count = len(violations) if count is None else count
+        self.point = point
+        self.result: object = None
+        self.record: int | None = None
         first = violations[0] if violations else "none"
-        super().__init__(f"{self.count} violation(s), first: {first}")
+        where = "" if point is None else f" at {point}"
+        super().__init__(f"{self.count} violation(s){where}, first: {first}")
 
 
 class EngineError(ShadowcoreError):

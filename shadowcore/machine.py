@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from . import snapshot
-from .audit import audit
+from .audit import AuditPoints, audit
 from .config import TLB, Features, MemorySlot, Native, Shadow, check_int, design
 from .errors import AuditError, ConfigError
 from .memory import Memory
@@ -16,7 +16,7 @@ from .mmu import Mmu
 from .vcpu import VCpu
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
 
     from .audit import AuditReport
     from .events import Stats
@@ -55,6 +55,7 @@ class VM:
         self.memory = Memory(memory, slots)
         self.mmu = Mmu(self.memory, chosen)
         self.memory.on_log = self.mmu.protect_slot
+        self._audit_points = AuditPoints(self.mmu)
         self.vcpus = tuple(VCpu(self.mmu, features, tlb) for _ in range(count))
 
     @property
@@ -88,6 +89,20 @@ class VM:
         if strict and not report.ok:
             raise AuditError(report.violations, report.count)
         return report
+
+    @property
+    def audit_points(self) -> tuple[str, ...]:
+        """Points at which every invariant is checked: some of "pre-fault", "post-fault", "pre-write", "post-write"
+        (an emulated or device store to RAM), "post-cr3". None of them costs nothing.
+
+        The operation under way is finished; the call that made it then raises AuditError with `.point`. ConfigError
+        for another name. Not part of what `save` writes.
+        """
+        return self._audit_points.names
+
+    @audit_points.setter
+    def audit_points(self, names: Iterable[str]) -> None:
+        self._audit_points.names = names
 
     def __repr__(self) -> str:
         size = self.memory.bytes.size >> 20

@@ -1,4 +1,4 @@
-"""Designs: how an access reaches memory natively or through shadow tables; the fault entry; roots on register loads."""
+"""Designs: how an access reaches memory natively or through shadow tables; roots on register loads."""
 from shadowcore.events cimport Stats, sc_stats
 from shadowcore.memory cimport Memory
 from shadowcore.state cimport sc_mmu, sc_vcpu
@@ -6,7 +6,6 @@ from shadowcore.types cimport u32, u64
 from shadowcore.walker cimport sc_walk
 
 cdef int mmu_resolve(sc_mmu *mmu, sc_vcpu *v, u64 va, u32 access, sc_walk *w) noexcept nogil
-cdef int mmu_page_fault(sc_mmu *mmu, sc_vcpu *v, u64 va, u32 access, u32 code, sc_walk *w) noexcept nogil
 cdef void mmu_new_cr3(sc_mmu *mmu, sc_vcpu *v) noexcept nogil
 cdef void mmu_reset(sc_mmu *mmu, sc_vcpu *v) noexcept nogil
 cdef void mmu_invlpg(sc_mmu *mmu, sc_vcpu *v, u64 va) noexcept nogil
@@ -22,6 +21,9 @@ cdef class Mmu:
     cdef list _vcpus                # kept alive as long as c points into them
     cdef object _can_emulate        # callable behind c.can_emulate, or None
     cdef object hook_error          # what a callback raised
+    cdef object audits              # AuditPoints, once points have been named
 
     cdef int idle(self) except -1
+    cdef object failure(self, int rc)
+    cdef list _list(self, u32 head)
     cdef void *_array(self, u64 nbytes) except NULL

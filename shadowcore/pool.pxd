@@ -14,3 +14,4 @@ cdef u32 pool_zap_nonglobal(sc_mmu *mmu) noexcept nogil
 cdef bint pool_unprotect(sc_mmu *mmu, u64 gfn) noexcept nogil
 cdef void pool_recycle(sc_mmu *mmu, u32 target) noexcept nogil
 cdef void pool_init(sc_mmu *mmu) noexcept nogil
+cdef bint pool_has(sc_mmu *mmu, u32 need) noexcept nogil

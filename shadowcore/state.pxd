@@ -73,6 +73,18 @@ cdef struct sc_vcpu:
 # the callback failed and the access is to be given up.
 ctypedef int (*sc_can_emulate)(void *hook, u64 gva, u64 gpa, u32 nbytes) noexcept nogil
 
+# Named points at which audits can run, in the order of audit.POINTS.
+cdef enum:
+    POINT_PRE_FAULT = 0             # a page-fault exit, before anything is done
+    POINT_POST_FAULT = 1            # ... and after it
+    POINT_PRE_WRITE = 2             # an emulated or device store, before it
+    POINT_POST_WRITE = 3            # ... and after it
+    POINT_POST_CR3 = 4              # after a load of CR3
+    POINT_COUNT = 5
+
+cdef struct sc_mmu                  # for the callback
+ctypedef void (*sc_audit_hook)(sc_mmu *mmu, u32 point) noexcept nogil
+
 cdef struct sc_mmu:
     sc_mem *mem
     sc_stats *stats
@@ -104,6 +116,10 @@ cdef struct sc_mmu:
     sc_vcpu *vcpus[SC_MAX_VCPUS]
     sc_can_emulate can_emulate      # asked before a store is emulated; NULL: the answer is yes
     void *hook                      # its first argument
+    u32 audit_points                # bit per POINT_*: audit there
+    u32 audit_found                 # POINT_* + 1 of the first audit that found something, until it is reported
+    sc_audit_hook audit             # the audit; NULL only if audit_points is 0
+    void *audit_report              # where it puts what it finds
     u32 exhausted                   # vcpu for which there were not enough pages, when RC_EXHAUSTED was returned
     u32 fail_after                  # for tests: so many pages can still be taken from the pool,
     u32 fail_for                    # then so many attempts fail
@@ -138,6 +154,10 @@ cdef enum:
     FEAT_UMIP = 1 << 8
     FEAT_FSGSBASE = 1 << 9
     FEAT_XSAVE = 1 << 10
+
+cdef inline void audit_point(sc_mmu *mmu, u32 point) noexcept nogil:
+    if mmu.audit_points >> point & 1:
+        mmu.audit(mmu, point)
 
 cdef inline u16 vcpu_pcid(const sc_vcpu *v) noexcept nogil:
     """The PCID that tags translations: 0 unless CR4.PCIDE is on."""

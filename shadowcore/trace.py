@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from .config import Features, Native, Shadow, check_int, design
-from .errors import GeneralProtection, TraceError
+from .errors import AuditError, GeneralProtection, TraceError
 from .machine import VM
 from .recording import (
     ACCESS,
@@ -156,6 +156,7 @@ def replay(
     mmu: str | Native | Shadow = "cached",
     *,
     audit_every: int = 0,
+    audit_at: Iterable[str] = (),
     start: int = 0,
     stop: int | None = None,
     progress: Callable[[int, int], None] | None = None,
@@ -165,6 +166,7 @@ def replay(
 
     mmu: a design, or its name. pool: shadow pages in its pool (None: as the design says).
     audit_every: check every invariant after so many records, and at the end (0: never).
+    audit_at: and at these points, `VM.audit_points`.
     start, stop: first record to replay and the one to stop before (None: the last). With a start, the guest's
         tables and registers are as they stand there, and the shadow MMU is new.
     progress: called now and then with the number of records done, and of all to do.
@@ -181,6 +183,7 @@ def replay(
     # The tables that the first CR3 load needs are put in place, like all that lies before the start.
     position = min(max(start, recording.first_cr3), stop)
     vm = _machine(recording, made, position)
+    vm.audit_points = audit_at
     vm.stats.reset()
     arrays = recording.arrays | {"flags": _plain_flags(recording)}
     counts = dict.fromkeys(_COUNTS, 0)
@@ -197,7 +200,12 @@ def replay(
         if every:
             end = min(end, (position // every + 1) * every)
         clock = time.perf_counter()
-        done = replay_records(vm, arrays, position, end, recording.direct_map)
+        try:
+            done = replay_records(vm, arrays, position, end, recording.direct_map)
+        except AuditError as error:
+            record = position if error.record is None else error.record
+            violations = tuple((record, violation) for violation in error.violations)
+            break
         seconds += time.perf_counter() - clock
         for name in _COUNTS:
             counts[name] += done[name]

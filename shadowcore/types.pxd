@@ -26,8 +26,9 @@ cdef enum:
     RC_EXHAUSTED = -1               # every page of the pool is pinned as a root
     RC_LIVELOCK = -2                # an access that never ends: a defect of ours, reported and not looped on
     RC_BAD_OP = -3                  # operation code that does not exist
-    RC_HOOK = -5                    # the embedder's callback raised
     RC_UNHANDLED = -4               # a store that cannot be emulated, to a table that cannot be unprotected
+    RC_HOOK = -5                    # the embedder's callback raised
+    RC_AUDIT = -6                   # the operation was done, and an audit at a named point found something
 
 # Page-fault error code (SDM vol. 3, 4.7).
 cdef enum:

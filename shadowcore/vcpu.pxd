@@ -18,5 +18,3 @@ cdef class VCpu:
     cdef int _walk(self, u64 va, u32 access, object user, Translation t) except -1
     cdef int _access(self, u32 op, object gva, object size, object user, object value, object expected,
                      sc_result *r) except -1
-
-cdef object host_error(Mmu mmu, int rc)

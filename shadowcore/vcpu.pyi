@@ -8,7 +8,6 @@ from .config import TLB, Features
 from .mmu import Mmu
 from .results import RunResult
 
-OP_DTYPE: Final[np.dtype[np.void]]
 TLB_DTYPE: Final[np.dtype[np.void]]
 
 @disjoint_base

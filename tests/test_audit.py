@@ -14,8 +14,8 @@ import pytest
 from guest2007 import DATA, MODES, PAGE, RAM, USED, USER, A, D, Guest, P, U, W
 
 import shadowcore as sc
-from shadowcore.audit import SENTENCES
 from shadowcore.events import COUNTERS, EXIT_REASONS
+from shadowcore.invariants import SENTENCES
 from shadowcore.pagetables import NX, PS
 
 # What the audit says.

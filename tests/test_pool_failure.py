@@ -249,7 +249,10 @@ def test_exhausted_at_each_point(mode, design):
                 check_exhausted(error, vm)
                 assert vm.audit().ok, (after, number)
                 assert {name: getattr(cpu, name) for name in registers} == registers
-                assert only_accessed_and_dirty(before, scripted.touched(), scripted.guest.size), (after, number)
+                after_it = scripted.touched()
+                if design == "cached":  # room is made before anything changes
+                    assert after_it == before, (after, number)
+                assert only_accessed_and_dirty(before, after_it, scripted.guest.size), (after, number)
                 vm.mmu.fail_pages(0, 0)
                 seen = scripted.seen(step)
             assert seen == results[number], (after, number)
@@ -456,12 +459,16 @@ def test_stream_that_exhausts_the_pool(name):
     wanted, memory, takes = points(name)
     for after, number in list(enumerate(takes))[:: 1 + len(takes) // 12]:
         vm, ops = playing(name)
+        taken = vm.stats.mmu_cache_miss
         vm.mmu.fail_pages(after, EVER)
         with pytest.raises(sc.PoolExhausted) as caught:
             vm.vcpus[0].run(ops)
         done = caught.value.result
+        # A fault wants all that it may need, up to three tables below the root, before it takes the first.
+        taken = vm.stats.mmu_cache_miss - taken
+        assert after - 3 < taken <= after
         # A root that is missing after a register load is missed only by an access.
-        assert len(done) == number or ops["op"][number] in (oracle.CR0, oracle.CR3, oracle.CR4, oracle.EFER)
+        assert len(done) <= number or ops["op"][number] in (oracle.CR0, oracle.CR3, oracle.CR4, oracle.EFER)
         check_exhausted(caught.value, vm)
         assert vm.audit().ok, after
         assert same(columns(done), [column[: len(done)] for column in wanted]), after

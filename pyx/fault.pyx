@@ -1,0 +1,148 @@
+"""The page-fault entry: what an exit becomes, and the room that is made before anything changes."""
+from shadowcore.bits cimport pte_pkey, pte_rights
+from shadowcore.emulate cimport walk_updated
+from shadowcore.events cimport EXIT_EMULATE, EXIT_FILL, EXIT_GUEST, EXIT_MMIO, EXIT_WRITE
+from shadowcore.fetch cimport fetch, sc_leaf
+from shadowcore.memory cimport mem_frame, sc_no_frame
+from shadowcore.pool cimport pool_has, pool_recycle, pool_zap_all
+from shadowcore.roots cimport root_load, root_release, root_slots, root_wanted
+from shadowcore.state cimport (
+    POINT_POST_FAULT, POINT_PRE_FAULT, QUIRK_PROCESSOR_CODE, QUIRK_ROLE_WITHOUT_ACCESS, QUIRK_TWO_EXITS, audit_point,
+    exit_flush, sc_mmu, sc_vcpu,
+)
+from shadowcore.types cimport (
+    ACC_U, MODE_64, MODE_OFF, PF_P, PF_RSVD, PF_W, RC_EMULATE, RC_EXHAUSTED, RC_MMIO, RC_OK, RC_PF, RC_RETRY, SC_NONE,
+    u32, u64,
+)
+from shadowcore.walker cimport access_code, guest_walk, rights_fault, sc_walk
+
+
+cdef inline int _inject(sc_mmu *mmu, sc_vcpu *v, u64 va, u32 code, sc_walk *w) noexcept nogil:
+    v.cr2 = va
+    w.error_code = code
+    mmu.stats.pf_guest += 1
+    mmu.stats.exits[EXIT_GUEST] += 1
+    if mmu.flood_reset:
+        v.flood_count = 0
+    return RC_PF
+
+
+cdef void _release_everything(sc_mmu *mmu, sc_vcpu *v, u64 va) noexcept nogil:
+    """The most drastic way of making room: v's root slots but the one that serves va, and all that is not pinned."""
+    cdef int slot
+    for slot in range(4):
+        if root_slots(v) == 4 and slot != <int>(va >> 30) & 3:
+            root_release(mmu, v, slot)
+    pool_zap_all(mmu)
+
+
+cdef bint _make_room(sc_mmu *mmu, sc_vcpu *v, u64 va) noexcept nogil:
+    """Before a fault changes anything: as many free pages as it can need (patches 17, 29). False: not to be had."""
+    cdef int slot = 0 if root_slots(v) == 1 else <int>(va >> 30) & 3
+    cdef u32 need = (v.guest.mode if v.guest.mode >= MODE_64 else 2) - 1
+    cdef bint loaded = False
+    if not mmu.keep:
+        return True                 # 2.6.20-rc3: no reserve; when a page is missing everything goes
+    if mmu.n_free < mmu.min_free:
+        pool_recycle(mmu, mmu.refill)
+    if v.roots[slot] == SC_NONE and root_wanted(mmu, v, slot):
+        if not pool_has(mmu, need + 1):
+            _release_everything(mmu, v, va)
+        loaded = root_load(mmu, v, slot) != SC_NONE     # takes no page where another vcpu has the same root
+        need += v.roots[slot] == SC_NONE
+    if mmu.n_free < need:
+        pool_recycle(mmu, need)
+    if pool_has(mmu, need):
+        return True
+    _release_everything(mmu, v, va)
+    if pool_has(mmu, need):
+        return True
+    if loaded:
+        root_release(mmu, v, slot)  # it serves nothing without the tables below, and others may want the page
+    return False
+
+
+cdef int _fetch_with_room(sc_mmu *mmu, sc_vcpu *v, u64 va, u32 access, bint refused, sc_walk *w,
+                          sc_leaf *leaf) noexcept nogil:
+    """fetch, and once more with all the room there can be."""
+    if fetch(mmu, v, va, access, refused, w, leaf) == RC_OK:
+        return RC_OK
+    _release_everything(mmu, v, va)
+    return fetch(mmu, v, va, access, refused, w, leaf)
+
+
+cdef int _page_fault(sc_mmu *mmu, sc_vcpu *v, u64 va, u32 access, u32 code, sc_walk *w) noexcept nogil:
+    cdef sc_leaf leaf
+    cdef bint refused = False
+    cdef bint device
+    cdef u32 looks
+    cdef u64 spte
+    mmu.stats.pf_taken += 1
+    exit_flush(mmu)
+    if not _make_room(mmu, v, va):
+        mmu.stats.pf_taken -= 1
+        mmu.exhausted = v.number
+        return RC_EXHAUSTED
+    if guest_walk(mmu.mem, &v.guest, va, access, w) == RC_PF:
+        refused = True
+    mmu.stats.guest_walk_references += w.references
+    if w.updated:
+        walk_updated(mmu, v, w)
+    if refused:
+        # A rights violation, met at the end of a complete walk, is noticed by the series only when a leaf is there
+        # and nothing about it can be mended: for a load from a user page, that the leaf is not (CR0.WP = 0). With
+        # ROLE_WITHOUT_ACCESS it is judged by that leaf.
+        looks = QUIRK_TWO_EXITS
+        if code & PF_P:
+            looks = QUIRK_ROLE_WITHOUT_ACCESS | (0 if access & PF_W or not w.access & ACC_U else QUIRK_TWO_EXITS)
+        if w.error_code & (PF_P | PF_RSVD) != PF_P or not mmu.quirks & looks:
+            return _inject(mmu, v, va, code if mmu.quirks & QUIRK_PROCESSOR_CODE else w.error_code, w)
+    device = mem_frame(mmu.mem, w.gpa >> 12) == sc_no_frame()
+    if device and v.guest.mode == MODE_OFF:
+        mmu.stats.pf_mmio += 1
+        mmu.stats.exits[EXIT_MMIO] += 1
+        return RC_MMIO
+    if _fetch_with_room(mmu, v, va, access, refused, w, &leaf) != RC_OK:
+        mmu.stats.pf_taken -= 1
+        mmu.exhausted = v.number
+        return RC_EXHAUSTED
+    if not mmu.quirks & QUIRK_ROLE_WITHOUT_ACCESS:
+        leaf.refused = refused
+    if ((leaf.refused and ((code & PF_P and not leaf.changed) or not mmu.quirks & QUIRK_TWO_EXITS))
+            or (device and (refused or leaf.refused))):
+        return _inject(mmu, v, va, access_code(&v.guest, access) | PF_P, w)
+    if mmu.quirks & QUIRK_PROCESSOR_CODE and code & PF_P and leaf.plain and not device and v.guest.mode != MODE_OFF:
+        return _inject(mmu, v, va, code, w)
+    if device:
+        mmu.stats.pf_mmio += 1
+        mmu.stats.exits[EXIT_MMIO] += 1
+        return RC_MMIO
+    if v.guest.mode != MODE_OFF:
+        mmu.stats.pf_fixed += 1
+    spte = mmu.table[leaf.spte]
+    if leaf.emulate or (not refused and not mmu.quirks & QUIRK_ROLE_WITHOUT_ACCESS
+                        and rights_fault(&v.hw, pte_rights(spte), pte_pkey(spte), access)):
+        # The second case: what the guest allows no leaf can grant under the registers that the processor runs with.
+        mmu.stats.exits[EXIT_EMULATE] += 1
+        return RC_EMULATE
+    if mmu.flood_reset:
+        v.flood_count = 0
+    if leaf.filled:
+        mmu.stats.exits[EXIT_FILL] += 1
+    else:
+        mmu.stats.exits[EXIT_WRITE] += 1
+        if not leaf.changed:
+            mmu.stats.pf_spurious += 1
+    return RC_RETRY
+
+
+cdef int page_fault(sc_mmu *mmu, sc_vcpu *v, u64 va, u32 access, u32 code, sc_walk *w) noexcept nogil:
+    """A page-fault exit: the processor's walk of the shadow failed with error code `code`.
+
+    RC_RETRY: the shadow was mended. RC_EMULATE, RC_MMIO: at w.gpa. RC_PF: the guest's own fault, w.error_code.
+    """
+    cdef int rc
+    audit_point(mmu, POINT_PRE_FAULT)
+    rc = _page_fault(mmu, v, va, access, code, w)
+    audit_point(mmu, POINT_POST_FAULT)
+    return rc

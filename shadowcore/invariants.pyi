@@ -1,0 +1,3 @@
+from typing import Final
+
+SENTENCES: Final[tuple[str, ...]]
