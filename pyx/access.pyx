@@ -12,7 +12,7 @@ from shadowcore.memory cimport mem_frame, mem_guest_frame, mem_mark_dirty, sc_no
 from shadowcore.mmu cimport mmu_invlpg, mmu_resolve
 from shadowcore.pool cimport pool_unprotect
 from shadowcore.registers cimport load_ac, load_cr0, load_cr3, load_cr4, load_efer, load_pkru
-from shadowcore.state cimport FLUSH_INVLPG, flush_lost, sc_mmu, sc_vcpu
+from shadowcore.state cimport FLUSH_INVLPG, flush_lost, marked_table, memo_drop, sc_mmu, sc_vcpu
 from shadowcore.tlb cimport tlb_flush_page
 from shadowcore.types cimport (
     MODE_64, MODE_LA57, PF_I, PF_U, PF_W, RC_BAD_OP, RC_EMULATE, RC_GP, RC_HOOK, RC_MMIO, RC_OK, RC_PF, RC_UNHANDLED,
@@ -59,8 +59,10 @@ cdef void _store(sc_mmu *mmu, sc_vcpu *v, const sc_part *part, const u8 *bytes, 
         return
     if data:
         memcpy(mem_guest_frame(mmu.mem, part.gpa) + (part.gpa & 4095), bytes, part.nbytes)
-    if mmu.mem.log_stores:
+    if not mmu.shadow:
         mem_mark_dirty(mmu.mem, part.gpa >> 12)
+        if marked_table(mmu, mem_frame(mmu.mem, part.gpa >> 12)):
+            memo_drop(mmu)
 
 
 cdef bint _leads_to_ram(sc_mmu *mmu, const sc_vcpu *v, u64 va, u32 access) noexcept nogil:
@@ -227,9 +229,9 @@ cdef int vcpu_op(sc_mmu *mmu, sc_vcpu *v, const sc_op *o, bint data, sc_result *
             mmu.stats.exits[EXIT_INVLPG] += 1
             mmu_invlpg(mmu, v, va)
     elif o.op == OP_PKRU:
-        load_pkru(v, o.value[0])
+        load_pkru(mmu, v, o.value[0])
     elif o.op == OP_AC:
-        load_ac(v, o.value[0] & 1)
+        load_ac(mmu, v, o.value[0] & 1)
     else:
         return RC_BAD_OP
     if rc == RC_GP:

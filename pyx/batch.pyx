@@ -1,18 +1,29 @@
-"""Batches of operations: a structured array in, arrays of results out, without the GIL in between."""
+"""Batches of operations: a structured array in, arrays of results out, without the GIL in between.
+
+Most operations of most batches are accesses that the tables allow as they stand. Those are done here, by the memo or
+by a glance at the tables; every other is handed to vcpu_op, which knows all cases and changes state in the one right
+way. Which of the two does an access can be seen in nothing but the time that it takes.
+"""
 import numpy as np
 
+from cpython.buffer cimport PyBUF_STRIDES, PyBuffer_Release, PyObject_GetBuffer
 from cpython.exc cimport PyErr_CheckSignals
-from libc.string cimport memcpy
+from libc.string cimport memcpy, memset
 
-from shadowcore.access cimport OP_CMPXCHG, OP_COUNT, OP_FETCH, op_is_access, sc_op, sc_result, vcpu_op
-from shadowcore.events cimport Stats, stats_copy, stats_since
+from shadowcore.access cimport OP_CMPXCHG, OP_COUNT, OP_FETCH, OP_WRITE, op_is_access, sc_op, sc_result, vcpu_op
+from shadowcore.bits cimport is_canonical
+from shadowcore.memo cimport (
+    KIND_NONE, KIND_STORE, KIND_USER, memo_context, memo_entry, memo_mask, memo_put, sc_memo, sc_memo_entry,
+)
+from shadowcore.memory cimport mem_frame, mem_gfn, sc_no_frame
 from shadowcore.mmu cimport Mmu
-from shadowcore.state cimport sc_mmu
-from shadowcore.types cimport RC_AUDIT, i64, u8, u16, u32, u64
+from shadowcore.results cimport Block, RunResult, block_new, sc_row
+from shadowcore.state cimport MARK_STORED, MARK_TABLE, marked_table, memo_drop, sc_mmu, sc_vcpu
+from shadowcore.types cimport MODE_64, MODE_LA57, MODE_OFF, PF_I, PF_U, PF_W, RC_AUDIT, RC_OK, i64, u8, u16, u32, u64
+from shadowcore.walker cimport guest_glance, probe_walk, sc_walk, shadow_glance
 
 from shadowcore.config import Op
 from shadowcore.errors import ConfigError, Interrupted
-from shadowcore.results import RunResult
 
 OP_DTYPE = np.dtype([("op", "u1"), ("user", "u1"), ("size", "u1"), ("addr", "<u8"), ("value", "<u8")])
 
@@ -22,27 +33,36 @@ _OPTIONAL = (("vcpu", np.dtype("u1")), ("value_high", np.dtype("<u8")), ("expect
 
 cdef enum:
     CHUNK = 4096                    # operations between two looks for Ctrl-C
-    FIELDS = 9                      # of an operation, required and optional
+    FIELDS = 9                      # of an operation, required and optional: see sc_layout
+    PACKED = 19                     # bytes of an element of OP_DTYPE
+    SAMPLE = 16                     # of so many chunks without hits, one tries the memo again
 
+cdef struct sc_layout:
+    const u8 *base                  # element 0
+    i64 stride                      # bytes from one to the next
+    u64 at[FIELDS]                  # offset in an element: op, user, size, addr, value; vcpu, value_high, expected,
+                                    # expected_high, or all ones
+    bint packed                     # as OP_DTYPE
 
-cdef int _check_ops(object ops, u64 *at) except -1:
-    """ConfigError unless `ops` is a one-dimensional structured array with the fields of OP_DTYPE; at: offsets of the
-    fields in an element, all ones for one that is absent."""
-    if not isinstance(ops, np.ndarray) or ops.dtype.names is None:
-        raise ConfigError(f"ops: a structured array with the fields of OP_DTYPE is needed, not {ops!r:.60}")
-    if ops.ndim != 1:
-        raise ConfigError(f"ops: one dimension is needed, not {ops.ndim}")
-    required = [(name, OP_DTYPE.fields[name][0]) for name in OP_DTYPE.names]
-    for i, (name, dtype) in enumerate((*required, *_OPTIONAL)):
-        at[i] = <u64>-1
-        if name not in ops.dtype.names:
-            if i < len(required):
-                raise ConfigError(f"ops: field {name!r} is missing")
-            continue
-        if ops.dtype.fields[name][0] != dtype:
-            raise ConfigError(f"ops: field {name!r} is {ops.dtype.fields[name][0]}, {dtype} is needed")
-        at[i] = ops.dtype.fields[name][1]
-    return 0
+cdef struct sc_batch:
+    sc_layout ops
+    u32 number                      # vcpu of operations that name none
+    bint data                       # bytes move
+    u64 *gpa                        # results: per operation
+    u64 *value                      # ... if data
+    u64 *high                       # ... if some size is 16
+    sc_row *rows                    # ... of those that did not just lead somewhere
+    u64 n_rows
+    bint remember                   # the memo is asked and filled
+    u64 hits                        # of the memo
+    u64 glances                     # accesses that a glance answered
+    u64 mask[32]                    # by op | user << 4: memo_mask of the kind
+    u32 access[32]                  # PF_* of the access
+    u8 kind[32]                     # KIND_*
+
+cdef object _ARRAY = np.ndarray
+cdef object _seen_dtype = None      # the layout that was asked for last ...
+cdef u64 _seen_at[FIELDS]           # ... and the offsets of its fields
 
 
 cdef inline u64 _word(const u8 *element, u64 at) noexcept nogil:
@@ -52,28 +72,259 @@ cdef inline u64 _word(const u8 *element, u64 at) noexcept nogil:
     return word
 
 
-cdef inline void _load_op(sc_op *o, const u8 *element, const u64 *at, u32 vcpu) noexcept nogil:
+cdef inline void _load_op(sc_op *o, const sc_layout *l, u64 i, u32 vcpu) noexcept nogil:
     """Gather an operation from an element of the caller's array, which may be packed."""
-    o.op = element[at[0]]
-    o.user = element[at[1]] != 0
-    o.size = element[at[2]]
-    o.addr = _word(element, at[3])
-    o.value[0] = _word(element, at[4])
-    o.vcpu = vcpu if at[5] == <u64>-1 else element[at[5]]
-    o.value[1] = _word(element, at[6])
-    o.expected[0] = _word(element, at[7])
-    o.expected[1] = _word(element, at[8])
+    cdef const u8 *element = l.base + <i64>i * l.stride
+    o.op = element[l.at[0]]
+    o.user = element[l.at[1]] != 0
+    o.size = element[l.at[2]]
+    o.addr = _word(element, l.at[3])
+    o.value[0] = _word(element, l.at[4])
+    o.vcpu = vcpu if l.at[5] == <u64>-1 else element[l.at[5]]
+    o.value[1] = _word(element, l.at[6])
+    o.expected[0] = _word(element, l.at[7])
+    o.expected[1] = _word(element, l.at[8])
 
 
-cdef int _check_values(const u8 *base, u64 n, i64 stride, const u64 *at, u32 vcpus) except -1:
+cdef void _kinds(sc_batch *b) noexcept nogil:
+    """Fill the tables by which the code of an operation says what it needs."""
+    cdef u32 op, user, i
+    for i in range(32):
+        b.kind[i] = KIND_NONE
+        b.mask[i] = memo_mask(KIND_NONE)
+        b.access[i] = 0
+    for user in range(2):
+        for op in range(OP_FETCH + 1):
+            i = op | user << 4
+            b.kind[i] = op + KIND_USER * user       # OP_READ, OP_WRITE, OP_FETCH are 0, KIND_STORE, KIND_FETCH
+            b.mask[i] = memo_mask(b.kind[i])
+            b.access[i] = (PF_U if user else 0) | (PF_W if op == OP_WRITE else PF_I if op == OP_FETCH else 0)
+
+
+cdef inline u64 _load(const u8 *at, u32 size) noexcept nogil:
+    """`size` bytes, at most 8, of the 8 at `at`."""
+    cdef u64 word
+    memcpy(&word, at, 8)
+    return word if size >= 8 else word & ((<u64>1 << (8 * size)) - 1)
+
+
+cdef inline void _store(u8 *at, u64 value, u32 size) noexcept nogil:
+    if size == 8:
+        memcpy(at, &value, 8)
+    elif size == 4:
+        memcpy(at, &value, 4)
+    elif size == 2:
+        memcpy(at, &value, 2)
+    else:
+        at[0] = <u8>value
+
+
+cdef u64 _remember(sc_mmu *mmu, sc_vcpu *v, u64 va, u32 kind, u64 target) noexcept nogil:
+    """Put what a glance found into the memo; returns the context, which may be another by then.
+
+    Native, nothing tells of stores to tables but the stores themselves: frames of tables are marked, and no store to
+    one is remembered.
+    """
+    cdef sc_walk w
+    cdef int level
+    cdef u64 frame
+    cdef bint store = kind == KIND_STORE or kind == KIND_STORE + KIND_USER
+    if not mmu.shadow and v.guest.mode != MODE_OFF:
+        probe_walk(mmu.mem, &v.guest, va, 0, &w)
+        level = w.level
+        while level <= w.top:
+            frame = mem_frame(mmu.mem, w.table[level])
+            if mmu.marks[frame] >> 2 != mmu.memo_epoch:
+                mmu.marks[frame] = mmu.memo_epoch << 2
+            if mmu.marks[frame] & MARK_STORED:
+                memo_drop(mmu)                          # stores to it must be seen from now on
+                level = w.level
+                continue
+            mmu.marks[frame] |= MARK_TABLE
+            level += 1
+    if not mmu.shadow and store:
+        frame = mem_frame(mmu.mem, target >> 12)
+        if marked_table(mmu, frame):
+            return memo_context(v.memo, mmu.memo_epoch)
+        mmu.marks[frame] = mmu.memo_epoch << 2 | MARK_STORED
+    memo_put(v.memo, memo_context(v.memo, mmu.memo_epoch), va, kind, target)
+    return memo_context(v.memo, mmu.memo_epoch)
+
+
+cdef inline u64 _quick(sc_mmu *mmu, sc_batch *b, u64 i, u64 stop, bint packed, bint data) noexcept nogil:
+    """Do operations from number i on, up to the first that is not a plain access that the tables allow as they are;
+    returns its number."""
+    cdef const u8 *element = b.ops.base + <i64>i * b.ops.stride
+    cdef i64 stride = PACKED if packed else b.ops.stride
+    cdef u64 at_addr = 3 if packed else b.ops.at[3]
+    cdef u64 first = i
+    cdef u64 glances = 0
+    cdef u64 references = 0
+    cdef u32 number = b.number
+    cdef sc_vcpu *v = mmu.vcpus[number]
+    cdef sc_memo *memo = v.memo
+    cdef sc_memo_entry *e
+    cdef bint remember = b.remember
+    cdef bint flat = mmu.mem.nslots == 1 and mmu.mem.slots[0].base_gfn == 0
+    cdef u64 width = ~<u64>0 if v.guest.mode >= MODE_64 else 0xFFFFFFFF
+    cdef u64 context, va, offset, target, frame
+    cdef u32 code, size
+    cdef int read
+    if not packed and b.ops.at[5] != <u64>-1 or memo == NULL:
+        return i                    # operations of several vcpus; a modelled TLB
+    context = memo_context(memo, mmu.memo_epoch)
+    while i < stop:
+        if packed:
+            code = (<const u32 *>element)[0]
+            size = (code >> 16) & 0xFF
+            code = (code & 15) | ((code & 0xFF00) != 0) << 4
+        else:
+            code = (element[b.ops.at[0]] & 15) | (element[b.ops.at[1]] != 0) << 4
+            size = element[b.ops.at[2]]
+        memcpy(&va, element + at_addr, 8)
+        va &= width
+        offset = va & 4095
+        if offset > 4088 or size > 8:
+            break                   # it may reach into the next page
+        e = memo_entry(memo, va)
+        if remember and ((e.tag ^ ((va >> 24) + context)) & b.mask[code]) == 0:
+            target = e.target
+            references += target & 15
+            target &= ~<u64>4095
+        else:
+            if b.kind[code] == KIND_NONE:
+                break
+            if v.guest.mode >= MODE_64 and not is_canonical(va, 57 if v.guest.mode == MODE_LA57 else 48):
+                break
+            if mmu.shadow:
+                read = shadow_glance(mmu.mem, &v.hw, va, b.access[code], &target)
+                frame = (target >> 12) - mmu.mem.ram_hfn
+                if read < 0 or frame >= mmu.mem.nframes:
+                    break
+                target = mem_gfn(mmu.mem, frame) << 12
+            else:
+                read = guest_glance(mmu.mem, &v.guest, va, b.access[code], &target)
+                if read < 0:
+                    break
+                frame = mem_frame(mmu.mem, target >> 12)
+                if frame == sc_no_frame() or (b.access[code] & PF_W and (mmu.mem.logging or marked_table(mmu, frame))):
+                    break
+                target &= ~<u64>4095
+            glances += 1
+            references += read
+            if remember:
+                context = _remember(mmu, v, va, b.kind[code], target | <u64>read)
+        b.gpa[i] = target | offset
+        if data:
+            target = target if flat else mem_frame(mmu.mem, target >> 12) << 12
+            b.value[i] = 0
+            if b.access[code] & PF_W:
+                _store(mmu.mem.ram + target + offset, _word(element, 11 if packed else b.ops.at[4]), size)
+            else:
+                b.value[i] = _load(mmu.mem.ram + target + offset, 1 if b.access[code] & PF_I else size)
+        i += 1
+        element += stride
+    mmu.stats.accesses += i - first
+    mmu.stats.walk_references += references
+    b.glances += glances
+    b.hits += i - first - glances
+    return i
+
+
+cdef u64 _quick_packed(sc_mmu *mmu, sc_batch *b, u64 i, u64 stop) noexcept nogil:
+    return _quick(mmu, b, i, stop, True, False)
+
+
+cdef u64 _quick_packed_data(sc_mmu *mmu, sc_batch *b, u64 i, u64 stop) noexcept nogil:
+    return _quick(mmu, b, i, stop, True, True)
+
+
+cdef u64 _quick_other(sc_mmu *mmu, sc_batch *b, u64 i, u64 stop) noexcept nogil:
+    return _quick(mmu, b, i, stop, False, b.data)
+
+
+cdef int _chunk(sc_mmu *mmu, sc_batch *b, u64 *done, u64 stop) noexcept nogil:
+    """Operations done[0] to stop; done[0] tells how far it came. RC_OK or the negative code of the one that failed."""
+    cdef sc_op o
+    cdef sc_result r
+    cdef sc_row *row
+    cdef u64 i = done[0]
+    cdef int rc = RC_OK
+    while True:
+        if not b.ops.packed:
+            i = _quick_other(mmu, b, i, stop)
+        elif b.data:
+            i = _quick_packed_data(mmu, b, i, stop)
+        else:
+            i = _quick_packed(mmu, b, i, stop)
+        if i == stop:
+            break
+        _load_op(&o, &b.ops, i, b.number)
+        rc = vcpu_op(mmu, mmu.vcpus[o.vcpu], &o, b.data, &r)
+        if rc < 0:
+            break
+        b.gpa[i] = r.gpa
+        if b.data:
+            b.value[i] = r.value[0]
+        if b.high != NULL:
+            b.high[i] = r.value[1]
+        if r.outcome or r.exits or r.emulated:
+            row = &b.rows[b.n_rows]
+            b.n_rows += 1
+            row.number = i
+            row.error_code = <u16>r.error_code
+            row.exits = <u16>r.exits
+            row.outcome = r.outcome
+            row.emulated = r.emulated
+        i += 1
+        rc = RC_OK
+        if mmu.audit_found:
+            rc = RC_AUDIT
+            break
+    done[0] = i
+    return rc
+
+
+cdef int _layout(object ops, sc_layout *l) except -1:
+    """ConfigError unless `ops` is a one-dimensional structured array with the fields of OP_DTYPE."""
+    global _seen_dtype
+    if not isinstance(ops, _ARRAY) or (ops.dtype is not _seen_dtype and ops.dtype.names is None):
+        raise ConfigError(f"ops: a structured array with the fields of OP_DTYPE is needed, not {ops!r:.60}")
+    dtype = ops.dtype
+    if dtype is not _seen_dtype:
+        _seen_dtype = None
+        required = [(name, OP_DTYPE.fields[name][0]) for name in OP_DTYPE.names]
+        for i, (name, wanted) in enumerate((*required, *_OPTIONAL)):
+            _seen_at[i] = <u64>-1
+            if name not in dtype.names:
+                if i < len(required):
+                    raise ConfigError(f"ops: field {name!r} is missing")
+                continue
+            if dtype.fields[name][0] != wanted:
+                raise ConfigError(f"ops: field {name!r} is {dtype.fields[name][0]}, {wanted} is needed")
+            _seen_at[i] = dtype.fields[name][1]
+        _seen_dtype = dtype
+    memcpy(l.at, _seen_at, sizeof(_seen_at))
+    return 0
+
+
+cdef int _check_values(const sc_layout *l, u64 n, u32 vcpus) except -1:
     """ConfigError if an operation, a size or a vcpu does not exist; before anything is run. 1: some size is 16."""
     cdef u64 i
     cdef sc_op o
     cdef bint bad = False
     cdef bint wide = False
+    cdef const u8 *element = l.base
+    cdef u32 code, size
     with nogil:
         for i in range(n):
-            _load_op(&o, base + <i64>i * stride, at, 0)
+            # Loads, stores and fetches of 1, 2, 4 or 8 bytes, the bulk; all others are looked at closely.
+            code = element[l.at[0]]
+            size = element[l.at[2]]
+            element += l.stride
+            if code <= OP_FETCH and (<u32>0x116 >> min(size, 31)) & 1 and l.at[5] == <u64>-1:
+                continue
+            _load_op(&o, l, i, 0)
             if o.op >= OP_COUNT or o.vcpu >= vcpus:
                 bad = True
             elif op_is_access(o.op) and o.op != OP_FETCH:
@@ -94,67 +345,81 @@ cdef int _check_values(const u8 *base, u64 n, i64 stride, const u64 *at, u32 vcp
 
 cdef object run_batch(Mmu shell, u32 number, object ops, bint data):
     """VCpu.run, for vcpu `number` where operations do not name another."""
-    cdef u64 at[FIELDS]
-    _check_ops(ops, at)
-    cdef const u8 *base = <const u8 *><size_t>ops.ctypes.data
-    cdef u64 n = ops.shape[0]
-    cdef i64 stride = ops.strides[0]
-    cdef bint wide = _check_values(base, n, stride, at, shell.c.n_vcpus)
-    shell.idle()
-    outcome = np.zeros(n, dtype=np.uint8)
-    error_code = np.zeros(n, dtype=np.uint16)
-    gpa = np.zeros(n, dtype=np.uint64)
-    value = np.zeros(n, dtype=np.uint64)
-    value_high = np.zeros(n if wide else 0, dtype=np.uint64)
-    exits = np.zeros(n, dtype=np.uint16)
-    emulated = np.zeros(n, dtype=np.uint8)
-    cdef u8[::1] c_outcome = outcome
-    cdef u16[::1] c_error = error_code
-    cdef u64[::1] c_gpa = gpa
-    cdef u64[::1] c_value = value
-    cdef u64[::1] c_high = value_high
-    cdef u16[::1] c_exits = exits
-    cdef u8[::1] c_emulated = emulated
+    cdef Py_buffer held             # while it is, the array cannot be resized
+    cdef sc_batch b
+    memset(&b, 0, sizeof(b))
+    _layout(ops, &b.ops)
+    b.number = number
+    b.data = data
+    PyObject_GetBuffer(ops, &held, PyBUF_STRIDES)
+    try:
+        if held.ndim != 1:
+            raise ConfigError(f"ops: one dimension is needed, not {held.ndim}")
+        b.ops.base = <const u8 *>held.buf
+        b.ops.stride = held.strides[0]
+        b.ops.packed = (b.ops.stride == PACKED and b.ops.at[0] == 0 and b.ops.at[1] == 1 and b.ops.at[2] == 2
+                        and b.ops.at[3] == 3 and b.ops.at[4] == 11)
+        return _run(shell, &b, held.shape[0])
+    finally:
+        PyBuffer_Release(&held)
+
+
+cdef object _run(Mmu shell, sc_batch *b, u64 n):
     cdef sc_mmu *mmu = &shell.c
-    cdef sc_op o
-    cdef sc_result r
+    cdef bint wide = _check_values(&b.ops, n, mmu.n_vcpus)
+    cdef RunResult result
+    cdef Block more
     cdef u64 i = 0
-    cdef u64 stop
-    cdef int rc = 0
-    cdef bint move = data
-    cdef Stats before = stats_copy(mmu.stats)
-    hold = memoryview(ops)      # the array cannot be resized while the batch runs
+    cdef u64 stop, room
+    cdef u32 idle = 0               # chunks in which the memo is not asked
+    cdef int rc = RC_OK
+    shell.idle()
+    result = RunResult.__new__(RunResult)
+    result.gpas = block_new(8 * n)
+    b.gpa = <u64 *>result.gpas.at
+    if b.data:
+        result.values = block_new(8 * n)
+        b.value = <u64 *>result.values.at
+    if wide:
+        result.highs = block_new(8 * n)
+        b.high = <u64 *>result.highs.at
+        memset(b.high, 0, 8 * n)
+    room = min(n, CHUNK)
+    result.rows = block_new(room * sizeof(sc_row))
+    result.before = mmu.stats[0]
+    _kinds(b)
+    b.remember = True
+    memo_drop(mmu)
     mmu.mem.busy = True
     error = None
     try:
-        while i < n and rc >= 0:
+        while i < n and rc == RC_OK:
             stop = min(n, i + CHUNK)
+            if room < b.n_rows + (stop - i):
+                room = min(n, 2 * room + CHUNK)
+                more = block_new(room * sizeof(sc_row))
+                memcpy(more.at, result.rows.at, b.n_rows * sizeof(sc_row))
+                result.rows = more
+            b.rows = <sc_row *>result.rows.at
+            b.hits = b.glances = 0
             with nogil:
-                while i < stop:
-                    _load_op(&o, base + <i64>i * stride, at, number)
-                    rc = vcpu_op(mmu, mmu.vcpus[o.vcpu], &o, move, &r)
-                    if rc < 0:
-                        break
-                    c_outcome[i] = r.outcome
-                    c_error[i] = <u16>r.error_code
-                    c_gpa[i] = r.gpa
-                    c_value[i] = r.value[0]
-                    if wide:
-                        c_high[i] = r.value[1]
-                    c_exits[i] = <u16>r.exits
-                    c_emulated[i] = r.emulated
-                    i += 1
-                    if mmu.audit_found:
-                        rc = RC_AUDIT
-                        break
-            PyErr_CheckSignals()
+                rc = _chunk(mmu, b, &i, stop)
+            # Where accesses do not repeat, the memo only costs.
+            if b.remember and b.hits * 4 < b.glances:
+                b.remember = False
+                idle = SAMPLE
+            elif not b.remember:
+                idle -= 1
+                b.remember = idle == 0
+            if n > CHUNK:
+                PyErr_CheckSignals()
     except KeyboardInterrupt:
         error = Interrupted(None)
     finally:
         mmu.mem.busy = False
-        del hold
-    result = RunResult(outcome[:i], error_code[:i], gpa[:i], value[:i], exits[:i], emulated[:i],
-                       stats_since(mmu.stats, before), value_high[:i] if wide else None)
+    result.n = i
+    result.n_rows = b.n_rows
+    result.after = mmu.stats[0]
     if rc < 0:
         error = shell.failure(rc)
     if error is not None:

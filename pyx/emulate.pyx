@@ -13,7 +13,7 @@ from shadowcore.state cimport (
     request_flush, role_direct, role_field, role_level, role_pte_size, sc_mmu, sc_page, sc_vcpu,
 )
 from shadowcore.types cimport MODE_32, SC_NONE, u8, u32, u64
-from shadowcore.walker cimport sc_walk
+from shadowcore.walker cimport sc_walk, walk_index
 
 
 cdef inline void _drop_entry(sc_mmu *mmu, u32 number, u32 index) noexcept nogil:
@@ -120,5 +120,5 @@ cdef void walk_updated(sc_mmu *mmu, const sc_vcpu *v, const sc_walk *w) noexcept
             following = mmu.pages[number].hash_next
             if (mmu.pages[number].gfn == w.table[level] and not role_direct(mmu.pages[number].role)
                     and role_pte_size(mmu.pages[number].role) != size):
-                _drop_gpte(mmu, number, w.index[level] * size)
+                _drop_gpte(mmu, number, walk_index(w, level) * size)
             number = following

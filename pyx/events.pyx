@@ -76,17 +76,10 @@ cdef class Stats:
         return f"Stats({shown})"
 
 
-cdef Stats stats_copy(const sc_stats *counters):
-    """The counters as they are now."""
-    cdef Stats copy = Stats()
-    copy.own = counters[0]
-    return copy
-
-
-cdef Stats stats_since(const sc_stats *counters, Stats before):
-    """What was counted since `before` was copied."""
+cdef Stats stats_between(const sc_stats *before, const sc_stats *after):
+    """What was counted from one copy of the counters to the next."""
     cdef Stats difference = Stats()
     cdef int i
     for i in range(<int>(sizeof(sc_stats) // sizeof(u64))):
-        (<u64 *>&difference.own)[i] = (<const u64 *>counters)[i] - (<u64 *>&before.own)[i]
+        (<u64 *>&difference.own)[i] = (<const u64 *>after)[i] - (<const u64 *>before)[i]
     return difference

@@ -11,7 +11,8 @@ from shadowcore.bits cimport (
 )
 from shadowcore.fetch cimport sc_leaf
 from shadowcore.memory cimport (
-    mem_frame, mem_frame_hpa, mem_leaf_frame, mem_mark_dirty, mem_pool_page, mem_slot, mem_unlogged, sc_no_frame,
+    mem_frame, mem_frame_hpa, mem_guest_frame, mem_leaf_frame, mem_mark_dirty, mem_pool_page, mem_slot, mem_unlogged,
+    sc_no_frame,
 )
 from shadowcore.pool cimport pool_get, pool_unprotect
 from shadowcore.rmap cimport rmap_add, rmap_remove
@@ -20,13 +21,13 @@ from shadowcore.spte cimport leaf_spte, spte_drop, spte_is_writable, spte_link, 
 from shadowcore.state cimport (
     FLUSH_LEAF, FLUSH_LINK, FLUSH_WITHHELD, QUIRK_DIRTY_LOST, QUIRK_GLOBAL_WITHOUT_PGE, QUIRK_NX_LEAF_ONLY,
     QUIRK_PAGING_OFF_UNPROTECTED, QUIRK_RMAP_LEAK, QUIRK_ROLE_WITHOUT_ACCESS, QUIRK_ROLE_WITHOUT_MODE, ROLE_DIRTY,
-    ROLE_GLOBAL, ROLE_PKEY, request_flush, sc_mmu, sc_vcpu,
+    ROLE_GLOBAL, ROLE_PKEY, memo_drop, request_flush, sc_mmu, sc_vcpu,
 )
 from shadowcore.types cimport (
     ACC_ALL, ACC_U, ACC_W, ACC_X, MODE_32, MODE_64, MODE_OFF, MODE_PAE, PF_U, PF_W, RC_EXHAUSTED, RC_OK, SC_NONE, u8,
     u32, u64,
 )
-from shadowcore.walker cimport rights_fault, sc_walk
+from shadowcore.walker cimport rights_fault, sc_walk, walk_above, walk_index
 
 
 cdef inline u64 _region_gfn(u64 gpa, int level, int mode) noexcept nogil:
@@ -66,7 +67,7 @@ cdef inline u32 _child(sc_mmu *mmu, const sc_vcpu *v, u64 va, int level, const s
             return linked
     else:
         gfn = w.table[level]
-        role = make_role(mmu, v, va, level, False, w.above[level])
+        role = make_role(mmu, v, va, level, False, walk_above(w, level))
     return pool_get(mmu, gfn, role)
 
 
@@ -122,6 +123,8 @@ cdef inline void _replace_leaf(sc_mmu *mmu, u32 spte, u64 value) noexcept nogil:
         rmap_remove(mmu, spte)
     elif not same:
         request_flush(mmu, FLUSH_LEAF)
+    if (old ^ value) & ~<u64>(PTE_A | PTE_D | PTE_W) or was and not now:
+        memo_drop(mmu)
     mmu.table[spte] = value
     if now and not (was and same):
         rmap_add(mmu, spte)
@@ -133,16 +136,21 @@ cdef inline u32 _remembered(u64 spte) noexcept nogil:
             | (0 if spte & pte_nx() else ACC_X))
 
 
+cdef inline u8 *_leaf_byte(sc_mmu *mmu, const sc_walk *w) noexcept nogil:
+    """The low byte, with A and D, of the guest's leaf."""
+    return mem_guest_frame(mmu.mem, w.table[w.level] << 12) + walk_index(w, w.level) * w.pte_size
+
+
 cdef inline void _set_dirty(sc_mmu *mmu, sc_walk *w, bint on) noexcept nogil:
     """Set D in the guest's leaf, or take back what this very walk set."""
     if on and not w.entry[w.level] & PTE_D:
         w.dirtied = True
-        w.slot[w.level][0] |= PTE_D
+        _leaf_byte(mmu, w)[0] |= PTE_D
         w.entry[w.level] |= PTE_D
         mem_mark_dirty(mmu.mem, w.table[w.level])
     elif not on and w.dirtied:
         w.dirtied = False
-        w.slot[w.level][0] &= <u8>~PTE_D
+        _leaf_byte(mmu, w)[0] &= <u8>~PTE_D
         w.entry[w.level] &= ~<u64>PTE_D
 
 

@@ -14,8 +14,8 @@ from shadowcore.roots cimport root_slots, roots_load, roots_release
 from shadowcore.spte cimport spte_drop, spte_is_writable
 from shadowcore.state cimport (
     FLUSH_INVLPG, FLUSH_LOG, QUIRK_NO_REFILL_AT_CR3, QUIRK_ROOT_EMPTIED, ROLE_ACCESS, ROLE_DIRECT, ROLE_GLEVELS,
-    ROLE_GLOBAL, ROLE_NXE, ROLE_PKEY, ROLE_PSE, ROLE_QUADRANT, ROLE_WP0, exit_flush, request_flush, role_direct,
-    role_field, role_level, sc_frame, sc_link, sc_mmu, sc_page, sc_vcpu, vcpu_pcid,
+    ROLE_GLOBAL, ROLE_NXE, ROLE_PKEY, ROLE_PSE, ROLE_QUADRANT, ROLE_WP0, exit_flush, memo_drop, request_flush,
+    role_direct, role_field, role_level, sc_frame, sc_link, sc_mmu, sc_page, sc_vcpu, vcpu_pcid,
 )
 from shadowcore.tlb cimport sc_tlb_entry, tlb_fill, tlb_find
 from shadowcore.types cimport (
@@ -201,6 +201,7 @@ cdef void mmu_protect_slot(sc_mmu *mmu, int slot) noexcept nogil:
             if gfn - mmu.mem.slots[slot].base_gfn < mmu.mem.slots[slot].npages:
                 rmap_remove(mmu, spte)
                 mmu.table[spte] &= ~<u64>PTE_W
+                memo_drop(mmu)
     for _ in range(mmu.n_vcpus):
         request_flush(mmu, FLUSH_LOG)
 
@@ -255,8 +256,8 @@ cdef class Mmu:
         self.c.free_head = self.c.young = self.c.old = SC_NONE
         self._arrays = []
         self._vcpus = []
-        memory.mem.log_stores = not isinstance(design, Shadow)
         if not isinstance(design, Shadow):
+            self.c.marks = <u64 *>self._array(sizeof(u64) * memory.mem.nframes)
             return
         memory.attach_pool(design.pool_pages)
         self.c.shadow = True

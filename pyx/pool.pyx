@@ -9,8 +9,8 @@ from shadowcore.pool cimport hash_bucket
 from shadowcore.rmap cimport list_first, list_remove, rmap_write_protect
 from shadowcore.spte cimport spte_unlink, spte_wipe
 from shadowcore.state cimport (
-    FLUSH_ZAP, FLUSH_ZAP_UPPER, QUIRK_EXIT_FLUSHES, QUIRK_ROOT_EMPTIED, request_flush, role_direct, role_level,
-    role_pte_size, sc_mmu, sc_page,
+    FLUSH_ZAP, FLUSH_ZAP_UPPER, QUIRK_EXIT_FLUSHES, QUIRK_ROOT_EMPTIED, memo_drop, request_flush, role_direct,
+    role_level, role_pte_size, sc_mmu, sc_page,
 )
 from shadowcore.types cimport SC_NONE, u32, u64
 
@@ -178,6 +178,7 @@ cdef inline void _empty(sc_mmu *mmu, u32 number) noexcept nogil:
                 mmu.stats.spte_removed += 1
             mmu.table[spte] = 0
         page.used[word] = 0
+    memo_drop(mmu)
     if level == 1:
         request_flush(mmu, FLUSH_ZAP)
     elif page.present and not mmu.quirks & QUIRK_EXIT_FLUSHES:

@@ -10,12 +10,12 @@ from shadowcore.memory cimport mem_guest_frame
 from shadowcore.mmu cimport mmu_new_cr3, mmu_reset
 from shadowcore.state cimport (
     FEAT_FSGSBASE, FEAT_GBPAGES, FEAT_LA57, FEAT_NX, FEAT_PCID, FEAT_PKU, FEAT_PSE36, FEAT_SMAP, FEAT_SMEP, FEAT_UMIP,
-    FEAT_XSAVE, FLUSH_CONTEXT, FLUSH_CR3, POINT_POST_CR3, QUIRK_ACCESSED_EARLY, audit_point, flush_lost, sc_mmu,
-    sc_vcpu, vcpu_pcid,
+    FEAT_XSAVE, FLUSH_CONTEXT, FLUSH_CR3, POINT_POST_CR3, QUIRK_ACCESSED_EARLY, audit_point, flush_lost, memo_drop,
+    sc_mmu, sc_vcpu, vcpu_pcid,
 )
 from shadowcore.tlb cimport tlb_flush_all, tlb_flush_pcid
 from shadowcore.types cimport MODE_32, MODE_64, MODE_LA57, MODE_OFF, MODE_PAE, RC_GP, RC_OK, SC_NONE, u8, u32, u64
-from shadowcore.walker cimport paging_reserved, pdptes_valid
+from shadowcore.walker cimport paging_refused, paging_reserved, pdptes_valid
 
 
 cdef inline int _mode(u64 cr0, u64 cr4, u64 efer) noexcept nogil:
@@ -72,6 +72,8 @@ cdef void vcpu_apply(sc_vcpu *v) noexcept nogil:
     paging_reserved(&v.hw, 52, True, False, False)
     v.hw.large_levels = 0
     v.hw.mode = mode if mode >= MODE_64 else MODE_PAE
+    paging_refused(&v.guest)
+    paging_refused(&v.hw)
 
 
 cdef inline void _drop_translations(const sc_mmu *mmu, sc_vcpu *v, bint changed) noexcept nogil:
@@ -114,6 +116,7 @@ cdef int load_cr0(sc_mmu *mmu, sc_vcpu *v, u64 value) noexcept nogil:
     if pg and v.efer & EFER_LME:
         v.efer |= EFER_LMA
     vcpu_apply(v)
+    memo_drop(mmu)
     mmu_reset(mmu, v)
     return RC_OK
 
@@ -138,6 +141,7 @@ cdef int load_cr3(sc_mmu *mmu, sc_vcpu *v, u64 value) noexcept nogil:
     if mmu.shadow:
         mmu.stats.exits[EXIT_CR3] += 1
     v.cr3 = value
+    memo_drop(mmu)
     if v.tlb != NULL and not keep:
         tlb_flush_pcid(v.tlb, vcpu_pcid(v), flush_lost(mmu, FLUSH_CR3))
     if v.guest.mode != MODE_OFF:
@@ -166,6 +170,7 @@ cdef int load_cr4(sc_mmu *mmu, sc_vcpu *v, u64 value) noexcept nogil:
     _drop_translations(mmu, v, value != v.cr4)
     v.cr4 = value
     vcpu_apply(v)
+    memo_drop(mmu)
     mmu_reset(mmu, v)
     return RC_OK
 
@@ -179,13 +184,20 @@ cdef int load_efer(sc_mmu *mmu, sc_vcpu *v, u64 value) noexcept nogil:
     _drop_translations(mmu, v, (value ^ v.efer) & EFER_NXE)
     v.efer = (value & ~<u64>EFER_LMA) | (v.efer & EFER_LMA)
     vcpu_apply(v)
+    memo_drop(mmu)
     mmu_reset(mmu, v)
     return RC_OK
 
 
-cdef void load_pkru(sc_vcpu *v, u64 value) noexcept nogil:
+cdef void load_pkru(sc_mmu *mmu, sc_vcpu *v, u64 value) noexcept nogil:
+    if value != v.guest.pkru:
+        memo_drop(mmu)
     v.guest.pkru = v.hw.pkru = <u32>value
 
 
-cdef void load_ac(sc_vcpu *v, bint on) noexcept nogil:
+cdef void load_ac(sc_mmu *mmu, sc_vcpu *v, bint on) noexcept nogil:
+    if v.guest.smap and on != v.guest.ac:
+        memo_drop(mmu)
     v.guest.ac = v.hw.ac = on
+    paging_refused(&v.guest)
+    paging_refused(&v.hw)

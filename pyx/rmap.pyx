@@ -1,7 +1,7 @@
 """The reverse map at work: write protection of a frame."""
 from shadowcore.bits cimport PTE_W
 from shadowcore.rmap cimport list_first, list_next, rmap_remove
-from shadowcore.state cimport FLUSH_PROTECT, request_flush, sc_mmu
+from shadowcore.state cimport FLUSH_PROTECT, memo_drop, request_flush, sc_mmu
 from shadowcore.types cimport u32, u64
 
 
@@ -26,4 +26,5 @@ cdef void rmap_write_protect(sc_mmu *mmu, u64 frame) noexcept nogil:
         rmap_remove(mmu, spte)
         mmu.table[spte] &= ~<u64>PTE_W
         mmu.stats.rmap_protected += 1
+        memo_drop(mmu)
         request_flush(mmu, FLUSH_PROTECT)

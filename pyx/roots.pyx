@@ -10,11 +10,9 @@ from shadowcore.pool cimport pool_get
 from shadowcore.roots cimport root_slots
 from shadowcore.state cimport (
     QUIRK_ABSENT_PDPTES, QUIRK_ROLE_WITHOUT_ACCESS, QUIRK_ROLE_WITHOUT_MODE, ROLE_ACCESS, ROLE_DIRECT, ROLE_GLEVELS,
-    ROLE_LEVEL, ROLE_NXE, ROLE_PSE, ROLE_QUADRANT, ROLE_WP0, sc_mmu, sc_vcpu,
+    ROLE_LEVEL, ROLE_NXE, ROLE_PSE, ROLE_QUADRANT, ROLE_WP0, memo_drop, sc_mmu, sc_vcpu,
 )
-from shadowcore.types cimport (
-    ACC_ALL, MODE_32, MODE_64, MODE_OFF, MODE_PAE, SC_NONE, u32, u64,
-)
+from shadowcore.types cimport ACC_ALL, MODE_32, MODE_64, MODE_OFF, MODE_PAE, SC_NONE, u32, u64
 from shadowcore.walker cimport sc_paging
 
 
@@ -80,6 +78,7 @@ cdef u32 root_load(sc_mmu *mmu, sc_vcpu *v, int slot) noexcept nogil:
     v.roots[slot] = page
     v.hw.root = mem_pool_hpa(page)
     v.hw.pdpte[slot] = mem_pool_hpa(page) | PTE_P
+    memo_drop(mmu)
     return page
 
 
@@ -91,6 +90,7 @@ cdef void root_release(sc_mmu *mmu, sc_vcpu *v, int slot) noexcept nogil:
     v.roots[slot] = SC_NONE
     v.hw.pdpte[slot] = 0
     v.hw.root = 0
+    memo_drop(mmu)
 
 
 cdef void roots_load(sc_mmu *mmu, sc_vcpu *v) noexcept nogil:

@@ -9,6 +9,8 @@ from shadowcore.access cimport (
 )
 from shadowcore.batch cimport run_batch
 from shadowcore.bits cimport PTE_P, is_canonical
+from shadowcore.fetch cimport fetch
+from shadowcore.memo cimport sc_memo
 from shadowcore.memory cimport mem_pool_hpa
 from shadowcore.mmu cimport Mmu
 from shadowcore.registers cimport load_ac, load_cr0, load_cr3, load_cr4, load_efer, load_pkru, vcpu_apply, vcpu_init
@@ -21,7 +23,7 @@ from shadowcore.types cimport (
     ACC_U, ACC_W, ACC_X, MODE_32, MODE_64, MODE_LA57, MODE_OFF, PF_I, PF_U, PF_W, RC_AUDIT, RC_GP, RC_MMIO, RC_OK,
     RC_PF, SC_NONE, u32, u64,
 )
-from shadowcore.walker cimport probe_walk, sc_walk
+from shadowcore.walker cimport probe_walk, sc_walk, walk_index
 
 from shadowcore.config import check_int
 from shadowcore.errors import ConfigError, GeneralProtection, MMIOAccess, PageFault
@@ -73,24 +75,20 @@ cdef class Translation:
 
     @property
     def levels(self) -> list:
-        return [] if self.mode == MODE_OFF else _levels(&self.w, self.mode)
+        return [] if self.mode == MODE_OFF else _levels(&self.w)
 
     def __repr__(self):
         rights = "r" + "-w"[self.writable] + "-x"[self.executable] + "-u"[self.user]
         return f"Translation(gpa={self.gpa:#x}, page_size={self.page_size}, rights={rights})"
 
 
-cdef list _levels(const sc_walk *w, int mode):
+cdef list _levels(const sc_walk *w):
     cdef int level = w.top
     cdef list found = []
     while level >= w.level and level > 0:
-        found.append((level, (w.table[level] << 12) + _offset(w, level, mode), w.entry[level]))
+        found.append((level, (w.table[level] << 12) + walk_index(w, level) * w.pte_size, w.entry[level]))
         level -= 1
     return found
-
-
-cdef inline u64 _offset(const sc_walk *w, int level, int mode) noexcept:
-    return w.index[level] * (4 if mode == MODE_32 else 8)
 
 
 cdef dict _ACCESS = {"r": 0, "w": PF_W, "x": PF_I}
@@ -133,6 +131,9 @@ cdef class VCpu:
                 self.c.features |= bit
         if tlb is not None:
             self._make_tlb(tlb)
+        else:
+            self._memo = allocate(sizeof(sc_memo))
+            self.c.memo = <sc_memo *><size_t>self._memo.ctypes.data
         mmu.c.vcpus[mmu.c.n_vcpus] = &self.c
         mmu.c.n_vcpus += 1
         mmu._vcpus.append(self)
@@ -280,7 +281,7 @@ cdef class VCpu:
     @pkru.setter
     def pkru(self, value):
         self.mmu.idle()
-        load_pkru(&self.c, check_int("pkru", value, 0, (1 << 32) - 1))
+        load_pkru(&self.mmu.c, &self.c, check_int("pkru", value, 0, (1 << 32) - 1))
 
     @property
     def ac(self) -> bool:
@@ -290,7 +291,7 @@ cdef class VCpu:
     @ac.setter
     def ac(self, value):
         self.mmu.idle()
-        load_ac(&self.c, bool(value))
+        load_ac(&self.mmu.c, &self.c, bool(value))
 
     @property
     def cpl(self) -> int:
@@ -437,7 +438,7 @@ cdef class VCpu:
         if self.c.guest.mode == MODE_OFF:
             return []
         probe_walk(self.mmu.c.mem, &self.c.guest, va, 0, &w)
-        return _levels(&w, self.c.guest.mode)
+        return _levels(&w)
 
     def run(self, ops, data=True):
         """Perform the operations of a structured array (fields of OP_DTYPE by name, aligned or packed).

@@ -4,12 +4,16 @@ from libc.string cimport memset
 from shadowcore.bits cimport PTE_P, level_mask, pte_nx
 from shadowcore.gmode cimport gmode_32, gmode_64, gmode_la57, gmode_pae
 from shadowcore.memory cimport sc_mem
-from shadowcore.types cimport ACC_ALL, MODE_32, MODE_64, MODE_LA57, MODE_OFF, MODE_PAE, RC_OK, u32, u64
-from shadowcore.walker cimport sc_paging, sc_walk, walk_body
+from shadowcore.types cimport (
+    ACC_ALL, ACC_U, ACC_W, ACC_X, MODE_32, MODE_64, MODE_LA57, MODE_OFF, MODE_PAE, PF_I, PF_U, PF_W, RC_OK, u32, u64,
+)
+from shadowcore.walker cimport glance_body, sc_paging, sc_walk, walk_body
 
 
 cdef inline int walk_identity(u64 va, sc_walk *w) noexcept nogil:
     """Paging off: the linear address is the gpa, as if one entry of each root slot mapped its GiB."""
+    w.va = va
+    w.pte_size = 8
     w.gpa = va
     w.access = ACC_ALL
     w.pkey = 0
@@ -53,6 +57,51 @@ cdef int shadow_walk(sc_mem *m, const sc_paging *p, u64 va, u32 access, sc_walk 
     if p.mode == MODE_LA57:
         return walk_body(m, p, va, access, w, gmode_la57(True, False))
     return walk_body(m, p, va, access, w, gmode_pae(True, False))
+
+
+cdef int guest_glance(const sc_mem *m, const sc_paging *p, u64 va, u32 access, u64 *gpa) noexcept nogil:
+    """Entries that a walk of the guest's tables reads, and where it leads; -1 if the walk has more to do than that."""
+    if p.mode == MODE_64:
+        return glance_body(m, p, va, access, gpa, gmode_64(False, True))
+    if p.mode == MODE_PAE:
+        return glance_body(m, p, va, access, gpa, gmode_pae(False, True))
+    if p.mode == MODE_32:
+        return glance_body(m, p, va, access, gpa, gmode_32(False, True))
+    if p.mode == MODE_LA57:
+        return glance_body(m, p, va, access, gpa, gmode_la57(False, True))
+    gpa[0] = va
+    return 0
+
+
+cdef int shadow_glance(const sc_mem *m, const sc_paging *p, u64 va, u32 access, u64 *hpa) noexcept nogil:
+    """guest_glance, of the shadow tables."""
+    if p.mode == MODE_64:
+        return glance_body(m, p, va, access, hpa, gmode_64(True, True))
+    if p.mode == MODE_LA57:
+        return glance_body(m, p, va, access, hpa, gmode_la57(True, True))
+    return glance_body(m, p, va, access, hpa, gmode_pae(True, True))
+
+
+cdef inline bint _refused(const sc_paging *p, u32 acc, u32 access) noexcept nogil:
+    """Rights `acc` forbid `access` (SDM 4.6.1), protection keys aside."""
+    cdef bint user = access & PF_U != 0
+    if user and not acc & ACC_U:
+        return True
+    if access & PF_I:
+        return not acc & ACC_X or (p.smep and not user and acc & ACC_U)
+    if access & PF_W and not acc & ACC_W and (user or p.wp):
+        return True
+    return p.smap and not user and acc & ACC_U and not p.ac
+
+
+cdef void paging_refused(sc_paging *p) noexcept nogil:
+    """Fill p.refused from p.wp, p.smep, p.smap and p.ac."""
+    cdef u32 acc, access
+    for acc in range(8):
+        p.refused[acc] = 0
+        for access in range(32):
+            if _refused(p, acc, access):
+                p.refused[acc] |= <u32>1 << access
 
 
 cdef bint pdptes_valid(const u64 *pdpte, int maxphyaddr) noexcept nogil:

@@ -51,5 +51,4 @@ cdef class Stats:
     cdef sc_stats own               # counts of one run, when no VM is behind the object
     cdef object owner               # keeps the memory behind c alive
 
-cdef Stats stats_copy(const sc_stats *counters)
-cdef Stats stats_since(const sc_stats *counters, Stats before)
+cdef Stats stats_between(const sc_stats *before, const sc_stats *after)

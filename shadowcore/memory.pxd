@@ -19,7 +19,6 @@ cdef struct sc_mem:
     u64 ram_hfn                     # host frame number of RAM frame 0
     u64 *pool                       # shadow pool, 512 entries a frame; NULL without a shadow MMU
     u64 pool_pages                  # frames of the pool
-    bint log_stores                 # native: the processor's stores are logged one by one
     bint logging                    # some slot has a dirty log
     bint busy                       # a batch runs, without the GIL: nobody else may touch the VM
     int nslots

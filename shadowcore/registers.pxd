@@ -8,5 +8,5 @@ cdef int load_cr0(sc_mmu *mmu, sc_vcpu *v, u64 value) noexcept nogil
 cdef int load_cr3(sc_mmu *mmu, sc_vcpu *v, u64 value) noexcept nogil
 cdef int load_cr4(sc_mmu *mmu, sc_vcpu *v, u64 value) noexcept nogil
 cdef int load_efer(sc_mmu *mmu, sc_vcpu *v, u64 value) noexcept nogil
-cdef void load_pkru(sc_vcpu *v, u64 value) noexcept nogil
-cdef void load_ac(sc_vcpu *v, bint on) noexcept nogil
+cdef void load_pkru(sc_mmu *mmu, sc_vcpu *v, u64 value) noexcept nogil
+cdef void load_ac(sc_mmu *mmu, sc_vcpu *v, bint on) noexcept nogil

@@ -4,7 +4,7 @@ from shadowcore.bits cimport (
 )
 from shadowcore.memory cimport mem_pool_hpa, mem_pool_page
 from shadowcore.rmap cimport list_add, list_remove, rmap_add, rmap_remove
-from shadowcore.state cimport role_level, sc_mmu, sc_page
+from shadowcore.state cimport memo_drop, role_level, sc_mmu, sc_page
 from shadowcore.types cimport ACC_U, ACC_W, ACC_X, u32, u64
 
 cdef inline u64 nonleaf_spte(u32 child) noexcept nogil:
@@ -32,6 +32,7 @@ cdef inline void spte_wipe(sc_mmu *mmu, u32 spte) noexcept nogil:
     cdef sc_page *page = &mmu.pages[spte >> 9]
     if mmu.table[spte] & PTE_P:
         mmu.stats.spte_removed += 1
+        memo_drop(mmu)
     mmu.table[spte] = 0
     page.used[(spte & 511) >> 6] &= ~(<u64>1 << (spte & 63))
     page.present -= 1

@@ -5,6 +5,7 @@ zeroed memory means "none".
 """
 from shadowcore.bits cimport CR4_PCIDE
 from shadowcore.events cimport sc_stats
+from shadowcore.memo cimport sc_memo
 from shadowcore.memory cimport sc_mem
 from shadowcore.types cimport u8, u16, u32, u64
 from shadowcore.tlb cimport sc_tlb
@@ -68,6 +69,7 @@ cdef struct sc_vcpu:
     u32 features                    # FEAT_*
     int maxphyaddr
     sc_tlb *tlb                     # NULL: no TLB is modelled
+    sc_memo *memo                   # NULL: a TLB is
 
 # Can the store of nbytes at gva, gpa be emulated? 1 yes, 0 no (an embedder's instruction emulator may not know it), -1
 # the callback failed and the access is to be given up.
@@ -106,12 +108,14 @@ cdef struct sc_mmu:
     u32 n_pte8                      # active pages that shadow tables of 8-byte entries
     u32 n_vcpus
     u64 flush_epoch                 # a new one drops what every TLB holds
+    u64 memo_epoch                  # moves when something is withdrawn that a translation was made of
     u32 lost_flushes                # bit per FLUSH_*: flushes that do not happen; for tests alone
     u64 spte_base                   # sptes present when the counters were last set to 0
     u64 *table                      # the pool: 512 sptes a page
     sc_page *pages                  # header of each pool page
     sc_frame *frames                # per frame of guest RAM
     sc_link *links                  # per spte of the pool
+    u64 *marks                      # native, per frame of guest RAM: memo_epoch << 2 | MARK_*, of that epoch
     u32 *hash                       # first page of each bucket, or SC_NONE
     sc_vcpu *vcpus[SC_MAX_VCPUS]
     sc_can_emulate can_emulate      # asked before a store is emulated; NULL: the answer is yes
@@ -123,6 +127,11 @@ cdef struct sc_mmu:
     u32 exhausted                   # vcpu for which there were not enough pages, when RC_EXHAUSTED was returned
     u32 fail_after                  # for tests: so many pages can still be taken from the pool,
     u32 fail_for                    # then so many attempts fail
+
+# Native: what the memos of an epoch know of a frame.
+cdef enum:
+    MARK_TABLE = 1                  # their translations were made of entries in it
+    MARK_STORED = 2                 # they let stores reach it
 
 # Members of shadowcore.config.Quirk, bit by bit.
 cdef enum:
@@ -154,6 +163,14 @@ cdef enum:
     FEAT_UMIP = 1 << 8
     FEAT_FSGSBASE = 1 << 9
     FEAT_XSAVE = 1 << 10
+
+cdef inline void memo_drop(sc_mmu *mmu) noexcept nogil:
+    """Something was withdrawn, or changed, that a translation may have been made of."""
+    mmu.memo_epoch += 1
+
+cdef inline bint marked_table(const sc_mmu *mmu, u64 frame) noexcept nogil:
+    """Native: a store to the frame may change what the memos know."""
+    return mmu.marks[frame] >> 2 == mmu.memo_epoch and mmu.marks[frame] & MARK_TABLE
 
 cdef inline void audit_point(sc_mmu *mmu, u32 point) noexcept nogil:
     if mmu.audit_points >> point & 1:

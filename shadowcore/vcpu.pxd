@@ -13,6 +13,7 @@ cdef class VCpu:
     cdef sc_vcpu c
     cdef readonly Mmu mmu
     cdef object _tlb                # arrays behind c.tlb
+    cdef object _memo               # array behind c.memo
 
     cdef Mmu _idle(self)
     cdef int _walk(self, u64 va, u32 access, object user, Translation t) except -1

@@ -1,0 +1,154 @@
+"""What a batch of operations came to: arrays with a row for each operation.
+
+Most operations only lead somewhere. What else can be said of one (a fault, exits, emulation) is kept as a short list
+by the engine, and becomes arrays when they are asked for.
+"""
+import numpy as np
+
+from cpython.buffer cimport PyBuffer_FillInfo
+from libc.stdlib cimport free, malloc
+from libc.string cimport memset
+
+from shadowcore.events cimport Stats, stats_between
+from shadowcore.results cimport sc_row
+from shadowcore.types cimport u8, u16, u64
+
+cdef enum:
+    SPARES = 8                      # blocks kept for the next batch, whose first touch would cost page faults
+    SPARE_BYTES = 8 << 20           # the largest that is kept
+
+cdef void *_spare[SPARES]
+cdef size_t _spare_size[SPARES]
+memset(_spare_size, 0, sizeof(_spare_size))
+
+
+cdef class Block:
+    """Bytes that arrays look into. Those of freed blocks serve again."""
+
+    def __getbuffer__(self, Py_buffer *view, int flags):
+        PyBuffer_FillInfo(view, self, self.at, self.size, 0, flags)
+
+    def __dealloc__(self):
+        cdef int i
+        if self.at == NULL:
+            return
+        if 4096 < self.size <= SPARE_BYTES:
+            for i in range(SPARES):
+                if _spare_size[i] == 0:
+                    _spare[i] = self.at
+                    _spare_size[i] = self.size
+                    return
+        free(self.at)
+
+
+cdef Block block_new(size_t size):
+    """A block of at least `size` bytes, with whatever is in them. MemoryError where there is no room."""
+    cdef Block block = Block.__new__(Block)
+    cdef int i
+    if size > 4096:
+        for i in range(SPARES):
+            if size <= _spare_size[i] <= 2 * size:
+                block.at, block.size = _spare[i], _spare_size[i]
+                _spare_size[i] = 0
+                return block
+    block.at = malloc(size if size else 1)
+    if block.at == NULL:
+        raise MemoryError(f"{size} bytes for the results of a batch")
+    block.size = size
+    return block
+
+
+cdef class RunResult:
+    """One row per operation, in arrays of equal length.
+
+    outcome: uint8: 0 done, 1 guest #PF, 2 #GP, 3 MMIO (nothing was transferred). error_code: uint16, of a #PF.
+    gpa: uint64: where the access led; all ones if nowhere. value: uint64: what a load or fetch read.
+    exits: uint16: page-fault exits it took. emulated: uint8: stores that the emulator did.
+    value_high: uint64, upper half of 16-byte values; None when no operation has that size.
+    stats: the difference that the run made to the VM's counters.
+    """
+
+    def __init__(self, *args, **kwargs):
+        raise TypeError("results are made by VCpu.run")
+
+    cdef object _sparse(self, name, dtype):
+        cdef sc_row *rows = NULL if self.rows is None else <sc_row *>self.rows.at
+        cdef u64 i
+        cdef u8[::1] bytes_
+        cdef u16[::1] words
+        if self.columns is None:
+            self.columns = {}
+        if name in self.columns:
+            return self.columns[name]
+        column = self.columns[name] = np.zeros(self.n, dtype=dtype)
+        if name == "outcome":
+            bytes_ = column
+            for i in range(self.n_rows):
+                bytes_[rows[i].number] = rows[i].outcome
+        elif name == "emulated":
+            bytes_ = column
+            for i in range(self.n_rows):
+                bytes_[rows[i].number] = rows[i].emulated
+        elif name == "exits":
+            words = column
+            for i in range(self.n_rows):
+                words[rows[i].number] = rows[i].exits
+        else:
+            words = column
+            for i in range(self.n_rows):
+                words[rows[i].number] = rows[i].error_code
+        return column
+
+    cdef object _dense(self, name, Block block):
+        if self.columns is None:
+            self.columns = {}
+        if name not in self.columns:
+            self.columns[name] = (np.zeros(self.n, dtype=np.uint64) if block is None
+                                  else np.ndarray(self.n, dtype=np.uint64, buffer=block))
+        return self.columns[name]
+
+    @property
+    def outcome(self):
+        return self._sparse("outcome", np.uint8)
+
+    @property
+    def error_code(self):
+        return self._sparse("error_code", np.uint16)
+
+    @property
+    def exits(self):
+        return self._sparse("exits", np.uint16)
+
+    @property
+    def emulated(self):
+        return self._sparse("emulated", np.uint8)
+
+    @property
+    def gpa(self):
+        return self._dense("gpa", self.gpas)
+
+    @property
+    def value(self):
+        return self._dense("value", self.values)
+
+    @property
+    def value_high(self):
+        return None if self.highs is None else self._dense("value_high", self.highs)
+
+    @property
+    def stats(self) -> Stats:
+        if self.columns is None:
+            self.columns = {}
+        if "stats" not in self.columns:
+            self.columns["stats"] = stats_between(&self.before, &self.after)
+        return self.columns["stats"]
+
+    def __len__(self):
+        return self.n
+
+    def __repr__(self):
+        faults = int(np.count_nonzero(self.outcome == 1))
+        return (
+            f"RunResult({len(self)} operations, {int(self.exits.sum())} page-fault exits, "
+            f"{int(self.emulated.sum())} emulated stores, {faults} guest faults)"
+        )

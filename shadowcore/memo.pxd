@@ -1,0 +1,60 @@
+"""The memo of a vcpu: where its last accesses led, so that one that repeats them needs no walk.
+
+It is the host's, not the guest's: it changes no result and no counter, and a machine that models a TLB has none. An
+entry holds as long as nothing that translations are made of was withdrawn: sc_mmu.memo_epoch moves whenever something
+is, and with each batch, for between batches anybody may write to guest memory.
+
+What an access needs is one bit, its kind; an entry holds the kinds that are denied or not known. So one compare
+decides on page, epoch, privilege, rights, accessed and dirty bits.
+"""
+from libc.string cimport memset
+
+from shadowcore.types cimport u32, u64
+
+cdef enum:
+    MEMO_ENTRIES = 4096
+    MEMO_DENIED = 56                # tag: bits 0-39 of it are bits 24-63 of the address, then 16 of the epoch, then
+                                    # a bit per kind, set if that kind is not allowed
+    MEMO_EPOCH = 40
+    MEMO_EPOCHS = 0xFFF0            # epochs that differ in their 16 bits
+
+# Kinds of accesses: load, store, fetch by supervisor code, then by user code. The last two are always denied.
+cdef enum:
+    KIND_STORE = 1
+    KIND_FETCH = 2
+    KIND_USER = 3
+    KIND_NONE = 7
+
+cdef struct sc_memo_entry:
+    u64 tag
+    u64 target                      # gpa of the page | entries that a walk reads
+
+cdef struct sc_memo:
+    sc_memo_entry entry[MEMO_ENTRIES]
+    u64 since                       # epoch in which it was last cleared
+
+cdef inline u64 memo_context(sc_memo *memo, u64 epoch) noexcept nogil:
+    """What tags of this epoch have in common; 0 is none's, so that a zeroed entry fits nothing."""
+    if epoch - memo.since >= MEMO_EPOCHS:
+        memset(memo.entry, 0, sizeof(memo.entry))
+        memo.since = epoch
+    return (epoch - memo.since + 1) << MEMO_EPOCH
+
+cdef inline u64 memo_mask(u32 kind) noexcept nogil:
+    """Bits of a tag that have to be as expected for an access of `kind`."""
+    return (((<u64>1 << MEMO_DENIED) - 1)) | (<u64>1 << (MEMO_DENIED + kind))
+
+cdef inline sc_memo_entry *memo_entry(sc_memo *memo, u64 va) noexcept nogil:
+    return &memo.entry[((va >> 12) ^ (va >> 24)) & (MEMO_ENTRIES - 1)]
+
+cdef inline void memo_put(sc_memo *memo, u64 context, u64 va, u32 kind, u64 target) noexcept nogil:
+    """An access of `kind` at `va` leads to `target`; where a store does, so does a load."""
+    cdef sc_memo_entry *e = memo_entry(memo, va)
+    cdef u64 page = (va >> 24) + context
+    cdef u64 allowed = <u64>1 << (MEMO_DENIED + kind)
+    if kind == KIND_STORE or kind == KIND_STORE + KIND_USER:
+        allowed |= allowed >> KIND_STORE
+    if (e.tag ^ page) & ((<u64>1 << MEMO_DENIED) - 1):
+        e.tag = page | ~((<u64>1 << MEMO_DENIED) - 1)
+        e.target = target
+    e.tag &= ~allowed
