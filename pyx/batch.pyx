@@ -13,9 +13,10 @@ from libc.string cimport memcpy, memset
 from shadowcore.access cimport OP_CMPXCHG, OP_COUNT, OP_FETCH, OP_WRITE, op_is_access, sc_op, sc_result, vcpu_op
 from shadowcore.bits cimport is_canonical
 from shadowcore.memo cimport (
-    KIND_NONE, KIND_STORE, KIND_USER, memo_context, memo_entry, memo_mask, memo_put, sc_memo, sc_memo_entry,
+    KIND_NONE, KIND_STORE, KIND_USER, memo_context, memo_entry, memo_mask, memo_put, memo_spill, memo_tag, sc_memo,
+    sc_memo_entry,
 )
-from shadowcore.memory cimport mem_frame, mem_gfn, sc_no_frame
+from shadowcore.memory cimport mem_frame, mem_gfn, mem_guest_frame, sc_no_frame
 from shadowcore.mmu cimport Mmu
 from shadowcore.results cimport Block, RunResult, block_new, sc_row
 from shadowcore.state cimport MARK_STORED, MARK_TABLE, marked_table, memo_drop, sc_mmu, sc_vcpu
@@ -42,12 +43,12 @@ cdef struct sc_layout:
     i64 stride                      # bytes from one to the next
     u64 at[FIELDS]                  # offset in an element: op, user, size, addr, value; vcpu, value_high, expected,
                                     # expected_high, or all ones
-    bint packed                     # as OP_DTYPE
 
 cdef struct sc_batch:
     sc_layout ops
     u32 number                      # vcpu of operations that name none
     bint data                       # bytes move
+    bint plain                      # laid out as OP_DTYPE, `user` is 0 or 1, and no size is above 8
     u64 *gpa                        # results: per operation
     u64 *value                      # ... if data
     u64 *high                       # ... if some size is 16
@@ -56,13 +57,44 @@ cdef struct sc_batch:
     bint remember                   # the memo is asked and filled
     u64 hits                        # of the memo
     u64 glances                     # accesses that a glance answered
-    u64 mask[32]                    # by op | user << 4: memo_mask of the kind
-    u32 access[32]                  # PF_* of the access
-    u8 kind[32]                     # KIND_*
+    u64 nowhere                     # where loads store to
 
 cdef object _ARRAY = np.ndarray
 cdef object _seen_dtype = None      # the layout that was asked for last ...
 cdef u64 _seen_at[FIELDS]           # ... and the offsets of its fields
+
+# By what an operation is: its code, | 256 in user mode.
+cdef u64 _mask[272]                 # memo_mask of the kind
+cdef u64 _loads[272]                # bits that come back as the value: of a store none, of a fetch a byte
+cdef u32 _access[272]               # PF_*
+cdef u8 _kind[272]                  # KIND_*, KIND_NONE where it is no load, store or fetch
+
+cdef u64 _bytes[9]                  # by size: the bits of so many bytes
+cdef u8 _odd_op[256]                # 0 for the codes and sizes that most batches are made of
+cdef u8 _odd_size[256]
+
+
+cdef void _fill_tables() noexcept nogil:
+    cdef u32 op, user, i
+    for i in range(272):
+        _kind[i] = KIND_NONE
+        _mask[i] = memo_mask(KIND_NONE)
+        _loads[i] = _access[i] = 0
+    for user in range(2):
+        for op in range(OP_FETCH + 1):
+            i = op | user << 8
+            _kind[i] = op + KIND_USER * user    # OP_READ, OP_WRITE, OP_FETCH are 0, KIND_STORE, KIND_FETCH
+            _mask[i] = memo_mask(_kind[i])
+            _loads[i] = 0 if op == OP_WRITE else 0xFF if op == OP_FETCH else ~<u64>0
+            _access[i] = (PF_U if user else 0) | (PF_W if op == OP_WRITE else PF_I if op == OP_FETCH else 0)
+    for i in range(9):
+        _bytes[i] = ~<u64>0 if i == 8 else (<u64>1 << (8 * i)) - 1
+    for i in range(256):
+        _odd_op[i] = i > OP_FETCH
+        _odd_size[i] = not (i == 1 or i == 2 or i == 4 or i == 8)
+
+
+_fill_tables()
 
 
 cdef inline u64 _word(const u8 *element, u64 at) noexcept nogil:
@@ -86,29 +118,25 @@ cdef inline void _load_op(sc_op *o, const sc_layout *l, u64 i, u32 vcpu) noexcep
     o.expected[1] = _word(element, l.at[8])
 
 
-cdef void _kinds(sc_batch *b) noexcept nogil:
-    """Fill the tables by which the code of an operation says what it needs."""
-    cdef u32 op, user, i
-    for i in range(32):
-        b.kind[i] = KIND_NONE
-        b.mask[i] = memo_mask(KIND_NONE)
-        b.access[i] = 0
-    for user in range(2):
-        for op in range(OP_FETCH + 1):
-            i = op | user << 4
-            b.kind[i] = op + KIND_USER * user       # OP_READ, OP_WRITE, OP_FETCH are 0, KIND_STORE, KIND_FETCH
-            b.mask[i] = memo_mask(b.kind[i])
-            b.access[i] = (PF_U if user else 0) | (PF_W if op == OP_WRITE else PF_I if op == OP_FETCH else 0)
+cdef inline u32 _code(const sc_batch *b, const u8 *element, u32 *size, bint plain) noexcept nogil:
+    """What the operation is, as an index into the tables of sc_batch; size[0]: its bytes."""
+    cdef u32 word
+    if plain:
+        memcpy(&word, element, 4)
+        size[0] = (word >> 16) & 0xFF
+        return word & 0x10F
+    size[0] = element[b.ops.at[2]]
+    return (element[b.ops.at[0]] & 15) | (element[b.ops.at[1]] != 0) << 8
 
 
-cdef inline u64 _load(const u8 *at, u32 size) noexcept nogil:
-    """`size` bytes, at most 8, of the 8 at `at`."""
+cdef inline void _move(sc_batch *b, u64 i, u64 value, u8 *at, u32 code, u32 size) noexcept nogil:
+    """Load or store the bytes of operation i, of at most 8 from `at` on, which lie in one page. Loads and stores come
+    in no order that could be foreseen, so both do the same: a load stores too, to where nobody looks."""
     cdef u64 word
     memcpy(&word, at, 8)
-    return word if size >= 8 else word & ((<u64>1 << (8 * size)) - 1)
-
-
-cdef inline void _store(u8 *at, u64 value, u32 size) noexcept nogil:
+    b.value[i] = word & _loads[code] & _bytes[size]
+    if _access[code] & PF_W == 0:
+        at = <u8 *>&b.nowhere
     if size == 8:
         memcpy(at, &value, 8)
     elif size == 4:
@@ -151,91 +179,110 @@ cdef u64 _remember(sc_mmu *mmu, sc_vcpu *v, u64 va, u32 kind, u64 target) noexce
     return memo_context(v.memo, mmu.memo_epoch)
 
 
-cdef inline u64 _quick(sc_mmu *mmu, sc_batch *b, u64 i, u64 stop, bint packed, bint data) noexcept nogil:
+cdef inline u64 _hits(sc_mmu *mmu, sc_batch *b, sc_memo *memo, u64 width, u64 context, u64 i, u64 stop, bint plain,
+                      bint data) noexcept nogil:
+    """Do operations from number i on that are in the memo, up to the first that is not; returns its number. The loop
+    is kept this small for everything in it to have a register."""
+    cdef const u8 *element = b.ops.base + <i64>i * b.ops.stride
+    cdef i64 stride = PACKED if plain else b.ops.stride
+    cdef const u64 *mask = _mask
+    cdef u64 *gpa = b.gpa
+    cdef u8 *ram = mmu.mem.ram
+    cdef bint flat = mmu.mem.nslots == 1 and mmu.mem.slots[0].base_gfn == 0
+    cdef sc_memo_entry *e
+    cdef u64 references = 0
+    cdef u64 first = i
+    cdef u64 va, offset, target
+    cdef u32 code, size
+    while i < stop:
+        code = _code(b, element, &size, plain)
+        memcpy(&va, element + (3 if plain else b.ops.at[3]), 8)
+        va &= width
+        offset = va & 4095
+        e = memo_entry(memo, va)
+        if (e.tag ^ memo_tag(va, context)) & mask[code] or offset > 4088 or (not plain and size > 8):
+            break
+        target = e.target
+        references += target & 15
+        target &= ~<u64>4095
+        gpa[i] = target | offset
+        if data:
+            target = target if flat else mem_frame(mmu.mem, target >> 12) << 12
+            _move(b, i, _word(element, 11 if plain else b.ops.at[4]), ram + target + offset, code, size)
+        i += 1
+        element += stride
+    mmu.stats.walk_references += references
+    b.hits += i - first
+    return i
+
+
+cdef inline u64 _quick(sc_mmu *mmu, sc_batch *b, u64 i, u64 stop, bint plain, bint data) noexcept nogil:
     """Do operations from number i on, up to the first that is not a plain access that the tables allow as they are;
     returns its number."""
-    cdef const u8 *element = b.ops.base + <i64>i * b.ops.stride
-    cdef i64 stride = PACKED if packed else b.ops.stride
-    cdef u64 at_addr = 3 if packed else b.ops.at[3]
+    cdef const u8 *element
     cdef u64 first = i
-    cdef u64 glances = 0
-    cdef u64 references = 0
-    cdef u32 number = b.number
-    cdef sc_vcpu *v = mmu.vcpus[number]
+    cdef sc_vcpu *v = mmu.vcpus[b.number]
     cdef sc_memo *memo = v.memo
     cdef sc_memo_entry *e
-    cdef bint remember = b.remember
-    cdef bint flat = mmu.mem.nslots == 1 and mmu.mem.slots[0].base_gfn == 0
     cdef u64 width = ~<u64>0 if v.guest.mode >= MODE_64 else 0xFFFFFFFF
     cdef u64 context, va, offset, target, frame
     cdef u32 code, size
     cdef int read
-    if not packed and b.ops.at[5] != <u64>-1 or memo == NULL:
-        return i                    # operations of several vcpus; a modelled TLB
+    if memo == NULL or b.ops.at[5] != <u64>-1:
+        return i                    # a modelled TLB; operations of several vcpus
     context = memo_context(memo, mmu.memo_epoch)
     while i < stop:
-        if packed:
-            code = (<const u32 *>element)[0]
-            size = (code >> 16) & 0xFF
-            code = (code & 15) | ((code & 0xFF00) != 0) << 4
-        else:
-            code = (element[b.ops.at[0]] & 15) | (element[b.ops.at[1]] != 0) << 4
-            size = element[b.ops.at[2]]
-        memcpy(&va, element + at_addr, 8)
+        if b.remember:
+            i = _hits(mmu, b, memo, width, context, i, stop, plain, data)
+            if i == stop:
+                break
+        element = b.ops.base + <i64>i * b.ops.stride
+        code = _code(b, element, &size, plain)
+        memcpy(&va, element + b.ops.at[3], 8)
         va &= width
         offset = va & 4095
-        if offset > 4088 or size > 8:
-            break                   # it may reach into the next page
-        e = memo_entry(memo, va)
-        if remember and ((e.tag ^ ((va >> 24) + context)) & b.mask[code]) == 0:
+        if offset > 4088 or size > 8 or _kind[code] == KIND_NONE:
+            break                   # it may reach into the next page, or is no plain access
+        e = memo_spill(memo, va)
+        if b.remember and ((e.tag ^ memo_tag(va, context)) & _mask[code]) == 0:
+            b.hits += 1
             target = e.target
-            references += target & 15
+            read = target & 15
             target &= ~<u64>4095
         else:
-            if b.kind[code] == KIND_NONE:
-                break
             if v.guest.mode >= MODE_64 and not is_canonical(va, 57 if v.guest.mode == MODE_LA57 else 48):
                 break
             if mmu.shadow:
-                read = shadow_glance(mmu.mem, &v.hw, va, b.access[code], &target)
+                read = shadow_glance(mmu.mem, &v.hw, va, _access[code], &target)
                 frame = (target >> 12) - mmu.mem.ram_hfn
                 if read < 0 or frame >= mmu.mem.nframes:
                     break
                 target = mem_gfn(mmu.mem, frame) << 12
             else:
-                read = guest_glance(mmu.mem, &v.guest, va, b.access[code], &target)
+                read = guest_glance(mmu.mem, &v.guest, va, _access[code], &target)
                 if read < 0:
                     break
                 frame = mem_frame(mmu.mem, target >> 12)
-                if frame == sc_no_frame() or (b.access[code] & PF_W and (mmu.mem.logging or marked_table(mmu, frame))):
+                if frame == sc_no_frame() or (_access[code] & PF_W and (mmu.mem.logging or marked_table(mmu, frame))):
                     break
                 target &= ~<u64>4095
-            glances += 1
-            references += read
-            if remember:
-                context = _remember(mmu, v, va, b.kind[code], target | <u64>read)
+            b.glances += 1
+            if b.remember:
+                context = _remember(mmu, v, va, _kind[code], target | <u64>read)
+        mmu.stats.walk_references += read
         b.gpa[i] = target | offset
         if data:
-            target = target if flat else mem_frame(mmu.mem, target >> 12) << 12
-            b.value[i] = 0
-            if b.access[code] & PF_W:
-                _store(mmu.mem.ram + target + offset, _word(element, 11 if packed else b.ops.at[4]), size)
-            else:
-                b.value[i] = _load(mmu.mem.ram + target + offset, 1 if b.access[code] & PF_I else size)
+            _move(b, i, _word(element, b.ops.at[4]), mem_guest_frame(mmu.mem, target) + offset, code, size)
         i += 1
-        element += stride
     mmu.stats.accesses += i - first
-    mmu.stats.walk_references += references
-    b.glances += glances
-    b.hits += i - first - glances
     return i
 
 
-cdef u64 _quick_packed(sc_mmu *mmu, sc_batch *b, u64 i, u64 stop) noexcept nogil:
+cdef u64 _quick_plain(sc_mmu *mmu, sc_batch *b, u64 i, u64 stop) noexcept nogil:
     return _quick(mmu, b, i, stop, True, False)
 
 
-cdef u64 _quick_packed_data(sc_mmu *mmu, sc_batch *b, u64 i, u64 stop) noexcept nogil:
+cdef u64 _quick_plain_data(sc_mmu *mmu, sc_batch *b, u64 i, u64 stop) noexcept nogil:
     return _quick(mmu, b, i, stop, True, True)
 
 
@@ -251,12 +298,12 @@ cdef int _chunk(sc_mmu *mmu, sc_batch *b, u64 *done, u64 stop) noexcept nogil:
     cdef u64 i = done[0]
     cdef int rc = RC_OK
     while True:
-        if not b.ops.packed:
+        if not b.plain:
             i = _quick_other(mmu, b, i, stop)
         elif b.data:
-            i = _quick_packed_data(mmu, b, i, stop)
+            i = _quick_plain_data(mmu, b, i, stop)
         else:
-            i = _quick_packed(mmu, b, i, stop)
+            i = _quick_plain(mmu, b, i, stop)
         if i == stop:
             break
         _load_op(&o, &b.ops, i, b.number)
@@ -308,22 +355,33 @@ cdef int _layout(object ops, sc_layout *l) except -1:
     return 0
 
 
-cdef int _check_values(const sc_layout *l, u64 n, u32 vcpus) except -1:
+cdef int _check_values(sc_batch *b, u64 n, u32 vcpus) except -1:
     """ConfigError if an operation, a size or a vcpu does not exist; before anything is run. 1: some size is 16."""
+    cdef const sc_layout *l = &b.ops
     cdef u64 i
     cdef sc_op o
     cdef bint bad = False
     cdef bint wide = False
     cdef const u8 *element = l.base
-    cdef u32 code, size
+    cdef bint packed = (l.stride == PACKED and l.at[0] == 0 and l.at[1] == 1 and l.at[2] == 2 and l.at[3] == 3
+                        and l.at[4] == 11)
+    cdef u8 odd = l.at[5] != <u64>-1
+    cdef u32 word
+    cdef u32 all_ = 0
     with nogil:
-        for i in range(n):
-            # Loads, stores and fetches of 1, 2, 4 or 8 bytes, the bulk; all others are looked at closely.
-            code = element[l.at[0]]
-            size = element[l.at[2]]
-            element += l.stride
-            if code <= OP_FETCH and (<u32>0x116 >> min(size, 31)) & 1 and l.at[5] == <u64>-1:
-                continue
+        # Loads, stores and fetches of 1, 2, 4 or 8 bytes are the bulk; only where there are others, each is looked at.
+        if packed:
+            for i in range(n):
+                memcpy(&word, element, 4)
+                all_ |= word
+                odd |= _odd_op[word & 0xFF] | _odd_size[(word >> 16) & 0xFF]
+                element += PACKED
+        else:
+            for i in range(n):
+                odd |= _odd_op[element[l.at[0]]] | _odd_size[element[l.at[2]]]
+                element += l.stride
+        b.plain = packed and not all_ & 0xFE00
+        for i in range(n if odd else 0):
             _load_op(&o, l, i, 0)
             if o.op >= OP_COUNT or o.vcpu >= vcpus:
                 bad = True
@@ -334,6 +392,7 @@ cdef int _check_values(const sc_layout *l, u64 n, u32 vcpus) except -1:
             if bad:
                 break
     if not bad:
+        b.plain = b.plain and not wide
         return wide
     if o.op >= OP_COUNT:
         known = ", ".join(f"{known.name}={known.value}" for known in Op)
@@ -357,8 +416,6 @@ cdef object run_batch(Mmu shell, u32 number, object ops, bint data):
             raise ConfigError(f"ops: one dimension is needed, not {held.ndim}")
         b.ops.base = <const u8 *>held.buf
         b.ops.stride = held.strides[0]
-        b.ops.packed = (b.ops.stride == PACKED and b.ops.at[0] == 0 and b.ops.at[1] == 1 and b.ops.at[2] == 2
-                        and b.ops.at[3] == 3 and b.ops.at[4] == 11)
         return _run(shell, &b, held.shape[0])
     finally:
         PyBuffer_Release(&held)
@@ -366,7 +423,7 @@ cdef object run_batch(Mmu shell, u32 number, object ops, bint data):
 
 cdef object _run(Mmu shell, sc_batch *b, u64 n):
     cdef sc_mmu *mmu = &shell.c
-    cdef bint wide = _check_values(&b.ops, n, mmu.n_vcpus)
+    cdef bint wide = _check_values(b, n, mmu.n_vcpus)
     cdef RunResult result
     cdef Block more
     cdef u64 i = 0
@@ -387,9 +444,9 @@ cdef object _run(Mmu shell, sc_batch *b, u64 n):
     room = min(n, CHUNK)
     result.rows = block_new(room * sizeof(sc_row))
     result.before = mmu.stats[0]
-    _kinds(b)
     b.remember = True
-    memo_drop(mmu)
+    if not mmu.shadow or mmu.mem.exposed:
+        memo_drop(mmu)              # anybody may have written to what translations are made of
     mmu.mem.busy = True
     error = None
     try:

@@ -64,7 +64,7 @@ cdef class Memory:
         self._logs = {}
         self.bytes = ram
         self.words = ram.view(np.uint64)
-        self.pool = None
+        self.tables = None
         self.slots = slots
         self.on_log = None
         self.mem.ram = _pointer(ram)
@@ -83,11 +83,11 @@ cdef class Memory:
 
     def attach_pool(self, pages):
         """Lay the shadow pool of `pages` frames below guest RAM in host physical space. Called by the MMU, once."""
-        if self.pool is not None:
+        if self.tables is not None:
             raise ConfigError("memory: it already belongs to a VM with a shadow MMU")
         pool = allocate(pages << 12)
         self._views.append(memoryview(pool))
-        self.pool = pool.view(np.uint64).reshape(pages, 512)
+        self.tables = pool.view(np.uint64).reshape(pages, 512)
         self.mem.pool = <u64 *>_pointer(pool)
         self.mem.pool_pages = pages
         self.mem.ram_hfn = (SC_POOL_HFN + pages + SC_RAM_ALIGN - 1) // SC_RAM_ALIGN * SC_RAM_ALIGN
@@ -96,6 +96,12 @@ cdef class Memory:
     def ram_hpa(self) -> int:
         """Host physical address of the first byte of guest RAM."""
         return self.mem.ram_hfn << 12
+
+    @property
+    def pool(self):
+        """uint64[pool_pages, 512]: the shadow tables, shared with the engine; None without a shadow MMU."""
+        self.mem.exposed = True
+        return self.tables
 
     @property
     def pool_hpa(self) -> int:

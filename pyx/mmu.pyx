@@ -394,7 +394,7 @@ cdef class Mmu:
                 role_field(p.role, ROLE_ACCESS, 7), role_field(p.role, ROLE_NXE, 1), role_field(p.role, ROLE_PSE, 1),
                 role_field(p.role, ROLE_WP0, 1), role_field(p.role, ROLE_GLOBAL, 1),
                 role_field(p.role, ROLE_PKEY, 15), p.root_count,
-                np.count_nonzero(self.memory.pool[number] & 1), len(self._list(p.parents)), n - 1 - i,
+                np.count_nonzero(self.memory.tables[number] & 1), len(self._list(p.parents)), n - 1 - i,
             )
             number = p.next
         return out
@@ -412,7 +412,7 @@ cdef class Mmu:
     def table(self, page):
         """uint64[512]: the sptes of pool page `page` (a copy)."""
         self._shadow("table")
-        return self.memory.pool[check_int("page", page, 0, self.c.pool_pages - 1)].copy()
+        return self.memory.tables[check_int("page", page, 0, self.c.pool_pages - 1)].copy()
 
     def rmap(self, gfn):
         """uint32[n, 2]: (page, index) of each writable spte that maps `gfn`, newest first."""

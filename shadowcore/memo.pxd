@@ -30,13 +30,15 @@ cdef struct sc_memo_entry:
     u64 target                      # gpa of the page | entries that a walk reads
 
 cdef struct sc_memo:
-    sc_memo_entry entry[MEMO_ENTRIES]
+    sc_memo_entry entry[MEMO_ENTRIES]   # by the low bits of the page number
+    sc_memo_entry spill[MEMO_ENTRIES]   # by a hash of it: what had to make room there
     u64 since                       # epoch in which it was last cleared
 
 cdef inline u64 memo_context(sc_memo *memo, u64 epoch) noexcept nogil:
     """What tags of this epoch have in common; 0 is none's, so that a zeroed entry fits nothing."""
     if epoch - memo.since >= MEMO_EPOCHS:
         memset(memo.entry, 0, sizeof(memo.entry))
+        memset(memo.spill, 0, sizeof(memo.spill))
         memo.since = epoch
     return (epoch - memo.since + 1) << MEMO_EPOCH
 
@@ -44,17 +46,31 @@ cdef inline u64 memo_mask(u32 kind) noexcept nogil:
     """Bits of a tag that have to be as expected for an access of `kind`."""
     return (((<u64>1 << MEMO_DENIED) - 1)) | (<u64>1 << (MEMO_DENIED + kind))
 
+cdef inline u64 memo_tag(u64 va, u64 context) noexcept nogil:
+    """Tag of the page of `va`, less the kinds."""
+    return (va >> 24) + context
+
 cdef inline sc_memo_entry *memo_entry(sc_memo *memo, u64 va) noexcept nogil:
-    return &memo.entry[((va >> 12) ^ (va >> 24)) & (MEMO_ENTRIES - 1)]
+    return &memo.entry[(va >> 12) & (MEMO_ENTRIES - 1)]
+
+cdef inline sc_memo_entry *memo_spill(sc_memo *memo, u64 va) noexcept nogil:
+    """The tag lacks the low bits of the page number: place and tag together have to give them, here as well."""
+    return &memo.spill[((va >> 12) ^ (((va >> 24) * <u64>0x9E3779B97F4A7C15ULL) >> 52)) & (MEMO_ENTRIES - 1)]
 
 cdef inline void memo_put(sc_memo *memo, u64 context, u64 va, u32 kind, u64 target) noexcept nogil:
     """An access of `kind` at `va` leads to `target`; where a store does, so does a load."""
     cdef sc_memo_entry *e = memo_entry(memo, va)
-    cdef u64 page = (va >> 24) + context
+    cdef u64 page = memo_tag(va, context)
+    cdef u64 same = ((<u64>1 << MEMO_DENIED) - 1)
+    cdef u64 live = same & ~((<u64>1 << MEMO_EPOCH) - 1)
     cdef u64 allowed = <u64>1 << (MEMO_DENIED + kind)
     if kind == KIND_STORE or kind == KIND_STORE + KIND_USER:
         allowed |= allowed >> KIND_STORE
-    if (e.tag ^ page) & ((<u64>1 << MEMO_DENIED) - 1):
-        e.tag = page | ~((<u64>1 << MEMO_DENIED) - 1)
-        e.target = target
+    if (e.tag ^ page) & same:
+        if (e.tag ^ page) & live == 0 and ((memo_spill(memo, va).tag ^ page) & live
+                                           or (memo_spill(memo, va).tag ^ page) & same == 0):
+            e = memo_spill(memo, va)
+        if (e.tag ^ page) & same:
+            e.tag = page | ~same
+            e.target = target
     e.tag &= ~allowed

@@ -20,6 +20,7 @@ cdef struct sc_mem:
     u64 *pool                       # shadow pool, 512 entries a frame; NULL without a shadow MMU
     u64 pool_pages                  # frames of the pool
     bint logging                    # some slot has a dirty log
+    bint exposed                    # the shadow tables were handed out as an array, and may be written by hand
     bint busy                       # a batch runs, without the GIL: nobody else may touch the VM
     int nslots
     sc_slot slots[SC_MAX_SLOTS]     # ascending base_gfn, no two overlap
@@ -108,7 +109,7 @@ cdef class Memory:
     cdef sc_mem mem
     cdef readonly object bytes      # uint8[nframes * 4096]: guest RAM, slots one after the other
     cdef readonly object words      # uint64[nframes * 512]: the same bytes
-    cdef readonly object pool       # uint64[pool_pages, 512]: the shadow tables
+    cdef object tables              # uint64[pool_pages, 512]: the shadow tables
     cdef readonly tuple slots       # of MemorySlot
     cdef object _views              # buffers kept alive as long as mem points into them
     cdef dict _logs                 # slot number -> uint64 array behind sc_slot.dirty
