@@ -32,10 +32,22 @@ OP_DTYPE = np.dtype([("op", "u1"), ("user", "u1"), ("size", "u1"), ("addr", "<u8
 _OPTIONAL = (("vcpu", np.dtype("u1")), ("value_high", np.dtype("<u8")), ("expected", np.dtype("<u8")),
              ("expected_high", np.dtype("<u8")))
 
+cdef extern from *:
+    """
+    #if defined(_MSC_VER)
+    #include <intrin.h>
+    #define sc_prefetch(p) _mm_prefetch((const char *)(p), _MM_HINT_T0)
+    #else
+    #define sc_prefetch(p) __builtin_prefetch(p)
+    #endif
+    """
+    void sc_prefetch(const void *p) noexcept nogil
+
 cdef enum:
     CHUNK = 4096                    # operations between two looks for Ctrl-C
     FIELDS = 9                      # of an operation, required and optional: see sc_layout
     PACKED = 19                     # bytes of an element of OP_DTYPE
+    AHEAD = 32                      # operations whose bytes are fetched into the cache ahead of their use
     SAMPLE = 16                     # of so many chunks without hits, one tries the memo again
 
 cdef struct sc_layout:
@@ -181,14 +193,13 @@ cdef u64 _remember(sc_mmu *mmu, sc_vcpu *v, u64 va, u32 kind, u64 target) noexce
 
 cdef inline u64 _hits(sc_mmu *mmu, sc_batch *b, sc_memo *memo, u64 width, u64 context, u64 i, u64 stop, bint plain,
                       bint data) noexcept nogil:
-    """Do operations from number i on that are in the memo, up to the first that is not; returns its number. The loop
-    is kept this small for everything in it to have a register."""
+    """Where operations from number i on lead that are in the memo, up to the first that is not; returns its number.
+    The loop is kept this small for everything in it to have a register. data: their bytes will be wanted soon."""
     cdef const u8 *element = b.ops.base + <i64>i * b.ops.stride
     cdef i64 stride = PACKED if plain else b.ops.stride
     cdef const u64 *mask = _mask
     cdef u64 *gpa = b.gpa
     cdef u8 *ram = mmu.mem.ram
-    cdef bint flat = mmu.mem.nslots == 1 and mmu.mem.slots[0].base_gfn == 0
     cdef sc_memo_entry *e
     cdef u64 references = 0
     cdef u64 first = i
@@ -204,16 +215,29 @@ cdef inline u64 _hits(sc_mmu *mmu, sc_batch *b, sc_memo *memo, u64 width, u64 co
             break
         target = e.target
         references += target & 15
-        target &= ~<u64>4095
-        gpa[i] = target | offset
+        target = (target & ~<u64>4095) | offset
+        gpa[i] = target
         if data:
-            target = target if flat else mem_frame(mmu.mem, target >> 12) << 12
-            _move(b, i, _word(element, 11 if plain else b.ops.at[4]), ram + target + offset, code, size)
+            sc_prefetch(ram + target)               # only a hint where gpas are not offsets in RAM
         i += 1
         element += stride
     mmu.stats.walk_references += references
     b.hits += i - first
     return i
+
+
+cdef inline void _moves(sc_mmu *mmu, sc_batch *b, u64 i, u64 stop, bint plain) noexcept nogil:
+    """Move the bytes of operations of which gpas are known."""
+    cdef const u8 *element = b.ops.base + <i64>i * b.ops.stride
+    cdef bint flat = mmu.mem.nslots == 1 and mmu.mem.slots[0].base_gfn == 0
+    cdef u8 *at
+    cdef u32 code, size
+    while i < stop:
+        code = _code(b, element, &size, plain)
+        at = mmu.mem.ram + b.gpa[i] if flat else mem_guest_frame(mmu.mem, b.gpa[i]) + (b.gpa[i] & 4095)
+        _move(b, i, _word(element, 11 if plain else b.ops.at[4]), at, code, size)
+        i += 1
+        element += PACKED if plain else b.ops.stride
 
 
 cdef inline u64 _quick(sc_mmu *mmu, sc_batch *b, u64 i, u64 stop, bint plain, bint data) noexcept nogil:
@@ -225,7 +249,7 @@ cdef inline u64 _quick(sc_mmu *mmu, sc_batch *b, u64 i, u64 stop, bint plain, bi
     cdef sc_memo *memo = v.memo
     cdef sc_memo_entry *e
     cdef u64 width = ~<u64>0 if v.guest.mode >= MODE_64 else 0xFFFFFFFF
-    cdef u64 context, va, offset, target, frame
+    cdef u64 context, va, offset, target, frame, group, after
     cdef u32 code, size
     cdef int read
     if memo == NULL or b.ops.at[5] != <u64>-1:
@@ -233,7 +257,15 @@ cdef inline u64 _quick(sc_mmu *mmu, sc_batch *b, u64 i, u64 stop, bint plain, bi
     context = memo_context(memo, mmu.memo_epoch)
     while i < stop:
         if b.remember:
-            i = _hits(mmu, b, memo, width, context, i, stop, plain, data)
+            # In groups: while the bytes of one are on their way to the cache, the next operations are looked at.
+            while i < stop:
+                group = min(i + AHEAD, stop) if data else stop
+                after = _hits(mmu, b, memo, width, context, i, group, plain, data)
+                if data:
+                    _moves(mmu, b, i, after, plain)
+                i = after
+                if i < group:
+                    break
             if i == stop:
                 break
         element = b.ops.base + <i64>i * b.ops.stride
