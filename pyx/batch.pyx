@@ -12,16 +12,19 @@ from libc.string cimport memcpy, memset
 
 from shadowcore.access cimport OP_CMPXCHG, OP_COUNT, OP_FETCH, OP_WRITE, op_is_access, sc_op, sc_result, vcpu_op
 from shadowcore.bits cimport is_canonical
+from shadowcore.gmode cimport gmode_32, gmode_64, gmode_la57, gmode_pae, sc_gmode
 from shadowcore.memo cimport (
-    KIND_NONE, KIND_STORE, KIND_USER, memo_context, memo_entry, memo_mask, memo_put, memo_spill, memo_tag, sc_memo,
-    sc_memo_entry,
+    KIND_NONE, KIND_USER, memo_context, memo_entry, memo_is, memo_mask, memo_note, memo_put, memo_region,
+    memo_region_tag, memo_spill, memo_tag, sc_memo, sc_memo_entry,
 )
-from shadowcore.memory cimport mem_frame, mem_gfn, mem_guest_frame, sc_no_frame
+from shadowcore.memory cimport mem_frame, mem_gfn, mem_guest_frame, sc_mem, sc_no_frame
 from shadowcore.mmu cimport Mmu
 from shadowcore.results cimport Block, RunResult, block_new, sc_row
 from shadowcore.state cimport MARK_STORED, MARK_TABLE, marked_table, memo_drop, sc_mmu, sc_vcpu
-from shadowcore.types cimport MODE_64, MODE_LA57, MODE_OFF, PF_I, PF_U, PF_W, RC_AUDIT, RC_OK, i64, u8, u16, u32, u64
-from shadowcore.walker cimport guest_glance, probe_walk, sc_walk, shadow_glance
+from shadowcore.types cimport (
+    MODE_32, MODE_64, MODE_LA57, MODE_OFF, MODE_PAE, PF_I, PF_U, PF_W, RC_AUDIT, RC_OK, i64, u8, u16, u32, u64,
+)
+from shadowcore.walker cimport glance_body, probe_walk, sc_paging, sc_walk
 
 from shadowcore.config import Op
 from shadowcore.errors import ConfigError, Interrupted
@@ -46,9 +49,9 @@ cdef extern from *:
 cdef enum:
     CHUNK = 4096                    # operations between two looks for Ctrl-C
     FIELDS = 9                      # of an operation, required and optional: see sc_layout
+    NOTES = 8                       # without use for the memo, one chunk of so many looks whether there is one now
     PACKED = 19                     # bytes of an element of OP_DTYPE
     AHEAD = 32                      # operations whose bytes are fetched into the cache ahead of their use
-    SAMPLE = 16                     # of so many chunks without hits, one tries the memo again
 
 cdef struct sc_layout:
     const u8 *base                  # element 0
@@ -67,8 +70,11 @@ cdef struct sc_batch:
     sc_row *rows                    # ... of those that did not just lead somewhere
     u64 n_rows
     bint remember                   # the memo is asked and filled
+    bint note                       # pages are noted in the memo, to see whether they come again
     u64 hits                        # of the memo
     u64 glances                     # accesses that a glance answered
+    u64 repeats                     # ... of a page that the memo had a note of
+    u64 target                      # of the last glance: gpa of the page | entries read
     u64 nowhere                     # where loads store to
 
 cdef object _ARRAY = np.ndarray
@@ -130,6 +136,11 @@ cdef inline void _load_op(sc_op *o, const sc_layout *l, u64 i, u32 vcpu) noexcep
     o.expected[1] = _word(element, l.at[8])
 
 
+cdef inline u64 _width(const sc_vcpu *v) noexcept nogil:
+    """The bits of a linear address that count."""
+    return ~<u64>0 if v.guest.mode >= MODE_64 else 0xFFFFFFFF
+
+
 cdef inline u32 _code(const sc_batch *b, const u8 *element, u32 *size, bint plain) noexcept nogil:
     """What the operation is, as an index into the tables of sc_batch; size[0]: its bytes."""
     cdef u32 word
@@ -159,47 +170,65 @@ cdef inline void _move(sc_batch *b, u64 i, u64 value, u8 *at, u32 code, u32 size
         at[0] = <u8>value
 
 
-cdef u64 _remember(sc_mmu *mmu, sc_vcpu *v, u64 va, u32 kind, u64 target) noexcept nogil:
-    """Put what a glance found into the memo; returns the context, which may be another by then.
+cdef void _mark_tables(sc_mmu *mmu, sc_vcpu *v, u64 va) noexcept nogil:
+    """Native: the frames of the tables that lead to `va` are known to be such. If a store to one is remembered, all is
+    forgotten."""
+    cdef sc_walk w
+    cdef int level
+    cdef u64 frame
+    probe_walk(mmu.mem, &v.guest, va, 0, &w)
+    level = w.level
+    while level <= w.top:
+        frame = mem_frame(mmu.mem, w.table[level])
+        if mmu.marks[frame] >> 2 != mmu.memo_epoch:
+            mmu.marks[frame] = mmu.memo_epoch << 2
+        if mmu.marks[frame] & MARK_STORED:
+            memo_drop(mmu)
+            level = w.level
+            continue
+        mmu.marks[frame] |= MARK_TABLE
+        level += 1
+
+
+cdef u64 _remember(sc_mmu *mmu, sc_batch *b, sc_vcpu *v, u64 i, bint plain) noexcept nogil:
+    """Put what a glance found of operation i into the memo; returns the context, which may be another by then.
 
     Native, nothing tells of stores to tables but the stores themselves: frames of tables are marked, and no store to
     one is remembered.
     """
-    cdef sc_walk w
-    cdef int level
-    cdef u64 frame
-    cdef bint store = kind == KIND_STORE or kind == KIND_STORE + KIND_USER
+    cdef const u8 *element = b.ops.base + <i64>i * b.ops.stride
+    cdef u64 va, frame, context
+    cdef u32 size
+    cdef u32 code = _code(b, element, &size, plain)
+    memcpy(&va, element + b.ops.at[3], 8)
+    va &= _width(v)
     if not mmu.shadow and v.guest.mode != MODE_OFF:
-        probe_walk(mmu.mem, &v.guest, va, 0, &w)
-        level = w.level
-        while level <= w.top:
-            frame = mem_frame(mmu.mem, w.table[level])
-            if mmu.marks[frame] >> 2 != mmu.memo_epoch:
-                mmu.marks[frame] = mmu.memo_epoch << 2
-            if mmu.marks[frame] & MARK_STORED:
-                memo_drop(mmu)                          # stores to it must be seen from now on
-                level = w.level
-                continue
-            mmu.marks[frame] |= MARK_TABLE
-            level += 1
-    if not mmu.shadow and store:
-        frame = mem_frame(mmu.mem, target >> 12)
+        context = memo_context(v.memo, mmu.memo_epoch)
+        if v.memo.marked[memo_region(va)] != memo_region_tag(va, context):
+            _mark_tables(mmu, v, va)
+            context = memo_context(v.memo, mmu.memo_epoch)
+            v.memo.marked[memo_region(va)] = memo_region_tag(va, context)
+    if not mmu.shadow and _access[code] & PF_W:
+        frame = mem_frame(mmu.mem, b.target >> 12)
         if marked_table(mmu, frame):
             return memo_context(v.memo, mmu.memo_epoch)
         mmu.marks[frame] = mmu.memo_epoch << 2 | MARK_STORED
-    memo_put(v.memo, memo_context(v.memo, mmu.memo_epoch), va, kind, target)
+    memo_put(v.memo, memo_context(v.memo, mmu.memo_epoch), va, _kind[code], b.target)
     return memo_context(v.memo, mmu.memo_epoch)
 
 
-cdef inline u64 _hits(sc_mmu *mmu, sc_batch *b, sc_memo *memo, u64 width, u64 context, u64 i, u64 stop, bint plain,
-                      bint data) noexcept nogil:
+cdef inline u64 _hits(sc_mmu *mmu, sc_batch *b, const sc_vcpu *v, u64 context, u64 i, u64 stop,
+                      bint plain) noexcept nogil:
     """Where operations from number i on lead that are in the memo, up to the first that is not; returns its number.
-    The loop is kept this small for everything in it to have a register. data: their bytes will be wanted soon."""
+    The loop is kept this small for everything in it to have a register."""
     cdef const u8 *element = b.ops.base + <i64>i * b.ops.stride
     cdef i64 stride = PACKED if plain else b.ops.stride
     cdef const u64 *mask = _mask
     cdef u64 *gpa = b.gpa
     cdef u8 *ram = mmu.mem.ram
+    cdef sc_memo *memo = v.memo
+    cdef u64 width = _width(v)
+    cdef bint data = b.data
     cdef sc_memo_entry *e
     cdef u64 references = 0
     cdef u64 first = i
@@ -229,97 +258,157 @@ cdef inline u64 _hits(sc_mmu *mmu, sc_batch *b, sc_memo *memo, u64 width, u64 co
 cdef inline void _moves(sc_mmu *mmu, sc_batch *b, u64 i, u64 stop, bint plain) noexcept nogil:
     """Move the bytes of operations of which gpas are known."""
     cdef const u8 *element = b.ops.base + <i64>i * b.ops.stride
-    cdef bint flat = mmu.mem.nslots == 1 and mmu.mem.slots[0].base_gfn == 0
-    cdef u8 *at
     cdef u32 code, size
     while i < stop:
         code = _code(b, element, &size, plain)
-        at = mmu.mem.ram + b.gpa[i] if flat else mem_guest_frame(mmu.mem, b.gpa[i]) + (b.gpa[i] & 4095)
-        _move(b, i, _word(element, 11 if plain else b.ops.at[4]), at, code, size)
+        _move(b, i, _word(element, 11 if plain else b.ops.at[4]),
+              mem_guest_frame(mmu.mem, b.gpa[i]) + (b.gpa[i] & 4095), code, size)
         i += 1
         element += PACKED if plain else b.ops.stride
 
 
-cdef inline u64 _quick(sc_mmu *mmu, sc_batch *b, u64 i, u64 stop, bint plain, bint data) noexcept nogil:
-    """Do operations from number i on, up to the first that is not a plain access that the tables allow as they are;
-    returns its number."""
-    cdef const u8 *element
-    cdef u64 first = i
-    cdef sc_vcpu *v = mmu.vcpus[b.number]
+cdef inline u64 _glances(sc_mmu *mmu, sc_batch *b, sc_vcpu *v, u64 context, u64 i, u64 stop, bint plain,
+                         sc_gmode g) noexcept nogil:
+    """Where operations from number i on lead that are plain accesses, which the tables allow as they are, up to the
+    first that is none; returns its number. b.target: what the memo would say of the last."""
+    cdef const u8 *element = b.ops.base + <i64>i * b.ops.stride
+    cdef i64 stride = PACKED if plain else b.ops.stride
+    cdef const sc_mem *m = mmu.mem
+    cdef const sc_paging *p = &v.hw if g.host else &v.guest
     cdef sc_memo *memo = v.memo
     cdef sc_memo_entry *e
-    cdef u64 width = ~<u64>0 if v.guest.mode >= MODE_64 else 0xFFFFFFFF
-    cdef u64 context, va, offset, target, frame, group, after
+    cdef u64 width = _width(v)
+    cdef int canonical = 57 if g.top == 5 else 48 if g.top == 4 else 64
+    cdef u64 references = 0
+    cdef u64 first = i
+    cdef u64 repeats = 0
+    cdef bint note = b.note
+    cdef bint data = b.data
+    cdef u64 *gpa = b.gpa
+    cdef u64 va, offset, frame
+    cdef u64 target = 0
     cdef u32 code, size
-    cdef int read
-    if memo == NULL or b.ops.at[5] != <u64>-1:
-        return i                    # a modelled TLB; operations of several vcpus
-    context = memo_context(memo, mmu.memo_epoch)
+    cdef int read = 0
     while i < stop:
-        if b.remember:
-            # In groups: while the bytes of one are on their way to the cache, the next operations are looked at.
-            while i < stop:
-                group = min(i + AHEAD, stop) if data else stop
-                after = _hits(mmu, b, memo, width, context, i, group, plain, data)
-                if data:
-                    _moves(mmu, b, i, after, plain)
-                i = after
-                if i < group:
-                    break
-            if i == stop:
-                break
-        element = b.ops.base + <i64>i * b.ops.stride
         code = _code(b, element, &size, plain)
-        memcpy(&va, element + b.ops.at[3], 8)
+        memcpy(&va, element + (3 if plain else b.ops.at[3]), 8)
         va &= width
         offset = va & 4095
-        if offset > 4088 or size > 8 or _kind[code] == KIND_NONE:
+        if offset > 4088 or size > 8 or _kind[code] == KIND_NONE or not is_canonical(va, canonical):
             break                   # it may reach into the next page, or is no plain access
-        e = memo_spill(memo, va)
-        if b.remember and ((e.tag ^ memo_tag(va, context)) & _mask[code]) == 0:
-            b.hits += 1
-            target = e.target
-            read = target & 15
-            target &= ~<u64>4095
-        else:
-            if v.guest.mode >= MODE_64 and not is_canonical(va, 57 if v.guest.mode == MODE_LA57 else 48):
+        read = glance_body(m, p, va, _access[code], &target, g)
+        if read < 0:
+            break
+        if g.host:
+            frame = (target >> 12) - m.ram_hfn
+            if frame >= m.nframes:
                 break
-            if mmu.shadow:
-                read = shadow_glance(mmu.mem, &v.hw, va, _access[code], &target)
-                frame = (target >> 12) - mmu.mem.ram_hfn
-                if read < 0 or frame >= mmu.mem.nframes:
-                    break
-                target = mem_gfn(mmu.mem, frame) << 12
-            else:
-                read = guest_glance(mmu.mem, &v.guest, va, _access[code], &target)
-                if read < 0:
-                    break
-                frame = mem_frame(mmu.mem, target >> 12)
-                if frame == sc_no_frame() or (_access[code] & PF_W and (mmu.mem.logging or marked_table(mmu, frame))):
-                    break
-                target &= ~<u64>4095
-            b.glances += 1
-            if b.remember:
-                context = _remember(mmu, v, va, _kind[code], target | <u64>read)
-        mmu.stats.walk_references += read
-        b.gpa[i] = target | offset
+            target = mem_gfn(m, frame) << 12
+        else:
+            frame = mem_frame(m, target >> 12)
+            if frame == sc_no_frame() or (_access[code] & PF_W and (m.logging or marked_table(mmu, frame))):
+                break
+            target &= ~<u64>4095
+        if note:                    # without what it would allow
+            e = memo_entry(memo, va)
+            repeats += memo_is(e, memo_tag(va, context))
+            memo_note(e, memo_tag(va, context))
+        references += read
+        gpa[i] = target | offset
         if data:
-            _move(b, i, _word(element, b.ops.at[4]), mem_guest_frame(mmu.mem, target) + offset, code, size)
+            sc_prefetch(mem_guest_frame(m, target) + offset)
         i += 1
+        element += stride
+        if not g.host and data and _access[code] & PF_W:
+            break                   # its bytes may be those of a table that the next walk reads
+    mmu.stats.walk_references += references
+    b.glances += i - first
+    b.repeats += repeats
+    b.target = target | <u64>read
+    return i
+
+
+cdef inline u64 _glance(sc_mmu *mmu, sc_batch *b, sc_vcpu *v, u64 context, u64 i, u64 stop, bint plain) noexcept nogil:
+    """_glances, for the tables that the processor walks."""
+    if mmu.shadow:
+        if v.hw.mode == MODE_64:
+            return _glances(mmu, b, v, context, i, stop, plain, gmode_64(True, True))
+        if v.hw.mode == MODE_PAE:
+            return _glances(mmu, b, v, context, i, stop, plain, gmode_pae(True, True))
+        return _glances(mmu, b, v, context, i, stop, plain, gmode_la57(True, True))
+    if v.guest.mode == MODE_64:
+        return _glances(mmu, b, v, context, i, stop, plain, gmode_64(False, True))
+    if v.guest.mode == MODE_PAE:
+        return _glances(mmu, b, v, context, i, stop, plain, gmode_pae(False, True))
+    if v.guest.mode == MODE_32:
+        return _glances(mmu, b, v, context, i, stop, plain, gmode_32(False, True))
+    if v.guest.mode == MODE_LA57:
+        return _glances(mmu, b, v, context, i, stop, plain, gmode_la57(False, True))
+    return i
+
+
+cdef u64 _spilled(sc_mmu *mmu, sc_batch *b, sc_vcpu *v, u64 context, u64 i, bint plain) noexcept nogil:
+    """Operation i if the second part of the memo has it: i + 1, else i."""
+    cdef const u8 *element = b.ops.base + <i64>i * b.ops.stride
+    cdef sc_memo_entry *e
+    cdef u64 va
+    cdef u32 size
+    cdef u32 code = _code(b, element, &size, plain)
+    memcpy(&va, element + b.ops.at[3], 8)
+    va &= _width(v)
+    e = memo_spill(v.memo, va)
+    if (e.tag ^ memo_tag(va, context)) & _mask[code] or (va & 4095) > 4088 or size > 8:
+        return i
+    b.hits += 1
+    b.gpa[i] = (e.target & ~<u64>4095) | (va & 4095)
+    mmu.stats.walk_references += e.target & 15
+    return i + 1
+
+
+cdef inline u64 _quick(sc_mmu *mmu, sc_batch *b, u64 i, u64 stop, bint plain) noexcept nogil:
+    """Do operations from number i on, up to the first that is not a plain access that the tables allow as they are;
+    returns its number. In groups: while the bytes of one are on their way to the cache, more are looked at."""
+    cdef u64 first = i
+    cdef sc_vcpu *v = mmu.vcpus[b.number]
+    cdef u64 context, group, begin, after
+    if v.memo == NULL or b.ops.at[5] != <u64>-1:
+        return i                    # a modelled TLB; operations of several vcpus
+    context = memo_context(v.memo, mmu.memo_epoch)
+    while i < stop:
+        begin = i
+        group = min(i + AHEAD, stop) if b.data else stop
+        while i < group:
+            if b.remember:
+                i = _hits(mmu, b, v, context, i, group, plain)
+                if i == group:
+                    break
+                after = _spilled(mmu, b, v, context, i, plain)
+                if after > i:
+                    i = after
+                    continue
+            if b.data and not mmu.shadow:
+                _moves(mmu, b, begin, i, plain)         # stores come before the walks that follow them
+                begin = i
+            after = _glance(mmu, b, v, context, i, i + 1 if b.remember else group, plain)
+            if after == i:
+                break
+            if b.remember:
+                context = _remember(mmu, b, v, i, plain)
+            i = after
+        if b.data:
+            _moves(mmu, b, begin, i, plain)
+        if i < group:
+            break
     mmu.stats.accesses += i - first
     return i
 
 
 cdef u64 _quick_plain(sc_mmu *mmu, sc_batch *b, u64 i, u64 stop) noexcept nogil:
-    return _quick(mmu, b, i, stop, True, False)
-
-
-cdef u64 _quick_plain_data(sc_mmu *mmu, sc_batch *b, u64 i, u64 stop) noexcept nogil:
-    return _quick(mmu, b, i, stop, True, True)
+    return _quick(mmu, b, i, stop, True)
 
 
 cdef u64 _quick_other(sc_mmu *mmu, sc_batch *b, u64 i, u64 stop) noexcept nogil:
-    return _quick(mmu, b, i, stop, False, b.data)
+    return _quick(mmu, b, i, stop, False)
 
 
 cdef int _chunk(sc_mmu *mmu, sc_batch *b, u64 *done, u64 stop) noexcept nogil:
@@ -330,12 +419,7 @@ cdef int _chunk(sc_mmu *mmu, sc_batch *b, u64 *done, u64 stop) noexcept nogil:
     cdef u64 i = done[0]
     cdef int rc = RC_OK
     while True:
-        if not b.plain:
-            i = _quick_other(mmu, b, i, stop)
-        elif b.data:
-            i = _quick_plain_data(mmu, b, i, stop)
-        else:
-            i = _quick_plain(mmu, b, i, stop)
+        i = _quick_plain(mmu, b, i, stop) if b.plain else _quick_other(mmu, b, i, stop)
         if i == stop:
             break
         _load_op(&o, &b.ops, i, b.number)
@@ -460,7 +544,6 @@ cdef object _run(Mmu shell, sc_batch *b, u64 n):
     cdef Block more
     cdef u64 i = 0
     cdef u64 stop, room
-    cdef u32 idle = 0               # chunks in which the memo is not asked
     cdef int rc = RC_OK
     shell.idle()
     result = RunResult.__new__(RunResult)
@@ -476,7 +559,7 @@ cdef object _run(Mmu shell, sc_batch *b, u64 n):
     room = min(n, CHUNK)
     result.rows = block_new(room * sizeof(sc_row))
     result.before = mmu.stats[0]
-    b.remember = True
+    b.remember = not shell.no_memo
     if not mmu.shadow or mmu.mem.exposed:
         memo_drop(mmu)              # anybody may have written to what translations are made of
     mmu.mem.busy = True
@@ -490,22 +573,21 @@ cdef object _run(Mmu shell, sc_batch *b, u64 n):
                 memcpy(more.at, result.rows.at, b.n_rows * sizeof(sc_row))
                 result.rows = more
             b.rows = <sc_row *>result.rows.at
-            b.hits = b.glances = 0
+            b.hits = b.glances = b.repeats = 0
+            shell.chunks += 1
+            b.note = not b.remember and shell.chunks % NOTES == 0
             with nogil:
                 rc = _chunk(mmu, b, &i, stop)
             # Where accesses do not repeat, the memo only costs.
-            if b.remember and b.hits * 4 < b.glances:
-                b.remember = False
-                idle = SAMPLE
-            elif not b.remember:
-                idle -= 1
-                b.remember = idle == 0
+            if b.hits + b.glances > CHUNK // 2 and (b.remember or b.note):
+                b.remember = (b.hits + b.repeats) * 2 > b.hits + b.glances
             if n > CHUNK:
                 PyErr_CheckSignals()
     except KeyboardInterrupt:
         error = Interrupted(None)
     finally:
         mmu.mem.busy = False
+        shell.no_memo = not b.remember
     result.n = i
     result.n_rows = b.n_rows
     result.after = mmu.stats[0]

@@ -77,6 +77,7 @@ cdef class Memory:
             self.mem.slots[i].npages = slot.size >> 12
             self.mem.slots[i].frame = frame
             frame += <u64>(slot.size >> 12)
+        self.mem.low_frames = 0 if slots[0].gpa else slots[0].size >> 12
         for i, slot in enumerate(slots):
             if slot.dirty_log:
                 self.start_dirty_log(i)

@@ -1,7 +1,7 @@
 """The page walk compiled once per mode, and the reserved bits of each mode."""
 from libc.string cimport memset
 
-from shadowcore.bits cimport PTE_P, level_mask, pte_nx
+from shadowcore.bits cimport PTE_P, PTE_PS, level_mask, pte_nx
 from shadowcore.gmode cimport gmode_32, gmode_64, gmode_la57, gmode_pae
 from shadowcore.memory cimport sc_mem
 from shadowcore.types cimport (
@@ -114,8 +114,8 @@ cdef bint pdptes_valid(const u64 *pdpte, int maxphyaddr) noexcept nogil:
     return True
 
 
-cdef void paging_reserved(sc_paging *p, int maxphyaddr, bint gbpages, bint pse, bint pse36) noexcept nogil:
-    """Fill p.reserved and p.large_levels for p.mode and p.nxe (SDM tables 4-4 to 4-20)."""
+cdef void _reserved(sc_paging *p, int maxphyaddr, bint gbpages, bint pse, bint pse36) noexcept nogil:
+    """SDM tables 4-4 to 4-20."""
     cdef int level, width
     cdef u64 high
     memset(p.reserved, 0, sizeof(p.reserved))
@@ -146,3 +146,11 @@ cdef void paging_reserved(sc_paging *p, int maxphyaddr, bint gbpages, bint pse, 
         p.reserved[1][3] |= 0x80
     p.reserved[1][4] |= 0x80
     p.reserved[1][5] |= 0x80
+
+
+cdef void paging_reserved(sc_paging *p, int maxphyaddr, bint gbpages, bint pse, bint pse36) noexcept nogil:
+    """Fill p.reserved, p.strange and p.large_levels for p.mode and p.nxe."""
+    cdef int level
+    _reserved(p, maxphyaddr, gbpages, pse, pse36)
+    for level in range(1, 6):
+        p.strange[level] = PTE_P | p.reserved[0][level] | (0 if level == 1 else PTE_PS)

@@ -32,6 +32,7 @@ cdef struct sc_memo_entry:
 cdef struct sc_memo:
     sc_memo_entry entry[MEMO_ENTRIES]   # by the low bits of the page number
     sc_memo_entry spill[MEMO_ENTRIES]   # by a hash of it: what had to make room there
+    u64 marked[64]                  # native: regions of 2 MiB whose tables are marked, as memo_region_tag
     u64 since                       # epoch in which it was last cleared
 
 cdef inline u64 memo_context(sc_memo *memo, u64 epoch) noexcept nogil:
@@ -39,6 +40,7 @@ cdef inline u64 memo_context(sc_memo *memo, u64 epoch) noexcept nogil:
     if epoch - memo.since >= MEMO_EPOCHS:
         memset(memo.entry, 0, sizeof(memo.entry))
         memset(memo.spill, 0, sizeof(memo.spill))
+        memset(memo.marked, 0, sizeof(memo.marked))
         memo.since = epoch
     return (epoch - memo.since + 1) << MEMO_EPOCH
 
@@ -57,6 +59,22 @@ cdef inline sc_memo_entry *memo_spill(sc_memo *memo, u64 va) noexcept nogil:
     """The tag lacks the low bits of the page number: place and tag together have to give them, here as well."""
     return &memo.spill[((va >> 12) ^ (((va >> 24) * <u64>0x9E3779B97F4A7C15ULL) >> 52)) & (MEMO_ENTRIES - 1)]
 
+cdef inline u32 memo_region(u64 va) noexcept nogil:
+    return (va >> 21) & 63
+
+cdef inline u64 memo_region_tag(u64 va, u64 context) noexcept nogil:
+    """All pages of 2 MiB from a multiple of that on have the same tables."""
+    return memo_tag(va, context) | ((va >> 21) & 7) << MEMO_DENIED
+
+cdef inline bint memo_is(const sc_memo_entry *e, u64 tag) noexcept nogil:
+    """The entry is of that page, whatever it allows."""
+    return (e.tag ^ tag) & (((<u64>1 << MEMO_DENIED) - 1)) == 0
+
+cdef inline void memo_note(sc_memo_entry *e, u64 tag) noexcept nogil:
+    """Make it an entry of that page that allows nothing, if it is of another."""
+    if not memo_is(e, tag):
+        e.tag = tag | ~((<u64>1 << MEMO_DENIED) - 1)
+
 cdef inline void memo_put(sc_memo *memo, u64 context, u64 va, u32 kind, u64 target) noexcept nogil:
     """An access of `kind` at `va` leads to `target`; where a store does, so does a load."""
     cdef sc_memo_entry *e = memo_entry(memo, va)
@@ -70,7 +88,6 @@ cdef inline void memo_put(sc_memo *memo, u64 context, u64 va, u32 kind, u64 targ
         if (e.tag ^ page) & live == 0 and ((memo_spill(memo, va).tag ^ page) & live
                                            or (memo_spill(memo, va).tag ^ page) & same == 0):
             e = memo_spill(memo, va)
-        if (e.tag ^ page) & same:
-            e.tag = page | ~same
-            e.target = target
+        memo_note(e, page)
+    e.target = target
     e.tag &= ~allowed

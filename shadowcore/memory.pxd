@@ -16,6 +16,7 @@ cdef struct sc_slot:
 cdef struct sc_mem:
     u8 *ram                         # guest RAM, 4096 bytes a frame
     u64 nframes                     # frames of guest RAM
+    u64 low_frames                  # frames from gfn 0 on that are also frame 0, 1, ... of RAM: those of the first slot
     u64 ram_hfn                     # host frame number of RAM frame 0
     u64 *pool                       # shadow pool, 512 entries a frame; NULL without a shadow MMU
     u64 pool_pages                  # frames of the pool
@@ -31,6 +32,8 @@ cdef inline u64 sc_no_frame() noexcept nogil:
 cdef inline u64 mem_frame(const sc_mem *m, u64 gfn) noexcept nogil:
     """Index in guest RAM of the frame behind `gfn`, or sc_no_frame() for a gfn in no slot (MMIO)."""
     cdef int i
+    if gfn < m.low_frames:
+        return gfn
     for i in range(m.nslots):
         if gfn - m.slots[i].base_gfn < m.slots[i].npages:
             return gfn - m.slots[i].base_gfn + m.slots[i].frame
@@ -39,6 +42,8 @@ cdef inline u64 mem_frame(const sc_mem *m, u64 gfn) noexcept nogil:
 cdef inline u64 mem_gfn(const sc_mem *m, u64 frame) noexcept nogil:
     """The gfn that maps to RAM frame `frame`: each frame belongs to exactly one slot."""
     cdef int i
+    if frame < m.low_frames:
+        return frame
     for i in range(m.nslots):
         if frame - m.slots[i].frame < m.slots[i].npages:
             return frame - m.slots[i].frame + m.slots[i].base_gfn
@@ -47,6 +52,8 @@ cdef inline u64 mem_gfn(const sc_mem *m, u64 frame) noexcept nogil:
 cdef inline int mem_slot(const sc_mem *m, u64 gfn) noexcept nogil:
     """Number of the slot that holds `gfn`, which is in one."""
     cdef int i
+    if gfn < m.low_frames:
+        return 0
     for i in range(m.nslots):
         if gfn - m.slots[i].base_gfn < m.slots[i].npages:
             return i

@@ -21,6 +21,8 @@ cdef class Mmu:
     cdef list _vcpus                # kept alive as long as c points into them
     cdef object _can_emulate        # callable behind c.can_emulate, or None
     cdef object hook_error          # what a callback raised
+    cdef bint no_memo               # the last batch had no use for the memo
+    cdef u32 chunks                 # of batches, ever
     cdef object audits              # AuditPoints, once points have been named
 
     cdef int idle(self) except -1

@@ -5,7 +5,7 @@ bit set, ends the walk. Rights are judged after a complete walk, on the AND of a
 nothing; one that succeeds sets A in each entry used and, for a write, D in the leaf.
 """
 from shadowcore.bits cimport (
-    PTE_A, PTE_D, PTE_P, PTE_U, PTE_W, level_index, level_mask, pte_addr, pte_nx, pte_pkey, pte_rights,
+    PTE_A, PTE_D, PTE_P, PTE_PS, PTE_U, PTE_W, level_index, level_mask, pte_addr, pte_nx, pte_pkey, pte_rights,
 )
 from shadowcore.gmode cimport sc_gmode
 from shadowcore.memory cimport SC_POOL_HFN, mem_guest_frame, mem_host_frame, mem_mark_dirty, sc_mem
@@ -18,6 +18,8 @@ cdef struct sc_paging:
     u64 root                        # address of the top table (unused by PAE)
     u64 pdpte[4]                    # PAE: root entries, cached when CR3 was loaded
     u64 reserved[2][6]              # bits that must be 0 in a present entry, by [PS bit][level]
+    u64 strange[6]                  # by level: bits by which an entry differs from one that leads to a table (level 1:
+                                    # to a page) if they are not as in PTE_P
     u32 refused[8]                  # by ACC_* of a whole walk: bit PF_* is set if such an access is refused
     u32 large_levels                # bit L: an entry of level L with PS is a leaf
     u32 pkru                        # PKRU
@@ -206,7 +208,6 @@ cdef inline int walk_body(sc_mem *m, const sc_paging *p, u64 va, u32 access, sc_
 cdef inline int glance_step(const sc_mem *m, const sc_paging *p, u64 va, u64 *base, u64 *entry, u64 *all_, int level,
                             sc_gmode g) noexcept nogil:
     cdef u8 *table
-    cdef u32 ps
     if g.host:
         base[0] -= <u64>SC_POOL_HFN << 12
         if base[0] >= m.pool_pages << 12:
@@ -218,23 +219,32 @@ cdef inline int glance_step(const sc_mem *m, const sc_paging *p, u64 va, u64 *ba
             return STEP_FAULT
     entry[0] = ((<u64 *>table)[level_index(va, level)] if g.pte_size == 8
                 else (<u32 *>table)[table_index(va, level, 4)])
-    ps = (entry[0] >> 7) & 1
-    if not entry[0] & PTE_P or entry[0] & p.reserved[ps][level]:
-        return STEP_FAULT
     all_[0] &= entry[0] ^ pte_nx()
-    if level == 1 or (not g.host and ps and (p.large_levels >> level) & 1):
-        return STEP_LEAF
+    if (entry[0] ^ PTE_P) & p.strange[level]:
+        if entry[0] & (PTE_P | PTE_PS) == PTE_P | PTE_PS and not entry[0] & p.reserved[1][level] and (
+                (p.large_levels >> level) & 1):
+            return STEP_LEAF
+        return STEP_FAULT
     base[0] = entry[0] & (pte_addr() if g.pte_size == 8 else 0xFFFFF000U)
     return STEP_DOWN
+
+cdef inline int glance_end(const sc_paging *p, u64 va, u32 access, u64 entry, u64 all_, u64 *gpa, int level,
+                           sc_gmode g) noexcept nogil:
+    """A and D, rights, and the address, after the leaf at `level`."""
+    cdef u32 acc = <u32>(all_ & (PTE_W | PTE_U)) | <u32>(all_ >> 63)
+    if not all_ & PTE_A or (access & PF_W and not entry & PTE_D):
+        return -1
+    if rights_fault(p, acc, pte_pkey(entry) if g.pte_size == 8 else 0, access):
+        return -1
+    gpa[0] = leaf_address(entry, va, level, g)
+    return g.top + 1 - level
 
 cdef inline int glance_body(const sc_mem *m, const sc_paging *p, u64 va, u32 access, u64 *gpa, sc_gmode g) noexcept nogil:
     """Entries read and where they lead (shadow: the hpa), or -1: walk."""
     cdef u64 base, pdpte
     cdef u64 entry = 0
     cdef u64 all_ = ~<u64>0
-    cdef u32 acc
     cdef int step = STEP_DOWN
-    cdef int level = 0
     if g.pae_root:
         pdpte = p.pdpte[(va >> 30) & 3]
         if not pdpte & PTE_P:
@@ -242,28 +252,22 @@ cdef inline int glance_body(const sc_mem *m, const sc_paging *p, u64 va, u32 acc
         base = pdpte & pte_addr()
     else:
         base = p.root
-    if g.top >= 5:
-        level = 5
-        step = glance_step(m, p, va, &base, &entry, &all_, 5, g)
-    if g.top >= 4 and step == STEP_DOWN:
-        level = 4
-        step = glance_step(m, p, va, &base, &entry, &all_, 4, g)
-    if g.top >= 3 and step == STEP_DOWN:
-        level = 3
+    if g.top >= 5 and glance_step(m, p, va, &base, &entry, &all_, 5, g) != STEP_DOWN:
+        return -1
+    if g.top >= 4 and glance_step(m, p, va, &base, &entry, &all_, 4, g) != STEP_DOWN:
+        return -1
+    if g.top >= 3:
         step = glance_step(m, p, va, &base, &entry, &all_, 3, g)
-    if step == STEP_DOWN:
-        level = 2
-        step = glance_step(m, p, va, &base, &entry, &all_, 2, g)
-    if step == STEP_DOWN:
-        level = 1
-        step = glance_step(m, p, va, &base, &entry, &all_, 1, g)
-    if step == STEP_FAULT or not all_ & PTE_A or (access & PF_W and not entry & PTE_D):
+        if step == STEP_LEAF:
+            return glance_end(p, va, access, entry, all_, gpa, 3, g)
+        if step == STEP_FAULT:
+            return -1
+    step = glance_step(m, p, va, &base, &entry, &all_, 2, g)
+    if step == STEP_LEAF:
+        return glance_end(p, va, access, entry, all_, gpa, 2, g)
+    if step == STEP_FAULT or glance_step(m, p, va, &base, &entry, &all_, 1, g) != STEP_DOWN:
         return -1
-    acc = <u32>(all_ & (PTE_W | PTE_U)) | <u32>(all_ >> 63)
-    if rights_fault(p, acc, pte_pkey(entry) if g.pte_size == 8 else 0, access):
-        return -1
-    gpa[0] = leaf_address(entry, va, level, g)
-    return g.top + 1 - level
+    return glance_end(p, va, access, entry, all_, gpa, 1, g)
 
 cdef int guest_walk(sc_mem *m, const sc_paging *p, u64 va, u32 access, sc_walk *w) noexcept nogil
 cdef int shadow_walk(sc_mem *m, const sc_paging *p, u64 va, u32 access, sc_walk *w) noexcept nogil
