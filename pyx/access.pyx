@@ -2,8 +2,8 @@
 from libc.string cimport memcpy, memset
 
 from shadowcore.access cimport (
-    OP_AC, OP_ADD, OP_AND, OP_CMPXCHG, OP_CR0, OP_CR3, OP_CR4, OP_EFER, OP_FETCH, OP_INVLPG, OP_OR, OP_PKRU, OP_WRITE,
-    OP_XCHG, op_is_access, op_is_rmw, sc_op, sc_result,
+    OP_AC, OP_ADD, OP_AND, OP_CMPXCHG, OP_CR0, OP_CR3, OP_CR4, OP_EFER, OP_FETCH, OP_INVLPG, OP_OR, OP_PKRU, OP_READ,
+    OP_WRITE, OP_XCHG, op_is_access, op_is_rmw, sc_op, sc_result,
 )
 from shadowcore.bits cimport is_canonical
 from shadowcore.emulate cimport emulate_store
@@ -52,6 +52,13 @@ cdef inline bint _is_table(const sc_mmu *mmu, u64 gpa) noexcept nogil:
     return mmu.shadow and mmu.frames[mem_frame(mmu.mem, gpa >> 12)].shadowed != 0
 
 
+cdef inline void _native_store(sc_mmu *mmu, u64 gpa) noexcept nogil:
+    """What has to be known of a store under `native`, which sees them all."""
+    mem_mark_dirty(mmu.mem, gpa >> 12)
+    if marked_table(mmu, mem_frame(mmu.mem, gpa >> 12)):
+        memo_drop(mmu)
+
+
 cdef void _store(sc_mmu *mmu, sc_vcpu *v, const sc_part *part, const u8 *bytes, bint data, sc_result *r) noexcept nogil:
     if part.emulate:
         emulate_store(mmu, v, part.gpa, bytes, part.nbytes)
@@ -60,9 +67,7 @@ cdef void _store(sc_mmu *mmu, sc_vcpu *v, const sc_part *part, const u8 *bytes, 
     if data:
         memcpy(mem_guest_frame(mmu.mem, part.gpa) + (part.gpa & 4095), bytes, part.nbytes)
     if not mmu.shadow:
-        mem_mark_dirty(mmu.mem, part.gpa >> 12)
-        if marked_table(mmu, mem_frame(mmu.mem, part.gpa >> 12)):
-            memo_drop(mmu)
+        _native_store(mmu, part.gpa)
 
 
 cdef bint _leads_to_ram(sc_mmu *mmu, const sc_vcpu *v, u64 va, u32 access) noexcept nogil:
@@ -134,6 +139,45 @@ cdef int _ask_embedder(sc_mmu *mmu, sc_vcpu *v, u32 access, sc_part *parts, int 
     return rc
 
 
+cdef int _one_page(sc_mmu *mmu, sc_vcpu *v, const sc_op *o, u64 va, u32 access, bint data, sc_result *r) noexcept nogil:
+    """vcpu_access of a load, store or fetch that lies within one page."""
+    cdef sc_walk w
+    cdef u64 taken = mmu.stats.pf_taken
+    cdef int rc = mmu_resolve(mmu, v, va, access, &w)
+    cdef u64 now[2]
+    cdef u8 *at
+    r.exits = <u32>(mmu.stats.pf_taken - taken)
+    r.outcome = RC_OK
+    r.emulated = 0
+    r.error_code = 0
+    r.gpa = w.gpa
+    r.value[0] = r.value[1] = 0
+    if rc == RC_OK or rc == RC_EMULATE:
+        at = mem_guest_frame(mmu.mem, w.gpa) + (w.gpa & 4095)
+        if not access & PF_W:
+            if data:
+                memcpy(r.value, at, o.size if o.op == OP_READ else 1)
+            return RC_OK
+        if rc == RC_EMULATE:
+            if data:
+                memcpy(now, o.value, 16)
+            else:
+                memcpy(now, at, o.size)
+            emulate_store(mmu, v, w.gpa, <const u8 *>now, o.size)
+            r.emulated = 1
+            return RC_OK
+        if data:
+            memcpy(at, o.value, o.size)
+        if not mmu.shadow:
+            _native_store(mmu, w.gpa)
+        return RC_OK
+    if rc != RC_MMIO:
+        r.gpa = <u64>-1
+        r.error_code = w.error_code if rc == RC_PF else 0
+    r.outcome = <u8>rc
+    return rc
+
+
 cdef int vcpu_access(sc_mmu *mmu, sc_vcpu *v, const sc_op *o, bint data, sc_result *r) noexcept nogil:
     """One load, store, fetch or read-modify-write.
 
@@ -142,30 +186,35 @@ cdef int vcpu_access(sc_mmu *mmu, sc_vcpu *v, const sc_op *o, bint data, sc_resu
     """
     cdef sc_part parts[2]
     cdef u32 size = 1 if o.op == OP_FETCH else o.size
-    cdef bint stores = o.op == OP_WRITE or op_is_rmw(o.op)
+    cdef bint rmw = op_is_rmw(o.op)
+    cdef bint stores = o.op == OP_WRITE or rmw
     cdef u32 access = (PF_U if o.user else 0) | (PF_W if stores else PF_I if o.op == OP_FETCH else 0)
-    cdef u64 taken = mmu.stats.pf_taken
+    cdef u64 taken
+    cdef u64 first = o.addr
     cdef u64 last = o.addr + (size - 1)
     cdef u64 now[2]
     cdef int n = 1
     cdef int rc = RC_OK
     cdef int width
-    memset(r, 0, sizeof(sc_result))
-    r.gpa = <u64>-1
-    parts[0].va = o.addr
     if v.guest.mode >= MODE_64:
         width = 57 if v.guest.mode == MODE_LA57 else 48
-        if not is_canonical(o.addr, width) or not is_canonical(last, width) or last < o.addr:
+        if not is_canonical(first, width) or not is_canonical(last, width) or last < first:
             rc = RC_GP
     else:
-        parts[0].va &= 0xFFFFFFFFULL
+        first &= 0xFFFFFFFFULL
         last &= 0xFFFFFFFFULL
     if o.op == OP_CMPXCHG and size == 16 and o.addr & 15:
         rc = RC_GP                  # CMPXCHG16B wants its operand aligned
+    if rc == RC_OK and (first & 4095) + size <= 4096 and not rmw and mmu.can_emulate == NULL:
+        return _one_page(mmu, v, o, first, access, data, r)
+    memset(r, 0, sizeof(sc_result))
+    r.gpa = <u64>-1
     if rc == RC_GP:
         mmu.stats.gp_guest += 1
         r.outcome = RC_GP
         return rc
+    taken = mmu.stats.pf_taken
+    parts[0].va = first
     parts[0].nbytes = size
     if (o.addr & 4095) + size > 4096:
         n = 2

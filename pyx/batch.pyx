@@ -49,6 +49,7 @@ cdef extern from *:
 cdef enum:
     CHUNK = 4096                    # operations between two looks for Ctrl-C
     FIELDS = 9                      # of an operation, required and optional: see sc_layout
+    STREAK = 2                      # exits in a row after which the next operation is taken to need one as well
     NOTES = 8                       # without use for the memo, one chunk of so many looks whether there is one now
     PACKED = 19                     # bytes of an element of OP_DTYPE
     AHEAD = 32                      # operations whose bytes are fetched into the cache ahead of their use
@@ -120,6 +121,16 @@ cdef inline u64 _word(const u8 *element, u64 at) noexcept nogil:
     if at != <u64>-1:
         memcpy(&word, element + at, 8)
     return word
+
+
+cdef inline void _load_plain(sc_op *o, const sc_batch *b, u64 i) noexcept nogil:
+    """_load_op of an array laid out as OP_DTYPE."""
+    cdef const u8 *element = b.ops.base + i * PACKED
+    o.op = element[0]
+    o.user = element[1]
+    o.size = element[2]
+    o.addr = _word(element, 3)
+    o.value[0] = _word(element, 11)
 
 
 cdef inline void _load_op(sc_op *o, const sc_layout *l, u64 i, u32 vcpu) noexcept nogil:
@@ -417,20 +428,32 @@ cdef int _chunk(sc_mmu *mmu, sc_batch *b, u64 *done, u64 stop) noexcept nogil:
     cdef sc_result r
     cdef sc_row *row
     cdef u64 i = done[0]
+    cdef u64 before
+    cdef u32 exits = 0              # operations in a row that took one: it is the rule then, and no glance is worth it
     cdef int rc = RC_OK
+    memset(&o, 0, sizeof(o))
+    o.vcpu = b.number
     while True:
-        i = _quick_plain(mmu, b, i, stop) if b.plain else _quick_other(mmu, b, i, stop)
+        if exits < STREAK:
+            before = i
+            i = _quick_plain(mmu, b, i, stop) if b.plain else _quick_other(mmu, b, i, stop)
+            if i > before:
+                exits = 0
         if i == stop:
             break
-        _load_op(&o, &b.ops, i, b.number)
+        if b.plain:
+            _load_plain(&o, b, i)
+        else:
+            _load_op(&o, &b.ops, i, b.number)
         rc = vcpu_op(mmu, mmu.vcpus[o.vcpu], &o, b.data, &r)
         if rc < 0:
             break
         b.gpa[i] = r.gpa
         if b.data:
             b.value[i] = r.value[0]
-        if b.high != NULL:
-            b.high[i] = r.value[1]
+            if b.high != NULL:
+                b.high[i] = r.value[1]
+        exits = exits + 1 if r.exits else 0
         if r.outcome or r.exits or r.emulated:
             row = &b.rows[b.n_rows]
             b.n_rows += 1
@@ -543,7 +566,7 @@ cdef object _run(Mmu shell, sc_batch *b, u64 n):
     cdef RunResult result
     cdef Block more
     cdef u64 i = 0
-    cdef u64 stop, room
+    cdef u64 begin, stop, room
     cdef int rc = RC_OK
     shell.idle()
     result = RunResult.__new__(RunResult)
@@ -566,6 +589,7 @@ cdef object _run(Mmu shell, sc_batch *b, u64 n):
     error = None
     try:
         while i < n and rc == RC_OK:
+            begin = i
             stop = min(n, i + CHUNK)
             if room < b.n_rows + (stop - i):
                 room = min(n, 2 * room + CHUNK)
@@ -579,8 +603,8 @@ cdef object _run(Mmu shell, sc_batch *b, u64 n):
             with nogil:
                 rc = _chunk(mmu, b, &i, stop)
             # Where accesses do not repeat, the memo only costs.
-            if b.hits + b.glances > CHUNK // 2 and (b.remember or b.note):
-                b.remember = (b.hits + b.repeats) * 2 > b.hits + b.glances
+            if stop - begin > CHUNK // 2 and (b.remember or b.note):
+                b.remember = (b.hits + b.repeats) * 2 > stop - begin
             if n > CHUNK:
                 PyErr_CheckSignals()
     except KeyboardInterrupt:

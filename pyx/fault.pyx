@@ -1,5 +1,5 @@
 """The page-fault entry: what an exit becomes, and the room that is made before anything changes."""
-from shadowcore.bits cimport pte_pkey, pte_rights
+from shadowcore.bits cimport PTE_A, PTE_D, pte_pkey, pte_rights
 from shadowcore.emulate cimport walk_updated
 from shadowcore.events cimport EXIT_EMULATE, EXIT_FILL, EXIT_GUEST, EXIT_MMIO, EXIT_WRITE
 from shadowcore.fetch cimport fetch, sc_leaf
@@ -11,8 +11,8 @@ from shadowcore.state cimport (
     exit_flush, sc_mmu, sc_vcpu,
 )
 from shadowcore.types cimport (
-    ACC_U, MODE_64, MODE_OFF, PF_P, PF_RSVD, PF_W, RC_EMULATE, RC_EXHAUSTED, RC_MMIO, RC_OK, RC_PF, RC_RETRY, SC_NONE,
-    u32, u64,
+    ACC_U, MODE_64, MODE_OFF, MODE_PAE, PF_P, PF_RSVD, PF_W, RC_EMULATE, RC_EXHAUSTED, RC_MMIO, RC_OK, RC_PF, RC_RETRY,
+    SC_NONE, u32, u64,
 )
 from shadowcore.walker cimport access_code, guest_walk, rights_fault, sc_walk
 
@@ -62,17 +62,31 @@ cdef bint _make_room(sc_mmu *mmu, sc_vcpu *v, u64 va) noexcept nogil:
     return False
 
 
-cdef int _fetch_with_room(sc_mmu *mmu, sc_vcpu *v, u64 va, u32 access, bint refused, sc_walk *w,
+cdef int _fetch_with_room(sc_mmu *mmu, sc_vcpu *v, u32 access, bint refused, const sc_walk *hw, sc_walk *w,
                           sc_leaf *leaf) noexcept nogil:
     """fetch, and once more with all the room there can be."""
-    if fetch(mmu, v, va, access, refused, w, leaf) == RC_OK:
+    if fetch(mmu, v, access, refused, hw, w, leaf) == RC_OK:
         return RC_OK
-    _release_everything(mmu, v, va)
-    return fetch(mmu, v, va, access, refused, w, leaf)
+    _release_everything(mmu, v, w.va)
+    return fetch(mmu, v, access, refused, NULL, w, leaf)
 
 
-cdef int _page_fault(sc_mmu *mmu, sc_vcpu *v, u64 va, u32 access, u32 code, sc_walk *w) noexcept nogil:
+cdef inline int _repeated(sc_mmu *mmu, const sc_vcpu *v, u32 access, u32 spte) noexcept nogil:
+    """The processor walks again. Where that walk is known to succeed, by the path just linked to the leaf `spte`, what
+    it would count and set is done here: RC_OK. With a modelled TLB it is made, for there is an entry to fill."""
+    if v.tlb != NULL:
+        return RC_RETRY
+    mmu.stats.walk_references += 2 if v.hw.mode == MODE_PAE else v.hw.mode
+    mmu.table[spte] |= PTE_A | (PTE_D if access & PF_W else 0)
+    return RC_OK
+
+
+cdef int _page_fault(sc_mmu *mmu, sc_vcpu *v, u32 access, const sc_walk *hw, sc_walk *w) noexcept nogil:
+    cdef u64 va = hw.va
+    cdef u32 code = hw.error_code
+    cdef u64 epoch = mmu.memo_epoch
     cdef sc_leaf leaf
+    cdef u32 fault
     cdef bint refused = False
     cdef bint device
     cdef u32 looks
@@ -102,7 +116,8 @@ cdef int _page_fault(sc_mmu *mmu, sc_vcpu *v, u64 va, u32 access, u32 code, sc_w
         mmu.stats.pf_mmio += 1
         mmu.stats.exits[EXIT_MMIO] += 1
         return RC_MMIO
-    if _fetch_with_room(mmu, v, va, access, refused, w, &leaf) != RC_OK:
+    # The failed walk knows the path to the leaf, if it came that far and nothing was withdrawn since.
+    if _fetch_with_room(mmu, v, access, refused, hw if mmu.memo_epoch == epoch else NULL, w, &leaf) != RC_OK:
         mmu.stats.pf_taken -= 1
         mmu.exhausted = v.number
         return RC_EXHAUSTED
@@ -120,8 +135,8 @@ cdef int _page_fault(sc_mmu *mmu, sc_vcpu *v, u64 va, u32 access, u32 code, sc_w
     if v.guest.mode != MODE_OFF:
         mmu.stats.pf_fixed += 1
     spte = mmu.table[leaf.spte]
-    if leaf.emulate or (not refused and not mmu.quirks & QUIRK_ROLE_WITHOUT_ACCESS
-                        and rights_fault(&v.hw, pte_rights(spte), pte_pkey(spte), access)):
+    fault = rights_fault(&v.hw, pte_rights(spte), pte_pkey(spte), access)
+    if leaf.emulate or (fault and not refused and not mmu.quirks & QUIRK_ROLE_WITHOUT_ACCESS):
         # The second case: what the guest allows no leaf can grant under the registers that the processor runs with.
         mmu.stats.exits[EXIT_EMULATE] += 1
         return RC_EMULATE
@@ -133,16 +148,17 @@ cdef int _page_fault(sc_mmu *mmu, sc_vcpu *v, u64 va, u32 access, u32 code, sc_w
         mmu.stats.exits[EXIT_WRITE] += 1
         if not leaf.changed:
             mmu.stats.pf_spurious += 1
-    return RC_RETRY
+    return RC_RETRY if fault else _repeated(mmu, v, access, leaf.spte)
 
 
-cdef int page_fault(sc_mmu *mmu, sc_vcpu *v, u64 va, u32 access, u32 code, sc_walk *w) noexcept nogil:
-    """A page-fault exit: the processor's walk of the shadow failed with error code `code`.
+cdef int page_fault(sc_mmu *mmu, sc_vcpu *v, u32 access, const sc_walk *hw, sc_walk *w) noexcept nogil:
+    """A page-fault exit: the processor's walk `hw` of the shadow failed.
 
-    RC_RETRY: the shadow was mended. RC_EMULATE, RC_MMIO: at w.gpa. RC_PF: the guest's own fault, w.error_code.
+    RC_OK: the shadow was mended, and the processor's next walk leads to w.gpa. RC_RETRY: the shadow was mended.
+    RC_EMULATE, RC_MMIO: at w.gpa. RC_PF: the guest's own fault, w.error_code.
     """
     cdef int rc
     audit_point(mmu, POINT_PRE_FAULT)
-    rc = _page_fault(mmu, v, va, access, code, w)
+    rc = _page_fault(mmu, v, access, hw, w)
     audit_point(mmu, POINT_POST_FAULT)
     return rc

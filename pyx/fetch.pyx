@@ -11,8 +11,8 @@ from shadowcore.bits cimport (
 )
 from shadowcore.fetch cimport sc_leaf
 from shadowcore.memory cimport (
-    mem_frame, mem_frame_hpa, mem_guest_frame, mem_leaf_frame, mem_mark_dirty, mem_pool_page, mem_slot, mem_unlogged,
-    sc_no_frame,
+    SC_POOL_HFN, mem_frame, mem_frame_hpa, mem_guest_frame, mem_leaf_frame, mem_mark_dirty, mem_pool_page, mem_slot,
+    mem_unlogged, sc_no_frame,
 )
 from shadowcore.pool cimport pool_get, pool_unprotect
 from shadowcore.rmap cimport rmap_add, rmap_remove
@@ -175,12 +175,14 @@ cdef inline void _install_leaf(sc_mmu *mmu, const sc_vcpu *v, const sc_leaf *lea
         rmap_add(mmu, spte)
 
 
-cdef int fetch(sc_mmu *mmu, sc_vcpu *v, u64 va, u32 access, bint refused, sc_walk *w, sc_leaf *leaf) noexcept nogil:
-    """Bring the shadow in line with the complete guest walk `w` of `va`, for `access`.
+cdef int fetch(sc_mmu *mmu, sc_vcpu *v, u32 access, bint refused, const sc_walk *hw, sc_walk *w,
+               sc_leaf *leaf) noexcept nogil:
+    """Bring the shadow in line with the complete guest walk `w`, for `access`.
 
-    refused: rights forbid the access (quirk TWO_EXITS fills the leaf all the same).
+    hw: the failed walk of the shadow, whose path still stands, or NULL. refused: rights forbid the access (quirk TWO_EXITS fills the leaf all the same).
     RC_OK with *leaf, or RC_EXHAUSTED. A gpa in no slot leaves a marked entry that is not present.
     """
+    cdef u64 va = w.va
     cdef u64 gfn = w.gpa >> 12
     cdef u64 frame = mem_frame(mmu.mem, gfn)
     cdef int mode = v.guest.mode
@@ -193,7 +195,11 @@ cdef int fetch(sc_mmu *mmu, sc_vcpu *v, u64 va, u32 access, bint refused, sc_wal
     cdef bint taken = False
     memset(leaf, 0, sizeof(sc_leaf))
     leaf.large = SC_NONE
-    if _link_path(mmu, v, va, w, leaf) != RC_OK:
+    if hw != NULL and hw.level == 1 and w.level == 1 and mode != MODE_OFF:
+        # Every level is linked, and a link that leads to the shadow of a guest table, or in `flush` to the table of
+        # an address, is right (see _child).
+        leaf.spte = <u32>(hw.table[1] - SC_POOL_HFN) * 512 + level_index(va, 1)
+    elif _link_path(mmu, v, va, w, leaf) != RC_OK:
         return RC_EXHAUSTED
     if mmu.quirks & QUIRK_NX_LEAF_ONLY and mode >= MODE_PAE:
         guest = (guest & ~<u32>ACC_X) | (0 if w.entry[w.level] & pte_nx() else ACC_X)

@@ -78,6 +78,7 @@ cdef int mmu_resolve(sc_mmu *mmu, sc_vcpu *v, u64 va, u32 access, sc_walk *w) no
     RC_OK: RAM, to be accessed directly. RC_EMULATE: RAM, the store must go through emulate_store. RC_MMIO: no RAM.
     RC_PF: w.error_code, CR2 is set. Negative: a host-side error.
     """
+    cdef sc_walk hw
     cdef int rc, shift
     cdef int exits = 0
     mmu.stats.accesses += 1
@@ -96,14 +97,15 @@ cdef int mmu_resolve(sc_mmu *mmu, sc_vcpu *v, u64 va, u32 access, sc_walk *w) no
             _tlb_fill(mmu, v, va, w, shift, shift)
         return rc
     while exits < MAX_EXITS:
-        rc = shadow_walk(mmu.mem, &v.hw, va, access, w)
-        mmu.stats.walk_references += w.references
+        rc = shadow_walk(mmu.mem, &v.hw, va, access, &hw)
+        mmu.stats.walk_references += hw.references
         if rc == RC_OK:
-            w.gpa = (mem_gfn(mmu.mem, (w.gpa >> 12) - mmu.mem.ram_hfn) << 12) | (w.gpa & 4095)
+            w.gpa = (mem_gfn(mmu.mem, (hw.gpa >> 12) - mmu.mem.ram_hfn) << 12) | (va & 4095)
             if v.tlb != NULL:
-                _tlb_fill(mmu, v, va, w, 12, _guest_shift(mmu, v, w))
+                hw.gpa = w.gpa
+                _tlb_fill(mmu, v, va, &hw, 12, _guest_shift(mmu, v, &hw))
             return RC_OK
-        rc = page_fault(mmu, v, va, access, w.error_code, w)
+        rc = page_fault(mmu, v, access, &hw, w)
         if rc != RC_RETRY:
             return rc
         exits += 1

@@ -1,7 +1,7 @@
 """The page walk compiled once per mode, and the reserved bits of each mode."""
 from libc.string cimport memset
 
-from shadowcore.bits cimport PTE_P, PTE_PS, level_mask, pte_nx
+from shadowcore.bits cimport PTE_A, PTE_P, PTE_PS, level_mask, pte_nx
 from shadowcore.gmode cimport gmode_32, gmode_64, gmode_la57, gmode_pae
 from shadowcore.memory cimport sc_mem
 from shadowcore.types cimport (
@@ -152,5 +152,6 @@ cdef void paging_reserved(sc_paging *p, int maxphyaddr, bint gbpages, bint pse, 
     """Fill p.reserved, p.strange and p.large_levels for p.mode and p.nxe."""
     cdef int level
     _reserved(p, maxphyaddr, gbpages, pse, pse36)
+    p.usual = PTE_P | (PTE_A if p.accessed_early else 0)
     for level in range(1, 6):
-        p.strange[level] = PTE_P | p.reserved[0][level] | (0 if level == 1 else PTE_PS)
+        p.strange[level] = p.usual | p.reserved[0][level] | (0 if level == 1 else PTE_PS)

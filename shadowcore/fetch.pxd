@@ -1,6 +1,6 @@
 """The fault path: link the levels of a shadow walk and install its leaf."""
 from shadowcore.state cimport sc_mmu, sc_vcpu
-from shadowcore.types cimport u32, u64
+from shadowcore.types cimport u32
 from shadowcore.walker cimport sc_walk
 
 cdef struct sc_leaf:                # outcome of one fault, as far as the shadow is concerned
@@ -12,4 +12,5 @@ cdef struct sc_leaf:                # outcome of one fault, as far as the shadow
     bint plain                      # filled as it is, with nothing for this access to add
     bint refused                    # quirk ROLE_WITHOUT_ACCESS: the leaf as it stands forbids the access
 
-cdef int fetch(sc_mmu *mmu, sc_vcpu *v, u64 va, u32 access, bint refused, sc_walk *w, sc_leaf *leaf) noexcept nogil
+cdef int fetch(sc_mmu *mmu, sc_vcpu *v, u32 access, bint refused, const sc_walk *hw, sc_walk *w,
+               sc_leaf *leaf) noexcept nogil

@@ -18,8 +18,8 @@ cdef struct sc_paging:
     u64 root                        # address of the top table (unused by PAE)
     u64 pdpte[4]                    # PAE: root entries, cached when CR3 was loaded
     u64 reserved[2][6]              # bits that must be 0 in a present entry, by [PS bit][level]
-    u64 strange[6]                  # by level: bits by which an entry differs from one that leads to a table (level 1:
-                                    # to a page) if they are not as in PTE_P
+    u64 usual                       # what entries have of the bits in `strange`: P, with accessed_early A as well
+    u64 strange[6]                  # by level: bits by which an entry that just leads on (at level 1: to a page) is known
     u32 refused[8]                  # by ACC_* of a whole walk: bit PF_* is set if such an access is refused
     u32 large_levels                # bit L: an entry of level L with PS is a leaf
     u32 pkru                        # PKRU
@@ -110,7 +110,6 @@ cdef inline int walk_step(sc_mem *m, const sc_paging *p, u32 access, sc_walk *w,
     cdef u32 index = table_index(w.va, level, g.pte_size)
     cdef u32 ps
     cdef u8 *table = mem_host_frame(m, base[0]) if g.host else mem_guest_frame(m, base[0])
-    w.level = level
     w.table[level] = base[0] >> 12
     if table == NULL:               # no memory behind the table: nothing is present there
         w.references -= 1           # and no entry was read
@@ -119,6 +118,10 @@ cdef inline int walk_step(sc_mem *m, const sc_paging *p, u32 access, sc_walk *w,
         return STEP_FAULT
     entry = (<u64 *>table)[index] if g.pte_size == 8 else (<u32 *>table)[index]
     w.entry[level] = entry
+    all_[0] &= entry ^ pte_nx()
+    base[0] = entry & (pte_addr() if g.pte_size == 8 else 0xFFFFF000U)
+    if not (entry ^ p.usual) & p.strange[level]:
+        return STEP_LEAF if level == 1 else STEP_DOWN
     if not entry & PTE_P:
         w.error_code = access_code(p, access)
         return STEP_FAULT
@@ -126,12 +129,11 @@ cdef inline int walk_step(sc_mem *m, const sc_paging *p, u32 access, sc_walk *w,
     if entry & p.reserved[ps][level]:
         w.error_code = access_code(p, access) | PF_P | PF_RSVD
         return STEP_FAULT
-    all_[0] &= entry ^ pte_nx()
     if not g.silent and not g.host and p.accessed_early and not entry & PTE_A:
         set_entry_bits(m, w, level, PTE_A, g)
+        all_[0] &= ~<u64>PTE_A      # the end of the walk need not know
     if level == 1 or (ps and (p.large_levels >> level) & 1):
         return STEP_LEAF
-    base[0] = entry & (pte_addr() if g.pte_size == 8 else 0xFFFFF000U)
     return STEP_DOWN
 
 cdef inline u64 leaf_address(u64 entry, u64 va, int level, sc_gmode g) noexcept nogil:
@@ -145,46 +147,16 @@ cdef inline u64 leaf_address(u64 entry, u64 va, int level, sc_gmode g) noexcept 
     # PSE-36: bits 20:13 are physical bits 39:32
     return (entry & 0xFFC00000U) | (((entry >> 13) & 0xFF) << 32) | (va & 0x3FFFFF)
 
-cdef inline int walk_body(sc_mem *m, const sc_paging *p, u64 va, u32 access, sc_walk *w, sc_gmode g) noexcept nogil:
-    """Walk `va`; RC_OK with gpa, access and levels in w, or RC_PF with error_code."""
-    cdef u64 base, entry
-    cdef u64 all_ = ~<u64>0
+cdef inline int walk_end(sc_mem *m, const sc_paging *p, u32 access, sc_walk *w, u64 all_, int level,
+                         sc_gmode g) noexcept nogil:
+    """Rights, address, and A and D, after the leaf at `level`."""
+    cdef u64 entry = w.entry[level]
     cdef u32 fault
-    cdef int level
-    cdef int step = STEP_DOWN
-    w.va = va
-    w.top = g.top
-    w.pte_size = g.pte_size
-    w.references = 0
-    w.updated = 0
-    w.dirtied = False
-    if g.pae_root:
-        base = p.pdpte[(va >> 30) & 3]
-        if not base & PTE_P:
-            w.level = 3
-            w.error_code = access_code(p, access)
-            return RC_PF
-        base &= pte_addr()
-    else:
-        base = p.root
-    if g.top >= 5:
-        step = walk_step(m, p, access, w, &base, &all_, 5, g)
-    if g.top >= 4 and step == STEP_DOWN:
-        step = walk_step(m, p, access, w, &base, &all_, 4, g)
-    if g.top >= 3 and step == STEP_DOWN:
-        step = walk_step(m, p, access, w, &base, &all_, 3, g)
-    if step == STEP_DOWN:
-        step = walk_step(m, p, access, w, &base, &all_, 2, g)
-    if step == STEP_DOWN:
-        step = walk_step(m, p, access, w, &base, &all_, 1, g)
-    level = w.level
-    w.references += g.top + 1 - level
-    if step == STEP_FAULT:
-        return RC_PF
-    entry = w.entry[level]
+    w.level = level
+    w.references = g.top + 1 - level
     w.access = <u32>(all_ & (PTE_W | PTE_U)) | <u32>(all_ >> 63)
     w.pkey = pte_pkey(entry) if g.pte_size == 8 else 0
-    w.gpa = leaf_address(entry, va, level, g)
+    w.gpa = leaf_address(entry, w.va, level, g)
     fault = rights_fault(p, w.access, w.pkey, access)
     if fault:
         w.error_code = access_code(p, access) | fault
@@ -203,6 +175,50 @@ cdef inline int walk_body(sc_mem *m, const sc_paging *p, u64 va, u32 access, sc_
         level += 1
     return RC_OK
 
+cdef inline int walk_stopped(sc_walk *w, int level, sc_gmode g) noexcept nogil:
+    """The walk ended at `level`, with an error code."""
+    w.level = level
+    w.references += g.top + 1 - level
+    return RC_PF
+
+cdef inline int walk_body(sc_mem *m, const sc_paging *p, u64 va, u32 access, sc_walk *w, sc_gmode g) noexcept nogil:
+    """Walk `va`; RC_OK with gpa, access and levels in w, or RC_PF with error_code."""
+    cdef u64 base
+    cdef u64 all_ = ~<u64>0
+    cdef int step
+    w.va = va
+    w.top = g.top
+    w.pte_size = g.pte_size
+    w.references = 0
+    w.updated = 0
+    w.dirtied = False
+    if g.pae_root:
+        base = p.pdpte[(va >> 30) & 3]
+        if not base & PTE_P:
+            w.error_code = access_code(p, access)
+            return walk_stopped(w, 3, g)
+        base &= pte_addr()
+    else:
+        base = p.root
+    if g.top >= 5 and walk_step(m, p, access, w, &base, &all_, 5, g) != STEP_DOWN:
+        return walk_stopped(w, 5, g)
+    if g.top >= 4 and walk_step(m, p, access, w, &base, &all_, 4, g) != STEP_DOWN:
+        return walk_stopped(w, 4, g)
+    if g.top >= 3:
+        step = walk_step(m, p, access, w, &base, &all_, 3, g)
+        if step == STEP_LEAF:
+            return walk_end(m, p, access, w, all_, 3, g)
+        if step == STEP_FAULT:
+            return walk_stopped(w, 3, g)
+    step = walk_step(m, p, access, w, &base, &all_, 2, g)
+    if step == STEP_LEAF:
+        return walk_end(m, p, access, w, all_, 2, g)
+    if step == STEP_FAULT:
+        return walk_stopped(w, 2, g)
+    if walk_step(m, p, access, w, &base, &all_, 1, g) == STEP_FAULT:
+        return walk_stopped(w, 1, g)
+    return walk_end(m, p, access, w, all_, 1, g)
+
 # The glance: a walk that has nothing to write and nothing to report. It says where an access leads if every entry is
 # as it must be, A and D included; for all else the walk above has to be made.
 cdef inline int glance_step(const sc_mem *m, const sc_paging *p, u64 va, u64 *base, u64 *entry, u64 *all_, int level,
@@ -220,7 +236,7 @@ cdef inline int glance_step(const sc_mem *m, const sc_paging *p, u64 va, u64 *ba
     entry[0] = ((<u64 *>table)[level_index(va, level)] if g.pte_size == 8
                 else (<u32 *>table)[table_index(va, level, 4)])
     all_[0] &= entry[0] ^ pte_nx()
-    if (entry[0] ^ PTE_P) & p.strange[level]:
+    if (entry[0] ^ p.usual) & p.strange[level]:
         if entry[0] & (PTE_P | PTE_PS) == PTE_P | PTE_PS and not entry[0] & p.reserved[1][level] and (
                 (p.large_levels >> level) & 1):
             return STEP_LEAF
