@@ -19,6 +19,7 @@ from shadowcore.memo cimport (
 )
 from shadowcore.memory cimport mem_frame, mem_gfn, mem_guest_frame, sc_mem, sc_no_frame
 from shadowcore.mmu cimport Mmu
+from shadowcore.plain cimport fault_plain
 from shadowcore.results cimport Block, RunResult, block_new, sc_row
 from shadowcore.state cimport MARK_STORED, MARK_TABLE, marked_table, memo_drop, sc_mmu, sc_vcpu
 from shadowcore.types cimport (
@@ -422,6 +423,32 @@ cdef u64 _quick_other(sc_mmu *mmu, sc_batch *b, u64 i, u64 stop) noexcept nogil:
     return _quick(mmu, b, i, stop, False)
 
 
+cdef inline bint _fault(sc_mmu *mmu, sc_vcpu *v, const sc_op *o, bint data, sc_result *r) noexcept nogil:
+    """Do the operation if it is an access that takes a plain fault."""
+    cdef u32 code = (o.op & 15) | (o.user != 0) << 8
+    cdef u64 va = o.addr & _width(v)
+    cdef u64 value = 0
+    cdef u8 *at
+    if (not mmu.shadow or _kind[code] == KIND_NONE or (va & 4095) > 4088 or o.size > 8
+            or (v.guest.mode >= MODE_64 and not is_canonical(va, 57 if v.guest.mode == MODE_LA57 else 48))):
+        return False
+    r.gpa = fault_plain(mmu, v, va, _access[code])
+    if r.gpa == ~<u64>0:
+        return False
+    r.outcome = RC_OK
+    r.error_code = 0
+    r.exits = 1
+    r.emulated = 0
+    if data:
+        at = mem_guest_frame(mmu.mem, r.gpa) + (r.gpa & 4095)
+        memcpy(&value, at, 8)
+        r.value[0] = value & _loads[code] & _bytes[o.size & 15 if o.op != OP_FETCH else 1]
+        r.value[1] = 0
+        if o.op == OP_WRITE:
+            memcpy(at, o.value, o.size)
+    return True
+
+
 cdef int _chunk(sc_mmu *mmu, sc_batch *b, u64 *done, u64 stop) noexcept nogil:
     """Operations done[0] to stop; done[0] tells how far it came. RC_OK or the negative code of the one that failed."""
     cdef sc_op o
@@ -445,7 +472,8 @@ cdef int _chunk(sc_mmu *mmu, sc_batch *b, u64 *done, u64 stop) noexcept nogil:
             _load_plain(&o, b, i)
         else:
             _load_op(&o, &b.ops, i, b.number)
-        rc = vcpu_op(mmu, mmu.vcpus[o.vcpu], &o, b.data, &r)
+        if not _fault(mmu, mmu.vcpus[o.vcpu], &o, b.data, &r):
+            rc = vcpu_op(mmu, mmu.vcpus[o.vcpu], &o, b.data, &r)
         if rc < 0:
             break
         b.gpa[i] = r.gpa

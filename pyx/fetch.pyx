@@ -6,22 +6,20 @@ is seen), less W while the frame is a shadowed guest table (so that every store 
 from libc.string cimport memset
 
 from shadowcore.bits cimport (
-    CR4_PGE, PTE_A, PTE_D, PTE_G, PTE_P, PTE_U, PTE_W, SPTE_GUEST_U, SPTE_GUEST_W, SPTE_MARK, level_index, level_mask,
-    pte_addr, pte_nx, pte_rights,
+    PTE_A, PTE_D, PTE_G, PTE_P, PTE_U, PTE_W, SPTE_GUEST_U, SPTE_GUEST_W, SPTE_MARK, level_index, level_mask, pte_addr,
+    pte_nx, pte_rights,
 )
-from shadowcore.fetch cimport sc_leaf
+from shadowcore.fetch cimport leaf_install, leaf_replace, sc_leaf
 from shadowcore.memory cimport (
-    SC_POOL_HFN, mem_frame, mem_frame_hpa, mem_guest_frame, mem_leaf_frame, mem_mark_dirty, mem_pool_page, mem_slot,
-    mem_unlogged, sc_no_frame,
+    SC_POOL_HFN, mem_frame, mem_frame_hpa, mem_guest_frame, mem_mark_dirty, mem_pool_page, mem_unlogged, sc_no_frame,
 )
 from shadowcore.pool cimport pool_get, pool_unprotect
-from shadowcore.rmap cimport rmap_add, rmap_remove
 from shadowcore.roots cimport linear_gfn, make_role, root_load, wp0_leaves
-from shadowcore.spte cimport leaf_spte, spte_drop, spte_is_writable, spte_link, spte_put, spte_wipe
+from shadowcore.spte cimport leaf_spte, spte_drop, spte_link
 from shadowcore.state cimport (
-    FLUSH_LEAF, FLUSH_LINK, FLUSH_WITHHELD, QUIRK_DIRTY_LOST, QUIRK_GLOBAL_WITHOUT_PGE, QUIRK_NX_LEAF_ONLY,
-    QUIRK_PAGING_OFF_UNPROTECTED, QUIRK_RMAP_LEAK, QUIRK_ROLE_WITHOUT_ACCESS, QUIRK_ROLE_WITHOUT_MODE, ROLE_DIRTY,
-    ROLE_GLOBAL, ROLE_PKEY, memo_drop, request_flush, sc_mmu, sc_vcpu,
+    FLUSH_LINK, FLUSH_WITHHELD, QUIRK_DIRTY_LOST, QUIRK_NX_LEAF_ONLY, QUIRK_PAGING_OFF_UNPROTECTED,
+    QUIRK_ROLE_WITHOUT_ACCESS, QUIRK_ROLE_WITHOUT_MODE, ROLE_DIRTY, ROLE_GLOBAL, ROLE_PKEY, request_flush, sc_mmu,
+    sc_vcpu,
 )
 from shadowcore.types cimport (
     ACC_ALL, ACC_U, ACC_W, ACC_X, MODE_32, MODE_64, MODE_OFF, MODE_PAE, PF_U, PF_W, RC_EXHAUSTED, RC_OK, SC_NONE, u8,
@@ -109,27 +107,6 @@ cdef inline u64 _kept_bits(const sc_walk *w, int mode) noexcept nogil:
     return (w.entry[w.level] & (PTE_A | PTE_D | PTE_G)) | (<u64>w.pkey << 59 if mode >= MODE_64 else 0)
 
 
-cdef inline void _replace_leaf(sc_mmu *mmu, u32 spte, u64 value) noexcept nogil:
-    """Give a present leaf another value; its record in the reverse map follows W."""
-    cdef u64 old = mmu.table[spte]
-    cdef bint was = spte_is_writable(old)
-    cdef bint same = (old ^ value) & pte_addr() == 0
-    cdef bint now = spte_is_writable(value)
-    if was and not (now and same):
-        if mmu.quirks & QUIRK_RMAP_LEAK and same:
-            mmu.frames[mem_leaf_frame(mmu.mem, old)].stale += 1
-        else:
-            request_flush(mmu, FLUSH_LEAF)
-        rmap_remove(mmu, spte)
-    elif not same:
-        request_flush(mmu, FLUSH_LEAF)
-    if (old ^ value) & ~<u64>(PTE_A | PTE_D | PTE_W) or was and not now:
-        memo_drop(mmu)
-    mmu.table[spte] = value
-    if now and not (was and same):
-        rmap_add(mmu, spte)
-
-
 cdef inline u32 _remembered(u64 spte) noexcept nogil:
     """Rights that the guest's tables gave when the leaf was made."""
     return ((ACC_W if spte & SPTE_GUEST_W else 0) | (ACC_U if spte & SPTE_GUEST_U else 0)
@@ -154,25 +131,10 @@ cdef inline void _set_dirty(sc_mmu *mmu, sc_walk *w, bint on) noexcept nogil:
         w.entry[w.level] &= ~<u64>PTE_D
 
 
-cdef inline void _note_leaf(sc_mmu *mmu, const sc_vcpu *v, u32 spte, u64 gfn, u64 value) noexcept nogil:
-    """What the page's header has to know of a leaf that gets `value`."""
-    if not (value & PTE_G and (v.cr4 & CR4_PGE or mmu.quirks & QUIRK_GLOBAL_WITHOUT_PGE)):
-        mmu.pages[spte >> 9].nonglobal = True
-    if value & PTE_P:
-        mmu.pages[spte >> 9].slots |= <u64>1 << mem_slot(mmu.mem, gfn)
-
-
-cdef inline void _install_leaf(sc_mmu *mmu, const sc_vcpu *v, const sc_leaf *leaf, u64 gfn, u64 value) noexcept nogil:
-    """Fill an entry that is not present."""
-    cdef u32 spte = leaf.spte
+cdef inline void _mark_large(sc_mmu *mmu, const sc_vcpu *v, const sc_leaf *leaf) noexcept nogil:
+    """The entry above the leaf stands for a large page of the guest."""
     if v.guest.mode != MODE_OFF and leaf.large != SC_NONE:
         mmu.table[leaf.large] |= SPTE_MARK
-    if mmu.table[spte]:
-        spte_wipe(mmu, spte)
-    spte_put(mmu, spte, value)
-    _note_leaf(mmu, v, spte, gfn, value)
-    if spte_is_writable(value):
-        rmap_add(mmu, spte)
 
 
 cdef int fetch(sc_mmu *mmu, sc_vcpu *v, u32 access, bint refused, const sc_walk *hw, sc_walk *w,
@@ -224,7 +186,8 @@ cdef int fetch(sc_mmu *mmu, sc_vcpu *v, u32 access, bint refused, const sc_walk 
             if w.dirtied:
                 kept &= ~<u64>PTE_D     # the processor's to set, and it never walks here
             value = leaf_spte(gfn << 12, guest, granted, kept) & ~<u64>PTE_P
-            _install_leaf(mmu, v, leaf, gfn, value | SPTE_MARK)
+            _mark_large(mmu, v, leaf)
+            leaf_install(mmu, v, leaf.spte, gfn, value | SPTE_MARK)
         return RC_OK
     hpa = old & pte_addr() if taken and old & PTE_P else mem_frame_hpa(mmu.mem, frame)
     shadowed = mmu.frames[frame].shadowed != 0
@@ -264,14 +227,14 @@ cdef int fetch(sc_mmu *mmu, sc_vcpu *v, u32 access, bint refused, const sc_walk 
     value = leaf_spte(hpa, guest if mode != MODE_OFF else 0, granted, kept)
     if not old & PTE_P:
         leaf.filled = True
-        _install_leaf(mmu, v, leaf, gfn, value)
+        _mark_large(mmu, v, leaf)
+        leaf_install(mmu, v, leaf.spte, gfn, value)
     else:
         value |= old & (PTE_A | PTE_D)
         leaf.changed = (value ^ old) & ~<u64>(PTE_A | PTE_D) != 0
-        _note_leaf(mmu, v, leaf.spte, gfn, value)
-        if not mmu.keep and leaf.large != SC_NONE and mode != MODE_OFF:
-            mmu.table[leaf.large] |= SPTE_MARK
-        _replace_leaf(mmu, leaf.spte, value)
+        if not mmu.keep:
+            _mark_large(mmu, v, leaf)
+        leaf_replace(mmu, v, leaf.spte, gfn, value)
     if value & PTE_W:
         mem_mark_dirty(mmu.mem, gfn)
     return RC_OK
