@@ -58,8 +58,8 @@ cdef enum:
 cdef struct sc_layout:
     const u8 *base                  # element 0
     i64 stride                      # bytes from one to the next
-    u64 at[FIELDS]                  # offset in an element: op, user, size, addr, value; vcpu, value_high, expected,
-                                    # expected_high, or all ones
+    # Offset in an element, or all ones: op, user, size, addr, value; vcpu, value_high, expected, expected_high.
+    u64 at[FIELDS]
 
 cdef struct sc_batch:
     sc_layout ops
@@ -134,18 +134,18 @@ cdef inline void _load_plain(sc_op *o, const sc_batch *b, u64 i) noexcept nogil:
     o.value[0] = _word(element, 11)
 
 
-cdef inline void _load_op(sc_op *o, const sc_layout *l, u64 i, u32 vcpu) noexcept nogil:
+cdef inline void _load_op(sc_op *o, const sc_layout *layout, u64 i, u32 vcpu) noexcept nogil:
     """Gather an operation from an element of the caller's array, which may be packed."""
-    cdef const u8 *element = l.base + <i64>i * l.stride
-    o.op = element[l.at[0]]
-    o.user = element[l.at[1]] != 0
-    o.size = element[l.at[2]]
-    o.addr = _word(element, l.at[3])
-    o.value[0] = _word(element, l.at[4])
-    o.vcpu = vcpu if l.at[5] == <u64>-1 else element[l.at[5]]
-    o.value[1] = _word(element, l.at[6])
-    o.expected[0] = _word(element, l.at[7])
-    o.expected[1] = _word(element, l.at[8])
+    cdef const u8 *element = layout.base + <i64>i * layout.stride
+    o.op = element[layout.at[0]]
+    o.user = element[layout.at[1]] != 0
+    o.size = element[layout.at[2]]
+    o.addr = _word(element, layout.at[3])
+    o.value[0] = _word(element, layout.at[4])
+    o.vcpu = vcpu if layout.at[5] == <u64>-1 else element[layout.at[5]]
+    o.value[1] = _word(element, layout.at[6])
+    o.expected[0] = _word(element, layout.at[7])
+    o.expected[1] = _word(element, layout.at[8])
 
 
 cdef inline u64 _width(const sc_vcpu *v) noexcept nogil:
@@ -499,7 +499,7 @@ cdef int _chunk(sc_mmu *mmu, sc_batch *b, u64 *done, u64 stop) noexcept nogil:
     return rc
 
 
-cdef int _layout(object ops, sc_layout *l) except -1:
+cdef int _layout(object ops, sc_layout *layout) except -1:
     """ConfigError unless `ops` is a one-dimensional structured array with the fields of OP_DTYPE."""
     global _seen_dtype
     if not isinstance(ops, _ARRAY) or (ops.dtype is not _seen_dtype and ops.dtype.names is None):
@@ -518,38 +518,38 @@ cdef int _layout(object ops, sc_layout *l) except -1:
                 raise ConfigError(f"ops: field {name!r} is {dtype.fields[name][0]}, {wanted} is needed")
             _seen_at[i] = dtype.fields[name][1]
         _seen_dtype = dtype
-    memcpy(l.at, _seen_at, sizeof(_seen_at))
+    memcpy(layout.at, _seen_at, sizeof(_seen_at))
     return 0
 
 
 cdef int _check_values(sc_batch *b, u64 n, u32 vcpus) except -1:
     """ConfigError if an operation, a size or a vcpu does not exist; before anything is run. 1: some size is 16."""
-    cdef const sc_layout *l = &b.ops
+    cdef const sc_layout *layout = &b.ops
     cdef u64 i
     cdef sc_op o
     cdef bint bad = False
     cdef bint wide = False
-    cdef const u8 *element = l.base
-    cdef bint packed = (l.stride == PACKED and l.at[0] == 0 and l.at[1] == 1 and l.at[2] == 2 and l.at[3] == 3
-                        and l.at[4] == 11)
-    cdef u8 odd = l.at[5] != <u64>-1
+    cdef const u8 *element = layout.base
+    cdef bint packed = (layout.stride == PACKED and layout.at[0] == 0 and layout.at[1] == 1 and layout.at[2] == 2
+                        and layout.at[3] == 3 and layout.at[4] == 11)
+    cdef u8 odd = layout.at[5] != <u64>-1
     cdef u32 word
     cdef u32 all_ = 0
     with nogil:
         # Loads, stores and fetches of 1, 2, 4 or 8 bytes are the bulk; only where there are others, each is looked at.
         if packed:
-            for i in range(n):
+            for _ in range(n):
                 memcpy(&word, element, 4)
                 all_ |= word
                 odd |= _odd_op[word & 0xFF] | _odd_size[(word >> 16) & 0xFF]
                 element += PACKED
         else:
-            for i in range(n):
-                odd |= _odd_op[element[l.at[0]]] | _odd_size[element[l.at[2]]]
-                element += l.stride
+            for _ in range(n):
+                odd |= _odd_op[element[layout.at[0]]] | _odd_size[element[layout.at[2]]]
+                element += layout.stride
         b.plain = packed and not all_ & 0xFE00
         for i in range(n if odd else 0):
-            _load_op(&o, l, i, 0)
+            _load_op(&o, layout, i, 0)
             if o.op >= OP_COUNT or o.vcpu >= vcpus:
                 bad = True
             elif op_is_access(o.op) and o.op != OP_FETCH:

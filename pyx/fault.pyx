@@ -73,8 +73,9 @@ cdef int _fetch_with_room(sc_mmu *mmu, sc_vcpu *v, u32 access, bint refused, con
 
 cdef inline int _repeated(sc_mmu *mmu, const sc_vcpu *v, u32 access, u32 spte) noexcept nogil:
     """The processor walks again. Where that walk is known to succeed, by the path just linked to the leaf `spte`, what
-    it would count and set is done here: RC_OK. With a modelled TLB it is made, for there is an entry to fill."""
-    if v.tlb != NULL:
+    it would count and set is done here: RC_OK. It is made where a TLB is modelled, which it fills, and where a leaf
+    may be kept that leads elsewhere than the guest's tables (quirk ROLE_WITHOUT_ACCESS)."""
+    if v.tlb != NULL or mmu.quirks & QUIRK_ROLE_WITHOUT_ACCESS:
         return RC_RETRY
     mmu.stats.walk_references += 2 if v.hw.mode == MODE_PAE else v.hw.mode
     mmu.table[spte] |= PTE_A | (PTE_D if access & PF_W else 0)

@@ -141,7 +141,8 @@ cdef int fetch(sc_mmu *mmu, sc_vcpu *v, u32 access, bint refused, const sc_walk 
                sc_leaf *leaf) noexcept nogil:
     """Bring the shadow in line with the complete guest walk `w`, for `access`.
 
-    hw: the failed walk of the shadow, whose path still stands, or NULL. refused: rights forbid the access (quirk TWO_EXITS fills the leaf all the same).
+    hw: the failed walk of the shadow, whose path still stands, or NULL.
+    refused: rights forbid the access (quirk TWO_EXITS fills the leaf all the same).
     RC_OK with *leaf, or RC_EXHAUSTED. A gpa in no slot leaves a marked entry that is not present.
     """
     cdef u64 va = w.va

@@ -9,7 +9,6 @@ from shadowcore.access cimport (
 )
 from shadowcore.batch cimport run_batch
 from shadowcore.bits cimport PTE_P, is_canonical
-from shadowcore.fetch cimport fetch
 from shadowcore.memo cimport sc_memo
 from shadowcore.memory cimport mem_pool_hpa
 from shadowcore.mmu cimport Mmu

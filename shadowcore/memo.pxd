@@ -13,9 +13,9 @@ from shadowcore.types cimport u32, u64
 
 cdef enum:
     MEMO_ENTRIES = 4096
-    MEMO_DENIED = 56                # tag: bits 0-39 of it are bits 24-63 of the address, then 16 of the epoch, then
-                                    # a bit per kind, set if that kind is not allowed
-    MEMO_EPOCH = 40
+    # A tag: bits 24-63 of the address, then 16 of the epoch, then a bit per kind, set if that kind is not allowed.
+    MEMO_EPOCH = 40                 # first bit of the epoch
+    MEMO_DENIED = 56                # first bit of the kinds
     MEMO_EPOCHS = 0xFFF0            # epochs that differ in their 16 bits
 
 # Kinds of accesses: load, store, fetch by supervisor code, then by user code. The last two are always denied.

@@ -19,7 +19,7 @@ cdef struct sc_paging:
     u64 pdpte[4]                    # PAE: root entries, cached when CR3 was loaded
     u64 reserved[2][6]              # bits that must be 0 in a present entry, by [PS bit][level]
     u64 usual                       # what entries have of the bits in `strange`: P, with accessed_early A as well
-    u64 strange[6]                  # by level: bits by which an entry that just leads on (at level 1: to a page) is known
+    u64 strange[6]                  # by level: bits that tell an entry which just leads on (level 1: to a page)
     u32 refused[8]                  # by ACC_* of a whole walk: bit PF_* is set if such an access is refused
     u32 large_levels                # bit L: an entry of level L with PS is a leaf
     u32 pkru                        # PKRU
@@ -255,7 +255,8 @@ cdef inline int glance_end(const sc_paging *p, u64 va, u32 access, u64 entry, u6
     gpa[0] = leaf_address(entry, va, level, g)
     return g.top + 1 - level
 
-cdef inline int glance_body(const sc_mem *m, const sc_paging *p, u64 va, u32 access, u64 *gpa, sc_gmode g) noexcept nogil:
+cdef inline int glance_body(const sc_mem *m, const sc_paging *p, u64 va, u32 access, u64 *gpa,
+                            sc_gmode g) noexcept nogil:
     """Entries read and where they lead (shadow: the hpa), or -1: walk."""
     cdef u64 base, pdpte
     cdef u64 entry = 0
