@@ -100,6 +100,38 @@ def one_per_region(count: int, region: int = 2 * MIB) -> np.ndarray:
     return number * np.uint64(region) + (number * np.uint64(37) % np.uint64(region // PAGE)) * np.uint64(PAGE)
 
 
+def sparse_tables(guest: Guest, va: np.ndarray, leaf: int | None = None) -> None:
+    """Map a page at each of these addresses, one in each region of 2 MiB at most, in 4-level tables made at once.
+
+    Every address gets a leaf table of its own; with `leaf`, all directories' entries have that value instead.
+    """
+    assert guest.mode == "64"
+    words = guest.vm.memory.words
+    used = np.uint64(0x67)  # present, writable, user, accessed, dirty
+    region = va >> np.uint64(21)
+    assert len(np.unique(region)) == len(region)
+    frames = np.full(len(va), leaf or 0, dtype=np.uint64)
+    if leaf is None:
+        frames = np.array([next(guest.frames) for _ in region], dtype=np.uint64)
+        entry = frames * np.uint64(512) + (va >> np.uint64(12)) % np.uint64(512)
+        number = np.arange(len(va), dtype=np.uint64) % np.uint64(guest.size // PAGE)
+        words[entry] = np.uint64(guest.table_room) + number * np.uint64(PAGE) | used
+        frames = frames * np.uint64(PAGE) | used
+    for upper in (9, 18):  # directories, then the tables above them; the root is there
+        group, member = np.unique(region >> np.uint64(9), return_inverse=True)
+        tables = np.array([_upper(guest, int(number), upper) for number in group], dtype=np.uint64)
+        words[tables[member] * np.uint64(512) + region % np.uint64(512)] = frames
+        region, frames = group, tables * np.uint64(PAGE) | used
+    words[np.uint64(guest.tables.root // 8) + region] = frames
+
+
+def _upper(guest: Guest, number: int, bits: int) -> int:
+    """Frame of the table that translates addresses number << (21 + bits) on: the one there is, or a new one."""
+    found = guest.tables.walk(number << (21 + bits), 3 if bits == 9 else 4)[-1]
+    wanted = 3 if bits == 9 else 4
+    return found.value >> 12 & 0xFFFFFFFFFF if found.level == wanted and found.value & 1 else next(guest.frames)
+
+
 def editing_guest(mode: str, flood_threshold: int = 3) -> tuple[Guest, np.ndarray]:
     """A guest of 400 MiB that can edit its tables, and the gpas of its 200 leaf tables (mode 32: 100)."""
     shadow = sc.Shadow.cached(pool_pages=1024, flood_threshold=flood_threshold)

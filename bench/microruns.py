@@ -1,0 +1,225 @@
+"""The runs whose instructions are counted: `python -m bench.microruns LIBRARY`, under callgrind (instructions.py).
+
+Each run does N and then 2 N operations from the same state. Their difference is N operations and nothing else: what a
+batch costs by itself, the interpreter included, is in both.
+"""
+
+import ctypes
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+import shadowcore as sc
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from guests import MIB, PAGE, Guest, accesses, one_per_region, pages, sparse_tables
+
+COUNT = 2000
+"""N."""
+REPLAYED = 20_000
+"""Records of a recording: their kinds come in stretches."""
+TABLES = 20
+"""Tables that are zapped."""
+
+
+class Run(NamedTuple):
+    """A run: `prepare` brings about the state, `call(n)` gives what does n operations, which `check` looks at."""
+
+    name: str
+    count: int
+    prepare: Callable[[], Any]
+    call: Callable[[int], Callable[[], Any]]
+    check: Callable[[Any, int], None]
+
+
+def exits(reason: str | None) -> Callable[[sc.RunResult, int], None]:
+    """A check: so many operations are done, each with an exit for `reason` (None: without)."""
+
+    def check(result: sc.RunResult, n: int) -> None:
+        assert len(result) == n
+        assert not result.outcome.any()
+        assert result.stats.exits_total == (0 if reason is None else n), result.stats.exits
+        assert reason is None or result.stats.exits[reason] == n, result.stats.exits
+
+    return check
+
+
+def part(guest: Guest, ops: np.ndarray, data: bool = False) -> Callable[[int], Callable[[], Any]]:
+    """The first n of the operations."""
+
+    def call(n: int) -> Callable[[], Any]:
+        some = ops[:n]
+        assert len(some) == n
+        return lambda: guest.run(some, data=data)
+
+    return call
+
+
+def nothing() -> None:
+    """State that needs no preparation."""
+
+
+def faulting(mode: str) -> tuple[Guest, np.ndarray, np.ndarray]:
+    """A guest; the first page of each of its leaf tables, and 2 N others."""
+    guest = Guest(mode, 32 * MIB, sc.Shadow.cached(pool_pages=256)).map().start()
+    every = pages(32 * MIB // PAGE).reshape(-1, 512)
+    return guest, every[:, 0].copy(), every[:, 1:].ravel()[: 2 * COUNT]
+
+
+def hits() -> Run:
+    guest, _, rest = faulting("64")
+    ops = accesses(np.random.default_rng(1).permutation(rest))
+
+    def prepare() -> None:
+        for _ in range(2):
+            guest.run(ops)
+
+    return Run("hit", COUNT, prepare, part(guest, ops), exits(None))
+
+
+def walks() -> Run:
+    guest = Guest("64", 32 * MIB, "native").map().start()
+    ops = accesses(np.random.default_rng(1).permutation(pages(2 * COUNT)))
+    return Run("guest walk", COUNT, nothing, part(guest, ops), exits(None))
+
+
+def leaf_faults(mode: str) -> Run:
+    guest, first, rest = faulting(mode)
+    ops = accesses(rest)
+
+    def prepare() -> None:
+        guest.vm.mmu.zap_all()
+        guest.run(accesses(first))
+
+    return Run(f"leaf fault, {mode}", COUNT, prepare, part(guest, ops), exits("fill"))
+
+
+def dirty_faults() -> Run:
+    guest, first, rest = faulting("64")
+    loads, stores = accesses(rest), accesses(rest, sc.Op.WRITE)
+
+    def prepare() -> None:
+        guest.vm.mmu.zap_all()
+        for table in guest.leaf_tables(0, guest.size):
+            guest.entries(table)[:] &= ~np.uint64(1 << 6)
+        guest.run(accesses(first))
+        guest.run(loads)
+
+    return Run("store that sets dirty", COUNT, prepare, part(guest, stores), exits("write"))
+
+
+def emulated_stores() -> Run:
+    guest, _, _ = faulting("64")
+    guest.map_tables()
+    tables = guest.leaf_tables(0, guest.size).reshape(-1, 2)
+    offsets = np.arange(0, PAGE, 8, dtype=np.uint64)
+    entries = (tables[:, None, :] + offsets[None, :, None]).ravel()[: 2 * COUNT]
+    values = guest.vm.memory.words[entries // np.uint64(8)]
+    ops = accesses(guest.edit_address(entries), sc.Op.WRITE, user=0, value=values)
+
+    def prepare() -> None:
+        guest.run(accesses(pages(32 * MIB // PAGE)))
+        guest.run(accesses(guest.edit_address(tables.ravel()), user=0))
+
+    return Run("emulated store", COUNT, prepare, part(guest, ops, data=True), exits("emulate"))
+
+
+def sparse(name: str, regions: int, pool_pages: int, recycled: bool) -> Run:
+    guest = Guest("64", 16 * MIB, sc.Shadow.cached(pool_pages=pool_pages), table_room=(regions + 640) * PAGE)
+    va = one_per_region(regions)
+    sparse_tables(guest, va)
+    guest.start()
+    by_directory = va[: regions // 512 * 512].reshape(-1, 512) if not recycled else va.reshape(1, -1)
+    ops = accesses(by_directory[:, 1:].ravel() if not recycled else np.tile(va, -(-2 * COUNT // regions)))
+
+    def prepare() -> None:
+        guest.vm.mmu.zap_all()
+        guest.run(ops[: -(-COUNT // regions) * regions] if recycled else accesses(by_directory[:, 0].copy()))
+
+    def check(result: sc.RunResult, n: int) -> None:
+        exits("fill")(result, n)
+        assert result.stats.mmu_cache_miss >= n
+        assert (result.stats.mmu_recycled > 0.9 * n) == recycled
+
+    return Run(name, COUNT, prepare, part(guest, ops), check)
+
+
+def cr3_loads() -> Run:
+    guest = Guest("64", 4 * MIB)
+    spaces = [guest.tables] + [guest.address_space() for _ in range(7)]
+    for tables in spaces:
+        guest.map_in(tables)
+    guest.start()
+    cr3 = np.array([tables.cr3 for tables in spaces], dtype=np.uint64)
+    ops = accesses(np.zeros(2 * COUNT), sc.Op.CR3, value=np.resize(cr3, 2 * COUNT))
+    return Run("CR3 load, cached root", COUNT, lambda: guest.run(ops), part(guest, ops), exits("cr3"))
+
+
+def zaps() -> Run:
+    """A store to a full leaf table, with a flood threshold of 1."""
+    size = 2 * TABLES * 2 * MIB
+    guest = Guest("64", size, sc.Shadow.cached(pool_pages=256, flood_threshold=1)).map().map_tables().start()
+    tables = guest.leaf_tables(0, size)
+    ops = accesses(guest.edit_address(tables), sc.Op.WRITE, user=0)
+    ops["value"] = guest.vm.memory.words[tables // np.uint64(8)]
+
+    def prepare() -> None:
+        guest.run(accesses(pages(size // PAGE)))
+        guest.run(accesses(guest.edit_address(tables), user=0))
+
+    def check(result: sc.RunResult, n: int) -> None:
+        exits("emulate")(result, n)
+        assert result.stats.mmu_flooded == n
+        assert result.stats.spte_removed == 513 * n
+
+    return Run("zap of a full leaf table", TABLES, prepare, part(guest, ops, data=True), check)
+
+
+def replay() -> Run:
+    recording = sc.trace.load()
+    start = recording.first_user or 0
+
+    def call(n: int) -> Callable[[], Any]:
+        return lambda: sc.trace.replay(recording, "cached", start=start, stop=start + n)
+
+    def check(result: Any, n: int) -> None:
+        assert result.whole.records == n
+        assert result.gpa_mismatches == 0
+
+    return Run("record of a replay", REPLAYED, nothing, call, check)
+
+
+def runs() -> Iterator[Run]:
+    """All runs, in the order in which they are made."""
+    yield hits()
+    yield walks()
+    for mode in ("64", "pae", "32"):
+        yield leaf_faults(mode)
+    yield dirty_faults()
+    yield emulated_stores()
+    yield sparse("fault that needs a new table", 4608, 8192, recycled=False)
+    yield sparse("fault that needs a new table, recycling", 200, 64, recycled=True)
+    yield cr3_loads()
+    yield zaps()
+    yield replay()
+
+
+def main() -> None:
+    measured = ctypes.PyDLL(sys.argv[1]).bench_measured
+    measured.restype, measured.argtypes = ctypes.py_object, [ctypes.py_object]
+    for run in runs():
+        run.prepare()
+        run.call(run.count)()  # whatever is done only once is done
+        for n in (run.count, 2 * run.count):
+            run.prepare()
+            call = run.call(n)
+            run.check(measured(call), n)
+        print(run.name, run.count, sep="\t", flush=True)
+
+
+if __name__ == "__main__":
+    main()
