@@ -3,14 +3,16 @@
 Pages are clean (all entries 0) whenever they are free: zapping empties a page by the entries in use, so that no scan
 is needed when it is taken again (patch 22 scanned all 512, twice).
 """
-from shadowcore.bits cimport PTE_P
-from shadowcore.memory cimport mem_frame, sc_no_frame
+from libc.string cimport memset
+
+from shadowcore.bits cimport PTE_P, pte_addr
+from shadowcore.memory cimport mem_frame, mem_pool_page, sc_no_frame
 from shadowcore.pool cimport hash_bucket
 from shadowcore.rmap cimport list_first, list_remove, rmap_write_protect
-from shadowcore.spte cimport spte_unlink, spte_wipe
+from shadowcore.spte cimport spte_is_writable, spte_wipe
 from shadowcore.state cimport (
     FLUSH_ZAP, FLUSH_ZAP_UPPER, QUIRK_EXIT_FLUSHES, QUIRK_ROOT_EMPTIED, memo_drop, request_flush, role_direct,
-    role_level, role_pte_size, sc_mmu, sc_page,
+    role_level, role_pte_size, sc_frame, sc_mmu, sc_page,
 )
 from shadowcore.types cimport SC_NONE, u32, u64
 
@@ -161,28 +163,78 @@ cdef inline void _unlink_parents(sc_mmu *mmu, u32 number) noexcept nogil:
         spte_wipe(mmu, spte)
 
 
+cdef inline void _forget_leaf(sc_mmu *mmu, sc_frame *frames, u64 ram_hfn, u64 value, u32 spte) noexcept nogil:
+    """rmap_remove, for what may not be writable. frames, ram_hfn: those of mmu, loaded once for many leaves."""
+    cdef u32 *head
+    if not spte_is_writable(value):
+        return
+    head = &frames[((value & pte_addr()) >> 12) - ram_hfn].rmap
+    if head[0] == spte + 1:
+        head[0] = 0
+    else:
+        list_remove(mmu, head, spte)
+
+
+cdef inline u32 _empty_leaf_table(sc_mmu *mmu, sc_page *page, u32 number) noexcept nogil:
+    """Drop every entry of a page of level 1; the number of those that were present."""
+    cdef u64 *table = mmu.table + <u64>number * 512
+    cdef sc_frame *frames = mmu.frames
+    cdef u64 ram_hfn = mmu.mem.ram_hfn
+    cdef u64 bits
+    cdef u32 removed = 0
+    cdef u32 spte = number * 512
+    cdef int word, i
+    for word in range(8):
+        bits = page.used[word]
+        page.used[word] = 0
+        if bits == ~<u64>0:
+            for i in range(64):
+                removed += table[i] & PTE_P
+                _forget_leaf(mmu, frames, ram_hfn, table[i], spte + i)
+            memset(table, 0, 64 * sizeof(u64))
+        else:
+            while bits:
+                i = sc_ctz64(bits)
+                bits &= bits - 1
+                removed += table[i] & PTE_P
+                _forget_leaf(mmu, frames, ram_hfn, table[i], spte + i)
+                table[i] = 0
+        table += 64
+        spte += 64
+    return removed
+
+
+cdef inline u32 _empty_upper_table(sc_mmu *mmu, sc_page *page, u32 number) noexcept nogil:
+    """Drop every entry of a page above level 1; the number of those that were present."""
+    cdef u64 *table = mmu.table + <u64>number * 512
+    cdef u64 bits, value
+    cdef u32 removed = 0
+    cdef int word, index
+    for word in range(8):
+        bits = page.used[word]
+        page.used[word] = 0
+        while bits:
+            index = word * 64 + sc_ctz64(bits)
+            bits &= bits - 1
+            value = table[index]
+            table[index] = 0
+            if value & PTE_P:
+                removed += 1
+                list_remove(mmu, &mmu.pages[mem_pool_page(value)].parents, number * 512 + index)
+    return removed
+
+
 cdef inline void _empty(sc_mmu *mmu, u32 number) noexcept nogil:
     """Drop every entry of the page. Children stay in the pool, to be found again by (gfn, role) (patch 15)."""
     cdef sc_page *page = &mmu.pages[number]
-    cdef int level = role_level(page.role)
-    cdef int word
-    cdef u32 spte
-    cdef u64 bits
-    for word in range(8):
-        bits = page.used[word]
-        while bits:
-            spte = number * 512 + word * 64 + sc_ctz64(bits)
-            bits &= bits - 1
-            spte_unlink(mmu, spte, level)
-            if mmu.table[spte] & PTE_P:
-                mmu.stats.spte_removed += 1
-            mmu.table[spte] = 0
-        page.used[word] = 0
     memo_drop(mmu)
-    if level == 1:
+    if role_level(page.role) == 1:
+        mmu.stats.spte_removed += _empty_leaf_table(mmu, page, number)
         request_flush(mmu, FLUSH_ZAP)
-    elif page.present and not mmu.quirks & QUIRK_EXIT_FLUSHES:
-        request_flush(mmu, FLUSH_ZAP_UPPER)
+    else:
+        mmu.stats.spte_removed += _empty_upper_table(mmu, page, number)
+        if page.present and not mmu.quirks & QUIRK_EXIT_FLUSHES:
+            request_flush(mmu, FLUSH_ZAP_UPPER)
     page.present = 0
 
 
