@@ -1,4 +1,5 @@
 """Memory: guest RAM as one flat array (ours, lazily committed, or the caller's), its slots and dirty logs."""
+import contextlib
 import mmap
 import sys
 
@@ -15,17 +16,34 @@ from shadowcore.config import MemorySlot, check_int, parse_size
 from shadowcore.errors import ConfigError, EngineError
 
 
-def allocate(nbytes):
-    """A zeroed uint8 array of `nbytes` whose pages the host commits when they are first touched."""
+cdef enum:
+    HUGE_PAGE = 1 << 21             # bytes of a large page of the host
+
+
+def allocate(nbytes, huge=False):
+    """A zeroed uint8 array of `nbytes` whose pages the host commits when they are first touched.
+
+    huge: commit pages of 2 MiB where the host has them and the array fills them. For arrays that are used from their
+    start on: one byte touched anywhere commits all of its page.
+    """
     if sys.platform == "win32":
         return np.zeros(nbytes, dtype=np.uint8)
     flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
     if sys.platform == "linux":
         flags |= getattr(mmap, "MAP_NORESERVE", 0x4000)
+    huge = huge and nbytes >= HUGE_PAGE and hasattr(mmap, "MADV_HUGEPAGE")
     try:
-        return np.frombuffer(mmap.mmap(-1, nbytes, flags=flags), dtype=np.uint8)
+        mapping = mmap.mmap(-1, nbytes + (HUGE_PAGE if huge else 0), flags=flags)
     except (OSError, OverflowError, ValueError) as error:
         raise MemoryError(f"cannot reserve {nbytes} bytes of address space: {error}") from None
+    array = np.frombuffer(mapping, dtype=np.uint8)
+    if not huge:
+        return array
+    first = -array.ctypes.data % HUGE_PAGE
+    # What is left at the end keeps small pages.
+    with contextlib.suppress(OSError):  # a kernel without large pages
+        mapping.madvise(mmap.MADV_HUGEPAGE, first, nbytes // HUGE_PAGE * HUGE_PAGE)
+    return array[first : first + nbytes]
 
 
 cdef u8 *_pointer(object array) except NULL:
@@ -86,7 +104,7 @@ cdef class Memory:
         """Lay the shadow pool of `pages` frames below guest RAM in host physical space. Called by the MMU, once."""
         if self.tables is not None:
             raise ConfigError("memory: it already belongs to a VM with a shadow MMU")
-        pool = allocate(pages << 12)
+        pool = allocate(pages << 12, huge=True)
         self._views.append(memoryview(pool))
         self.tables = pool.view(np.uint64).reshape(pages, 512)
         self.mem.pool = <u64 *>_pointer(pool)

@@ -872,7 +872,7 @@ def test_audit_changes_nothing():
 ROUNDS = 150
 
 
-def between_walls(nbytes):
+def between_walls(nbytes, huge=False):
     """Memory that ends where nothing may be touched, so that a wrong index is a crash and not another's data."""
     import ctypes
     import mmap
