@@ -128,7 +128,11 @@ class PageTables:
         if allocate is None:
             allocate = self._memory.default_frames()
         self._allocate = allocate if callable(allocate) else None
-        self._frames = deque() if callable(allocate) else deque(allocate)
+        self._frames: range | deque[int]
+        if isinstance(allocate, range):
+            self._frames = allocate  # as it is: that of a large guest has a million frames
+        else:
+            self._frames = deque() if callable(allocate) else deque(allocate)
         self._taken: deque[int] = deque()
         self.tables: dict[int, int] = {}
         """gfn and level of each table created here, oldest first."""
@@ -425,11 +429,18 @@ class PageTables:
         limit = 1 << 20 if self.mode == "32" or (self.mode == "pae" and not self.tables) else 1 << 40
         self._taken.clear()
         for _ in range(count):
-            gfn = check_int("allocate: gfn", self._frames.popleft(), 0, limit - 1)
+            gfn = check_int("allocate: gfn", self._next_frame(), 0, limit - 1)
             self._memory.load(gfn << 12, 4096, np.dtype(np.uint8))
             if gfn in self.tables or gfn in self._taken:
                 raise ConfigError(f"allocate: gfn {gfn:#x} holds a table already")
             self._taken.append(gfn)
+
+    def _next_frame(self) -> object:
+        """Take the next of the frames for tables."""
+        if not isinstance(self._frames, range):
+            return self._frames.popleft()
+        first, self._frames = self._frames[0], self._frames[1:]
+        return first
 
 
 class _Guest:
