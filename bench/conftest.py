@@ -14,16 +14,21 @@ ROUNDS, REPEATS = 6, 5
 """Rounds of a comparison, and measurements of each side in a round, of which the fastest counts."""
 
 
+@pytest.fixture(scope="session")
+def cpus() -> set[int]:
+    """The CPUs that the process was started on."""
+    return os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set()
+
+
 @pytest.fixture(scope="session", autouse=True)
-def one_cpu() -> Iterator[None]:
+def one_cpu(cpus: set[int]) -> Iterator[None]:
     """Stay on one CPU, so that both sides of a comparison run on the same."""
-    if not hasattr(os, "sched_setaffinity"):
+    if not cpus:
         yield
         return
-    before = os.sched_getaffinity(0)
-    os.sched_setaffinity(0, {max(before)})
+    os.sched_setaffinity(0, {max(cpus)})
     yield
-    os.sched_setaffinity(0, before)
+    os.sched_setaffinity(0, cpus)
 
 
 @pytest.fixture(scope="session")
@@ -64,7 +69,7 @@ class SideBySide:
     def __call__(
         self,
         *,
-        row: int,
+        row: int | str,
         what: str,
         goal: float | None,
         ours: Callable[[], Any],
@@ -125,6 +130,35 @@ class SideBySide:
         return result
 
 
+class Figure:
+    """Stores one figure of another kind than time, measured by `ours`, beside what it may be at most."""
+
+    def __init__(self, benchmark: Any) -> None:
+        self.benchmark = benchmark
+
+    def __call__(
+        self,
+        *,
+        row: int | str,
+        what: str,
+        goal: float | None,
+        ours: Callable[[], float],
+        yardstick: float,
+        named: str,
+        unit: str,
+    ) -> None:
+        found = self.benchmark.pedantic(ours, rounds=1)
+        self.benchmark.extra_info.update(
+            row=row,
+            what=what,
+            goal=goal,
+            yardstick=named,
+            unit=unit,
+            ours=found,
+            ratio=found / yardstick,
+        )
+
+
 def figures(times: dict[str, list[float]], repeats: int) -> dict[str, float]:
     """Of each round the fastest; of the rounds the median, and the median of their ratios."""
     best = {
@@ -147,3 +181,8 @@ def figures(times: dict[str, list[float]], repeats: int) -> dict[str, float]:
 @pytest.fixture
 def side_by_side(benchmark: Any, request: pytest.FixtureRequest) -> SideBySide:
     return SideBySide(benchmark, request.config)
+
+
+@pytest.fixture
+def figure(benchmark: Any) -> Figure:
+    return Figure(benchmark)

@@ -49,9 +49,11 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 
 def number(value: float | None) -> str:
-    """Two decimals where they say something."""
+    """Two decimals where they say something, three below a tenth."""
     if value is None:
         return ""
+    if 0 < abs(value) < 0.1:
+        return f"{value:.3f}"
     return f"{value:.0f}" if abs(value) >= 100 else f"{value:.1f}" if abs(value) >= 10 else f"{value:.2f}"
 
 
@@ -59,6 +61,17 @@ def verdict(ratio: float | None, goal: float | None) -> str:
     if ratio is None or goal is None:
         return ""
     return "[green]yes[/]" if ratio <= goal else "[red]no[/]"
+
+
+def ours(result: dict[str, Any]) -> str:
+    """What was measured, with its unit unless that is nanoseconds."""
+    return number(result["ours_ns"]) if "unit" not in result else f"{number(result['ours'])} {result['unit']}"
+
+
+def order(result: dict[str, Any]) -> tuple[bool, int, str]:
+    """Numbered rows first."""
+    row = result["row"]
+    return (False, row, "") if isinstance(row, int) else (True, 0, row)
 
 
 def table(results: list[dict[str, Any]]) -> Table:
@@ -69,7 +82,7 @@ def table(results: list[dict[str, Any]]) -> Table:
     for name in ("ours ns", "yardstick ns", "ratio", "goal", "met", "exit alone"):
         shown.add_column(name, justify="right")
     before = None
-    for result in sorted(results, key=lambda result: result["row"]):
+    for result in sorted(results, key=order):
         if before not in (None, result["row"]):
             shown.add_section()
         before = result["row"]
@@ -78,7 +91,7 @@ def table(results: list[dict[str, Any]]) -> Table:
             str(result["row"]),
             result["what"],
             result["yardstick"],
-            number(result["ours_ns"]),
+            ours(result),
             number(result.get("yardstick_ns")),
             number(ratio),
             number(goal),
