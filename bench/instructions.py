@@ -16,7 +16,6 @@ import sysconfig
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import click
 
@@ -88,8 +87,9 @@ def costs(profile: Path) -> tuple[int, int]:
     return total, engine
 
 
-def count() -> dict[str, dict[str, float]]:
-    """Instructions an operation, by name of the run: all, and those of the engine."""
+def profiles(module: str) -> Iterator[tuple[str, int, list[tuple[int, int]]]]:
+    """Run `python -m bench.MODULE LIBRARY` under callgrind. It prints lines of a name, operations, and how many calls
+    of the library's function it made for them: name, operations, and the costs of those calls."""
     valgrind = shutil.which("valgrind")
     if valgrind is None:
         raise Unavailable("valgrind is not installed")
@@ -97,7 +97,7 @@ def count() -> dict[str, dict[str, float]]:
         library = build_marker(directory)
         output = Path(directory) / "profile"
         command = [valgrind, "-q", "--tool=callgrind", "--instr-atstart=no", "--collect-atstart=no", "--dump-line=no"]
-        command += [f"--callgrind-out-file={output}", sys.executable, "-m", "bench.microruns"]
+        command += [f"--callgrind-out-file={output}", sys.executable, "-m", f"bench.{module}"]
         done = subprocess.run(
             [*command, str(library)],
             cwd=BENCH.parent,
@@ -108,16 +108,21 @@ def count() -> dict[str, dict[str, float]]:
         )
         if done.returncode:
             raise click.ClickException(f"the runs failed under valgrind:\n{done.stderr[-2000:]}")
-        profiles = iter(range(1, 1000))
-        return dict(_per_operation(done.stdout, lambda: costs(output.with_suffix(f".{next(profiles)}"))))
+        number = 0
+        for line in done.stdout.splitlines():
+            name, operations, calls = line.split("\t")
+            found = [costs(output.with_suffix(f".{number + i}")) for i in range(1, int(calls) + 1)]
+            number += int(calls)
+            yield name, int(operations), found
 
 
-def _per_operation(stdout: str, following: Any) -> Iterator[tuple[str, dict[str, float]]]:
-    for line in stdout.splitlines():
-        name, n = line.split("\t")
-        once, twice = following(), following()
-        all_, engine = ((b - a) / int(n) for a, b in zip(once, twice, strict=True))
-        yield name, {"instructions": round(all_, 2), "engine": round(engine, 2)}
+def count() -> dict[str, dict[str, float]]:
+    """Instructions an operation, by name of the run: all, and those of the engine."""
+    counted = {}
+    for name, n, (once, twice) in profiles("microruns"):
+        all_, engine = ((b - a) / n for a, b in zip(once, twice, strict=True))
+        counted[name] = {"instructions": round(all_, 2), "engine": round(engine, 2)}
+    return counted
 
 
 def kept() -> dict[str, dict[str, dict[str, float]]]:
