@@ -1,4 +1,4 @@
-"""Row 11: the recording that ships with the package, replayed under each design."""
+"""The recording that ships with the package, replayed under each design."""
 
 import pytest
 
@@ -24,7 +24,7 @@ def test_replay(side_by_side, yardsticks, recording, design):
         assert (result.whole.exits_total == 0) == (design == "native")
 
     side_by_side(
-        row=11,
+        row="R",
         what=f"a record of the recording, {design}",
         goal=None,
         ours=lambda: sc.trace.replay(recording, design),

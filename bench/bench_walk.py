@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from guests import ALL_MODES, MIB, Guest, accesses
+from guests import ALL_MODES, MIB, PAGE, Guest, accesses, one_per_region, sparse_tables
 
 import shadowcore as sc
 
@@ -13,6 +13,11 @@ def compare(side_by_side, yardsticks, mode, size, what, goal, op, operations=OPE
     guest = Guest(mode, size, "native", table_room=size // 256 + 4 * MIB).map().start()
     rng = np.random.default_rng(7)
     ops = accesses(rng.integers(0, size // 8, operations, dtype=np.uint64) * np.uint64(8), op)
+    measure(side_by_side, yardsticks, guest, ops, what, goal)
+
+
+def measure(side_by_side, yardsticks, guest, ops, what, goal):
+    mode, operations = guest.mode, len(ops)
     walks = yardsticks.walks(guest.vm.memory.bytes, guest.tables, ops)
     references = operations * (2 if mode == "pae" else guest.tables.format.levels)
 
@@ -66,6 +71,18 @@ def test_walk_large(side_by_side, yardsticks, size):
         sc.Op.READ,
         operations=1_000_000,
     )
+
+
+@pytest.mark.benchmark(group="walk")
+@pytest.mark.parametrize("regions", [32_768, pytest.param(262_144, marks=pytest.mark.slow)])
+def test_walk_sparse(side_by_side, yardsticks, regions):
+    """One page in each region of 2 MiB: a table for each page, 128 MiB and 1 GiB of tables."""
+    guest = Guest("64", 16 * MIB, "native", table_room=(regions + regions // 512 + 600) * PAGE)
+    va = one_per_region(regions)
+    sparse_tables(guest, va)
+    ops = accesses(np.random.default_rng(7).choice(va, 1_000_000))
+    what = f"guest walks, 64, {regions} sparse pages"
+    measure(side_by_side, yardsticks, guest.start(), ops, what, 1 / 3)
 
 
 @pytest.mark.parametrize("mode", ALL_MODES)

@@ -15,8 +15,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import curves
 from instructions import TOLERANCE, Unavailable, profiles
-from yardsticks import NoCompiler
 from microruns import marker
+from yardsticks import NoCompiler
 
 OUTPUT = curves.OUTPUT / "growth.json"
 POINTS = {
