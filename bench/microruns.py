@@ -70,14 +70,16 @@ def faulting(mode: str) -> tuple[Guest, np.ndarray, np.ndarray]:
     return guest, every[:, 0].copy(), every[:, 1:].ravel()[: 2 * COUNT]
 
 
-def hits(name: str, count: int) -> Run:
-    """Accesses to so many pages, in turns."""
+def hits(name: str, count: int, forget: bool = False) -> Run:
+    """Accesses to so many pages, in turns. forget: with a CR3 load before, after which none is known."""
     guest, _, rest = faulting("64")
     ops = accesses(np.resize(np.random.default_rng(1).permutation(rest)[:count], 2 * COUNT))
 
     def prepare() -> None:
         for _ in range(2):
             guest.run(ops)
+        if forget:
+            guest.cpu.cr3 = guest.tables.cr3
 
     return Run(name, COUNT, prepare, part(guest, ops), exits(None))
 
@@ -197,7 +199,7 @@ def replay() -> Run:
 def runs() -> Iterator[Run]:
     """All runs, in the order in which they are made."""
     yield hits("hit", 64)
-    yield hits("hit, once a page", 2 * COUNT)
+    yield hits("hit, first of a page", 2 * COUNT, forget=True)
     yield walks()
     for mode in ("64", "pae", "32"):
         yield leaf_faults(mode)
