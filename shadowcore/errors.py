@@ -74,6 +74,14 @@ class EngineError(ShadowcoreError):
     """The engine caught itself in a state that must not be (an access that never completes): a defect to report."""
 
 
+class GuestOutOfMemory(ShadowcoreError, MemoryError):
+    """The guest kernel has no frame, or no room in one of its tables, for what it was asked; it can go on."""
+
+
+class GuestPanic(ShadowcoreError):
+    """The guest kernel cannot go on: its tables or registers are not what it made them."""
+
+
 class Interrupted(ShadowcoreError, KeyboardInterrupt):
     """Ctrl-C during `run`; `result` holds the operations that were completed."""
 

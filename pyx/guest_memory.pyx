@@ -1,0 +1,510 @@
+"""Address spaces of the guest's processes: the lists of mappings, mmap, munmap, mprotect, brk, and page faults."""
+from libc.string cimport memcpy, memmove
+
+from shadowcore.bits cimport PTE_A, PTE_D, PTE_P, PTE_U, PTE_W, pte_addr, pte_nx
+from shadowcore.guest cimport (
+    FRAME_ANON, FRAME_CACHE, MAP_ANON, MAP_GROWS, MAP_HEAP, MAP_SHARED, PROT_EXEC, PROT_READ, PROT_WRITE, PTE_NONE,
+    RC_NOMEM, RC_NOROOM, RC_PANIC, RC_SEGV, SLOPPY_COW, SLOPPY_MPROTECT, SLOPPY_MUNMAP, guest_index, guest_mix, guest_shift,
+    sc_gproc, sc_guest, sc_gvma, vmas_of,
+)
+from shadowcore.guest_frames cimport frame_copied, frame_filled, frame_known, frame_put, frame_zeroed
+from shadowcore.guest_tables cimport (
+    entry_frame, entry_has_frame, entry_read, entry_set, entry_take, flush_begin, flush_end, flush_free, flush_page,
+    table_find, table_look, tables_trim,
+)
+from shadowcore.types cimport PF_I, PF_P, PF_W, RC_OK, u8, u32, u64
+
+
+cdef u32 _first_after(const sc_guest *g, u32 p, u64 va) noexcept nogil:
+    """Index of the first mapping that ends above `va`; the number of mappings if none does."""
+    cdef const sc_gvma *m = vmas_of(g, p)
+    cdef u32 low = 0
+    cdef u32 high = g.procs[p].nvmas
+    cdef u32 middle
+    while low < high:
+        middle = (low + high) // 2
+        if m[middle].end > va:
+            high = middle
+        else:
+            low = middle + 1
+    return low
+
+
+cdef sc_gvma *memory_next(const sc_guest *g, u32 p, u64 va) noexcept nogil:
+    """The first mapping that ends above `va`, or NULL."""
+    cdef u32 i = _first_after(g, p, va)
+    return &vmas_of(g, p)[i] if i < g.procs[p].nvmas else NULL
+
+
+cdef sc_gvma *memory_find(const sc_guest *g, u32 p, u64 va) noexcept nogil:
+    """The mapping that holds `va`, or NULL."""
+    cdef u32 i = _first_after(g, p, va)
+    if i < g.procs[p].nvmas and vmas_of(g, p)[i].start <= va:
+        return &vmas_of(g, p)[i]
+    return NULL
+
+
+cdef inline bint _continues(const sc_gvma *a, const sc_gvma *b) noexcept nogil:
+    """b goes on where a ends, with the same attributes: they are one mapping."""
+    return (a.end == b.start and a.prot == b.prot and (a.flags ^ b.flags) & ~MAP_ANON == 0 and a.file == b.file
+            and not a.flags & MAP_GROWS and (a.file == 0 or a.page + ((a.end - a.start) >> 12) == b.page))
+
+
+cdef void _remove(sc_guest *g, u32 p, u32 i, u32 n) noexcept nogil:
+    cdef sc_gvma *m = vmas_of(g, p)
+    g.procs[p].nvmas -= n
+    memmove(&m[i], &m[i + n], (g.procs[p].nvmas - i) * sizeof(sc_gvma))
+
+
+cdef void _merge(sc_guest *g, u32 p, u32 i) noexcept nogil:
+    """Join mapping `i` with the one after it if they are one."""
+    cdef sc_gvma *m = vmas_of(g, p)
+    if i + 1 < g.procs[p].nvmas and _continues(&m[i], &m[i + 1]):
+        m[i].end = m[i + 1].end
+        m[i].flags |= m[i + 1].flags
+        _remove(g, p, i + 1, 1)
+
+
+cdef void _insert(sc_guest *g, u32 p, const sc_gvma *new) noexcept nogil:
+    """Room for one more was made sure of, and nothing overlaps."""
+    cdef sc_gvma *m = vmas_of(g, p)
+    cdef u32 i = _first_after(g, p, new.start)
+    memmove(&m[i + 1], &m[i], (g.procs[p].nvmas - i) * sizeof(sc_gvma))
+    m[i] = new[0]
+    g.procs[p].nvmas += 1
+    _merge(g, p, i)
+    if i:
+        _merge(g, p, i - 1)
+
+
+cdef void _split(sc_guest *g, u32 p, u64 va) noexcept nogil:
+    """Make `va` a boundary. Room for one more was made sure of."""
+    cdef sc_gvma *m = memory_find(g, p, va)
+    cdef u32 i
+    if m == NULL or m.start == va:
+        return
+    i = <u32>(m - vmas_of(g, p))
+    memmove(&m[1], &m[0], (g.procs[p].nvmas - i) * sizeof(sc_gvma))
+    g.procs[p].nvmas += 1
+    m[0].end = va
+    m[1].start = va
+    m[1].page += (va - m[0].start) >> 12
+    m[0].flags &= ~MAP_GROWS        # the lower part of a stack that was cut no longer borders on its upper part
+
+
+cdef int _place(const sc_guest *g, u32 p, u64 length, u64 *where) noexcept nogil:
+    """The highest gap below mmap_base that holds `length` bytes (arch_get_unmapped_area_topdown)."""
+    cdef const sc_gvma *m = vmas_of(g, p)
+    cdef u32 i = _first_after(g, p, g.mmap_base - 1)
+    cdef u64 high = g.mmap_base
+    if i < g.procs[p].nvmas:
+        high = min(high, m[i].start)
+    while True:
+        if high < length + 0x10000:
+            return RC_NOROOM
+        if i == 0 or m[i - 1].end <= high - length:
+            where[0] = high - length
+            return RC_OK
+        i -= 1
+        high = m[i].start
+
+
+cdef int memory_map(sc_guest *g, u32 p, u64 start, u64 length, u32 prot, u32 flags, u32 file, u64 page,
+                    u64 *where) noexcept nogil:
+    """mmap: `length` bytes at `start`, where nothing is mapped, or, for 0, where there is room."""
+    cdef sc_gvma new
+    cdef u32 i
+    cdef int rc
+    if g.procs[p].nvmas + 1 >= g.max_vmas:
+        return RC_NOROOM
+    if start == 0:
+        rc = _place(g, p, length, &start)
+        if rc != RC_OK:
+            return rc
+    else:
+        i = _first_after(g, p, start)
+        if i < g.procs[p].nvmas and vmas_of(g, p)[i].start < start + length:
+            return RC_NOROOM
+    new.start = start
+    new.end = start + length
+    new.page = page
+    new.file = file
+    new.prot = <unsigned short>prot
+    new.flags = <unsigned short>flags
+    where[0] = start
+    _insert(g, p, &new)
+    return RC_OK
+
+
+cdef void swap_put(sc_guest *g, u32 slot) noexcept nogil:
+    g.swap_count[slot] -= 1
+    if g.swap_count[slot] == 0:
+        g.swap_next[slot] = g.swap_free
+        g.swap_free = slot + 1
+
+
+cdef int _drop(sc_guest *g, u32 p, u64 va, u64 entry, bint forgotten) noexcept nogil:
+    """What a leaf entry, now cleared, stood for is given up."""
+    cdef u64 frame = entry_frame(entry)
+    if not entry_has_frame(entry):
+        if frame == 0 or frame > g.swap_pages or g.swap_count[frame - 1] == 0:
+            return RC_PANIC
+        g.procs[p].swapped -= 1
+        swap_put(g, <u32>frame - 1)
+        return RC_OK
+    g.procs[p].resident -= 1
+    if entry & PTE_P:
+        flush_page(g, va)
+    if frame == g.zero_frame:
+        return RC_OK
+    if not frame_known(g, frame):
+        return RC_PANIC
+    return flush_free(g, p, frame, forgotten)
+
+
+cdef int memory_zap(sc_guest *g, u32 p, u64 start, u64 end, bint whole, bint forgotten) noexcept nogil:
+    """Clear the leaf entries of [start, end). whole: the address space goes, its entries are cleared by plain stores."""
+    cdef u64 span = <u64>1 << guest_shift(g, 2)
+    cdef u64 va = start
+    cdef u64 stop, table, entry, old
+    cdef u32 index
+    cdef int rc
+    while va < end:
+        stop = min((va & ~(span - 1)) + span, end)
+        rc = table_find(g, p, va, False, &table)
+        if rc != RC_OK:
+            return rc
+        while table and va < stop:
+            index = guest_index(g, va, 1)
+            entry = entry_read(g, table, index)
+            if entry:
+                old = entry
+                if whole or not entry & PTE_P:
+                    rc = entry_set(g, table, index, 0)
+                    g.n.leaf_clears += entry & PTE_P
+                else:
+                    rc = entry_take(g, table, index, &old)
+                if rc == RC_OK:
+                    rc = _drop(g, p, va, old, forgotten)
+                if rc != RC_OK:
+                    return rc
+            va += 4096
+        va = stop
+    return RC_OK
+
+
+cdef int memory_unmap(sc_guest *g, u32 p, u64 start, u64 length) noexcept nogil:
+    """munmap of [start, start + length), whatever is mapped there."""
+    cdef u64 end = start + length
+    cdef u64 low = 0
+    cdef u64 high = ~<u64>0         # the last table of the user half may reach beyond it
+    cdef u32 i, n
+    cdef bint forgotten = g.sloppy & SLOPPY_MUNMAP != 0
+    cdef sc_gvma *m = vmas_of(g, p)
+    cdef int rc = RC_OK
+    cdef int done
+    if g.procs[p].nvmas + 2 > g.max_vmas:
+        return RC_NOROOM
+    _split(g, p, start)
+    _split(g, p, end)
+    i = _first_after(g, p, start)
+    n = 0
+    flush_begin(g)
+    while i + n < g.procs[p].nvmas and m[i + n].start < end:
+        if rc == RC_OK:
+            rc = memory_zap(g, p, m[i + n].start, m[i + n].end, False, forgotten)
+        n += 1
+    if rc != RC_OK or n == 0:
+        done = flush_end(g, p, forgotten)
+        return rc if rc != RC_OK else done
+    if i:
+        low = m[i - 1].end
+    if i + n < g.procs[p].nvmas:
+        high = m[i + n].start
+    start = m[i].start
+    end = m[i + n - 1].end
+    _remove(g, p, i, n)
+    rc = tables_trim(g, p, start, end, low, high)
+    done = flush_end(g, p, forgotten)
+    return rc if rc != RC_OK else done
+
+
+cdef u64 leaf_bits(const sc_guest *g, const sc_gvma *m, bint writable) noexcept nogil:
+    """Flags of a leaf entry of mapping `m`; writable: W if the mapping allows stores."""
+    cdef u64 bits = PTE_U | PTE_A | (PTE_P if m.prot else PTE_NONE)
+    if writable and m.prot & PROT_WRITE:
+        bits |= PTE_W
+    if g.nx and not m.prot & PROT_EXEC:
+        bits |= pte_nx()
+    return bits
+
+
+cdef int memory_protect(sc_guest *g, u32 p, u64 start, u64 length, u32 prot) noexcept nogil:
+    """mprotect of [start, start + length), all of it mapped. Each entry with a frame is taken and set anew.
+
+    Private pages come back without W: the fault at the next store decides between reuse and copy.
+    """
+    cdef u64 span = <u64>1 << guest_shift(g, 2)
+    cdef u64 end = start + length
+    cdef u64 va = start
+    cdef u64 stop, table, entry, new
+    cdef sc_gvma *m
+    cdef u32 i, index
+    cdef bint changed = False
+    cdef int rc
+    if g.procs[p].nvmas + 2 > g.max_vmas:
+        return RC_NOROOM
+    while va < end:                 # first see that there is no hole: nothing has changed yet
+        m = memory_find(g, p, va)
+        if m == NULL:
+            return RC_SEGV
+        va = m.end
+    _split(g, p, start)
+    _split(g, p, end)
+    flush_begin(g)
+    va = start
+    rc = RC_OK
+    while va < end and rc == RC_OK:
+        m = memory_find(g, p, va)
+        changed = m.prot != prot
+        m.prot = <unsigned short>prot
+        if not changed:
+            va = m.end
+            continue
+        while va < m.end and rc == RC_OK:
+            stop = min((va & ~(span - 1)) + span, m.end)
+            rc = table_find(g, p, va, False, &table)
+            while rc == RC_OK and table and va < stop:
+                index = guest_index(g, va, 1)
+                entry = entry_read(g, table, index)
+                if entry_has_frame(entry):
+                    rc = entry_take(g, table, index, &entry)
+                    new = entry & (pte_addr() | PTE_A | PTE_D) | leaf_bits(g, m, m.flags & MAP_SHARED) & ~<u64>PTE_A
+                    if rc == RC_OK:
+                        rc = entry_set(g, table, index, new)
+                    g.n.leaf_installs += new & PTE_P
+                    if entry & PTE_P:
+                        flush_page(g, va)
+                va += 4096
+            va = stop
+    i = _first_after(g, p, end - 1)
+    while True:                     # neighbours that have become alike are one again
+        _merge(g, p, i)
+        if i == 0 or vmas_of(g, p)[i].end < start:
+            break
+        i -= 1
+    if rc != RC_OK:
+        return rc
+    return flush_end(g, p, g.sloppy & SLOPPY_MPROTECT != 0)
+
+
+cdef int memory_brk(sc_guest *g, u32 p, u64 end) noexcept nogil:
+    """brk: the heap ends at `end`, rounded up to a page."""
+    cdef sc_gproc *process = &g.procs[p]
+    cdef u64 old = process.brk
+    cdef u64 where
+    cdef int rc = RC_OK
+    end = (end + 4095) & ~<u64>4095
+    if end < process.brk_start or end >= g.mmap_base:
+        return RC_NOROOM
+    if end > old:
+        rc = memory_map(g, p, old, end - old, PROT_READ | PROT_WRITE, MAP_HEAP, 0, 0, &where)
+    elif end < old:
+        rc = memory_unmap(g, p, end, old - end)
+    if rc == RC_OK:
+        process.brk = end
+    return rc
+
+
+cdef int leaf_install(sc_guest *g, u32 p, u64 table, u32 index, u64 entry) noexcept nogil:
+    g.procs[p].resident += 1
+    g.n.leaf_installs += 1
+    return entry_set(g, table, index, entry)
+
+
+cdef int _cached(sc_guest *g, u32 file, u64 page, u64 *frame) noexcept nogil:
+    """The frame of a file's page in the page cache; read in if it is not there.
+
+    Word i of page n of file number f, from 0, is guest_mix((f + 1) << 40 | n << 9 | i): what "the disk" holds.
+    """
+    cdef u64 words[512]
+    cdef u64 at = g.file_first[file] + page
+    cdef u32 i
+    cdef int rc
+    frame[0] = g.cache[at]
+    if frame[0]:
+        return RC_OK
+    if g.file_zero[file]:
+        rc = frame_zeroed(g, FRAME_CACHE, frame)
+    else:
+        for i in range(512):
+            words[i] = guest_mix(<u64>(file + 1) << 40 | page << 9 | i)
+        rc = frame_filled(g, FRAME_CACHE, <u8 *>words, frame)
+    if rc == RC_OK:
+        g.cache[at] = <u32>frame[0]
+    return rc
+
+
+cdef int _fault_file(sc_guest *g, u32 p, const sc_gvma *m, u64 table, u64 va, bint write) noexcept nogil:
+    """A page of a file for the first time in this address space.
+
+    A private store gets a copy. Otherwise the page is mapped, and, for a load, those around it that lie in the same
+    mapping, table and window of fault_around pages (do_fault_around); what of the window is not cached is read ahead.
+    """
+    cdef u64 window = <u64>g.fault_around << 12
+    cdef u64 span = <u64>1 << guest_shift(g, 2)
+    cdef u32 file = m.file - 1
+    cdef u64 page = m.page + ((va - m.start) >> 12)
+    cdef u64 at, stop, frame, source
+    cdef u64 bits = leaf_bits(g, m, m.flags & MAP_SHARED)
+    cdef u32 index
+    cdef int rc
+    if page >= g.file_pages[file]:
+        return RC_SEGV              # beyond the end of the file (SIGBUS)
+    rc = _cached(g, file, page, &source)
+    if rc != RC_OK:
+        return rc
+    g.n.faults_file += 1
+    if write and not m.flags & MAP_SHARED:
+        rc = frame_copied(g, source, &frame)
+        if rc != RC_OK:
+            return rc
+        return leaf_install(g, p, table, guest_index(g, va, 1), frame << 12 | leaf_bits(g, m, True) | PTE_D)
+    at = va
+    stop = va + 4096
+    if not write:
+        at = max(max(va & ~(window - 1), m.start), va & ~(span - 1))
+        stop = min(min((va & ~(window - 1)) + window, m.end), (va & ~(span - 1)) + span)
+    while at < stop:
+        page = m.page + ((at - m.start) >> 12)
+        index = guest_index(g, at, 1)
+        if page < g.file_pages[file] and entry_read(g, table, index) == 0:
+            rc = _cached(g, file, page, &frame)
+            if rc != RC_OK:
+                # No memory to read ahead with is no reason to refuse the page itself, which is in the cache.
+                if rc != RC_NOMEM:
+                    return rc
+                at += 4096
+                continue
+            g.count[frame] += 1
+            g.n.faults_around += at != va
+            rc = leaf_install(g, p, table, index, frame << 12 | bits | (PTE_D if write else 0))
+            if rc != RC_OK:
+                return rc
+        at += 4096
+    return RC_OK
+
+
+cdef int _fault_anonymous(sc_guest *g, u32 p, sc_gvma *m, u64 table, u32 index, bint write) noexcept nogil:
+    """Demand zero: a load gets the page of zeros, a store a frame of its own."""
+    cdef u64 frame
+    cdef int rc
+    m.flags |= MAP_ANON
+    if not write and not m.flags & MAP_SHARED:
+        g.n.faults_zero_page += 1
+        return leaf_install(g, p, table, index, g.zero_frame << 12 | leaf_bits(g, m, False))
+    rc = frame_zeroed(g, FRAME_ANON, &frame)
+    if rc != RC_OK:
+        return rc
+    g.n.faults_zero += 1
+    return leaf_install(g, p, table, index, frame << 12 | leaf_bits(g, m, True) | PTE_D)
+
+
+cdef int _fault_swap(sc_guest *g, u32 p, const sc_gvma *m, u64 table, u32 index, u64 entry, bint write) noexcept nogil:
+    """Swap in. Each process that shared the slot reads its own copy."""
+    cdef u64 slot = entry_frame(entry) - 1
+    cdef u64 frame
+    cdef int rc
+    if slot >= g.swap_pages or g.swap_count[slot] == 0:
+        return RC_PANIC
+    rc = frame_filled(g, FRAME_ANON, g.swap + (slot << 12), &frame)
+    if rc != RC_OK:
+        return rc
+    g.n.faults_swap += 1
+    g.n.swapped_in += 1
+    g.procs[p].swapped -= 1
+    rc = leaf_install(g, p, table, index, frame << 12 | leaf_bits(g, m, write) | PTE_D)
+    swap_put(g, <u32>slot)
+    return rc
+
+
+cdef int _fault_write(sc_guest *g, u32 p, sc_gvma *m, u64 table, u64 va, u64 entry) noexcept nogil:
+    """A store to a present page without W (do_wp_page)."""
+    cdef u32 index = guest_index(g, va, 1)
+    cdef u64 old = entry_frame(entry)
+    cdef u64 frame
+    cdef int rc
+    if old != g.zero_frame and not frame_known(g, old):
+        return RC_PANIC
+    if m.flags & MAP_SHARED or (g.kind[old] == FRAME_ANON and g.count[old] == 1):
+        g.n.faults_reused += 1
+        return entry_set(g, table, index, old << 12 | leaf_bits(g, m, True) | PTE_D)
+    m.flags |= MAP_ANON
+    rc = frame_zeroed(g, FRAME_ANON, &frame) if old == g.zero_frame else frame_copied(g, old, &frame)
+    if rc != RC_OK:
+        return rc
+    g.n.faults_copied += 1
+    flush_begin(g)
+    rc = entry_take(g, table, index, &entry)
+    if rc != RC_OK:
+        return rc
+    flush_page(g, va)
+    if old != g.zero_frame:
+        rc = flush_free(g, p, old, g.sloppy & SLOPPY_COW != 0)
+    if rc == RC_OK:
+        rc = flush_end(g, p, g.sloppy & SLOPPY_COW != 0)
+    if rc != RC_OK:
+        return rc
+    g.procs[p].resident -= 1
+    return leaf_install(g, p, table, index, frame << 12 | leaf_bits(g, m, True) | PTE_D)
+
+
+cdef sc_gvma *_grown(sc_guest *g, u32 p, u64 va) noexcept nogil:
+    """A stack that may grow down to `va` does; one page stays free below it (the guard), and 8 MiB are its limit."""
+    cdef u32 i = _first_after(g, p, va)
+    cdef sc_gvma *m = &vmas_of(g, p)[i]
+    cdef u64 start = va & ~<u64>4095
+    if i == g.procs[p].nvmas or not m.flags & MAP_GROWS or m.end - start > g.stack_limit:
+        return NULL
+    if i and (m - 1).end + 4096 > start:
+        return NULL
+    g.n.stack_growth += (m.start - start) >> 12
+    m.start = start
+    return m
+
+
+cdef int memory_fault(sc_guest *g, u32 p, u64 va, u32 code) noexcept nogil:
+    """Service the page fault of process `p` at `va`. RC_SEGV: it may not do that."""
+    cdef sc_gvma *m
+    cdef u64 table, entry
+    cdef u32 index
+    cdef bint write = code & PF_W != 0
+    cdef int rc
+    g.n.faults += 1
+    if va >= g.task_size:
+        return RC_SEGV
+    m = memory_find(g, p, va)
+    if m == NULL:
+        m = _grown(g, p, va)
+    if m == NULL or m.prot == 0 or (write and not m.prot & PROT_WRITE) or (code & PF_I and not m.prot & PROT_EXEC):
+        return RC_SEGV
+    va &= ~<u64>4095
+    rc = table_find(g, p, va, True, &table)
+    if rc != RC_OK:
+        return rc
+    index = guest_index(g, va, 1)
+    entry = entry_read(g, table, index)
+    if entry & PTE_P:
+        if write and not entry & PTE_W:
+            return _fault_write(g, p, m, table, va, entry)
+        g.n.faults_spurious += 1    # the processor knew an older entry; it looks again
+        return RC_OK
+    if entry & PTE_NONE:
+        return RC_PANIC             # mprotect gives such entries back their P
+    if entry:
+        return _fault_swap(g, p, m, table, index, entry, write)
+    if m.file:
+        if write and not m.flags & MAP_SHARED:
+            m.flags |= MAP_ANON
+        return _fault_file(g, p, m, table, va, write)
+    return _fault_anonymous(g, p, m, table, index, write)

@@ -1,0 +1,769 @@
+"""A small guest kernel that runs on a VM: processes, memory, pipes; it edits its own page tables.
+
+What it does is done by the VM's processor 0 in guest memory: stores to tables and data through the direct map, CR3
+loads, INVLPG. See guest_options.KernelOptions for its settings, and docs/workloads.md for the concepts.
+"""
+import numpy as np
+
+from cpython.exc cimport PyErr_CheckSignals
+from libc.stdlib cimport free
+from libc.string cimport memcpy, memset
+
+from shadowcore.guest cimport (
+    FRAME_CACHE, FRAME_WAS_TABLE, MAP_SHARED, NO_PROCESS, PROCESS_ALIVE, PROCESS_ENDED, PROCESS_NONE, RC_NOLOG,
+    RC_NOMEM, RC_NOROOM, RC_PANIC, RC_SEGV, guest_mix, is_host_error, sc_gasid, sc_gcount, sc_glog, sc_gpipe, sc_gproc,
+    sc_gprogram, sc_gvma, vmas_of,
+)
+from shadowcore.guest_boot cimport boot_registers, boot_tables
+from shadowcore.guest_call cimport (
+    BAD_FILE, BAD_FLAGS, BAD_NOTHING, BAD_OP, BAD_PIPE, BAD_PROCESS, BAD_PROGRAM, BAD_PROT, BAD_RANGE, BAD_SIZE,
+    CALL_FORK, CALL_SPAWN, call_check, call_run, sc_call,
+)
+from shadowcore.guest_frames cimport frame_put
+from shadowcore.guest_process cimport process_switch
+from shadowcore.guest_user cimport user_array
+from shadowcore.types cimport (
+    MODE_32, MODE_64, MODE_LA57, MODE_OFF, MODE_PAE, RC_BAD_OP, RC_GP, RC_HOOK, RC_OK, u8, u32, u64,
+)
+from shadowcore.vcpu cimport VCpu, host_error
+
+from shadowcore.config import check_int
+from shadowcore.errors import (
+    ConfigError, EngineError, GuestOutOfMemory, GuestPanic, Interrupted, PageFault,
+)
+from shadowcore.guest_options import (
+    DIRECT_MAPS, SLOPPY, Call, File, KernelOptions, Program, Prot, Touch,
+)
+from shadowcore.memory import allocate
+from shadowcore.vcpu import OP_DTYPE
+
+CALL_DTYPE = np.dtype([
+    ("op", "u1"), ("flags", "u1"), ("size", "u1"), ("prot", "u1"), ("process", "<u4"), ("addr", "<u8"),
+    ("count", "<u8"), ("value", "<u8"),
+])
+MAPPING_DTYPE = np.dtype([
+    ("start", "<u8"), ("end", "<u8"), ("page", "<u8"), ("file", "<u4"), ("prot", "<u2"), ("flags", "<u2"),
+])
+NO_PROGRAM = 0xFFFFFFFF
+COUNTERS = (
+    "accesses", "kernel_accesses", "cr3_loads", "invlpg", "full_flushes", "table_stores", "leaf_installs",
+    "leaf_clears", "write_protects", "tables_made", "tables_freed", "roots_made", "tables_reused", "pages_zeroed",
+    "pages_copied", "switches", "syscalls", "faults", "faults_zero", "faults_zero_page", "faults_file",
+    "faults_around", "faults_copied", "faults_reused", "faults_swap", "faults_spurious", "faults_segv",
+    "stack_growth", "forks", "execs", "exits", "age_scanned", "age_young", "swapped_out", "swapped_in",
+    "pipe_writes", "pipe_reads", "pipe_blocked",
+)
+assert len(COUNTERS) * sizeof(u64) == sizeof(sc_gcount)
+assert CALL_DTYPE.itemsize == sizeof(sc_call)
+assert MAPPING_DTYPE.itemsize == sizeof(sc_gvma)
+assert OP_DTYPE.itemsize == sizeof(sc_glog)
+
+cdef enum:
+    BUDGET = 1 << 16                # accesses between two looks for Ctrl-C
+
+cdef dict _MODES = {"32": MODE_32, "pae": MODE_PAE, "64": MODE_64, "la57": MODE_LA57}
+cdef dict _KINDS = {1: "tables", 2: "anonymous", 3: "cache", 4: "kernel", 5: "boot"}
+cdef dict _WHY = {
+    BAD_OP: "op", BAD_PROCESS: "process: no such number", BAD_SIZE: "size: not 1, 2, 4 or 8",
+    BAD_RANGE: "addr, count, value: not whole pages of the user half, or too much",
+    BAD_PROT: "prot: not a combination of READ, WRITE, EXEC", BAD_FILE: "value: no such file",
+    BAD_PROGRAM: "value: no such program", BAD_PIPE: "value: no such pipe", BAD_FLAGS: "flags: no such combination",
+}
+
+
+def _page_range(name, addr, length, high):
+    """Checked (addr, length) of whole pages below `high`."""
+    addr = check_int(f"{name}: addr", addr, 0, high - 4096)
+    length = check_int(f"{name}: length", length, 1, high - addr)
+    if addr & 4095:
+        raise ConfigError(f"{name}: addr: {addr:#x} is not a multiple of 4096")
+    return addr, (length + 4095) & ~4095
+
+
+cdef class Kernel:
+    """A guest kernel, booted on a fresh VM with RAM from gpa 0. KernelOptions are its settings.
+
+    counters: what it did. history: a checksum over every access (gpa, value) and every refusal, the same whatever the
+    design of the VM. The first process comes from `spawn`, the others from it or from `fork`.
+
+    A guest that runs out of frames raises GuestOutOfMemory and goes on. GuestPanic: its memory or registers are not
+    what it made them (somebody else wrote there, or a sloppy kernel freed a frame that is still in use); like an error
+    of the engine in the middle of a call it is the end of the guest.
+    """
+
+    def __cinit__(self, vm, options=None):
+        memset(&self.g, 0, sizeof(self.g))
+        self._arrays = []
+        if options is None:
+            options = KernelOptions()
+        if not isinstance(options, KernelOptions):
+            raise ConfigError(f"options: KernelOptions are needed, not {options!r:.60}")
+        if not hasattr(vm, "vcpus") or not isinstance(vm.vcpus[0], VCpu):
+            raise ConfigError(f"vm: a VM is needed, not {vm!r:.60}")
+        self.vm = vm
+        self.options = options
+        self._cpu = vm.vcpus[0]
+        self._cpu.mmu.idle()
+        self._settings(options, vm.features)
+        self._layout(options)
+        self._tables(options)
+        self._boot(options)
+
+    def __dealloc__(self):
+        free(self.g.log)
+
+    cdef void *_array(self, u64 items, u64 size) except NULL:
+        array = allocate(items * size)
+        self._arrays.append(array)
+        return <void *><size_t>array.ctypes.data
+
+    def _settings(self, options, features):
+        cdef u64 lowmem = 896 << 20
+        cdef u64 high
+        slot = self.vm.memory.slots[0]
+        if slot.gpa:
+            raise ConfigError(f"vm: its memory starts at gpa {slot.gpa:#x}, RAM from 0 is needed")
+        if self._cpu.c.guest.mode != MODE_OFF:
+            raise ConfigError("vm: its processor 0 has paging on, a guest kernel boots on a fresh VM")
+        if len(self.vm.vcpus) != 1:
+            raise ConfigError(f"vm: it has {len(self.vm.vcpus)} vcpus, the guest kernel runs on 1")
+        for name, wanted in (("la57", options.mode == "la57"), ("pcid", options.pcid),
+                             ("gbpages", options.direct_map == "huge")):
+            if wanted and not getattr(features, name):
+                raise ConfigError(f"vm: its processor lacks features.{name}, which these options need")
+        high = lowmem if options.mode in ("32", "pae") else <u64>1 << min(features.maxphyaddr, 44)
+        if slot.size > high:
+            raise ConfigError(f"vm: memory of {slot.size} bytes is more than mode {options.mode!r} maps directly: "
+                              f"at most {high}")
+        if slot.size >> 12 >= 0xFFFFFFFF:
+            raise ConfigError(f"vm: memory of {slot.size} bytes: at most {0xFFFFFFFE} frames are managed")
+        self.g.mmu = &self._cpu.mmu.c
+        self.g.v = &self._cpu.c
+        self.g.ram = self.g.mmu.mem.ram
+        self.g.nframes = slot.size >> 12
+        self.g.mode = _MODES[options.mode]
+        self.g.levels = self.g.mode
+        self.g.pte_size = 4 if self.g.mode == MODE_32 else 8
+        self.g.isolation = options.isolation
+        self.g.pcid = options.pcid
+        self.g.nx = features.nx and self.g.mode >= MODE_PAE
+        self.g.sloppy = sum(SLOPPY[name] for name in set(options.sloppy))
+        self.g.atomic_bytes = options.atomic_bytes
+        self.g.fault_around = options.fault_around
+        self.g.flush_ceiling = options.flush_ceiling
+        self.g.kernel_work = options.kernel_work
+        self.g.age_flush = options.age_flush
+        self.g.data_frames = options.kernel_data
+        self.g.random = guest_mix(options.seed) | 1
+        self.g.history = guest_mix(options.seed)
+        self.g.mm_next = 1
+
+    def _layout(self, options):
+        """The address space of Linux, not randomized."""
+        self.g.stack_limit = 8 << 20
+        if self.g.mode >= MODE_64:
+            self.g.direct_map = 0xFFFF888000000000 if self.g.mode == MODE_64 else 0xFF11000000000000
+            self.g.task_size = 0x7FFFFFFFF000
+            self.g.stack_top = 0x7FFFFFFFF000
+            self.g.entry_va = 0xFFFFFE0000001000
+        else:
+            self.g.direct_map = 0xC0000000
+            self.g.task_size = 0xC0000000
+            self.g.stack_top = 0xC0000000 - 4096
+            self.g.entry_va = 0xFFE01000
+        self.g.mmap_base = self.g.stack_top - self.g.stack_limit - (1 << 20)
+
+    def _tables(self, options):
+        cdef u32 i
+        self.g.max_procs = options.max_processes
+        self.g.max_vmas = options.max_mappings
+        self.g.max_files = options.max_files
+        self.g.cache_size = options.max_file_pages
+        self.g.max_programs = options.max_programs
+        self.g.max_pipes = options.max_pipes
+        self.g.swap_pages = options.swap_pages
+        self.g.count = <u32 *>self._array(self.g.nframes, sizeof(u32))
+        self.g.next_free = <u32 *>self._array(self.g.nframes, sizeof(u32))
+        self.g.kind = <u8 *>self._array(self.g.nframes, 1)
+        self.g.procs = <sc_gproc *>self._array(self.g.max_procs + 1, sizeof(sc_gproc))
+        self.g.vmas = <sc_gvma *>self._array((<u64>self.g.max_procs + 1) * self.g.max_vmas, sizeof(sc_gvma))
+        self.g.file_first = <u64 *>self._array(self.g.max_files, sizeof(u64))
+        self.g.file_pages = <u64 *>self._array(self.g.max_files, sizeof(u64))
+        self.g.file_zero = <u8 *>self._array(self.g.max_files, 1)
+        self.g.cache = <u32 *>self._array(self.g.cache_size, sizeof(u32))
+        self.g.programs = <sc_gprogram *>self._array(self.g.max_programs, sizeof(sc_gprogram))
+        self.g.pipes = <sc_gpipe *>self._array(self.g.max_pipes, sizeof(sc_gpipe))
+        if self.g.swap_pages:
+            self.g.swap = <u8 *>self._array(self.g.swap_pages, 4096)
+            self.g.swap_count = <u32 *>self._array(self.g.swap_pages, sizeof(u32))
+            self.g.swap_next = <u32 *>self._array(self.g.swap_pages, sizeof(u32))
+            for i in range(self.g.swap_pages):
+                self.g.swap_next[i] = i + 2 if i + 1 < self.g.swap_pages else 0
+            self.g.swap_free = 1
+
+    def _boot(self, options):
+        cdef int rc
+        cdef int level = DIRECT_MAPS[options.direct_map]
+        if boot_tables(&self.g, level, options.global_) != RC_OK:
+            raise GuestOutOfMemory(f"the guest's memory of {self.g.nframes << 12} bytes does not hold its kernel")
+        rc = boot_registers(&self.g, options.global_)
+        if rc == RC_GP:
+            raise ConfigError("vm: its processor refuses the registers of a guest kernel; a fresh VM is needed")
+        if rc != RC_OK:
+            raise host_error(self._cpu.mmu, rc)
+        memset(&self.g.n, 0, sizeof(self.g.n))
+
+    cdef int _ready(self) except -1:
+        self._cpu.mmu.idle()
+        if self._stopped is not None:
+            raise GuestPanic(f"the guest has stopped: {self._stopped}")
+        return 0
+
+    cdef int _failed(self, int rc, object where) except -1:
+        """Raise what return code `rc` stands for."""
+        if rc == RC_BAD_OP:
+            raise ConfigError(f"{where}: the process has ended, or its number is in use")
+        if rc == RC_NOMEM:
+            raise GuestOutOfMemory(f"{where}: no free frame in the guest's {self.g.nframes}")
+        if rc == RC_NOROOM:
+            raise GuestOutOfMemory(f"{where}: no room in the address space, or over max_mappings={self.g.max_vmas}")
+        if rc == RC_NOLOG:
+            self._stopped = "the recording did not fit into the host's memory"
+            raise MemoryError(f"{where}: no memory for a recording of {self.g.log_length} operations")
+        if rc == RC_SEGV:
+            raise ConfigError(f"{where}: not all of its range is mapped with the rights that it needs")
+        if rc == RC_PANIC:
+            self._stopped = "its tables or registers are not what it made them"
+            raise GuestPanic(f"{where}: {self._stopped}")
+        error = host_error(self._cpu.mmu, rc)
+        if self._cpu.mmu.hook_error is not None:
+            error, self._cpu.mmu.hook_error = self._cpu.mmu.hook_error, None
+        self._stopped = str(error)
+        raise error
+
+    def run(self, calls):
+        """Carry out operations, an array of CALL_DTYPE, without the GIL; uint64 results, one each (see Call).
+
+        ConfigError, before anything is done, for an operation that cannot be whatever the state; for one that the
+        state forbids (a process that has ended), or GuestOutOfMemory, when its turn comes: those before it are done.
+        """
+        if not isinstance(calls, np.ndarray) or calls.dtype != CALL_DTYPE or calls.ndim != 1:
+            raise ConfigError(f"calls: a one-dimensional array of CALL_DTYPE is needed, not {calls!r:.60}")
+        # A copy: what was checked is what is done, whatever another thread does to the array meanwhile.
+        calls = np.array(calls, dtype=CALL_DTYPE)
+        results = np.zeros(len(calls), dtype=np.uint64)
+        cdef u64 n = len(calls)
+        cdef u64 at = 0
+        cdef u64 within = 0
+        cdef u64 i
+        cdef int rc = BAD_NOTHING
+        if n == 0:
+            return results
+        cdef const sc_call *c = <const sc_call *><size_t>calls.ctypes.data
+        cdef u64 *r = <u64 *><size_t>results.ctypes.data
+        self._ready()
+        with nogil:
+            for i in range(n):
+                rc = call_check(&self.g, &c[i])
+                if rc != BAD_NOTHING:
+                    break
+        if rc != BAD_NOTHING:
+            raise ConfigError(f"calls[{i}]: {_WHY[rc]} (op {c[i].op})")
+        self.g.mmu.mem.busy = True
+        try:
+            while at < n and rc == RC_OK:
+                with nogil:
+                    rc = call_run(&self.g, c, n, &at, &within, BUDGET, r)
+                PyErr_CheckSignals()
+        except KeyboardInterrupt:
+            raise Interrupted(results[:at]) from None
+        finally:
+            self.g.mmu.mem.busy = False
+        if rc != RC_OK:
+            self._failed(rc, f"calls[{at}], {Call(c[at].op).name.lower()}")
+        return results
+
+    def call(self, op, process=0, addr=0, count=0, value=0, *, flags=0, size=8, prot=0) -> int:
+        """One operation; see Call for what it takes and returns."""
+        number = check_int("op", op, 0, 255)
+        one = np.zeros(1, dtype=CALL_DTYPE)
+        one["op"] = number
+        one["flags"] = check_int("flags", flags, 0, 255)
+        one["size"] = check_int("size", size, 0, 255)
+        one["prot"] = check_int("prot", prot, 0, 255)
+        one["process"] = check_int("process", process, 0, NO_PROGRAM)
+        one["addr"] = check_int("addr", addr, 0, (1 << 64) - 1)
+        one["count"] = check_int("count", count, 0, (1 << 64) - 1)
+        one["value"] = check_int("value", value, 0, (1 << 64) - 1)
+        return int(self.run(one)[0])
+
+    def free_number(self) -> int:
+        """The number that the next process gets. GuestOutOfMemory if there are max_processes."""
+        cdef u32 p
+        ended = None
+        for p in range(self.g.max_procs):
+            if self.g.procs[p].state == PROCESS_NONE:
+                return p
+            if self.g.procs[p].state == PROCESS_ENDED:
+                ended = p
+        if ended is None:
+            raise GuestOutOfMemory(f"max_processes: all {self.g.max_procs} processes are alive")
+        return ended
+
+    def spawn(self, program=None):
+        """A new process, of a program, or with nothing but a stack."""
+        number = self.free_number()
+        self.call(CALL_SPAWN, number, value=self._program(program))
+        return Process(self, number)
+
+    def _program(self, program):
+        if program is None:
+            return NO_PROGRAM       # NO_PROCESS in calls
+        if not isinstance(program, Program):
+            raise ConfigError(f"program: a Program or None is needed, not {program!r:.60}")
+        return check_int("program", program.number, 0, max(0, <int>self.g.n_programs - 1))
+
+    def switch(self, process) -> None:
+        """Schedule a process; None: nobody runs, and the root that is loaded stays (lazy TLB)."""
+        if process is None:
+            self.call(Call.IDLE)
+        elif isinstance(process, Process):
+            process.switch()
+        else:
+            raise ConfigError(f"process: a Process or None is needed, not {process!r:.60}")
+
+    def file(self, pages, zero=False):
+        """A file of `pages` pages; zero: shared memory, whose pages begin as zeros.
+
+        The others hold numbers: word i of page n is bijection((file + 1) << 40 | n << 9 | i), see guest_mix.
+        """
+        self._ready()
+        count = check_int("pages", pages, 1, self.g.cache_size)
+        if self.g.n_files == self.g.max_files:
+            raise ConfigError(f"max_files: there are {self.g.max_files} files already")
+        if self.g.cache_used + <u64>count > self.g.cache_size:
+            raise ConfigError(f"max_file_pages: {self.g.cache_used} of {self.g.cache_size} are taken, {count} asked for")
+        number = self.g.n_files
+        self.g.file_first[number] = self.g.cache_used
+        self.g.file_pages[number] = count
+        self.g.file_zero[number] = bool(zero)
+        self.g.cache_used += <u64>count
+        self.g.n_files += 1
+        return File(number, count, bool(zero))
+
+    def discard(self, file) -> int:
+        """Free the cached pages of a file that nobody maps; what was written to them is lost. How many there were."""
+        self._ready()
+        self._file(file)
+        cdef u64 first = self.g.file_first[file.number]
+        cdef u64 i
+        freed = 0
+        for i in range(first, first + self.g.file_pages[file.number]):
+            if self.g.cache[i] and self.g.count[self.g.cache[i]] == 1:
+                frame_put(&self.g, self.g.cache[i])
+                self.g.cache[i] = 0
+                freed += 1
+        return freed
+
+    def _file(self, file):
+        if not isinstance(file, File) or not 0 <= file.number < self.g.n_files:
+            raise ConfigError(f"file: a File of this kernel is needed, not {file!r:.60}")
+        return file.number
+
+    def program(self, text=64, data=16, bss=16, library=None):
+        """A program: pages of code, of initialized data, of zeroed data; library: another program, mapped as well."""
+        self._ready()
+        pages = check_int("text", text, 1, 1 << 14)
+        initialized = check_int("data", data, 0, 1 << 14)
+        zeroed = check_int("bss", bss, 0, 1 << 14)
+        if library is not None:
+            self._program(library)
+        if self.g.n_programs == self.g.max_programs:
+            raise ConfigError(f"max_programs: there are {self.g.max_programs} programs already")
+        cdef sc_gprogram *made = &self.g.programs[self.g.n_programs]
+        cdef sc_gprogram *shared
+        file = self.file(pages + initialized)
+        made.text = file.number + 1
+        made.text_pages = pages
+        made.data_pages = initialized
+        made.bss_pages = zeroed
+        made.library = 0
+        if library is not None:
+            shared = &self.g.programs[<u32>library.number]
+            made.library = shared.text
+            made.library_pages = shared.text_pages
+            made.library_data = shared.data_pages
+        self.g.n_programs += 1
+        return Program(self.g.n_programs - 1, pages, initialized, zeroed)
+
+    def pipe(self) -> int:
+        """A pipe of 16 pages; its number."""
+        self._ready()
+        if self.g.n_pipes == self.g.max_pipes:
+            raise ConfigError(f"max_pipes: there are {self.g.max_pipes} pipes already")
+        self.g.n_pipes += 1
+        return self.g.n_pipes - 1
+
+    @property
+    def counters(self) -> dict:
+        """What the kernel and its processes did since boot, by name (COUNTERS)."""
+        cdef const u64 *counts = <const u64 *>&self.g.n
+        return {name: counts[i] for i, name in enumerate(COUNTERS)}
+
+    @property
+    def history(self) -> int:
+        """A checksum of all accesses, in order: gpa and value, table stores without A and D, refusals."""
+        return self.g.history
+
+    @property
+    def frames(self) -> dict:
+        """Frames of the guest's memory by use: total, free, tables, anonymous, cache, kernel, boot."""
+        cdef u64 i
+        cdef u64 found[8]
+        memset(found, 0, sizeof(found))
+        for i in range(1, self.g.fresh):
+            if not self.g.kind[i] & FRAME_WAS_TABLE:
+                found[self.g.kind[i] & 7] += 1
+        use = {"total": self.g.nframes, "free": self.g.n_free}
+        use.update({name: found[kind] for kind, name in _KINDS.items()})
+        use["boot"] += 1            # frame 0
+        return use
+
+    @property
+    def swap_used(self) -> int:
+        """Swap slots in use."""
+        return sum(1 for i in range(self.g.swap_pages) if self.g.swap_count[i])
+
+    def references(self):
+        """uint32[frames]: how often each frame is counted as in use (a copy)."""
+        out = np.zeros(self.g.nframes, dtype=np.uint32)
+        memcpy(<void *><size_t>out.ctypes.data, self.g.count, self.g.nframes * sizeof(u32))
+        return out
+
+    @property
+    def processes(self) -> list:
+        """Those that are alive, by number."""
+        return [Process(self, p) for p in range(self.g.max_procs) if self.g.procs[p].state == PROCESS_ALIVE]
+
+    @property
+    def current(self):
+        """The process that is scheduled, or None."""
+        if self.g.current == NO_PROCESS or self.g.idle or self.g.procs[self.g.current].state != PROCESS_ALIVE:
+            return None
+        return Process(self, self.g.current)
+
+    @property
+    def direct_map(self) -> int:
+        """Linear address at which the kernel maps gpa 0."""
+        return self.g.direct_map
+
+    @property
+    def task_size(self) -> int:
+        """End of the user half of the address space."""
+        return self.g.task_size
+
+    def record(self, on=True) -> None:
+        """Start, or stop, to write down every operation of the processor; see `recording`. Starting forgets the last.
+
+        String instructions are then made store by store. 19 bytes an operation, in the host's memory.
+        """
+        self._ready()
+        if on and not self.g.recording:
+            self.g.log_length = 0
+        self.g.recording = bool(on)
+
+    @property
+    def recording(self):
+        """What was written down, an array of OP_DTYPE (a copy). `VCpu.run` repeats it on a VM that is in the state that
+        this one was in when it began."""
+        self._cpu.mmu.idle()
+        out = np.zeros(self.g.log_length, dtype=OP_DTYPE)
+        if self.g.log_length:
+            memcpy(<void *><size_t>out.ctypes.data, self.g.log, self.g.log_length * sizeof(sc_glog))
+        return out
+
+    def state_of(self, number, generation) -> dict:
+        """What the kernel knows of a process; ConfigError if that life of the number is over."""
+        cdef u32 p = check_int("process", number, 0, self.g.max_procs - 1)
+        cdef sc_gproc *process = &self.g.procs[p]
+        if process.state != PROCESS_ALIVE or process.generation != generation:
+            raise ConfigError(f"process: number {number} has ended")
+        mappings = np.zeros(process.nvmas, dtype=MAPPING_DTYPE)
+        if process.nvmas:
+            memcpy(<void *><size_t>mappings.ctypes.data, vmas_of(&self.g, p), process.nvmas * sizeof(sc_gvma))
+        return {"root": process.root, "user_root": process.user_root, "brk": process.brk,
+                "brk_start": process.brk_start, "resident": process.resident, "swapped": process.swapped,
+                "tables": process.tables, "mappings": mappings}
+
+    def generation_of(self, number) -> int:
+        """Which life of a process number this is."""
+        cdef u32 p = check_int("process", number, 0, self.g.max_procs - 1)
+        return self.g.procs[p].generation
+
+    def access(self, number, addresses, write, values, size, results):
+        """User accesses of a process; see Process.touch and Process.access. Number of refusals, or arrays."""
+        cdef u32 p = check_int("process", number, 0, self.g.max_procs - 1)
+        addr = _words("addresses", addresses, None)
+        cdef u64 n = len(addr)
+        if size not in (1, 2, 4, 8):
+            raise ConfigError(f"size: {size!r} is not 1, 2, 4 or 8")
+        self._ready()
+        if self.g.procs[p].state != PROCESS_ALIVE:
+            raise ConfigError(f"process: number {number} has ended")
+        cdef bint all_write = False
+        cdef const u8 *c_write = NULL
+        cdef const u64 *c_value = NULL
+        cdef u8 *c_outcome = NULL
+        cdef u64 *c_loaded = NULL
+        cdef u64 *c_gpa = NULL
+        if isinstance(write, (bool, np.bool_)):
+            all_write = bool(write)
+        else:
+            write = np.ascontiguousarray(write)
+            if write.dtype not in (np.bool_, np.uint8) or write.shape != addr.shape:
+                raise ConfigError(f"write: a bool, or an array of {n} of them, is needed, not {write!r:.60}")
+            write = write.view(np.uint8).copy()
+            c_write = <const u8 *><size_t>write.ctypes.data
+        if values is not None:
+            values = _words("values", values, n)
+            c_value = <const u64 *><size_t>values.ctypes.data
+        outcome = loaded = gpa = None
+        if results:
+            outcome = np.zeros(n, dtype=np.uint8)
+            loaded = np.zeros(n, dtype=np.uint64)
+            gpa = np.zeros(n, dtype=np.uint64)
+            c_outcome = <u8 *><size_t>outcome.ctypes.data
+            c_loaded = <u64 *><size_t>loaded.ctypes.data
+            c_gpa = <u64 *><size_t>gpa.ctypes.data
+        cdef const u64 *c_addr = <const u64 *><size_t>addr.ctypes.data
+        cdef u64 at = 0
+        cdef u64 stop
+        cdef u64 refused = 0
+        cdef u32 c_size = size
+        cdef int rc
+        self.g.mmu.mem.busy = True
+        try:
+            rc = process_switch(&self.g, p) if self.g.current != p or self.g.idle else RC_OK
+            while at < n and rc == RC_OK:
+                stop = min(n, at + BUDGET)
+                with nogil:
+                    rc = user_array(&self.g, c_addr, c_write, all_write, c_value, c_size, at, stop, c_outcome,
+                                    c_loaded, c_gpa, &refused)
+                at = stop
+                PyErr_CheckSignals()
+        except KeyboardInterrupt:
+            raise Interrupted(None) from None
+        finally:
+            self.g.mmu.mem.busy = False
+        if rc != RC_OK and rc != RC_SEGV:
+            self._failed(rc, "access")
+        return (outcome, loaded, gpa) if results else refused
+
+    def last_fault(self) -> int:
+        """CR2: the address of the last page fault."""
+        return self.g.v.cr2
+
+    def __repr__(self):
+        return (f"Kernel(mode {self.options.mode}, {self.g.n_alive} processes, {self.g.n_free} of {self.g.nframes} "
+                "frames free)")
+
+
+def _words(name, values, length):
+    """`values` as a contiguous uint64 array of our own."""
+    array = np.asarray(values)
+    if array.ndim == 0 and length is not None and array.dtype.kind in "iu":
+        array = np.full(length, array)
+    if array.ndim != 1 or array.dtype.kind not in "iu" and array.size:
+        raise ConfigError(f"{name}: a one-dimensional array of integers is needed, not {values!r:.60}")
+    if length is not None and len(array) != length:
+        raise ConfigError(f"{name}: {length} of them are needed, not {len(array)}")
+    if array.size and array.dtype.kind == "i" and array.min() < 0:
+        raise ConfigError(f"{name}: {array.min()} is negative")
+    return np.array(array, dtype=np.uint64, order="C")
+
+
+class Process:
+    """A process of a guest kernel. Whatever it does, it is scheduled first, if it is not the one that runs.
+
+    number: under which the kernel knows it. Everything but `alive` raises ConfigError once it has ended.
+    """
+
+    __slots__ = ("_generation", "kernel", "number")
+
+    def __init__(self, kernel, number):
+        self.kernel = kernel
+        self.number = number
+        self._generation = kernel.generation_of(number)
+
+    @property
+    def alive(self) -> bool:
+        """It has not exited."""
+        try:
+            self._state()
+        except ConfigError:
+            return False
+        return True
+
+    def _state(self):
+        return self.kernel.state_of(self.number, self._generation)
+
+    def _call(self, op, addr=0, count=0, value=0, *, flags=0, size=8, prot=0):
+        self._state()
+        return self.kernel.call(op, self.number, addr, count, value, flags=flags, size=size, prot=prot)
+
+    @property
+    def root(self) -> int:
+        """gpa of its top table (under isolation: the kernel's)."""
+        return self._state()["root"]
+
+    @property
+    def user_root(self) -> int:
+        """gpa of the top table that its own code runs on."""
+        return self._state()["user_root"]
+
+    @property
+    def mappings(self):
+        """Structured array (MAPPING_DTYPE), ascending. file: number + 1, or 0."""
+        return self._state()["mappings"]
+
+    @property
+    def resident(self) -> int:
+        """Pages mapped to frames."""
+        return self._state()["resident"]
+
+    @property
+    def swapped(self) -> int:
+        """Pages in swap space."""
+        return self._state()["swapped"]
+
+    @property
+    def tables(self) -> int:
+        """Frames of its page tables."""
+        return self._state()["tables"]
+
+    @property
+    def heap(self) -> tuple:
+        """(start, end) of the heap."""
+        state = self._state()
+        return state["brk_start"], state["brk"]
+
+    def switch(self) -> None:
+        """Schedule it."""
+        self._call(Call.SWITCH)
+
+    def syscall(self, accesses=8) -> None:
+        """A system call that does nothing but `accesses` to the kernel's data."""
+        self._call(Call.SYSCALL, count=accesses)
+
+    def touch(self, addresses, write=False, values=None, size=8) -> int:
+        """Access each of an array of addresses (uint64) from user mode, in order; how many were refused.
+
+        write: bool, or an array of them. values: what the stores store (None: each another number). size in bytes.
+        """
+        self._state()
+        return self.kernel.access(self.number, addresses, write, values, size, False)
+
+    def access(self, addresses, write=False, values=None, size=8):
+        """The same, as arrays: outcome (uint8: 0 done, 1 refused), value (uint64: loaded or stored), gpa (uint64)."""
+        self._state()
+        return self.kernel.access(self.number, addresses, write, values, size, True)
+
+    def sweep(self, addr, count, stride=4096, write=False, size=8) -> int:
+        """`count` accesses, every `stride` bytes from `addr` on; how many were refused."""
+        return self._call(Call.TOUCH, addr, count, stride, flags=Touch.WRITE if write else 0, size=size)
+
+    def scatter(self, addr, length, count, write=False, size=8) -> int:
+        """`count` accesses at random in `length` bytes from `addr` on; how many were refused."""
+        return self._call(Call.TOUCH, addr, count, length, flags=Touch.RANDOM | (Touch.WRITE if write else 0),
+                          size=size)
+
+    def execute(self, addr, count=1, stride=4096) -> int:
+        """`count` instruction fetches, every `stride` bytes from `addr` on; how many were refused."""
+        return self._call(Call.TOUCH, addr, count, stride, flags=Touch.FETCH, size=1)
+
+    def read(self, addr, size=8) -> int:
+        """Load from `addr`; PageFault if the process may not."""
+        outcome, value, _ = self.access([check_int("addr", addr, 0, (1 << 64) - 1)], False, None, size)
+        if outcome[0]:
+            raise PageFault(addr, 4)
+        return int(value[0])
+
+    def write(self, addr, value, size=8) -> None:
+        """Store to `addr`; PageFault if the process may not."""
+        number = check_int("value", value, 0, (1 << 64) - 1)
+        outcome, _, _ = self.access([check_int("addr", addr, 0, (1 << 64) - 1)], True, [number], size)
+        if outcome[0]:
+            raise PageFault(addr, 6)
+
+    def mmap(self, length, prot=Prot.READ | Prot.WRITE, *, addr=0, shared=False, file=None, page=0) -> int:
+        """Map `length` bytes, rounded up to pages: zeros, or a file from `page` on. addr: where (0: anywhere).
+
+        shared: stores go to the file; else they get copies. Shared memory is kernel.file(pages, zero=True).
+        """
+        addr, length = _page_range("mmap", addr, length, self.kernel.task_size)
+        rights = check_int("prot", prot, 0, 7)
+        if file is None and (shared or page):
+            raise ConfigError("file: shared and page need one; kernel.file(pages, zero=True) makes shared memory")
+        first = check_int("page", page, 0, 0xFFFFFFFF)
+        backing = 0 if file is None else self.kernel._file(file) + 1 | first << 32
+        return self._call(Call.MMAP, addr, length, backing, flags=1 if shared else 0, prot=rights)
+
+    def munmap(self, addr, length) -> None:
+        """Unmap whatever lies in [addr, addr + length)."""
+        self._call(Call.MUNMAP, *_page_range("munmap", addr, length, self.kernel.task_size))
+
+    def mprotect(self, addr, length, prot) -> None:
+        """Give [addr, addr + length), all of it mapped, the rights `prot`."""
+        addr, length = _page_range("mprotect", addr, length, self.kernel.task_size)
+        self._call(Call.MPROTECT, addr, length, prot=check_int("prot", prot, 0, 7))
+
+    def brk(self, end) -> int:
+        """End the heap at `end`; where it ends now."""
+        return self._call(Call.BRK, end)
+
+    def sbrk(self, pages) -> int:
+        """Move the end of the heap by so many pages; where it was."""
+        _, end = self.heap
+        self.brk(end + 4096 * pages)
+        return end
+
+    def fork(self):
+        """The child: a copy of this process that shares its pages until one of them is written."""
+        child = self.kernel.free_number()
+        self._call(Call.FORK, value=child)
+        return Process(self.kernel, child)
+
+    def exec(self, program=None) -> None:
+        """Become another program."""
+        self._call(Call.EXEC, value=self.kernel._program(program))
+
+    def exit(self) -> None:
+        """End."""
+        self._call(Call.EXIT)
+
+    def age(self, pages=1 << 40) -> int:
+        """The kernel looks at the accessed bits of the next `pages` pages and clears them; how many were set."""
+        return self._call(Call.AGE, count=pages)
+
+    def swap_out(self, pages=1 << 40) -> int:
+        """The kernel looks at the next `pages` pages, takes those that were not accessed since it last looked; how
+        many that were."""
+        return self._call(Call.SWAP_OUT, count=pages)
+
+    def send(self, pipe, addr, length) -> None:
+        """Write `length` bytes (a multiple of 8, within a page) to a pipe."""
+        self._call(Call.PIPE_WRITE, addr, length, check_int("pipe", pipe, 0, NO_PROGRAM))
+
+    def receive(self, pipe, addr) -> None:
+        """Read the oldest buffer of a pipe to `addr`, where the page has room for it."""
+        self._call(Call.PIPE_READ, addr, value=check_int("pipe", pipe, 0, NO_PROGRAM))
+
+    def __eq__(self, other):
+        return (isinstance(other, Process) and other.kernel is self.kernel and other.number == self.number
+                and other._generation == self._generation)
+
+    def __hash__(self):
+        return hash((id(self.kernel), self.number, self._generation))
+
+    def __repr__(self):
+        return f"Process({self.number}{'' if self.alive else ', ended'})"
