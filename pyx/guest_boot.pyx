@@ -6,10 +6,10 @@ from shadowcore.bits cimport (
     PTE_PS, PTE_W, cr0_pg,
 )
 from shadowcore.emulate cimport device_store
-from shadowcore.guest cimport FRAME_BOOT, NO_PROCESS, RC_NOMEM, guest_index, guest_shift, sc_guest
+from shadowcore.guest cimport FRAME_BOOT, NO_PROCESS, RC_NOMEM, guest_index, guest_shift, guest_span, sc_guest
 from shadowcore.guest_tables cimport entry_frame, entry_read
 from shadowcore.registers cimport load_cr0, load_cr3, load_cr4, load_efer
-from shadowcore.types cimport MODE_64, MODE_LA57, MODE_PAE, RC_OK, u8, u64
+from shadowcore.types cimport MODE_64, MODE_LA57, MODE_PAE, RC_OK, u8, u32, u64
 
 
 cdef u64 _frame(sc_guest *g) noexcept nogil:
@@ -61,9 +61,9 @@ cdef int boot_tables(sc_guest *g, int large_level, bint global_) noexcept nogil:
     if frame == 0:
         return RC_NOMEM
     g.kernel_root = frame << 12
-    while gpa < g.nframes << 12:
+    while gpa < g.all_frames << 12:
         leaf = large_level
-        while gpa + (<u64>1 << guest_shift(g, leaf)) > g.nframes << 12 or gpa & ((<u64>1 << guest_shift(g, leaf)) - 1):
+        while gpa + (<u64>1 << guest_shift(g, leaf)) > g.all_frames << 12 or gpa & ((<u64>1 << guest_shift(g, leaf)) - 1):
             leaf -= 1
         if _map(g, g.kernel_root, g.direct_map + gpa, gpa, leaf, flags) != RC_OK:
             return RC_NOMEM
@@ -92,6 +92,12 @@ cdef int boot_tables(sc_guest *g, int large_level, bint global_) noexcept nogil:
             return RC_NOMEM
     g.boot_end = g.fresh
     g.n_free = g.nframes - g.fresh
+    gpa = g.all_frames - (guest_span(g, 2) >> 12)
+    while gpa >= g.nframes:         # the lowest is given first
+        g.next_free[gpa] = <u32>g.large_head
+        g.large_head = gpa
+        g.n_large += 1
+        gpa -= guest_span(g, 2) >> 12
     g.current = NO_PROCESS
     return RC_OK
 

@@ -1,6 +1,6 @@
 """Operations of the guest kernel, checked and carried out one after the other."""
 from shadowcore.guest cimport (
-    MAP_SHARED, NO_PROCESS, PROCESS_ALIVE, PROCESS_ENDED, sc_guest,
+    FILE_LARGE, MAP_LARGE, MAP_SHARED, NO_PROCESS, PROCESS_ALIVE, PROCESS_ENDED, sc_guest,
 )
 from shadowcore.guest_call cimport (
     BAD_FILE, BAD_FLAGS, BAD_NOTHING, BAD_OP, BAD_PIPE, BAD_PROCESS, BAD_PROGRAM, BAD_PROT, BAD_RANGE, BAD_SIZE,
@@ -91,6 +91,7 @@ cdef inline bint _slot_free(const sc_guest *g, u64 p) noexcept nogil:
 cdef int _as_process(sc_guest *g, const sc_call *c, u64 *result) noexcept nogil:
     """What a process does or asks for: it is scheduled, and all but accesses of its own enter the kernel."""
     cdef u32 p = c.process
+    cdef u32 flags
     cdef int rc
     if g.procs[p].state != PROCESS_ALIVE or (c.op == CALL_FORK and not _slot_free(g, c.value)):
         return RC_BAD_OP
@@ -112,7 +113,10 @@ cdef int _as_process(sc_guest *g, const sc_call *c, u64 *result) noexcept nogil:
     if c.op == CALL_EXIT:
         return process_exit(g, p)
     if c.op == CALL_MMAP:
-        return memory_map(g, p, c.addr, c.count, c.prot, c.flags, <u32>c.value, c.value >> 32, result)
+        flags = c.flags
+        if c.value & 0xFFFFFFFFU and g.file_kind[(c.value & 0xFFFFFFFFU) - 1] == FILE_LARGE:
+            flags |= MAP_SHARED | MAP_LARGE
+        return memory_map(g, p, c.addr, c.count, c.prot, flags, <u32>c.value, c.value >> 32, result)
     if c.op == CALL_MUNMAP:
         return memory_unmap(g, p, c.addr, c.count)
     if c.op == CALL_MPROTECT:

@@ -4,7 +4,7 @@ Free frames form a stack, as a processor's own list does in a real kernel: a tab
 and the stores that clear it go to a frame that a shadow MMU may still take for a table.
 """
 from shadowcore.access cimport OP_READ, sc_result
-from shadowcore.guest cimport FRAME_ANON, FRAME_FREE, FRAME_TABLE, FRAME_WAS_TABLE, RC_NOMEM, sc_guest
+from shadowcore.guest cimport FRAME_ANON, FRAME_FREE, FRAME_LARGE, FRAME_TABLE, FRAME_WAS_TABLE, RC_NOMEM, guest_span, sc_guest
 from shadowcore.guest_cpu cimport cpu_access, cpu_string
 from shadowcore.types cimport RC_OK, u8, u32, u64
 
@@ -32,6 +32,12 @@ cdef void frame_put(sc_guest *g, u64 frame) noexcept nogil:
     g.count[frame] -= 1
     if g.count[frame]:
         return
+    if g.kind[frame] == FRAME_LARGE:
+        g.next_free[frame] = <u32>g.large_head
+        g.large_head = frame
+        g.n_large += 1
+        g.kind[frame] = FRAME_FREE
+        return
     g.kind[frame] = FRAME_FREE | (FRAME_WAS_TABLE if g.kind[frame] == FRAME_TABLE else 0)
     g.next_free[frame] = <u32>g.free_head
     g.free_head = frame
@@ -53,6 +59,25 @@ cdef int frame_filled(sc_guest *g, u8 kind, const u8 *source, u64 *frame) noexce
 cdef int frame_zeroed(sc_guest *g, u8 kind, u64 *frame) noexcept nogil:
     g.n.pages_zeroed += 1
     return frame_filled(g, kind, NULL, frame)
+
+
+cdef int frame_large(sc_guest *g, u64 *frame) noexcept nogil:
+    """A large page, cleared; its first frame stands for all of it."""
+    cdef u64 n
+    cdef int rc = RC_OK
+    frame[0] = g.large_head
+    if frame[0] == 0:
+        return RC_NOMEM
+    g.large_head = g.next_free[frame[0]]
+    g.n_large -= 1
+    g.kind[frame[0]] = FRAME_LARGE
+    g.count[frame[0]] = 1
+    for n in range(guest_span(g, 2) >> 12):
+        g.n.pages_zeroed += 1
+        rc = cpu_string(g, (frame[0] + n) << 12, NULL, 4096)
+        if rc != RC_OK:
+            break
+    return rc
 
 
 cdef int frame_copied(sc_guest *g, u64 source, u64 *frame) noexcept nogil:

@@ -1,13 +1,13 @@
 """Address spaces of the guest's processes: the lists of mappings, mmap, munmap, mprotect, brk, and page faults."""
 from libc.string cimport memcpy, memmove
 
-from shadowcore.bits cimport PTE_A, PTE_D, PTE_P, PTE_U, PTE_W, pte_addr, pte_nx
+from shadowcore.bits cimport PTE_A, PTE_D, PTE_P, PTE_PS, PTE_U, PTE_W, pte_addr, pte_nx
 from shadowcore.guest cimport (
-    FRAME_ANON, FRAME_CACHE, MAP_ANON, MAP_GROWS, MAP_HEAP, MAP_SHARED, PROT_EXEC, PROT_READ, PROT_WRITE, PTE_NONE,
-    RC_NOMEM, RC_NOROOM, RC_PANIC, RC_SEGV, SLOPPY_COW, SLOPPY_MPROTECT, SLOPPY_MUNMAP, guest_index, guest_mix, guest_shift,
+    FILE_ZERO, FRAME_ANON, FRAME_CACHE, MAP_ANON, MAP_GROWS, MAP_HEAP, MAP_LARGE, MAP_SHARED, PROT_EXEC, PROT_READ, PROT_WRITE, PTE_NONE,
+    RC_NOMEM, RC_NOROOM, RC_PANIC, RC_SEGV, SLOPPY_COW, SLOPPY_MPROTECT, SLOPPY_MUNMAP, guest_index, guest_mix, guest_span,
     sc_gproc, sc_guest, sc_gvma, vmas_of,
 )
-from shadowcore.guest_frames cimport frame_copied, frame_filled, frame_known, frame_put, frame_zeroed
+from shadowcore.guest_frames cimport frame_copied, frame_filled, frame_known, frame_large, frame_zeroed
 from shadowcore.guest_tables cimport (
     entry_frame, entry_has_frame, entry_read, entry_set, entry_take, flush_begin, flush_end, flush_free, flush_page,
     table_find, table_look, tables_trim,
@@ -92,7 +92,13 @@ cdef void _split(sc_guest *g, u32 p, u64 va) noexcept nogil:
     m[0].flags &= ~MAP_GROWS        # the lower part of a stack that was cut no longer borders on its upper part
 
 
-cdef int _place(const sc_guest *g, u32 p, u64 length, u64 *where) noexcept nogil:
+cdef bint _may_split(const sc_guest *g, u32 p, u64 va) noexcept nogil:
+    """`va` is not within a large page."""
+    cdef const sc_gvma *m = memory_find(g, p, va)
+    return m == NULL or not m.flags & MAP_LARGE or (va - m.start) & (guest_span(g, 2) - 1) == 0
+
+
+cdef int _place(const sc_guest *g, u32 p, u64 length, u64 align, u64 *where) noexcept nogil:
     """The highest gap below mmap_base that holds `length` bytes (arch_get_unmapped_area_topdown)."""
     cdef const sc_gvma *m = vmas_of(g, p)
     cdef u32 i = _first_after(g, p, g.mmap_base - 1)
@@ -100,10 +106,10 @@ cdef int _place(const sc_guest *g, u32 p, u64 length, u64 *where) noexcept nogil
     if i < g.procs[p].nvmas:
         high = min(high, m[i].start)
     while True:
-        if high < length + 0x10000:
+        if high < length + align + 0x10000:
             return RC_NOROOM
-        if i == 0 or m[i - 1].end <= high - length:
-            where[0] = high - length
+        if i == 0 or m[i - 1].end <= (high - length) & ~(align - 1):
+            where[0] = (high - length) & ~(align - 1)
             return RC_OK
         i -= 1
         high = m[i].start
@@ -113,12 +119,15 @@ cdef int memory_map(sc_guest *g, u32 p, u64 start, u64 length, u32 prot, u32 fla
                     u64 *where) noexcept nogil:
     """mmap: `length` bytes at `start`, where nothing is mapped, or, for 0, where there is room."""
     cdef sc_gvma new
+    cdef u64 align = guest_span(g, 2) if flags & MAP_LARGE else 4096
     cdef u32 i
     cdef int rc
+    if (start | length | page << 12) & (align - 1):
+        return RC_SEGV              # a large page cannot begin there
     if g.procs[p].nvmas + 1 >= g.max_vmas:
         return RC_NOROOM
     if start == 0:
-        rc = _place(g, p, length, &start)
+        rc = _place(g, p, length, align, &start)
         if rc != RC_OK:
             return rc
     else:
@@ -162,16 +171,40 @@ cdef int _drop(sc_guest *g, u32 p, u64 va, u64 entry, bint forgotten) noexcept n
     return flush_free(g, p, frame, forgotten)
 
 
-cdef int memory_zap(sc_guest *g, u32 p, u64 start, u64 end, bint whole, bint forgotten) noexcept nogil:
-    """Clear the leaf entries of [start, end). whole: the address space goes, its entries are cleared by plain stores."""
-    cdef u64 span = <u64>1 << guest_shift(g, 2)
+cdef int _zap_large(sc_guest *g, u32 p, u64 start, u64 end, bint forgotten) noexcept nogil:
+    """Clear the entries of large pages in [start, end)."""
     cdef u64 va = start
-    cdef u64 stop, table, entry, old
+    cdef u64 table, entry
     cdef u32 index
     cdef int rc
     while va < end:
+        rc = table_find(g, p, va, 2, False, &table)
+        if rc != RC_OK:
+            return rc
+        index = guest_index(g, va, 2)
+        if table and entry_read(g, table, index):
+            rc = entry_take(g, table, index, &entry)
+            if rc == RC_OK:
+                rc = _drop(g, p, va, entry & ~<u64>PTE_PS, forgotten)
+            if rc != RC_OK:
+                return rc
+        va += guest_span(g, 2)
+    return RC_OK
+
+
+cdef int memory_zap(sc_guest *g, u32 p, const sc_gvma *m, bint whole, bint forgotten) noexcept nogil:
+    """Clear the leaf entries of a mapping. whole: the address space goes, its entries are cleared by plain stores."""
+    cdef u64 span = guest_span(g, 2)
+    cdef u64 va = m.start
+    cdef u64 end = m.end
+    cdef u64 stop, table, entry, old
+    cdef u32 index
+    cdef int rc
+    if m.flags & MAP_LARGE:
+        return _zap_large(g, p, va, end, forgotten)
+    while va < end:
         stop = min((va & ~(span - 1)) + span, end)
-        rc = table_find(g, p, va, False, &table)
+        rc = table_find(g, p, va, 1, False, &table)
         if rc != RC_OK:
             return rc
         while table and va < stop:
@@ -205,6 +238,8 @@ cdef int memory_unmap(sc_guest *g, u32 p, u64 start, u64 length) noexcept nogil:
     cdef int done
     if g.procs[p].nvmas + 2 > g.max_vmas:
         return RC_NOROOM
+    if not _may_split(g, p, start) or not _may_split(g, p, end):
+        return RC_SEGV
     _split(g, p, start)
     _split(g, p, end)
     i = _first_after(g, p, start)
@@ -212,7 +247,7 @@ cdef int memory_unmap(sc_guest *g, u32 p, u64 start, u64 length) noexcept nogil:
     flush_begin(g)
     while i + n < g.procs[p].nvmas and m[i + n].start < end:
         if rc == RC_OK:
-            rc = memory_zap(g, p, m[i + n].start, m[i + n].end, False, forgotten)
+            rc = memory_zap(g, p, &m[i + n], False, forgotten)
         n += 1
     if rc != RC_OK or n == 0:
         done = flush_end(g, p, forgotten)
@@ -244,7 +279,7 @@ cdef int memory_protect(sc_guest *g, u32 p, u64 start, u64 length, u32 prot) noe
 
     Private pages come back without W: the fault at the next store decides between reuse and copy.
     """
-    cdef u64 span = <u64>1 << guest_shift(g, 2)
+    cdef u64 span = guest_span(g, 2)
     cdef u64 end = start + length
     cdef u64 va = start
     cdef u64 stop, table, entry, new
@@ -256,7 +291,7 @@ cdef int memory_protect(sc_guest *g, u32 p, u64 start, u64 length, u32 prot) noe
         return RC_NOROOM
     while va < end:                 # first see that there is no hole: nothing has changed yet
         m = memory_find(g, p, va)
-        if m == NULL:
+        if m == NULL or m.flags & MAP_LARGE:
             return RC_SEGV
         va = m.end
     _split(g, p, start)
@@ -273,7 +308,7 @@ cdef int memory_protect(sc_guest *g, u32 p, u64 start, u64 length, u32 prot) noe
             continue
         while va < m.end and rc == RC_OK:
             stop = min((va & ~(span - 1)) + span, m.end)
-            rc = table_find(g, p, va, False, &table)
+            rc = table_find(g, p, va, 1, False, &table)
             while rc == RC_OK and table and va < stop:
                 index = guest_index(g, va, 1)
                 entry = entry_read(g, table, index)
@@ -334,7 +369,7 @@ cdef int _cached(sc_guest *g, u32 file, u64 page, u64 *frame) noexcept nogil:
     frame[0] = g.cache[at]
     if frame[0]:
         return RC_OK
-    if g.file_zero[file]:
+    if g.file_kind[file] == FILE_ZERO:
         rc = frame_zeroed(g, FRAME_CACHE, frame)
     else:
         for i in range(512):
@@ -352,7 +387,7 @@ cdef int _fault_file(sc_guest *g, u32 p, const sc_gvma *m, u64 table, u64 va, bi
     mapping, table and window of fault_around pages (do_fault_around); what of the window is not cached is read ahead.
     """
     cdef u64 window = <u64>g.fault_around << 12
-    cdef u64 span = <u64>1 << guest_shift(g, 2)
+    cdef u64 span = guest_span(g, 2)
     cdef u32 file = m.file - 1
     cdef u64 page = m.page + ((va - m.start) >> 12)
     cdef u64 at, stop, frame, source
@@ -459,6 +494,31 @@ cdef int _fault_write(sc_guest *g, u32 p, sc_gvma *m, u64 table, u64 va, u64 ent
     return leaf_install(g, p, table, index, frame << 12 | leaf_bits(g, m, True) | PTE_D)
 
 
+cdef int _fault_large(sc_guest *g, u32 p, const sc_gvma *m, u64 va) noexcept nogil:
+    """A large page of shared memory."""
+    cdef u64 table, frame
+    cdef u64 page = (m.page + ((va - m.start) >> 12)) & ~((guest_span(g, 2) >> 12) - 1)
+    cdef u32 file = m.file - 1
+    cdef u32 index = guest_index(g, va, 2)
+    cdef int rc = table_find(g, p, va, 2, True, &table)
+    if rc != RC_OK:
+        return rc
+    if entry_read(g, table, index) & PTE_P:
+        g.n.faults_spurious += 1
+        return RC_OK
+    if page >= g.file_pages[file]:
+        return RC_SEGV
+    frame = g.cache[g.file_first[file] + page]
+    if frame == 0:
+        rc = frame_large(g, &frame)
+        if rc != RC_OK:
+            return rc
+        g.cache[g.file_first[file] + page] = <u32>frame
+    g.count[frame] += 1
+    g.n.faults_large += 1
+    return leaf_install(g, p, table, index, frame << 12 | leaf_bits(g, m, True) | PTE_PS | PTE_D)
+
+
 cdef sc_gvma *_grown(sc_guest *g, u32 p, u64 va) noexcept nogil:
     """A stack that may grow down to `va` does; one page stays free below it (the guard), and 8 MiB are its limit."""
     cdef u32 i = _first_after(g, p, va)
@@ -488,8 +548,10 @@ cdef int memory_fault(sc_guest *g, u32 p, u64 va, u32 code) noexcept nogil:
         m = _grown(g, p, va)
     if m == NULL or m.prot == 0 or (write and not m.prot & PROT_WRITE) or (code & PF_I and not m.prot & PROT_EXEC):
         return RC_SEGV
+    if m.flags & MAP_LARGE:
+        return _fault_large(g, p, m, va)
     va &= ~<u64>4095
-    rc = table_find(g, p, va, True, &table)
+    rc = table_find(g, p, va, 1, True, &table)
     if rc != RC_OK:
         return rc
     index = guest_index(g, va, 1)

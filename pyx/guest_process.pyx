@@ -4,9 +4,9 @@ from libc.string cimport memcpy, memset
 from shadowcore.access cimport OP_READ, sc_result
 from shadowcore.bits cimport PTE_A, PTE_D, PTE_P, PTE_W
 from shadowcore.guest cimport (
-    ASIDS, FRAME_ANON, FRAME_CACHE, FRAME_KERNEL, MAP_ANON, MAP_GROWS, MAP_SHARED, NO_PROCESS, PROCESS_ALIVE,
+    ASIDS, FRAME_ANON, FRAME_CACHE, FRAME_KERNEL, MAP_ANON, MAP_GROWS, MAP_LARGE, MAP_SHARED, NO_PROCESS, PROCESS_ALIVE,
     PROCESS_ENDED, PROCESS_NONE, PROT_EXEC, PROT_READ, PROT_WRITE, RC_NOMEM, RC_NOROOM, RC_PANIC, SLOPPY_AGE, SLOPPY_FORK,
-    SLOPPY_SWAP, guest_index, guest_shift, sc_gproc, sc_gprogram, sc_guest, sc_gvma, vmas_of,
+    SLOPPY_SWAP, guest_index, guest_span, sc_gproc, sc_gprogram, sc_guest, sc_gvma, vmas_of,
 )
 from shadowcore.guest_cpu cimport cpu_access, cpu_enter, cpu_flush_all, cpu_load_cr3, cpu_load_root, cpu_work
 from shadowcore.guest_frames cimport frame_known, frame_put, frame_take, frame_zeroed
@@ -41,7 +41,7 @@ cdef int _empty(sc_guest *g, u32 p) noexcept nogil:
     cdef int done
     flush_begin(g)
     for i in range(g.procs[p].nvmas):
-        rc = memory_zap(g, p, vmas_of(g, p)[i].start, vmas_of(g, p)[i].end, True, False)
+        rc = memory_zap(g, p, &vmas_of(g, p)[i], True, False)
         if rc != RC_OK:
             return rc
     if g.procs[p].root:
@@ -112,7 +112,7 @@ cdef int _load(sc_guest *g, u32 p, u32 number) noexcept nogil:
         rc = memory_map(g, p, g.stack_top - STACK_PAGES * 4096, STACK_PAGES * 4096, PROT_READ | PROT_WRITE,
                         MAP_GROWS | MAP_ANON, 0, 0, &where)
     if rc == RC_OK:
-        rc = table_find(g, p, g.stack_top - 4096, True, &table)
+        rc = table_find(g, p, g.stack_top - 4096, 1, True, &table)
     if rc == RC_OK:
         rc = frame_zeroed(g, FRAME_ANON, &frame)
     if rc != RC_OK:
@@ -218,7 +218,7 @@ cdef int _copy_entry(sc_guest *g, u32 p, u32 child, const sc_gvma *m, u64 table,
 
 
 cdef int _copy_mapping(sc_guest *g, u32 p, u32 child, const sc_gvma *m, bint *protected) noexcept nogil:
-    cdef u64 span = <u64>1 << guest_shift(g, 2)
+    cdef u64 span = guest_span(g, 2)
     cdef u64 va = m.start
     cdef u64 stop, table, into, entry
     cdef u32 index
@@ -226,13 +226,13 @@ cdef int _copy_mapping(sc_guest *g, u32 p, u32 child, const sc_gvma *m, bint *pr
     while va < m.end:
         stop = min((va & ~(span - 1)) + span, m.end)
         into = 0
-        rc = table_find(g, p, va, False, &table)
+        rc = table_find(g, p, va, 1, False, &table)
         while rc == RC_OK and table and va < stop:
             index = guest_index(g, va, 1)
             entry = entry_read(g, table, index)
             if entry:
                 if into == 0:
-                    rc = table_find(g, child, va, True, &into)
+                    rc = table_find(g, child, va, 1, True, &into)
                 if rc == RC_OK:
                     rc = _copy_entry(g, p, child, m, table, into, index, entry, protected)
             va += 4096
@@ -366,7 +366,7 @@ cdef int _swap_entry(sc_guest *g, u32 p, u64 table, u32 index, u64 va, u64 entry
 
 cdef int _scan(sc_guest *g, u32 p, u64 *hand, u64 pages, bint swapping, u64 *done) noexcept nogil:
     """Look at the next `pages` present leaf entries from `hand` on, round and round but each at most once."""
-    cdef u64 span = <u64>1 << guest_shift(g, 2)
+    cdef u64 span = guest_span(g, 2)
     cdef u64 first = hand[0]
     cdef u64 va = first
     cdef u64 stop, table, entry
@@ -387,7 +387,10 @@ cdef int _scan(sc_guest *g, u32 p, u64 *hand, u64 pages, bint swapping, u64 *don
         stop = min((va & ~(span - 1)) + span, m.end)
         if wrapped:
             stop = min(stop, first)
-        rc = table_find(g, p, va, False, &table)
+        if m.flags & MAP_LARGE:     # never swapped
+            va = m.end
+            continue
+        rc = table_find(g, p, va, 1, False, &table)
         if rc != RC_OK:
             return rc
         if table == 0:

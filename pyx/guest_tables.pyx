@@ -114,15 +114,15 @@ cdef int _new_table(sc_guest *g, u32 p, u64 *table) noexcept nogil:
     return RC_OK
 
 
-cdef int table_find(sc_guest *g, u32 p, u64 va, bint make, u64 *table) noexcept nogil:
-    """gpa of the leaf table for `va`; 0 where there is none and none is to be made."""
+cdef int table_find(sc_guest *g, u32 p, u64 va, int leaf, bint make, u64 *table) noexcept nogil:
+    """gpa of the table of level `leaf` for `va`; 0 where there is none and none is to be made."""
     cdef u64 at = g.procs[p].root
     cdef u64 entry, made
     cdef u32 index
     cdef int level = g.levels
     cdef int rc
     table[0] = 0
-    while level > 1:
+    while level > leaf:
         index = guest_index(g, va, level)
         entry = entry_read(g, at, index)
         if not entry & PTE_P:

@@ -10,8 +10,8 @@ from libc.stdlib cimport free
 from libc.string cimport memcpy, memset
 
 from shadowcore.guest cimport (
-    FRAME_CACHE, FRAME_WAS_TABLE, MAP_SHARED, NO_PROCESS, PROCESS_ALIVE, PROCESS_ENDED, PROCESS_NONE, RC_NOLOG,
-    RC_NOMEM, RC_NOROOM, RC_PANIC, RC_SEGV, guest_mix, is_host_error, sc_gasid, sc_gcount, sc_glog, sc_gpipe, sc_gproc,
+    FILE_DISK, FILE_LARGE, FILE_ZERO, FRAME_WAS_TABLE, NO_PROCESS, PROCESS_ALIVE, PROCESS_ENDED, PROCESS_NONE, RC_NOLOG,
+    RC_NOMEM, RC_NOROOM, RC_PANIC, RC_SEGV, guest_mix, guest_span, sc_gcount, sc_glog, sc_gpipe, sc_gproc,
     sc_gprogram, sc_gvma, vmas_of,
 )
 from shadowcore.guest_boot cimport boot_registers, boot_tables
@@ -49,7 +49,7 @@ COUNTERS = (
     "accesses", "kernel_accesses", "cr3_loads", "invlpg", "full_flushes", "table_stores", "leaf_installs",
     "leaf_clears", "write_protects", "tables_made", "tables_freed", "roots_made", "tables_reused", "pages_zeroed",
     "pages_copied", "switches", "syscalls", "faults", "faults_zero", "faults_zero_page", "faults_file",
-    "faults_around", "faults_copied", "faults_reused", "faults_swap", "faults_spurious", "faults_segv",
+    "faults_around", "faults_copied", "faults_reused", "faults_swap", "faults_large", "faults_spurious", "faults_segv",
     "stack_growth", "forks", "execs", "exits", "age_scanned", "age_young", "swapped_out", "swapped_in",
     "pipe_writes", "pipe_reads", "pipe_blocked",
 )
@@ -140,10 +140,18 @@ cdef class Kernel:
         self.g.mmu = &self._cpu.mmu.c
         self.g.v = &self._cpu.c
         self.g.ram = self.g.mmu.mem.ram
-        self.g.nframes = slot.size >> 12
         self.g.mode = _MODES[options.mode]
+        self.g.all_frames = slot.size >> 12
         self.g.levels = self.g.mode
         self.g.pte_size = 4 if self.g.mode == MODE_32 else 8
+        large = guest_span(&self.g, 2) >> 12
+        if options.large_pages * large > self.g.all_frames // 2:
+            raise ConfigError(f"large_pages: {options.large_pages} are more than half of the memory of {slot.size} bytes")
+        # Large pages lie at the end, aligned.
+        self.g.nframes = self.g.all_frames
+        if options.large_pages:
+            self.g.all_frames -= self.g.all_frames % large
+            self.g.nframes = self.g.all_frames - <u64>(options.large_pages * large)
         self.g.isolation = options.isolation
         self.g.pcid = options.pcid
         self.g.nx = features.nx and self.g.mode >= MODE_PAE
@@ -182,14 +190,14 @@ cdef class Kernel:
         self.g.max_programs = options.max_programs
         self.g.max_pipes = options.max_pipes
         self.g.swap_pages = options.swap_pages
-        self.g.count = <u32 *>self._array(self.g.nframes, sizeof(u32))
-        self.g.next_free = <u32 *>self._array(self.g.nframes, sizeof(u32))
-        self.g.kind = <u8 *>self._array(self.g.nframes, 1)
+        self.g.count = <u32 *>self._array(self.g.all_frames, sizeof(u32))
+        self.g.next_free = <u32 *>self._array(self.g.all_frames, sizeof(u32))
+        self.g.kind = <u8 *>self._array(self.g.all_frames, 1)
         self.g.procs = <sc_gproc *>self._array(self.g.max_procs + 1, sizeof(sc_gproc))
         self.g.vmas = <sc_gvma *>self._array((<u64>self.g.max_procs + 1) * self.g.max_vmas, sizeof(sc_gvma))
         self.g.file_first = <u64 *>self._array(self.g.max_files, sizeof(u64))
         self.g.file_pages = <u64 *>self._array(self.g.max_files, sizeof(u64))
-        self.g.file_zero = <u8 *>self._array(self.g.max_files, 1)
+        self.g.file_kind = <u8 *>self._array(self.g.max_files, 1)
         self.g.cache = <u32 *>self._array(self.g.cache_size, sizeof(u32))
         self.g.programs = <sc_gprogram *>self._array(self.g.max_programs, sizeof(sc_gprogram))
         self.g.pipes = <sc_gpipe *>self._array(self.g.max_pipes, sizeof(sc_gpipe))
@@ -332,13 +340,17 @@ cdef class Kernel:
         else:
             raise ConfigError(f"process: a Process or None is needed, not {process!r:.60}")
 
-    def file(self, pages, zero=False):
-        """A file of `pages` pages; zero: shared memory, whose pages begin as zeros.
+    def file(self, pages, zero=False, large=False):
+        """A file of `pages` pages of 4096 bytes; zero: shared memory, whose pages begin as zeros; large: shared memory
+        in large pages (options.large_pages), always mapped shared.
 
         The others hold numbers: word i of page n is bijection((file + 1) << 40 | n << 9 | i), see guest_mix.
         """
         self._ready()
         count = check_int("pages", pages, 1, self.g.cache_size)
+        span = guest_span(&self.g, 2) >> 12
+        if large and count % span:
+            raise ConfigError(f"pages: {count} is not a multiple of {span}, the pages of a large one")
         if self.g.n_files == self.g.max_files:
             raise ConfigError(f"max_files: there are {self.g.max_files} files already")
         if self.g.cache_used + <u64>count > self.g.cache_size:
@@ -346,10 +358,10 @@ cdef class Kernel:
         number = self.g.n_files
         self.g.file_first[number] = self.g.cache_used
         self.g.file_pages[number] = count
-        self.g.file_zero[number] = bool(zero)
+        self.g.file_kind[number] = FILE_LARGE if large else FILE_ZERO if zero else FILE_DISK
         self.g.cache_used += <u64>count
         self.g.n_files += 1
-        return File(number, count, bool(zero))
+        return File(number, count, bool(zero or large), bool(large))
 
     def discard(self, file) -> int:
         """Free the cached pages of a file that nobody maps; what was written to them is lost. How many there were."""
@@ -417,14 +429,17 @@ cdef class Kernel:
 
     @property
     def frames(self) -> dict:
-        """Frames of the guest's memory by use: total, free, tables, anonymous, cache, kernel, boot."""
+        """Frames of the guest's memory by use: total, of which free, tables, anonymous, cache, kernel, boot; and large
+        pages, which are counted apart: large, of which large_free."""
         cdef u64 i
         cdef u64 found[8]
         memset(found, 0, sizeof(found))
         for i in range(1, self.g.fresh):
             if not self.g.kind[i] & FRAME_WAS_TABLE:
                 found[self.g.kind[i] & 7] += 1
-        use = {"total": self.g.nframes, "free": self.g.n_free}
+        large = guest_span(&self.g, 2) >> 12
+        use = {"total": self.g.nframes, "free": self.g.n_free, "large": (self.g.all_frames - self.g.nframes) // large,
+               "large_free": self.g.n_large}
         use.update({name: found[kind] for kind, name in _KINDS.items()})
         use["boot"] += 1            # frame 0
         return use
@@ -436,8 +451,8 @@ cdef class Kernel:
 
     def references(self):
         """uint32[frames]: how often each frame is counted as in use (a copy)."""
-        out = np.zeros(self.g.nframes, dtype=np.uint32)
-        memcpy(<void *><size_t>out.ctypes.data, self.g.count, self.g.nframes * sizeof(u32))
+        out = np.zeros(self.g.all_frames, dtype=np.uint32)
+        memcpy(<void *><size_t>out.ctypes.data, self.g.count, self.g.all_frames * sizeof(u32))
         return out
 
     @property

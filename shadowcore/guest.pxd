@@ -31,6 +31,7 @@ cdef enum:
     FRAME_CACHE = 3                 # a page of a file; the page cache holds one count
     FRAME_KERNEL = 4                # stacks, pipe buffers
     FRAME_BOOT = 5                  # made at boot, never freed
+    FRAME_LARGE = 6                 # first frame of a large page, which counts for all
     FRAME_WAS_TABLE = 1 << 7        # free, and a table in its last life
 
 cdef enum:
@@ -43,6 +44,12 @@ cdef enum:
     MAP_GROWS = 2                   # a stack
     MAP_HEAP = 4
     MAP_ANON = 8                    # has had anonymous pages: fork copies it
+    MAP_LARGE = 16                  # in large pages, shared
+
+cdef enum:
+    FILE_DISK = 0
+    FILE_ZERO = 1                   # shared memory: its pages begin as zeros
+    FILE_LARGE = 2                  # the same in large pages
 
 cdef enum:
     PROCESS_NONE = 0
@@ -129,6 +136,7 @@ cdef struct sc_gcount:              # u64s, in the order of kernel.COUNTERS
     u64 faults_copied               # copy-on-write, by a copy
     u64 faults_reused               # copy-on-write, the last user keeps the frame
     u64 faults_swap
+    u64 faults_large                # large pages of shared memory mapped
     u64 faults_spurious
     u64 faults_segv
     u64 stack_growth                # pages by which stacks grew
@@ -154,7 +162,8 @@ cdef struct sc_guest:
     sc_mmu *mmu
     sc_vcpu *v
     u8 *ram                         # guest memory from gpa 0
-    u64 nframes
+    u64 nframes                     # frames that the allocator has; large pages lie behind them
+    u64 all_frames                  # frames of memory
     # Settings
     int mode                        # MODE_*
     int levels
@@ -189,6 +198,8 @@ cdef struct sc_guest:
     u64 fresh                       # frames from here on have not been given yet
     u64 n_free
     u64 boot_end
+    u64 large_head                  # free large pages, as above
+    u64 n_large                     # how many
     # Processes
     sc_gproc *procs                 # and one more, in which exec makes the new address space
     u32 max_procs
@@ -205,7 +216,7 @@ cdef struct sc_guest:
     # Files and programs
     u64 *file_first                 # index in cache of a file's page 0
     u64 *file_pages
-    u8 *file_zero                   # shared memory: its pages begin as zeros
+    u8 *file_kind                   # FILE_*
     u32 n_files
     u32 max_files
     u32 *cache                      # frame of a file's page, or 0
@@ -256,6 +267,10 @@ cdef inline void guest_remember(sc_guest *g, u64 gpa, u64 value) noexcept nogil:
 cdef inline int guest_shift(const sc_guest *g, int level) noexcept nogil:
     """log2 of the bytes that an entry of a table of `level` covers."""
     return 12 + (10 if g.pte_size == 4 else 9) * (level - 1)
+
+cdef inline u64 guest_span(const sc_guest *g, int level) noexcept nogil:
+    """Bytes that an entry of a table of `level` covers."""
+    return <u64>1 << guest_shift(g, level)
 
 cdef inline u32 guest_index(const sc_guest *g, u64 va, int level) noexcept nogil:
     return <u32>(va >> guest_shift(g, level)) & (1023 if g.pte_size == 4 else 511)

@@ -4,10 +4,12 @@ from shadowcore.types cimport u8, u64
 
 cdef inline bint frame_known(const sc_guest *g, u64 frame) noexcept nogil:
     """A frame that the kernel has given away: what an entry in guest memory may name."""
-    return frame >= g.boot_end and frame < g.fresh and g.count[frame] != 0
+    return (frame >= g.boot_end and (frame < g.fresh or frame >= g.nframes) and frame < g.all_frames
+            and g.count[frame] != 0)
 
 cdef u64 frame_take(sc_guest *g, u8 kind) noexcept nogil
 cdef void frame_put(sc_guest *g, u64 frame) noexcept nogil
 cdef int frame_zeroed(sc_guest *g, u8 kind, u64 *frame) noexcept nogil
 cdef int frame_filled(sc_guest *g, u8 kind, const u8 *source, u64 *frame) noexcept nogil
+cdef int frame_large(sc_guest *g, u64 *frame) noexcept nogil
 cdef int frame_copied(sc_guest *g, u64 source, u64 *frame) noexcept nogil

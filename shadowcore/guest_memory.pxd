@@ -12,5 +12,5 @@ cdef int memory_map(sc_guest *g, u32 p, u64 start, u64 length, u32 prot, u32 fla
 cdef int memory_unmap(sc_guest *g, u32 p, u64 start, u64 length) noexcept nogil
 cdef int memory_protect(sc_guest *g, u32 p, u64 start, u64 length, u32 prot) noexcept nogil
 cdef int memory_brk(sc_guest *g, u32 p, u64 end) noexcept nogil
-cdef int memory_zap(sc_guest *g, u32 p, u64 start, u64 end, bint whole, bint forgotten) noexcept nogil
+cdef int memory_zap(sc_guest *g, u32 p, const sc_gvma *m, bint whole, bint forgotten) noexcept nogil
 cdef int memory_fault(sc_guest *g, u32 p, u64 va, u32 code) noexcept nogil

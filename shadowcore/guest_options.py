@@ -79,6 +79,7 @@ class KernelOptions:
     isolation: user code runs on a root of its own without the kernel half (page-table isolation); not in mode "32".
     pcid: address spaces are tagged, CR3 loads keep translations ("64" and "la57").
     swap_pages: 4096-byte slots of swap space.
+    large_pages: of 2 MiB (4 MiB in mode "32"), set aside at the end of memory for shared memory (hugetlbfs).
     sloppy: flushes that the kernel forgets, of "munmap", "mprotect", "fork", "cow", "swap", "age".
     atomic_bytes: width of the locked instruction that takes W away: 1 (Linux since 2008), 4 or 8 (before; at most that
         of a long).
@@ -97,6 +98,7 @@ class KernelOptions:
     isolation: bool = False
     pcid: bool = False
     swap_pages: int = 0
+    large_pages: int = 0
     sloppy: tuple[str, ...] = ()
     atomic_bytes: int = 1
     fault_around: int = 16
@@ -137,6 +139,7 @@ class KernelOptions:
         check_int("kernel_work", self.kernel_work, 0, 1 << 16)
         check_int("kernel_data", self.kernel_data, 1, 1 << 20)
         check_int("swap_pages", self.swap_pages, 0, (1 << 20) - 2)
+        check_int("large_pages", self.large_pages, 0, 1 << 22)
         check_int("max_processes", self.max_processes, 1, 1 << 20)
         check_int("max_mappings", self.max_mappings, 8, 1 << 20)
         check_int("max_files", self.max_files, 1, 1 << 24)
@@ -148,11 +151,13 @@ class KernelOptions:
 
 @dataclass(frozen=True)
 class File:
-    """A file of the guest, or shared memory: its number, its pages, and whether they begin as zeros."""
+    """A file of the guest, or shared memory: its number, its pages of 4096 bytes, and whether they begin as
+    zeros, and are large."""
 
     number: int
     pages: int
     zero: bool = False
+    large: bool = False
 
 
 @dataclass(frozen=True)

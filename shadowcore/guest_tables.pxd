@@ -20,7 +20,7 @@ cdef int entry_take(sc_guest *g, u64 table, u32 index, u64 *old) noexcept nogil
 cdef int entry_protect(sc_guest *g, u64 table, u32 index) noexcept nogil
 cdef int entry_age(sc_guest *g, u64 table, u32 index, bint *young) noexcept nogil
 cdef int table_look(sc_guest *g, u64 table) noexcept nogil
-cdef int table_find(sc_guest *g, u32 p, u64 va, bint make, u64 *table) noexcept nogil
+cdef int table_find(sc_guest *g, u32 p, u64 va, int leaf, bint make, u64 *table) noexcept nogil
 cdef int tables_trim(sc_guest *g, u32 p, u64 start, u64 end, u64 low, u64 high) noexcept nogil
 cdef int root_make(sc_guest *g, u32 p) noexcept nogil
 cdef void root_free(sc_guest *g, u32 p) noexcept nogil
