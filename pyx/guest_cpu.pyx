@@ -95,6 +95,7 @@ cdef int cpu_string_at(sc_guest *g, u64 va, u64 gpa, const u8 *source, u32 nbyte
     """
     cdef sc_result r
     cdef u64 word
+    cdef u64 before = g.n.kernel_accesses
     cdef u32 at = 0
     cdef int rc
     while at < nbytes:
@@ -114,6 +115,7 @@ cdef int cpu_string_at(sc_guest *g, u64 va, u64 gpa, const u8 *source, u32 nbyte
             memset(g.ram + gpa + at, 0, nbytes - at)
         else:
             memcpy(g.ram + gpa + at, source + at, nbytes - at)
+    g.n.kernel_accesses = before + 1        # one instruction, into however many stores a design cuts it
     guest_remember(g, gpa, nbytes)
     return RC_OK
 

@@ -112,7 +112,7 @@ cdef struct sc_gasid:
 
 cdef struct sc_gcount:              # u64s, in the order of kernel.COUNTERS
     u64 accesses                    # of user code
-    u64 kernel_accesses             # of the kernel, table stores and string instructions included
+    u64 kernel_accesses             # of the kernel; a string instruction is one
     u64 cr3_loads
     u64 invlpg
     u64 full_flushes                # CR3 loads that were made to flush
