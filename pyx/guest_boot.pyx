@@ -6,7 +6,7 @@ from shadowcore.bits cimport (
     PTE_PS, PTE_W, cr0_pg,
 )
 from shadowcore.emulate cimport device_store
-from shadowcore.guest cimport FRAME_BOOT, NO_PROCESS, RC_NOMEM, guest_index, guest_shift, guest_span, sc_guest
+from shadowcore.guest cimport FRAME_BOOT, NO_PROCESS, RC_NOMEM, guest_index, guest_span, sc_guest
 from shadowcore.guest_tables cimport entry_frame, entry_read
 from shadowcore.registers cimport load_cr0, load_cr3, load_cr4, load_efer
 from shadowcore.types cimport MODE_64, MODE_LA57, MODE_PAE, RC_OK, u8, u32, u64
@@ -51,7 +51,7 @@ cdef int _map(sc_guest *g, u64 root, u64 va, u64 gpa, int leaf, u64 flags) noexc
 
 
 cdef int boot_tables(sc_guest *g, int large_level, bint global_) noexcept nogil:
-    """The kernel's root with the direct map, in pages of up to `large_level`; the entry page; data; the page of zeros."""
+    """The kernel's root with the direct map, in pages of up to `large_level`; page of zeros, entry page, data."""
     cdef u64 flags = PTE_P | PTE_W | PTE_A | PTE_D | (PTE_G if global_ else 0)
     cdef u64 gpa = 0
     cdef u64 top, frame, table
@@ -63,11 +63,11 @@ cdef int boot_tables(sc_guest *g, int large_level, bint global_) noexcept nogil:
     g.kernel_root = frame << 12
     while gpa < g.all_frames << 12:
         leaf = large_level
-        while gpa + (<u64>1 << guest_shift(g, leaf)) > g.all_frames << 12 or gpa & ((<u64>1 << guest_shift(g, leaf)) - 1):
+        while gpa + guest_span(g, leaf) > g.all_frames << 12 or gpa & (guest_span(g, leaf) - 1):
             leaf -= 1
         if _map(g, g.kernel_root, g.direct_map + gpa, gpa, leaf, flags) != RC_OK:
             return RC_NOMEM
-        gpa += <u64>1 << guest_shift(g, leaf)
+        gpa += guest_span(g, leaf)
     g.zero_frame = _frame(g)
     frame = _frame(g)
     if g.zero_frame == 0 or frame == 0:
@@ -87,7 +87,7 @@ cdef int boot_tables(sc_guest *g, int large_level, bint global_) noexcept nogil:
             _set(g, top << 12, guest_index(g, g.entry_va, 2), entry_read(g, table, guest_index(g, g.entry_va, 2)))
             g.entry_link = top << 12 | PTE_P
     g.data_first = g.fresh
-    for gpa in range(g.data_frames):
+    while g.fresh < g.data_first + g.data_frames:
         if _frame(g) == 0:
             return RC_NOMEM
     g.boot_end = g.fresh

@@ -4,7 +4,9 @@ Free frames form a stack, as a processor's own list does in a real kernel: a tab
 and the stores that clear it go to a frame that a shadow MMU may still take for a table.
 """
 from shadowcore.access cimport OP_READ, sc_result
-from shadowcore.guest cimport FRAME_ANON, FRAME_FREE, FRAME_LARGE, FRAME_TABLE, FRAME_WAS_TABLE, RC_NOMEM, guest_span, sc_guest
+from shadowcore.guest cimport (
+    FRAME_ANON, FRAME_FREE, FRAME_LARGE, FRAME_TABLE, FRAME_WAS_TABLE, RC_NOMEM, guest_span, sc_guest,
+)
 from shadowcore.guest_cpu cimport cpu_access, cpu_string
 from shadowcore.types cimport RC_OK, u8, u32, u64
 

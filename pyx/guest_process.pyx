@@ -4,13 +4,15 @@ from libc.string cimport memcpy, memset
 from shadowcore.access cimport OP_READ, sc_result
 from shadowcore.bits cimport PTE_A, PTE_D, PTE_P, PTE_W
 from shadowcore.guest cimport (
-    ASIDS, FRAME_ANON, FRAME_CACHE, FRAME_KERNEL, MAP_ANON, MAP_GROWS, MAP_LARGE, MAP_SHARED, NO_PROCESS, PROCESS_ALIVE,
-    PROCESS_ENDED, PROCESS_NONE, PROT_EXEC, PROT_READ, PROT_WRITE, RC_NOMEM, RC_NOROOM, RC_PANIC, SLOPPY_AGE, SLOPPY_FORK,
-    SLOPPY_SWAP, guest_index, guest_span, sc_gproc, sc_gprogram, sc_guest, sc_gvma, vmas_of,
+    ASIDS, FRAME_ANON, FRAME_CACHE, FRAME_KERNEL, MAP_ANON, MAP_GROWS, MAP_LARGE, MAP_SHARED, NO_PROCESS,
+    PROCESS_ALIVE, PROCESS_ENDED, PROCESS_NONE, PROT_EXEC, PROT_READ, PROT_WRITE, RC_NOMEM, RC_NOROOM, RC_PANIC,
+    SLOPPY_AGE, SLOPPY_FORK, SLOPPY_SWAP, guest_index, guest_span, sc_gproc, sc_gprogram, sc_guest, sc_gvma,
+    vmas_of,
 )
 from shadowcore.guest_cpu cimport cpu_access, cpu_enter, cpu_flush_all, cpu_load_cr3, cpu_load_root, cpu_work
 from shadowcore.guest_frames cimport frame_known, frame_put, frame_take, frame_zeroed
-from shadowcore.guest_memory cimport leaf_bits, leaf_install, memory_map, memory_next, memory_zap
+from shadowcore.guest_fault cimport leaf_install
+from shadowcore.guest_memory cimport leaf_bits, memory_map, memory_next, memory_zap
 from shadowcore.guest_tables cimport (
     entry_age, entry_frame, entry_has_frame, entry_protect, entry_read, entry_set, entry_take, flush_begin, flush_end,
     flush_free, flush_page, root_free, root_make, root_trim, table_find, tables_trim,

@@ -3,12 +3,12 @@ from libc.string cimport memset
 
 from shadowcore.access cimport OP_FETCH, OP_READ, OP_WRITE, sc_op, sc_result, vcpu_access
 from shadowcore.guest cimport (
-    FRAME_KERNEL, PIPE_BUFFERS, PROCESS_ALIVE, RC_NOMEM, RC_PANIC, RC_SEGV, guest_mix, guest_remember, sc_gpipe,
+    FRAME_KERNEL, PIPE_BUFFERS, PROCESS_ALIVE, RC_NOMEM, RC_PANIC, RC_SEGV, guest_remember, sc_gpipe,
     sc_guest,
 )
+from shadowcore.guest_fault cimport fault_service
 from shadowcore.guest_cpu cimport cpu_access, cpu_enter, cpu_leave, cpu_log, cpu_string, cpu_string_at, cpu_work
 from shadowcore.guest_frames cimport frame_put, frame_take
-from shadowcore.guest_memory cimport memory_fault
 from shadowcore.guest_process cimport process_swap_out
 from shadowcore.guest_user cimport TOUCH_FETCH, TOUCH_RANDOM, TOUCH_WRITE
 from shadowcore.types cimport RC_GP, RC_MMIO, RC_OK, u8, u32, u64
@@ -50,7 +50,7 @@ cdef int _fault(sc_guest *g, bint user, u64 va, u32 code) noexcept nogil:
     if rc == RC_OK and g.n_free < LOW_FRAMES:
         rc = user_reclaim(g)
     if rc == RC_OK:
-        rc = memory_fault(g, g.current, va, code)
+        rc = fault_service(g, g.current, va, code)
     if rc == RC_SEGV:
         g.n.faults_segv += 1
     elif rc != RC_OK:

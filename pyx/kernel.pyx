@@ -17,25 +17,26 @@ from shadowcore.guest cimport (
 from shadowcore.guest_boot cimport boot_registers, boot_tables
 from shadowcore.guest_call cimport (
     BAD_FILE, BAD_FLAGS, BAD_NOTHING, BAD_OP, BAD_PIPE, BAD_PROCESS, BAD_PROGRAM, BAD_PROT, BAD_RANGE, BAD_SIZE,
-    CALL_FORK, CALL_SPAWN, call_check, call_run, sc_call,
+    CALL_SPAWN, call_check, call_run, sc_call,
 )
 from shadowcore.guest_frames cimport frame_put
 from shadowcore.guest_process cimport process_switch
 from shadowcore.guest_user cimport user_array
 from shadowcore.types cimport (
-    MODE_32, MODE_64, MODE_LA57, MODE_OFF, MODE_PAE, RC_BAD_OP, RC_GP, RC_HOOK, RC_OK, u8, u32, u64,
+    MODE_32, MODE_64, MODE_LA57, MODE_OFF, MODE_PAE, RC_BAD_OP, RC_GP, RC_OK, u8, u32, u64,
 )
 from shadowcore.vcpu cimport VCpu, host_error
 
 from shadowcore.config import check_int
 from shadowcore.errors import (
-    ConfigError, EngineError, GuestOutOfMemory, GuestPanic, Interrupted, PageFault,
+    ConfigError, GuestOutOfMemory, GuestPanic, Interrupted,
 )
 from shadowcore.guest_options import (
-    DIRECT_MAPS, SLOPPY, Call, File, KernelOptions, Program, Prot, Touch,
+    DIRECT_MAPS as _DIRECT_MAPS, SLOPPY as _SLOPPY, Call, File, KernelOptions, Program,
 )
 from shadowcore.memory import allocate
-from shadowcore.vcpu import OP_DTYPE
+from shadowcore.process import Process
+from shadowcore.vcpu import OP_DTYPE as _OP_DTYPE
 
 CALL_DTYPE = np.dtype([
     ("op", "u1"), ("flags", "u1"), ("size", "u1"), ("prot", "u1"), ("process", "<u4"), ("addr", "<u8"),
@@ -56,7 +57,7 @@ COUNTERS = (
 assert len(COUNTERS) * sizeof(u64) == sizeof(sc_gcount)
 assert CALL_DTYPE.itemsize == sizeof(sc_call)
 assert MAPPING_DTYPE.itemsize == sizeof(sc_gvma)
-assert OP_DTYPE.itemsize == sizeof(sc_glog)
+assert _OP_DTYPE.itemsize == sizeof(sc_glog)
 
 cdef enum:
     BUDGET = 1 << 16                # accesses between two looks for Ctrl-C
@@ -69,15 +70,6 @@ cdef dict _WHY = {
     BAD_PROT: "prot: not a combination of READ, WRITE, EXEC", BAD_FILE: "value: no such file",
     BAD_PROGRAM: "value: no such program", BAD_PIPE: "value: no such pipe", BAD_FLAGS: "flags: no such combination",
 }
-
-
-def _page_range(name, addr, length, high):
-    """Checked (addr, length) of whole pages below `high`."""
-    addr = check_int(f"{name}: addr", addr, 0, high - 4096)
-    length = check_int(f"{name}: length", length, 1, high - addr)
-    if addr & 4095:
-        raise ConfigError(f"{name}: addr: {addr:#x} is not a multiple of 4096")
-    return addr, (length + 4095) & ~4095
 
 
 cdef class Kernel:
@@ -146,7 +138,7 @@ cdef class Kernel:
         self.g.pte_size = 4 if self.g.mode == MODE_32 else 8
         large = guest_span(&self.g, 2) >> 12
         if options.large_pages * large > self.g.all_frames // 2:
-            raise ConfigError(f"large_pages: {options.large_pages} are more than half of the memory of {slot.size} bytes")
+            raise ConfigError(f"large_pages: {options.large_pages} are more than half of memory, {slot.size} bytes")
         # Large pages lie at the end, aligned.
         self.g.nframes = self.g.all_frames
         if options.large_pages:
@@ -155,7 +147,7 @@ cdef class Kernel:
         self.g.isolation = options.isolation
         self.g.pcid = options.pcid
         self.g.nx = features.nx and self.g.mode >= MODE_PAE
-        self.g.sloppy = sum(SLOPPY[name] for name in set(options.sloppy))
+        self.g.sloppy = sum(_SLOPPY[name] for name in set(options.sloppy))
         self.g.atomic_bytes = options.atomic_bytes
         self.g.fault_around = options.fault_around
         self.g.flush_ceiling = options.flush_ceiling
@@ -211,7 +203,7 @@ cdef class Kernel:
 
     def _boot(self, options):
         cdef int rc
-        cdef int level = DIRECT_MAPS[options.direct_map]
+        cdef int level = _DIRECT_MAPS[options.direct_map]
         if boot_tables(&self.g, level, options.global_) != RC_OK:
             raise GuestOutOfMemory(f"the guest's memory of {self.g.nframes << 12} bytes does not hold its kernel")
         rc = boot_registers(&self.g, options.global_)
@@ -354,7 +346,7 @@ cdef class Kernel:
         if self.g.n_files == self.g.max_files:
             raise ConfigError(f"max_files: there are {self.g.max_files} files already")
         if self.g.cache_used + <u64>count > self.g.cache_size:
-            raise ConfigError(f"max_file_pages: {self.g.cache_used} of {self.g.cache_size} are taken, {count} asked for")
+            raise ConfigError(f"max_file_pages: {self.g.cache_used} of {self.g.cache_size} are in use, {count} wanted")
         number = self.g.n_files
         self.g.file_first[number] = self.g.cache_used
         self.g.file_pages[number] = count
@@ -492,7 +484,7 @@ cdef class Kernel:
         """What was written down, an array of OP_DTYPE (a copy). `VCpu.run` repeats it on a VM that is in the state that
         this one was in when it began."""
         self._cpu.mmu.idle()
-        out = np.zeros(self.g.log_length, dtype=OP_DTYPE)
+        out = np.zeros(self.g.log_length, dtype=_OP_DTYPE)
         if self.g.log_length:
             memcpy(<void *><size_t>out.ctypes.data, self.g.log, self.g.log_length * sizeof(sc_glog))
         return out
@@ -595,190 +587,3 @@ def _words(name, values, length):
     if array.size and array.dtype.kind == "i" and array.min() < 0:
         raise ConfigError(f"{name}: {array.min()} is negative")
     return np.array(array, dtype=np.uint64, order="C")
-
-
-class Process:
-    """A process of a guest kernel. Whatever it does, it is scheduled first, if it is not the one that runs.
-
-    number: under which the kernel knows it. Everything but `alive` raises ConfigError once it has ended.
-    """
-
-    __slots__ = ("_generation", "kernel", "number")
-
-    def __init__(self, kernel, number):
-        self.kernel = kernel
-        self.number = number
-        self._generation = kernel.generation_of(number)
-
-    @property
-    def alive(self) -> bool:
-        """It has not exited."""
-        try:
-            self._state()
-        except ConfigError:
-            return False
-        return True
-
-    def _state(self):
-        return self.kernel.state_of(self.number, self._generation)
-
-    def _call(self, op, addr=0, count=0, value=0, *, flags=0, size=8, prot=0):
-        self._state()
-        return self.kernel.call(op, self.number, addr, count, value, flags=flags, size=size, prot=prot)
-
-    @property
-    def root(self) -> int:
-        """gpa of its top table (under isolation: the kernel's)."""
-        return self._state()["root"]
-
-    @property
-    def user_root(self) -> int:
-        """gpa of the top table that its own code runs on."""
-        return self._state()["user_root"]
-
-    @property
-    def mappings(self):
-        """Structured array (MAPPING_DTYPE), ascending. file: number + 1, or 0."""
-        return self._state()["mappings"]
-
-    @property
-    def resident(self) -> int:
-        """Pages mapped to frames."""
-        return self._state()["resident"]
-
-    @property
-    def swapped(self) -> int:
-        """Pages in swap space."""
-        return self._state()["swapped"]
-
-    @property
-    def tables(self) -> int:
-        """Frames of its page tables."""
-        return self._state()["tables"]
-
-    @property
-    def heap(self) -> tuple:
-        """(start, end) of the heap."""
-        state = self._state()
-        return state["brk_start"], state["brk"]
-
-    def switch(self) -> None:
-        """Schedule it."""
-        self._call(Call.SWITCH)
-
-    def syscall(self, accesses=8) -> None:
-        """A system call that does nothing but `accesses` to the kernel's data."""
-        self._call(Call.SYSCALL, count=accesses)
-
-    def touch(self, addresses, write=False, values=None, size=8) -> int:
-        """Access each of an array of addresses (uint64) from user mode, in order; how many were refused.
-
-        write: bool, or an array of them. values: what the stores store (None: each another number). size in bytes.
-        """
-        self._state()
-        return self.kernel.access(self.number, addresses, write, values, size, False)
-
-    def access(self, addresses, write=False, values=None, size=8):
-        """The same, as arrays: outcome (uint8: 0 done, 1 refused), value (uint64: loaded or stored), gpa (uint64)."""
-        self._state()
-        return self.kernel.access(self.number, addresses, write, values, size, True)
-
-    def sweep(self, addr, count, stride=4096, write=False, size=8) -> int:
-        """`count` accesses, every `stride` bytes from `addr` on; how many were refused."""
-        return self._call(Call.TOUCH, addr, count, stride, flags=Touch.WRITE if write else 0, size=size)
-
-    def scatter(self, addr, length, count, write=False, size=8) -> int:
-        """`count` accesses at random in `length` bytes from `addr` on; how many were refused."""
-        return self._call(Call.TOUCH, addr, count, length, flags=Touch.RANDOM | (Touch.WRITE if write else 0),
-                          size=size)
-
-    def execute(self, addr, count=1, stride=4096) -> int:
-        """`count` instruction fetches, every `stride` bytes from `addr` on; how many were refused."""
-        return self._call(Call.TOUCH, addr, count, stride, flags=Touch.FETCH, size=1)
-
-    def read(self, addr, size=8) -> int:
-        """Load from `addr`; PageFault if the process may not."""
-        outcome, value, _ = self.access([check_int("addr", addr, 0, (1 << 64) - 1)], False, None, size)
-        if outcome[0]:
-            raise PageFault(addr, 4)
-        return int(value[0])
-
-    def write(self, addr, value, size=8) -> None:
-        """Store to `addr`; PageFault if the process may not."""
-        number = check_int("value", value, 0, (1 << 64) - 1)
-        outcome, _, _ = self.access([check_int("addr", addr, 0, (1 << 64) - 1)], True, [number], size)
-        if outcome[0]:
-            raise PageFault(addr, 6)
-
-    def mmap(self, length, prot=Prot.READ | Prot.WRITE, *, addr=0, shared=False, file=None, page=0) -> int:
-        """Map `length` bytes, rounded up to pages: zeros, or a file from `page` on. addr: where (0: anywhere).
-
-        shared: stores go to the file; else they get copies. Shared memory is kernel.file(pages, zero=True).
-        """
-        addr, length = _page_range("mmap", addr, length, self.kernel.task_size)
-        rights = check_int("prot", prot, 0, 7)
-        if file is None and (shared or page):
-            raise ConfigError("file: shared and page need one; kernel.file(pages, zero=True) makes shared memory")
-        first = check_int("page", page, 0, 0xFFFFFFFF)
-        backing = 0 if file is None else self.kernel._file(file) + 1 | first << 32
-        return self._call(Call.MMAP, addr, length, backing, flags=1 if shared else 0, prot=rights)
-
-    def munmap(self, addr, length) -> None:
-        """Unmap whatever lies in [addr, addr + length)."""
-        self._call(Call.MUNMAP, *_page_range("munmap", addr, length, self.kernel.task_size))
-
-    def mprotect(self, addr, length, prot) -> None:
-        """Give [addr, addr + length), all of it mapped, the rights `prot`."""
-        addr, length = _page_range("mprotect", addr, length, self.kernel.task_size)
-        self._call(Call.MPROTECT, addr, length, prot=check_int("prot", prot, 0, 7))
-
-    def brk(self, end) -> int:
-        """End the heap at `end`; where it ends now."""
-        return self._call(Call.BRK, end)
-
-    def sbrk(self, pages) -> int:
-        """Move the end of the heap by so many pages; where it was."""
-        _, end = self.heap
-        self.brk(end + 4096 * pages)
-        return end
-
-    def fork(self):
-        """The child: a copy of this process that shares its pages until one of them is written."""
-        child = self.kernel.free_number()
-        self._call(Call.FORK, value=child)
-        return Process(self.kernel, child)
-
-    def exec(self, program=None) -> None:
-        """Become another program."""
-        self._call(Call.EXEC, value=self.kernel._program(program))
-
-    def exit(self) -> None:
-        """End."""
-        self._call(Call.EXIT)
-
-    def age(self, pages=1 << 40) -> int:
-        """The kernel looks at the accessed bits of the next `pages` pages and clears them; how many were set."""
-        return self._call(Call.AGE, count=pages)
-
-    def swap_out(self, pages=1 << 40) -> int:
-        """The kernel looks at the next `pages` pages, takes those that were not accessed since it last looked; how
-        many that were."""
-        return self._call(Call.SWAP_OUT, count=pages)
-
-    def send(self, pipe, addr, length) -> None:
-        """Write `length` bytes (a multiple of 8, within a page) to a pipe."""
-        self._call(Call.PIPE_WRITE, addr, length, check_int("pipe", pipe, 0, NO_PROGRAM))
-
-    def receive(self, pipe, addr) -> None:
-        """Read the oldest buffer of a pipe to `addr`, where the page has room for it."""
-        self._call(Call.PIPE_READ, addr, value=check_int("pipe", pipe, 0, NO_PROGRAM))
-
-    def __eq__(self, other):
-        return (isinstance(other, Process) and other.kernel is self.kernel and other.number == self.number
-                and other._generation == self._generation)
-
-    def __hash__(self):
-        return hash((id(self.kernel), self.number, self._generation))
-
-    def __repr__(self):
-        return f"Process({self.number}{'' if self.alive else ', ended'})"

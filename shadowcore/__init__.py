@@ -1,6 +1,6 @@
 """Exact, fast, embeddable models of memory virtualization: an x86 shadow paging engine over flat arrays."""
 
-from . import pagetables, trace
+from . import pagetables, trace, workload
 from ._version import __version__
 from .audit import AuditReport, Violation
 from .batch import OP_DTYPE
@@ -11,6 +11,8 @@ from .errors import (
     EngineError,
     GeneralProtection,
     GuestFault,
+    GuestOutOfMemory,
+    GuestPanic,
     Interrupted,
     MMIOAccess,
     PageFault,
@@ -20,25 +22,35 @@ from .errors import (
     TraceError,
 )
 from .events import Stats
+from .guest_options import Call, File, KernelOptions, Program, Prot, Touch
+from .kernel import CALL_DTYPE, Kernel
 from .machine import VM
 from .memory import Memory
 from .mmu import Mmu
 from .pagetables import PageTables
+from .process import Process
 from .results import RunResult
 from .vcpu import Translation, VCpu
 
 __all__ = [
+    "CALL_DTYPE",
     "OP_DTYPE",
     "TLB",
     "VM",
     "AuditError",
     "AuditReport",
+    "Call",
     "ConfigError",
     "EngineError",
     "Features",
+    "File",
     "GeneralProtection",
     "GuestFault",
+    "GuestOutOfMemory",
+    "GuestPanic",
     "Interrupted",
+    "Kernel",
+    "KernelOptions",
     "MMIOAccess",
     "Memory",
     "MemorySlot",
@@ -48,12 +60,16 @@ __all__ = [
     "PageFault",
     "PageTables",
     "PoolExhausted",
+    "Process",
+    "Program",
+    "Prot",
     "Quirk",
     "RunResult",
     "Shadow",
     "ShadowcoreError",
     "SnapshotError",
     "Stats",
+    "Touch",
     "TraceError",
     "Translation",
     "VCpu",
@@ -61,4 +77,5 @@ __all__ = [
     "__version__",
     "pagetables",
     "trace",
+    "workload",
 ]

@@ -1,4 +1,4 @@
-"""Operations of the guest kernel: what its processes ask for and what the kernel does by itself. The unit of batches."""
+"""Operations of the guest kernel: what its processes ask for, what it does by itself. The unit of batches."""
 from shadowcore.guest cimport sc_guest
 from shadowcore.types cimport u8, u32, u64
 

@@ -1,11 +1,10 @@
-"""Address spaces of the guest's processes: mappings, the calls that change them, and page faults."""
+"""Address spaces of the guest's processes: mappings, and the calls that change them."""
 from shadowcore.guest cimport sc_guest, sc_gvma
 from shadowcore.types cimport u32, u64
 
 cdef sc_gvma *memory_find(const sc_guest *g, u32 p, u64 va) noexcept nogil
 cdef sc_gvma *memory_next(const sc_guest *g, u32 p, u64 va) noexcept nogil
 cdef u64 leaf_bits(const sc_guest *g, const sc_gvma *m, bint writable) noexcept nogil
-cdef int leaf_install(sc_guest *g, u32 p, u64 table, u32 index, u64 entry) noexcept nogil
 cdef void swap_put(sc_guest *g, u32 slot) noexcept nogil
 cdef int memory_map(sc_guest *g, u32 p, u64 start, u64 length, u32 prot, u32 flags, u32 file, u64 page,
                     u64 *where) noexcept nogil
@@ -13,4 +12,3 @@ cdef int memory_unmap(sc_guest *g, u32 p, u64 start, u64 length) noexcept nogil
 cdef int memory_protect(sc_guest *g, u32 p, u64 start, u64 length, u32 prot) noexcept nogil
 cdef int memory_brk(sc_guest *g, u32 p, u64 end) noexcept nogil
 cdef int memory_zap(sc_guest *g, u32 p, const sc_gvma *m, bint whole, bint forgotten) noexcept nogil
-cdef int memory_fault(sc_guest *g, u32 p, u64 va, u32 code) noexcept nogil

@@ -74,7 +74,7 @@ class KernelOptions:
     """How the guest kernel is built. Defaults: a 64-bit Linux of today without mitigations.
 
     mode: "32", "pae", "64" or "la57", the paging mode.
-    direct_map: pages that map all of memory for the kernel: "4k", "large" (2 MiB; 4 MiB in mode "32") or "huge" (1 GiB).
+    direct_map: pages that map all of memory for the kernel: "4k", "large" (2 MiB; 4 MiB in mode "32"), "huge" (1 GiB).
     global_: the kernel's pages are global (CR4.PGE).
     isolation: user code runs on a root of its own without the kernel half (page-table isolation); not in mode "32".
     pcid: address spaces are tagged, CR3 loads keep translations ("64" and "la57").
@@ -83,7 +83,7 @@ class KernelOptions:
     sloppy: flushes that the kernel forgets, of "munmap", "mprotect", "fork", "cow", "swap", "age".
     atomic_bytes: width of the locked instruction that takes W away: 1 (Linux since 2008), 4 or 8 (before; at most that
         of a long).
-    fault_around: pages that a load from a file maps at once, a power of two up to 512 (Linux: 16, since 3.15; before: 1).
+    fault_around: pages that a load from a file maps at once, a power of two up to 512 (Linux: 16 since 3.15, 1 before).
     flush_ceiling: pages that are flushed one by one; more: everything (Linux: 33).
     kernel_work: the kernel's accesses to its own data at a system call; half of them at a switch, a quarter at a fault.
     kernel_data: pages of that data.
@@ -125,10 +125,10 @@ class KernelOptions:
             raise ConfigError("isolation: mode 'pae', '64' or 'la57' is needed, not '32'")
         if self.pcid and self.mode not in ("64", "la57"):
             raise ConfigError(f"pcid: mode '64' or 'la57' is needed, not {self.mode!r}")
-        names = (self.sloppy,) if isinstance(self.sloppy, str) else tuple(self.sloppy)
+        names = tuple(self.sloppy)
         for name in names:
             if name not in SLOPPY:
-                raise ConfigError(f"sloppy: {name!r} is not one of {', '.join(SLOPPY)}")
+                raise ConfigError(f"sloppy: a tuple of {', '.join(SLOPPY)} is needed, not {self.sloppy!r}")
         object.__setattr__(self, "sloppy", names)
         if self.atomic_bytes not in (1, 4, 8):
             raise ConfigError(f"atomic_bytes: {self.atomic_bytes!r} is not 1, 4 or 8")

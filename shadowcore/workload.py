@@ -12,7 +12,7 @@ import difflib
 import heapq
 import time
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,6 +22,9 @@ from .errors import ConfigError
 from .guest_options import Call, File, KernelOptions, Program, Prot, Touch
 from .kernel import CALL_DTYPE, NO_PROGRAM, Kernel
 from .machine import VM
+
+if TYPE_CHECKING:
+    from . import calibration as calibrated
 
 AREA = 0x50000000
 """Where workloads map what they share or scan: free in every mode."""
@@ -312,15 +315,14 @@ def fork_storm(guest: Guest, pages: int, children: int, written: int) -> Iterato
 
 
 SHELL = {
-    "children": (4, 1, 64, "processes of a pipeline"),
+    "children": (4, 1, 16, "processes of a pipeline"),
     "exec_percent": (31, 0, 100, "percent of them that exec; the others are built in"),
-    "text": (500, 16, 16384, "pages of the program, most of them code"),
-    "windows": (21, 1, 1024, "stretches of 16 pages of code that a process runs through"),
-    "heap": (90, 8, 4096, "pages of the shell's heap"),
-    "dirty": (3, 0, 4096, "of these, pages that the shell writes between two forks"),
-    "written": (2, 0, 4096, "pages of its parent's heap that a child writes"),
-    "fresh": (10, 0, 4096, "pages that a program allocates"),
-    "work": (250_000, 0, 1 << 32, "accesses of each process to its own data"),
+    "text": (500, 16, 16384, "pages of the program's code"),
+    "windows": (19, 1, 1024, "stretches of 16 of them that a process runs through"),
+    "heap": (20, 1, 4096, "pages of the shell's heap"),
+    "dirty": (6, 0, 4096, "of these, pages that the shell writes between two forks, and each child"),
+    "fresh": (8, 0, 4096, "pages that a process allocates"),
+    "work": (250_000, 0, 1 << 32, "accesses of each process to these"),
 }
 
 
@@ -331,46 +333,52 @@ def _run_code(guest: Guest, process: int, text: int, windows: int) -> None:
         guest.execute(process, guest.text + window * 65536, 4, 4096)
 
 
-def _child(guest: Guest, p: dict[str, int], program: Program, child: int, pipes: list[int], place: int) -> None:
-    """One member of a pipeline: reads from the one before it, works, writes to the one after it, exits."""
-    heap = guest.heap_of(program)
-    buffer = guest.stack - 4096
+def _start(guest: Guest, p: dict[str, int], program: Program, child: int) -> None:
+    """A member of a pipeline comes to life: it writes what the shell has written since, and perhaps execs."""
+    guest.sweep(child, guest.heap_of(program), p["dirty"], write=True)
     _run_code(guest, child, p["text"], p["windows"])
-    guest.sweep(child, heap, p["written"], write=True)
     if guest.rng.integers(100) < p["exec_percent"]:
         guest.exec(child, program)
         _run_code(guest, child, p["text"], p["windows"])
         guest.sweep(child, guest.text + (program.text << 12), program.data // 2, write=True)
-        guest.heap(child, heap + (p["heap"] << 12))
+
+
+def _finish(guest: Guest, p: dict[str, int], child: int, pipes: list[int], place: int) -> None:
+    """It reads from the one before it, works, writes to the one after it, and exits."""
+    buffer = guest.stack - 4096
+    if place:
+        guest.receive(child, pipes[place - 1], buffer)
     if p["fresh"]:
         guest.map(child, AREA, p["fresh"])
         guest.sweep(child, AREA, p["fresh"], write=True)
         guest.scatter(child, AREA, p["fresh"] << 12, p["work"] // 2)
         guest.scatter(child, AREA, p["fresh"] << 12, p["work"] - p["work"] // 2, write=True)
-        guest.unmap(child, AREA, min(p["fresh"], 6))
-    if place:
-        guest.receive(child, pipes[place - 1], buffer)
+        guest.unmap(child, AREA, min(p["fresh"], 4))
     if place + 1 < p["children"]:
         guest.send(child, pipes[place], buffer, 512)
     guest.exit(child)
 
 
 def _pipeline(guest: Guest, p: dict[str, int], program: Program, shell: int, pipes: list[int]) -> None:
-    heap = guest.heap_of(program)
+    """The shell forks the members, each of which runs until it waits for the one before it; then they finish, one
+    after the other, and the shell hears of each."""
     children = []
     for _ in range(p["children"]):
         children.append(guest.fork(shell))
-        first = int(guest.rng.integers(max(1, p["heap"] - p["dirty"])))
-        guest.sweep(shell, heap + (first << 12), min(p["dirty"], p["heap"]), write=True)
+        guest.sweep(shell, guest.heap_of(program), p["dirty"], write=True)
+    for child in children:
+        _start(guest, p, program, child)
     for place, child in enumerate(children):
-        _child(guest, p, program, child, pipes, place)
-    guest.syscall(shell)
+        _finish(guest, p, child, pipes, place)
+        guest.syscall(shell)
 
 
 @_workload("shell", "64MiB", None, **SHELL)
 def shell(guest: Guest, **p: int) -> Iterator[None]:
     """A shell script of pipelines: fork, sometimes exec, exit; calibrated by a recording of one."""
-    program = guest.kernel.program(text=p["text"], data=16, bss=8)
+    if p["dirty"] > p["heap"]:
+        raise ConfigError(f"shell: dirty: {p['dirty']} is more than the {p['heap']} pages of the heap")
+    program = guest.kernel.program(text=p["text"], data=8, bss=8)
     me = guest.spawn(program)
     heap = guest.heap_of(program)
     guest.heap(me, heap + (p["heap"] << 12))
@@ -699,3 +707,10 @@ def _operations(counters: dict[str, int]) -> int:
 
 def _since(after: dict[str, int], before: dict[str, int]) -> dict[str, int]:
     return {name: after[name] - before[name] for name in after}
+
+
+def calibration(recordings: tuple[str | None, ...] = (None,), spaces: int = 120, seed: int = 1) -> list[calibrated.Row]:
+    """Rates of recorded Linux guests beside those of the guest kernel: see calibration.rows."""
+    from .calibration import rows
+
+    return rows(recordings, spaces, seed)
