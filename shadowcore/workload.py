@@ -471,7 +471,7 @@ def webserver(guest: Guest, workers: int, shared: int, touches: int, requests: i
 @_workload(
     "database",
     "256MiB",
-    pages=(32768, 64, 1 << 24, "pages of the buffer pool, of which an eighth is asked for most of the time"),
+    pages=(24576, 64, 1 << 24, "pages of the buffer pool, of which an eighth is asked for most of the time"),
     index=(1024, 1, 1 << 24, "of these, pages of the upper levels of its trees"),
     lookups=(64, 1, 4096, "transactions between two system calls"),
 )
@@ -497,8 +497,8 @@ def database(guest: Guest, pages: int, index: int, lookups: int) -> Iterator[Non
 @_workload(
     "analytics",
     "256MiB",
-    {"large_pages": 48},
-    large=(32, 1, 48, "large pages (2 MiB; 4 MiB in mode 32) of the columns"),
+    {"large_pages": 32},
+    large=(32, 1, 32, "large pages (2 MiB; 4 MiB in mode 32) of the columns"),
     scan=(1, 0, 1, "1: in large pages, 0: in pages of 4096 bytes"),
     stride=(64, 8, 4096, "bytes between two accesses"),
     groups=(64, 1, 4096, "pages of the table of groups"),
