@@ -98,6 +98,8 @@ cdef int cpu_string_at(sc_guest *g, u64 va, u64 gpa, const u8 *source, u32 nbyte
     cdef u64 before = g.n.kernel_accesses
     cdef u32 at = 0
     cdef int rc
+    if (gpa + nbytes - 1) >> 12 >= g.all_frames:
+        return RC_PANIC             # where a broken table of a process led
     while at < nbytes:
         word = 0
         if source != NULL:

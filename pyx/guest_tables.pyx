@@ -144,6 +144,8 @@ cdef int table_find(sc_guest *g, u32 p, u64 va, int leaf, bint make, u64 *table)
 
 
 cdef int _free_table(sc_guest *g, u32 p, u64 table) noexcept nogil:
+    if g.procs[p].tables == 0:
+        return RC_PANIC             # more tables than were made: a loop in broken ones ends here
     g.n.tables_freed += 1
     g.procs[p].tables -= 1
     return flush_free(g, p, table >> 12, False)

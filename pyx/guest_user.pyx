@@ -198,6 +198,8 @@ cdef int pipe_write(sc_guest *g, u32 number, u64 va, u32 nbytes) noexcept nogil:
     if frame == 0:
         return RC_NOMEM
     rc = user_access(g, OP_READ, False, 8, va, 0, &r)
+    if rc == RC_OK and r.gpa >> 12 >= g.all_frames:
+        rc = RC_PANIC               # a broken table of the process
     if rc == RC_OK:
         rc = cpu_string(g, frame << 12, g.ram + r.gpa, nbytes)
     if rc != RC_OK:

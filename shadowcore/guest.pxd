@@ -277,7 +277,3 @@ cdef inline u32 guest_index(const sc_guest *g, u64 va, int level) noexcept nogil
 
 cdef inline sc_gvma *vmas_of(const sc_guest *g, u32 p) noexcept nogil:
     return g.vmas + <u64>p * g.max_vmas
-
-cdef inline bint is_host_error(int rc) noexcept nogil:
-    """The engine gave up in the middle of something: the guest kernel cannot go on."""
-    return rc < 0 and rc > RC_NOMEM

@@ -323,6 +323,7 @@ SHELL = {
     "dirty": (6, 0, 4096, "of these, pages that the shell writes between two forks, and each child"),
     "fresh": (8, 0, 4096, "pages that a process allocates"),
     "work": (250_000, 0, 1 << 32, "accesses of each process to these"),
+    "slice": (8_000_000, 1000, 1 << 32, "accesses after which a process is preempted"),
 }
 
 
@@ -343,7 +344,7 @@ def _start(guest: Guest, p: dict[str, int], program: Program, child: int) -> Non
         guest.sweep(child, guest.text + (program.text << 12), program.data // 2, write=True)
 
 
-def _finish(guest: Guest, p: dict[str, int], child: int, pipes: list[int], place: int) -> None:
+def _finish(guest: Guest, p: dict[str, int], shell: int, child: int, pipes: list[int], place: int) -> None:
     """It reads from the one before it, works, writes to the one after it, and exits."""
     buffer = guest.stack - 4096
     if place:
@@ -351,8 +352,12 @@ def _finish(guest: Guest, p: dict[str, int], child: int, pipes: list[int], place
     if p["fresh"]:
         guest.map(child, AREA, p["fresh"])
         guest.sweep(child, AREA, p["fresh"], write=True)
-        guest.scatter(child, AREA, p["fresh"] << 12, p["work"] // 2)
-        guest.scatter(child, AREA, p["fresh"] << 12, p["work"] - p["work"] // 2, write=True)
+        for done in range(0, p["work"], p["slice"]):
+            piece = min(p["slice"], p["work"] - done)
+            if done:
+                guest.syscall(shell)
+            guest.scatter(child, AREA, p["fresh"] << 12, piece // 2)
+            guest.scatter(child, AREA, p["fresh"] << 12, piece - piece // 2, write=True)
         guest.unmap(child, AREA, min(p["fresh"], 4))
     if place + 1 < p["children"]:
         guest.send(child, pipes[place], buffer, 512)
@@ -369,7 +374,7 @@ def _pipeline(guest: Guest, p: dict[str, int], program: Program, shell: int, pip
     for child in children:
         _start(guest, p, program, child)
     for place, child in enumerate(children):
-        _finish(guest, p, child, pipes, place)
+        _finish(guest, p, shell, child, pipes, place)
         guest.syscall(shell)
 
 
