@@ -1,6 +1,9 @@
 """The guest kernel: what its processes see, what becomes of its frames, and that no design changes any of it."""
 
 import random
+import signal
+import threading
+import time
 
 import numpy as np
 import pytest
@@ -642,3 +645,68 @@ def test_room_in_its_tables():
 def test_a_pool_that_is_too_small_is_said():
     with pytest.raises(sc.PoolExhausted):
         boot(sc.Shadow.cached(pool_pages=4), mode="la57").spawn().write(0x7FFFFFFFE000, 1)
+
+
+def test_pipes_carry_what_was_written():
+    kernel = boot()
+    pipe = kernel.pipe()
+    writer, reader = kernel.spawn(), kernel.spawn()
+    base = writer.mmap(2 * PAGE)
+    into = reader.mmap(PAGE)
+    words = np.arange(512, dtype=np.uint64) * 7 + 1
+    writer.touch(base + 8 * np.arange(512), True, words)
+    for length in (8, 104, 4096):
+        writer.send(pipe, base, length)
+    writer.touch(base + 8 * np.arange(512), True, words + 1)  # the pipe has a copy
+    for length in (8, 104, 4096):
+        reader.munmap(into, PAGE)
+        reader.mmap(PAGE, addr=into)
+        reader.receive(pipe, into)
+        expected = np.where(np.arange(512) * 8 < length, words, 0)
+        assert (reader.access(into + 8 * np.arange(512))[1] == expected).all()
+    before = kernel.counters["pipe_blocked"]
+    reader.receive(pipe, into)
+    for _ in range(17):
+        writer.send(pipe, base, 8)
+    assert kernel.counters["pipe_blocked"] == before + 2
+    with pytest.raises(sc.ConfigError, match="rights"):
+        reader.receive(pipe, 0x1000)
+    assert all_free(kernel, []) is False  # 16 buffers wait in the pipe
+    assert kernel.frames["kernel"] == 16
+
+
+def test_ctrl_c_leaves_a_guest_that_goes_on():
+    kernel = boot("native")
+    process = kernel.spawn()
+    base = process.mmap(64 * PAGE)
+    process.sweep(base, 64, write=True)
+    timer = threading.Timer(0.2, signal.raise_signal, [signal.SIGINT])
+    timer.start()
+    with pytest.raises(sc.Interrupted):
+        process.scatter(base, 64 * PAGE, 1 << 40)
+    timer.join()
+    assert process.sweep(base, 64) == 0
+    assert all_free(kernel, [])
+
+
+def test_one_user_at_a_time():
+    kernel = boot("native")
+    process = kernel.spawn()
+    base = process.mmap(64 * PAGE)
+    seen = []
+
+    def disturb():
+        time.sleep(0.1)
+        for call in (kernel.spawn, lambda: process.read(base), lambda: kernel.file(1), lambda: kernel.vm.audit()):
+            try:
+                call()
+            except sc.EngineError as error:
+                seen.append(error)
+        signal.raise_signal(signal.SIGINT)
+
+    thread = threading.Thread(target=disturb)
+    thread.start()
+    with pytest.raises(sc.Interrupted):
+        process.scatter(base, 64 * PAGE, 1 << 40)
+    thread.join()
+    assert len(seen) == 4

@@ -1,6 +1,8 @@
 """Workloads: the same under every design, repeatable, refused where they cannot be, and like a real Linux guest."""
 
 import json
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -212,3 +214,24 @@ def test_commands():
     assert all(command.help for command in cli_workload.COMMANDS)
     plain = json.loads(run(cli_workload.calibration, ["--spaces", "8", "--json"]).output)
     assert plain[0]["recording"] == "linux-fork"
+
+
+DOCUMENT = Path(__file__).parent.parent / "docs" / "workloads.md"
+
+
+def test_the_document_says_what_there_is():
+    text = DOCUMENT.read_text("utf-8")
+    for name, what in WORKLOADS.items():
+        section = text.split(f"\n### {name}\n")[1].split("\n### ")[0]
+        assert what.summary in section
+        assert f"Memory: {what.memory}." in section
+        for key, parameter in what.parameters.items():
+            assert f"| `{key}` | {parameter.default:,} | {parameter.low:,} to {parameter.high:,} |" in section
+
+
+def test_the_code_in_the_document_runs(capsys):
+    blocks = re.findall(r"```python\n(.*?)```", DOCUMENT.read_text("utf-8"), re.S)
+    assert blocks
+    for block in blocks:
+        exec(compile(block, str(DOCUMENT), "exec"), {})
+    assert capsys.readouterr().out.count("\n") == 3
