@@ -101,11 +101,12 @@ def all_free(kernel, files):
 def test_random_programs_against_the_model(mode, name):
     """Random calls of several processes: each load sees what the model says, each refusal is the model's."""
     for seed, mmu in enumerate(("native", EXACT_FLUSH, "cached", None, "cached")):
-        random_program(mode, OPTIONS[name], random.Random(f"{mode} {name} {seed}"), mmu)
+        random_program(mode, OPTIONS[name], random.Random(f"{mode} {name} {seed}"), mmu, None)
+        random_program(mode, OPTIONS[name], random.Random(f"{mode} {name} {seed} TLB"), mmu, sc.TLB())
 
 
-def random_program(mode, options, rng, mmu):
-    kernel = boot(mmu, "24MiB", mode=mode, swap_pages=256, seed=7, **options)
+def random_program(mode, options, rng, mmu, tlb):
+    kernel = boot(mmu, "24MiB", tlb, mode=mode, swap_pages=256, seed=7, **options)
     files = Files()
     on_disk = [kernel.file(40), kernel.file(9)]
     shared = kernel.file(24, zero=True)
@@ -710,3 +711,34 @@ def test_one_user_at_a_time():
         process.scatter(base, 64 * PAGE, 1 << 40)
     thread.join()
     assert len(seen) == 4
+
+
+@pytest.mark.parametrize("isolation", [False, True])
+def test_a_process_that_does_not_run_is_flushed_when_it_does(isolation):
+    """With PCIDs its translations are still in the TLB when its pages are taken and given to another process."""
+    kernel = boot("native", "8MiB", tlb=sc.TLB(), pcid=True, isolation=isolation, swap_pages=64)
+    victim, thief = kernel.spawn(), kernel.spawn()
+    base = victim.mmap(20 * PAGE)
+    victim.touch(base + np.arange(20) * PAGE, True, np.arange(20))
+    thief.switch()
+    victim.swap_out()
+    assert victim.swap_out() > 0
+    other = thief.mmap(40 * PAGE)
+    thief.touch(other + np.arange(40) * PAGE, True, 12345)
+    assert (victim.access(base + np.arange(20) * PAGE)[1] == np.arange(20)).all()
+
+
+def test_entries_of_two_halves_appear_and_go_as_one():
+    """PAE: what has P is stored last when an entry is made, and first when it is cleared."""
+    kernel = boot("native", mode="pae")
+    process = kernel.spawn()
+    base = process.mmap(PAGE, addr=0x50000000)
+    process.mmap(PAGE, addr=base + PAGE)
+    process.write(base + PAGE, 1)  # so that the table is there, and stays
+    kernel.record()
+    process.write(base, 1)
+    leaf = kernel.vm.vcpus[0].walk_levels(base)[-1][1] + kernel.direct_map
+    process.munmap(base, PAGE)
+    ops = kernel.recording
+    stores = [op for op in ops.tolist() if op[3] & ~7 == leaf and op[0] in (sc.Op.WRITE, sc.Op.XCHG) and op[2] == 4]
+    assert [(op[3] - leaf, op[4] & 1) for op in stores] == [(4, 0), (0, 1), (0, 0), (4, 0)]
