@@ -18,10 +18,10 @@ EXACT_FLUSH = sc.Shadow.flush(quirks=sc.Quirk.NONE)
 DESIGNS = {"native": "native", "flush": EXACT_FLUSH, "series": "flush", "cached": "cached", "small": None}
 OPTIONS = {
     "plain": {},
-    "4k": {"direct_map": "4k", "global_": False, "fault_around": 1, "atomic_bytes": 4},
+    "4k": {"direct_map": "4k", "global_": False, "fault_around": 1, "atomic_bytes": 4, "flush_ceiling": 0},
     "isolation": {"isolation": True},
     "pcid": {"pcid": True},
-    "both": {"isolation": True, "pcid": True, "atomic_bytes": 8, "flush_ceiling": 0},
+    "both": {"isolation": True, "pcid": True, "atomic_bytes": 8},
 }
 
 
@@ -742,3 +742,21 @@ def test_entries_of_two_halves_appear_and_go_as_one():
     ops = kernel.recording
     stores = [op for op in ops.tolist() if op[3] & ~7 == leaf and op[0] in (sc.Op.WRITE, sc.Op.XCHG) and op[2] == 4]
     assert [(op[3] - leaf, op[4] & 1) for op in stores] == [(4, 0), (0, 1), (0, 0), (4, 0)]
+
+
+@pytest.mark.parametrize("options", [{}, {"pcid": True}, {"isolation": True}, {"isolation": True, "pcid": True}])
+@pytest.mark.parametrize("count", [1, 33, 34])
+def test_flushes_reach_the_root_that_user_code_runs_on(options, count):
+    """Under isolation with PCIDs, INVLPG in the kernel does not: the next load of the user's root flushes."""
+    kernel = boot("native", tlb=sc.TLB(small_entries=256), **options)
+    process = kernel.spawn()
+    base = process.mmap(40 * PAGE)
+    pages = base + np.arange(40) * PAGE
+    process.touch(pages, True)
+    process.access(pages)
+    before = kernel.counters
+    process.munmap(base, count * PAGE)
+    assert kernel.counters["invlpg"] - before["invlpg"] == (count if count <= 33 else 0)
+    assert (process.access(pages)[0] == (np.arange(40) < count)).all()
+    process.mprotect(base + 39 * PAGE, PAGE, Prot.READ)
+    assert process.access(pages[-1:], True)[0] == [1]
