@@ -755,7 +755,15 @@ def test_flushes_reach_the_root_that_user_code_runs_on(options, count):
     process.touch(pages, True)
     process.access(pages)
     before = kernel.counters
+    kernel.record()
     process.munmap(base, count * PAGE)
+    process.read(base + 39 * PAGE)
+    process.syscall()
+    process.read(base + 39 * PAGE)
+    loads = [op for op in kernel.recording.tolist() if op[0] == sc.Op.CR3 and op[4] & 0x800]
+    if len(options) == 2:  # of the user's root: one that flushes, and one that need not
+        assert [op[4] >> 63 for op in loads] == [0, 1]
+    kernel.record(False)
     assert kernel.counters["invlpg"] - before["invlpg"] == (count if count <= 33 else 0)
     assert (process.access(pages)[0] == (np.arange(40) < count)).all()
     process.mprotect(base + 39 * PAGE, PAGE, Prot.READ)
