@@ -16,7 +16,7 @@ from .config import DESIGNS
 from .errors import ShadowcoreError
 
 if TYPE_CHECKING:
-    from .trace import Recording, ReplayResult
+    from .trace import Recording, RecordingFile, ReplayResult
 
 DEFAULT_DESIGNS = ("native", "flush", "cached")
 
@@ -115,14 +115,14 @@ _JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON instead
 def compare(recording: str | None, designs: tuple[str, ...], pool: int | None, skip_boot: bool, as_json: bool) -> None:
     """Replay RECORDING under several designs and print one table of what each costs.
 
-    RECORDING is an .npz file of what a guest did; without it, the recording that comes with the package: a
+    RECORDING is a file of what a guest did; without it, the recording that comes with the package: a
     Linux 6.1 guest that boots and runs 60 shell pipelines.
 
     Ctrl-C ends the replay; designs that were done by then are printed.
     """
     from . import report, trace
 
-    loaded = trace.load(recording)
+    loaded = trace.open_recording(recording)
     start = (loaded.first_user or 0) if skip_boot else 0
     wanted = list(dict.fromkeys(designs or DEFAULT_DESIGNS))
     results = []
@@ -137,7 +137,7 @@ def compare(recording: str | None, designs: tuple[str, ...], pool: int | None, s
     _show(loaded, results, as_json)
 
 
-def _show(recording: Recording, results: list[ReplayResult], as_json: bool) -> None:
+def _show(recording: Recording | RecordingFile, results: list[ReplayResult], as_json: bool) -> None:
     if as_json:
         designs = {result.design: result.as_dict() for result in results}
         plain = {"workload": recording.name, "operations": recording.operations, "designs": designs}
@@ -207,12 +207,12 @@ def audit(
 ) -> None:
     """Replay RECORDING and check every invariant of the shadow structure now and then.
 
-    RECORDING is an .npz file of what a guest did; without it, the recording that comes with the package. The
+    RECORDING is a file of what a guest did; without it, the recording that comes with the package. The
     replay ends at the first audit that finds violations; they are printed, and the exit status is 1.
     """
     from . import report, trace
 
-    loaded = trace.load(recording)
+    loaded = trace.open_recording(recording)
     with report.progress(design) as progress:
         result = trace.replay(loaded, design, audit_every=every, audit_at=points, pool=pool, progress=progress)
     if as_json:

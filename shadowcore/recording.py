@@ -28,7 +28,7 @@ import struct
 import tokenize
 import zipfile
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -38,6 +38,7 @@ from numpy.typing import NDArray
 
 from .config import check_int
 from .errors import TraceError
+from .recordings import GUEST, SUFFIX, Reader, Writer, is_recording
 
 BUNDLED = "linux-fork"
 """The recording that ships with the package: Debian's 6.1 kernel, boot and 60 shell pipelines."""
@@ -51,6 +52,9 @@ WRITE, USER = 1, 2
 
 _ARRAYS = {"kind": "u1", "flags": "<u2", "insns": "<u4", "addr": "<u8", "value": "<u8"}
 _SCALARS = {"cr0": (1 << 64) - 1, "cr4": (1 << 64) - 1, "efer": (1 << 64) - 1, "nframes": 1 << 40}
+_OFFSETS_MAX = 1 << 16
+_TABLE_MAX = 1 << 16
+"""Records that a piece of a recording may exceed a block by, for the words of a table not to be parted."""
 _UNREADABLE = (
     ValueError,  # no array, cut short, or an array of objects
     OSError,
@@ -198,6 +202,13 @@ class Recording:
         return np.cumsum(mask[:-1], dtype=np.int8).astype(np.bool_)
 
     @cached_property
+    def _survey(self) -> _Survey:
+        survey = _Survey()
+        survey.add(0, self)
+        survey.end()
+        return survey
+
+    @property
     def first_user(self) -> int | None:
         """Number of the first user-mode access: before it the guest boots, from it on there is a workload.
 
@@ -205,13 +216,7 @@ class Recording:
         low addresses carries it as well. There, linear addresses are physical ones, which tells it apart:
         user code begins where most of the next 16 flagged accesses reach another address.
         """
-        flagged = np.flatnonzero((self.kind == ACCESS) & (self.flags & USER != 0))
-        moved = self.addr[flagged] != self.value[flagged]
-        before = np.append(0, np.cumsum(moved))
-        ends = np.minimum(np.arange(len(flagged)) + 16, len(flagged))
-        most = 2 * (before[ends] - before[:-1]) > ends - np.arange(len(flagged))
-        first = _first(moved & most)
-        return None if first is None else int(flagged[first])
+        return self._survey.first_user
 
     @cached_property
     def user(self) -> NDArray[np.bool_]:
@@ -220,27 +225,32 @@ class Recording:
         Boot code is not (see first_user). Nor is an access to the upper half of the address space: where a
         user instruction is interrupted, the processor reads tables and pushes a frame as supervisor.
         """
+        return self.user_from(self.first_user)
+
+    def user_from(self, first: int | None) -> NDArray[np.bool_]:
+        """The same, where the workload begins at record `first`."""
         mask: NDArray[np.bool_] = (self.kind == ACCESS) & (self.flags & USER != 0)
         mask &= self.addr >> np.uint64(63) == 0
-        mask[: self.operations if self.first_user is None else self.first_user] = False
+        mask[: self.operations if first is None else max(first, 0)] = False
         return mask
 
-    @cached_property
+    @property
     def direct_map(self) -> int:
         """Linear address at which the guest maps all of its memory.
 
         Where the access that carried a table store was recorded as well, just before it, its addresses tell;
         without any, it is where 64-bit Linux has it unless it is moved at random.
         """
-        carried = (self.kind[:-1] == ACCESS) & (self.flags[:-1] & WRITE != 0) & (self.kind[1:] == STORE)
-        carried &= self.value[:-1] >> np.uint64(3) == self.addr[1:] >> np.uint64(3)
-        offsets, counts = np.unique((self.addr - self.value)[:-1][carried], return_counts=True)
-        return int(offsets[counts.argmax()]) if len(offsets) else 0xFFFF_8880_0000_0000
+        return self._survey.direct_map
 
-    @cached_property
+    @property
     def first_cr3(self) -> int:
         """Number of the first CR3 load, 0 without one: the records before it are tables that it needs."""
-        return _first(self.kind == LOAD_CR3) or 0
+        return self._survey.first_cr3 or 0
+
+    def pieces(self, first: int = 0) -> Iterator[tuple[int, Recording]]:
+        """The recording in one piece, as (number of its first record, piece)."""
+        yield 0, self
 
     @property
     def arrays(self) -> dict[str, NDArray[Any]]:
@@ -254,12 +264,181 @@ class Recording:
         return dataclasses.replace(self, **cut)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write an .npz file that `load` reads."""
+        """Write a file that `load` reads: a recording by blocks if its name ends in .screc, else an .npz file."""
+        if Path(path).suffix == SUFFIX:
+            with Writer(path, GUEST, name=self.name, guest={name: getattr(self, name) for name in _SCALARS}) as writer:
+                writer.write(**self.arrays)
+            return
         scalars = {name: np.uint64(getattr(self, name)) for name in _SCALARS}
         np.savez_compressed(path, **self.arrays, **scalars)  # type: ignore[arg-type]
 
     def __repr__(self) -> str:
         return f"Recording({self.name!r}, {self.operations} records, {self.instructions} instructions)"
+
+
+class _Survey:
+    """What is known of a recording when all of its pieces have been seen, one after the other."""
+
+    def __init__(self) -> None:
+        self.first_user: int | None = None
+        self.first_cr3: int | None = None
+        self.operations = 0
+        self._flagged = np.zeros(0, dtype=np.int64)  # user accesses whose next ones are not all known
+        self._moved = np.zeros(0, dtype=np.bool_)
+        self._offsets: dict[int, int] = {}
+
+    def add(self, first: int, piece: Recording) -> None:
+        self.operations = first + piece.operations
+        if self.first_cr3 is None:
+            record = _first(piece.kind == LOAD_CR3)
+            self.first_cr3 = None if record is None else first + record
+        if self.first_user is None:
+            flagged = np.flatnonzero((piece.kind == ACCESS) & (piece.flags & USER != 0))
+            self._moved = np.append(self._moved, piece.addr[flagged] != piece.value[flagged])
+            self._flagged = np.append(self._flagged, flagged + first)
+            self._find_user(len(self._flagged) - 15)
+        carried = (piece.kind[:-1] == ACCESS) & (piece.flags[:-1] & WRITE != 0) & (piece.kind[1:] == STORE)
+        carried &= piece.value[:-1] >> np.uint64(3) == piece.addr[1:] >> np.uint64(3)
+        offsets, counts = np.unique((piece.addr - piece.value)[:-1][carried], return_counts=True)
+        for offset, count in zip(offsets.tolist(), counts.tolist(), strict=True):
+            self._offsets[offset] = self._offsets.get(offset, 0) + count
+        if len(self._offsets) > _OFFSETS_MAX:
+            # A guest has few mappings of its tables: no more than memory allows are told apart.
+            most = sorted(self._offsets, key=lambda offset: -self._offsets[offset])[: _OFFSETS_MAX // 2]
+            self._offsets = {offset: self._offsets[offset] for offset in most}
+
+    def end(self) -> None:
+        if self.first_user is None:
+            self._find_user(len(self._flagged))
+
+    def _find_user(self, known: int) -> None:
+        """Look at the first `known` of the flagged accesses, and forget them."""
+        if known <= 0:
+            return
+        before = np.append(0, np.cumsum(self._moved))
+        begins = np.arange(known)
+        ends = np.minimum(begins + 16, len(self._flagged))
+        most = 2 * (before[ends] - before[begins]) > ends - begins
+        found = _first(self._moved[:known] & most)
+        self.first_user = None if found is None else int(self._flagged[found])
+        self._flagged, self._moved = self._flagged[known:], self._moved[known:]
+
+    @property
+    def direct_map(self) -> int:
+        offsets = self._offsets
+        return min(offsets, key=lambda offset: (-offsets[offset], offset)) if offsets else 0xFFFF_8880_0000_0000
+
+
+class RecordingFile:
+    """A guest's recording in a file of blocks, read piece by piece: of any length, in bounded memory.
+
+    It has the attributes of Recording but for the arrays. Those that depend on all records (first_user, ...) are found
+    by reading the file once, when they are first asked for. TraceError for the first record that cannot be.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = path
+        with self._open() as reader:
+            self.name = reader.name
+            self.operations = reader.records
+            self.complete = reader.complete
+            self.cr0, self.cr4, self.efer, self.nframes = (reader.guest[name] for name in _SCALARS)
+        for name, highest in _SCALARS.items():
+            lowest = 1 if name == "nframes" else 0
+            if not lowest <= getattr(self, name) <= highest:
+                raise TraceError(path, None, f"{name!r}: one integer from {lowest} to {highest:#x} expected")
+        if not self.operations:
+            raise TraceError(path, None, "at least one record expected")
+
+    def _open(self) -> Reader:
+        reader = Reader(self.path)
+        if reader.stream != GUEST:
+            reader.close()
+            raise TraceError(self.path, None, f"a recording of a guest expected, not of {reader.stream}")
+        return reader
+
+    def pieces(self, first: int = 0) -> Iterator[tuple[int, Recording]]:
+        """The records in order, as (number of its first record, piece), from a piece with record `first` on.
+
+        No piece begins within what belongs together: a table with its words, a store with the access before it.
+        """
+        begin, held = 0, {name: np.zeros(0, dtype=dtype) for name, dtype in _ARRAYS.items()}
+        with self._open() as reader:
+            # A table that begins before the first block ends well before the record that is asked for.
+            for block in reader.blocks(max(first - 2 * _TABLE_MAX, 0)):
+                new = not len(held["kind"])
+                held = {name: np.concatenate((held[name], block.columns[name])) for name in _ARRAYS}
+                cuts = _cuts(held["kind"], held["flags"], held["addr"])
+                skipped = 0
+                if new:
+                    begin = block.first
+                    skipped = int(cuts[0]) if begin and len(cuts) and block.first < first else 0
+                cut = int(cuts[-1]) if len(cuts) else 0
+                length = len(held["kind"])
+                if not cut and length > _TABLE_MAX + block.records:
+                    if held["kind"][0] == TABLE:
+                        raise TraceError(self.path, begin, f"a table of {_TABLE_MAX} words at most expected")
+                    cut = length - 1  # stores to a frame that has ceased to serve: they do not belong together
+                if cut > skipped:
+                    yield begin + skipped, self._piece(begin + skipped, {k: v[skipped:cut] for k, v in held.items()})
+                held = {name: array[cut:] for name, array in held.items()}
+                begin += cut
+            if len(held["kind"]):
+                yield begin, self._piece(begin, held)
+
+    def _piece(self, begin: int, arrays: dict[str, NDArray[Any]]) -> Recording:
+        scalars = {name: getattr(self, name) for name in _SCALARS}
+        members: dict[str, Any] = arrays | scalars
+        try:
+            return Recording(name=self.name, **members)
+        except TraceError as error:
+            raise TraceError(self.path, begin + (error.record or 0), error.expected) from None
+
+    @cached_property
+    def _survey(self) -> _Survey:
+        survey = _Survey()
+        for first, piece in self.pieces():
+            survey.add(first, piece)
+        survey.end()
+        return survey
+
+    @property
+    def memory_size(self) -> int:
+        """Guest RAM in bytes."""
+        return self.nframes << 12
+
+    @property
+    def first_user(self) -> int | None:
+        """As Recording.first_user."""
+        return self._survey.first_user
+
+    @property
+    def first_cr3(self) -> int:
+        """As Recording.first_cr3."""
+        return self._survey.first_cr3 or 0
+
+    @property
+    def direct_map(self) -> int:
+        """As Recording.direct_map."""
+        return self._survey.direct_map
+
+    def __repr__(self) -> str:
+        return f"RecordingFile({self.name!r}, {self.operations} records)"
+
+
+def _cuts(kind: NDArray[np.uint8], flags: NDArray[np.uint16], addr: NDArray[np.uint64]) -> NDArray[np.int64]:
+    """The places, but for both ends, at which records can be parted."""
+    store = kind[1:] == STORE
+    # A store belongs to an access before it, and a flagged one to the same frame's before it: to a table's words.
+    with_access = kind[:-1] == ACCESS
+    same = addr[1:] >> np.uint64(12) == addr[:-1] >> np.uint64(12)
+    follows = (flags[1:] & SNAPSHOT != 0) & same
+    return np.flatnonzero(~(store & (with_access | follows))) + 1
+
+
+def open_recording(path: str | os.PathLike[str] | None = None) -> Recording | RecordingFile:
+    """A recording to replay (None: the one in the package): one by blocks is not read into memory, others are."""
+    return RecordingFile(path) if path is not None and is_recording(path) else load(path)
 
 
 def load(path: str | os.PathLike[str] | None = None) -> Recording:
@@ -271,6 +450,11 @@ def load(path: str | os.PathLike[str] | None = None) -> Recording:
         bundled = importlib.resources.files(__package__) / "data" / f"{BUNDLED}.npz"
         with importlib.resources.as_file(bundled) as file:
             return load(file)
+    if is_recording(path):
+        source = RecordingFile(path)
+        with source._open() as reader:
+            blocks = [block.columns for block in reader]
+        return source._piece(0, {name: np.concatenate([block[name] for block in blocks]) for name in _ARRAYS})
     members: dict[str, Any] = read_arrays(path, (*_ARRAYS, *_SCALARS))
     try:
         return Recording(name=Path(path).stem, **members)

@@ -11,7 +11,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from .trace import Recording, ReplayResult
+from .trace import Recording, RecordingFile, ReplayResult
 
 WIDTH = 100
 """Columns of a table that does not go to a terminal."""
@@ -35,7 +35,7 @@ def _console() -> Console:
     return console if console.is_terminal else Console(highlight=False, width=WIDTH)
 
 
-def comparison(recording: Recording, results: Sequence[ReplayResult]) -> Table:
+def comparison(recording: Recording | RecordingFile, results: Sequence[ReplayResult]) -> Table:
     """Metrics down, designs across."""
     title = escape(f"{recording.name}: {recording.operations:,} records")
     table = Table(title=title, caption=_caption(results), title_style="bold", caption_justify="left")
@@ -88,7 +88,7 @@ def _caption(results: Sequence[ReplayResult]) -> str:
     return text
 
 
-def print_comparison(recording: Recording, results: Sequence[ReplayResult]) -> None:
+def print_comparison(recording: Recording | RecordingFile, results: Sequence[ReplayResult]) -> None:
     _console().print(comparison(recording, results))
 
 

@@ -30,7 +30,9 @@ from .recording import (
     USER,
     WRITE,
     Recording,
+    RecordingFile,
     load,
+    open_recording,
 )
 from .replay import replay as replay_records
 
@@ -48,8 +50,10 @@ __all__ = [
     "WRITE",
     "Phase",
     "Recording",
+    "RecordingFile",
     "ReplayResult",
     "load",
+    "open_recording",
     "replay",
 ]
 
@@ -152,7 +156,7 @@ def _phase_dict(phase: Phase) -> dict[str, Any]:
 
 
 def replay(
-    recording: Recording,
+    recording: Recording | RecordingFile,
     mmu: str | Native | Shadow = "cached",
     *,
     audit_every: int = 0,
@@ -185,54 +189,68 @@ def replay(
     vm = _machine(recording, made, position)
     vm.audit_points = audit_at
     vm.stats.reset()
-    arrays = recording.arrays | {"flags": _plain_flags(recording)}
     counts = dict.fromkeys(_COUNTS, 0)
-    counts["snapshot_words"] = int(recording.snapshot[start:position].sum())
     mismatches: list[int] = []
     replayed = pages_sum = pages_max = audits = 0
     violations: tuple[tuple[int, Any], ...] = ()
     counters_at_split = vm.stats.as_dict()
+    instructions = {"boot": 0, "workload": 0}
     seconds = 0.0
-    while position < stop and not violations:
-        end = min(stop, position + SLICE)
-        if position < split:
-            end = min(end, split)
-        if every:
-            end = min(end, (position // every + 1) * every)
-        clock = time.perf_counter()
-        try:
-            done = replay_records(vm, arrays, position, end, recording.direct_map)
-        except AuditError as error:
-            record = position if error.record is None else error.record
-            violations = tuple((record, violation) for violation in error.violations)
+    direct_map = recording.direct_map
+    for base, piece in recording.pieces(start):
+        # Numbers of records in this piece are those in the recording, less base.
+        first, last = max(start - base, 0), min(stop - base, piece.operations)
+        if last <= 0:
             break
-        seconds += time.perf_counter() - clock
-        for name in _COUNTS:
-            counts[name] += done[name]
-        replayed += done["records"]
-        pages_sum += done["pages_sum"]
-        mismatches += done["mismatch_records"][: _MISMATCHES - len(mismatches)]
-        pages_max = max(pages_max, done["pages_max"])
-        position = end
-        if position <= split:
-            counters_at_split = vm.stats.as_dict()
-        if every and (position % every == 0 or position == stop):
-            audits += 1
-            violations = tuple((position, violation) for violation in vm.audit().violations)
-        if progress is not None:
-            progress(position - start, stop - start)
+        if position - base > first:
+            counts["snapshot_words"] += int(piece.snapshot[first : min(position - base, last)].sum())
+        arrays = piece.arrays | {"flags": _plain_flags(piece, recording.first_user, base)}
+        while position - base < last and not violations:
+            end = min(base + last, position + SLICE)
+            if position < split:
+                end = min(end, split)
+            if every:
+                end = min(end, (position // every + 1) * every)
+            clock = time.perf_counter()
+            try:
+                done = replay_records(vm, arrays, position - base, end - base, direct_map)
+            except AuditError as error:
+                record = position if error.record is None else base + error.record
+                violations = tuple((record, violation) for violation in error.violations)
+                break
+            seconds += time.perf_counter() - clock
+            for name in _COUNTS:
+                counts[name] += done[name]
+            replayed += done["records"]
+            pages_sum += done["pages_sum"]
+            mismatches += [base + record for record in done["mismatch_records"]][: _MISMATCHES - len(mismatches)]
+            pages_max = max(pages_max, done["pages_max"])
+            position = end
+            if position <= split:
+                counters_at_split = vm.stats.as_dict()
+            if every and (position % every == 0 or position == stop):
+                audits += 1
+                violations = tuple((position, violation) for violation in vm.audit().violations)
+            if progress is not None:
+                progress(position - start, stop - start)
+        parted = min(max(split - base, first), last)
+        reached = min(max(position - base, first), last)
+        for name, begin, end in (("boot", first, min(parted, reached)), ("workload", parted, reached)):
+            instructions[name] += int(piece.insns[begin:end].sum(dtype=np.uint64)) if begin < end else 0
+        if violations:
+            break
 
-    def phase(first: int, last: int, before: dict[str, int], after: dict[str, int]) -> Phase:
+    def phase(name: str, first: int, last: int, before: dict[str, int], after: dict[str, int]) -> Phase:
         grown = {name: after[name] - before.get(name, 0) for name in after}
-        return Phase(last - first, int(recording.insns[first:last].sum(dtype=np.uint64)), grown)
+        return Phase(last - first, instructions.get(name, sum(instructions.values())), grown)
 
     final = vm.stats.as_dict()
     return ReplayResult(
         design=made.name,
         recording=recording.name,
-        whole=phase(start, position, {}, final),
-        boot=phase(start, min(split, position), {}, counters_at_split) if split > start else None,
-        workload=phase(split, position, counters_at_split, final) if position > split else None,
+        whole=phase("whole", start, position, {}, final),
+        boot=phase("boot", start, min(split, position), {}, counters_at_split) if split > start else None,
+        workload=phase("workload", split, position, counters_at_split, final) if position > split else None,
         mismatch_records=tuple(mismatches),
         pages_mean=pages_sum / replayed if replayed else 0.0,
         pages_max=pages_max,
@@ -243,30 +261,43 @@ def replay(
     )
 
 
-def _plain_flags(recording: Recording) -> NDArray[np.uint16]:
-    """The flags with USER where a user acts, and SNAPSHOT where no store is made, and nowhere else."""
-    flags = recording.flags.copy()
-    flags[(recording.kind == ACCESS) & ~recording.user] &= ~np.uint16(USER)
-    flags[(recording.kind == STORE) & ~recording.snapshot] &= ~np.uint16(SNAPSHOT)
+def _plain_flags(piece: Recording, first_user: int | None, base: int) -> NDArray[np.uint16]:
+    """The flags with USER where a user acts, and SNAPSHOT where no store is made, and nowhere else.
+
+    piece: of a recording, from record `base` on, whose workload begins at `first_user`.
+    """
+    flags = piece.flags.copy()
+    user = piece.user_from(None if first_user is None else first_user - base)
+    flags[(piece.kind == ACCESS) & ~user] &= ~np.uint16(USER)
+    flags[(piece.kind == STORE) & ~piece.snapshot] &= ~np.uint16(SNAPSHOT)
     return flags
 
 
-def _machine(recording: Recording, made: Native | Shadow, record: int) -> VM:
+def _machine(recording: Recording | RecordingFile, made: Native | Shadow, record: int) -> VM:
     """A VM as the guest was just before `record` (a first CR3 load at `record` itself is taken early)."""
     vm = VM(memory=recording.memory_size, mmu=made, features=Features(maxphyaddr=52))
-    words, values = _tables_at(recording, record)
-    vm.memory.words[words] = values
-    loads = np.flatnonzero(recording.kind[:record] == LOAD_CR)
-    cr0, cr4 = recording.cr0, recording.cr4
-    if len(loads):
-        cr0, cr4 = int(recording.addr[loads[-1]]), int(recording.value[loads[-1]])
-    loads = np.flatnonzero(recording.kind[: record + 1] == LOAD_CR3)
+    cr0, cr4, cr3 = recording.cr0, recording.cr4, 0
+    frames = vm.memory.words.reshape(-1, 512)
+    for base, piece in recording.pieces():
+        before = record - base
+        if before < 0:
+            break
+        words, values, begun = _tables_at(piece, min(before, piece.operations))
+        if base:  # memory is new in the first piece
+            frames[begun] = 0
+        vm.memory.words[words] = values
+        loads = np.flatnonzero(piece.kind[:before] == LOAD_CR)
+        if len(loads):
+            cr0, cr4 = int(piece.addr[loads[-1]]), int(piece.value[loads[-1]])
+        loads = np.flatnonzero(piece.kind[: before + 1] == LOAD_CR3)
+        if len(loads):
+            cr3 = int(piece.addr[loads[-1]])
     cpu = vm.vcpus[0]
     cpu.ac = True  # What the guest's kernel did to user pages under SMAP, it did with EFLAGS.AC set.
     try:
         cpu.efer = recording.efer & ~EFER_LMA
         cpu.cr4 = cr4
-        cpu.cr3 = int(recording.addr[loads[-1]]) if len(loads) else 0
+        cpu.cr3 = cr3
         cpu.cr0 = cr0
     except GeneralProtection:
         expected = f"registers that a processor can have expected, not cr0 {cr0:#x}, cr4 {cr4:#x}"
@@ -274,16 +305,23 @@ def _machine(recording: Recording, made: Native | Shadow, record: int) -> VM:
     return vm
 
 
-def _tables_at(recording: Recording, record: int) -> tuple[NDArray[np.uint64], NDArray[np.uint64]]:
-    """The words of the guest's tables just before `record`: numbers (gpa / 8), values; all others are 0."""
-    while record < recording.operations and recording.snapshot[record]:
+def _tables_at(piece: Recording, record: int) -> tuple[NDArray[np.uint64], NDArray[np.uint64], NDArray[np.uint64]]:
+    """What the guest's tables came to by the records of a piece before `record`.
+
+    Numbers (gpa / 8) and values of words, and the gfns of tables that began: but for those words they are 0.
+    """
+    while record < piece.operations and piece.snapshot[record]:
         record += 1
-    kind, addr = recording.kind[:record], recording.addr[:record]
+    kind, addr = piece.kind[:record], piece.addr[:record]
     stores = np.flatnonzero(kind == STORE)[::-1]
     words, newest = np.unique(addr[stores] >> np.uint64(3), return_index=True)
     stores = stores[newest]
-    begun = np.zeros(recording.nframes, dtype=np.int64)
     tables = np.flatnonzero(kind == TABLE)
-    begun[addr[tables] >> np.uint64(12)] = tables
-    live = stores >= begun[words >> np.uint64(9)]
-    return words[live], recording.value[stores[live]]
+    begun, last = np.unique((addr[tables] >> np.uint64(12))[::-1], return_index=True)
+    # Of each word's frame, the record at which it last began to serve, if it did.
+    frames = words >> np.uint64(9)
+    at = np.minimum(np.searchsorted(begun, frames), max(len(begun) - 1, 0))
+    live = np.ones(len(words), dtype=np.bool_)
+    if len(begun):
+        live = (begun[at] != frames) | (stores >= tables[::-1][last][at])
+    return words[live], piece.value[stores[live]], begun

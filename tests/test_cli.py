@@ -289,5 +289,5 @@ def test_interrupted_anywhere(monkeypatch):
     def interrupted(*args):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(trace, "load", interrupted)
+    monkeypatch.setattr(trace, "open_recording", interrupted)
     assert run("audit", status=130) == "shadowcore: interrupted\n"

@@ -326,7 +326,7 @@ def test_tables_at_a_record(cut, record):
                 model.pop(word, None)
         elif kind == trace.STORE:
             model[addr >> 3] = value
-    words, values = trace._tables_at(cut, record)
+    words, values, _ = trace._tables_at(cut, record)
     assert dict(zip(words.tolist(), values.tolist(), strict=True)) == model
 
 
