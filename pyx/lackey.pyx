@@ -51,6 +51,10 @@ cdef int _line(const u8 *at, const u8 *end, u8 *kind, u16 *size, u64 *addr) noex
     cdef u64 length = 0
     cdef u8 digit
     if end - at < 3:
+        while at < end:
+            if at[0] == c'\n':
+                return -1
+            at += 1
         return 0
     if at[0] == c'I' and at[1] == c' ' and at[2] == c' ':
         kind[0] = 2

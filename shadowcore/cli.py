@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ._version import __version__
+from .cli_recording import COMMANDS
 from .config import DESIGNS
 from .errors import ShadowcoreError
 
@@ -83,6 +84,9 @@ def main(context: click.Context) -> None:
     if context.invoked_subcommand is None:
         click.echo(context.get_help())
 
+
+for _command in COMMANDS:
+    main.add_command(_command)
 
 _RECORDING = click.argument("recording", required=False, metavar="[RECORDING]")
 _POOL = click.option(

@@ -15,14 +15,15 @@ class TraceError(ShadowcoreError, ValueError):
     """A recording that cannot be read.
 
     `file` is its name, `record` the number of the offending record (None: the file as a whole), `expected` what
-    should have stood there.
+    should have stood there. `unit`: what is counted; lines of text are counted from 1, all else from 0.
     """
 
-    def __init__(self, file: object, record: int | None, expected: str) -> None:
+    def __init__(self, file: object, record: int | None, expected: str, unit: str = "record") -> None:
         self.file = str(file)
         self.record = record
         self.expected = expected
-        where = "" if record is None else f", record {record}"
+        self.unit = unit
+        where = "" if record is None else f", {unit} {record}"
         super().__init__(f"{self.file}{where}: {expected}")
 
 

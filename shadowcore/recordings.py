@@ -132,6 +132,10 @@ _UNREADABLE = (
 )
 
 
+Accesses = tuple[int, NDArray[np.uint8], NDArray[np.uint16], NDArray[np.uint64]]
+"""Accesses of a process that nothing interrupts: (process, op, size, addr)."""
+
+
 class Block(NamedTuple):
     """Records [first, first + records) of a recording: columns by name, and the events of a program recording."""
 
@@ -140,7 +144,7 @@ class Block(NamedTuple):
     columns: dict[str, NDArray[Any]]
     events: NDArray[np.void] | None = None
 
-    def segments(self) -> Iterator[NDArray[np.void] | tuple[int, NDArray[np.uint8], NDArray[np.uint16], NDArray[Any]]]:
+    def segments(self) -> Iterator[NDArray[np.void] | Accesses]:
         """What a program recording holds, in order: an event (an element of EVENT_DTYPE but for RUN), or accesses that
         nothing interrupts, as (process, op, size, addr)."""
         assert self.events is not None
@@ -766,6 +770,13 @@ class Reader:
         if process is not None:
             numbers = [n for n in numbers if process in _list(self._index[n], "processes")]
         return self._in_order(self.block, numbers)
+
+    def process(self, number: int) -> Iterator[NDArray[np.void] | Accesses]:
+        """What one process of a program recording did, in order: see Block.segments."""
+        for block in self.blocks(process=number):
+            for part in block.segments():
+                if (part[0] if isinstance(part, tuple) else part["process"]) == number:
+                    yield part
 
     def operations(self, first: int = 0) -> Iterator[NDArray[np.void]]:
         """A recording of operations as arrays for `cpu.run`, a block each, from the one with record `first` on."""

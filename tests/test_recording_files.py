@@ -75,7 +75,7 @@ def test_tiny_blocks(tmp_path, part, block):
     for name, array in short.arrays.items():
         assert (np.concatenate([getattr(piece, name) for _, piece in pieces]) == array).all()
     assert (np.concatenate([piece.snapshot for _, piece in pieces]) == short.snapshot).all()
-    assert len(pieces) > short.operations / (block * 40)
+    assert len(pieces) > 1
     assert equal(trace.replay(streamed, "cached"), trace.replay(short, "cached"))
 
 
