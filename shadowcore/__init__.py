@@ -1,6 +1,6 @@
 """Exact, fast, embeddable models of memory virtualization: an x86 shadow paging engine over flat arrays."""
 
-from . import pagetables, trace, workload
+from . import importers, pagetables, recordings, trace, workload
 from ._version import __version__
 from .audit import AuditReport, Violation
 from .batch import OP_DTYPE
@@ -75,7 +75,9 @@ __all__ = [
     "VCpu",
     "Violation",
     "__version__",
+    "importers",
     "pagetables",
+    "recordings",
     "trace",
     "workload",
 ]

@@ -543,21 +543,25 @@ def _csv(path: Any, source: Source, writer: Writer, processes: Processes) -> Non
 
 
 def _lines(path: Any, source: Source) -> Iterator[str]:
-    tail, count = b"", 0
-    while data := source.read():
-        data = tail + data
-        stop = data.rfind(b"\n") + 1
-        tail = data[stop:]
-        if len(tail) > LINE_MAX or b"\0" in data:
-            raise TraceError(path, count + 1, "lines of text expected", "line")
+    tail, count = b"", 1
+    while True:
+        new = source.read()
+        data = tail + new
+        stop = data.rfind(b"\n") + 1 if new else len(data)
+        data, tail = data[:stop], data[stop:]
+        wrong = data.find(b"\0")
         try:
-            text = data[:stop].decode()
-        except UnicodeDecodeError:
-            raise TraceError(path, count + 1, "lines of text in UTF-8 expected", "line") from None
+            text = data.decode()
+        except UnicodeDecodeError as error:
+            wrong = error.start
+        if wrong >= 0:
+            raise TraceError(path, count + data.count(b"\n", 0, wrong), "lines of text in UTF-8 expected", "line")
         count += text.count("\n")
+        if len(tail) > LINE_MAX:
+            raise TraceError(path, count, f"lines of text expected, of {LINE_MAX} bytes at most", "line")
         yield from io.StringIO(text, newline="")
-    if tail:
-        yield tail.decode("utf-8", "replace")
+        if not new:
+            return
 
 
 # -- guests ----------------------------------------------------------------------------------------------
