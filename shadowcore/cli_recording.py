@@ -82,7 +82,7 @@ def record(command: tuple[str, ...], out: str | None, valgrind: str, name: str |
     from .recordings import SUFFIX
 
     target = f"{Path(command[0]).name}{SUFFIX}" if out is None else out
-    with _progress(Path(command[0]).name, "accesses") as progress:
+    with _progress(Path(command[0]).name, "B") as progress:
         writer = tool.record(command, target, valgrind=valgrind, name=name, progress=progress)
     _written(writer, as_json, err=not as_json)
 

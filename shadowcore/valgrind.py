@@ -34,8 +34,8 @@ def record(
 ) -> Writer:
     """Run a program under Valgrind, and write what its processes do, in the order in which they do it.
 
-    progress: called now and then with the number of accesses, and 0. Returns the writer, closed; the exit status of the
-    program is that of its process 0. ConfigError if Valgrind, or the program, is not there. Where the recording is
+    progress: called now and then with the bytes of text that have come, and 0. Returns the writer, closed; its process 0
+    has the exit status of the program. ConfigError if Valgrind, or the program, is not there. Where the recording is
     interrupted, the program is ended, and what was recorded is kept, marked as incomplete.
     """
     if not command:
@@ -106,7 +106,7 @@ def _receive(ours: socket.socket, name: str, writer: Writer, progress: Callable[
     processes = Processes(writer)
     parsers: dict[int, LackeyParser] = {}
     held: dict[int, list[bytes]] = {}
-    amount = 0
+    amount = received = 0
 
     def adopt(pid: int) -> None:
         number = processes.by_pid.get(pid)
@@ -138,8 +138,9 @@ def _receive(ours: socket.socket, name: str, writer: Writer, progress: Callable[
         for known in [known for known in held if known in processes.by_pid]:
             amount -= sum(map(len, held[known]))
             adopt(known)
-        if progress is not None:
-            progress(writer.records, 0)
+        received += len(data)
+        if progress is not None and received >> 16 != (received - len(data)) >> 16:
+            progress(received, 0)
     for known in list(held):
         adopt(known)
     for parser in parsers.values():

@@ -175,6 +175,17 @@ def test_accesses_belong_to_the_process_that_runs(tmp_path):
     assert of(1) == of(5) == whole
 
 
+def test_events_without_accesses(tmp_path):
+    """More of them than a block has room for, and no access at all."""
+    with Writer(tmp_path / "a.screc", PROGRAM, block=10) as writer:
+        for n in range(35):
+            writer.event(Event.MUNMAP, 0, addr=n)
+    whole, events, reader = read(tmp_path / "a.screc")
+    assert (len(whole["addr"]), reader.records) == (0, 0)
+    assert reader.block_count > 3
+    assert [row[3] for row in events if row[1] == Event.MUNMAP] == list(range(35))
+
+
 def test_blocks_of_one_process(tmp_path):
     with Writer(tmp_path / "a.screc", PROGRAM, block=10) as writer:
         for process in (0, 1, 0, 2):
