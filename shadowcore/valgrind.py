@@ -34,7 +34,7 @@ def record(
 ) -> Writer:
     """Run a program under Valgrind, and write what its processes do, in the order in which they do it.
 
-    progress: called now and then with the bytes of text that have come, and 0. Returns the writer, closed; its process 0
+    progress: called now and then with the bytes of text that came, and 0. Returns the writer, closed; its process 0
     has the exit status of the program. ConfigError if Valgrind, or the program, is not there. Where the recording is
     interrupted, the program is ended, and what was recorded is kept, marked as incomplete.
     """
