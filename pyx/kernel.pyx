@@ -25,7 +25,7 @@ from shadowcore.guest_user cimport user_array
 from shadowcore.types cimport (
     MODE_32, MODE_64, MODE_LA57, MODE_OFF, MODE_PAE, RC_BAD_OP, RC_GP, RC_OK, u8, u32, u64,
 )
-from shadowcore.vcpu cimport VCpu, host_error
+from shadowcore.vcpu cimport VCpu
 
 from shadowcore.config import check_int
 from shadowcore.errors import (
@@ -210,7 +210,7 @@ cdef class Kernel:
         if rc == RC_GP:
             raise ConfigError("vm: its processor refuses the registers of a guest kernel; a fresh VM is needed")
         if rc != RC_OK:
-            raise host_error(self._cpu.mmu, rc)
+            raise self._cpu.mmu.failure(rc)
         memset(&self.g.n, 0, sizeof(self.g.n))
 
     cdef int _ready(self) except -1:
@@ -235,7 +235,7 @@ cdef class Kernel:
         if rc == RC_PANIC:
             self._stopped = "its tables or registers are not what it made them"
             raise GuestPanic(f"{where}: {self._stopped}")
-        error = host_error(self._cpu.mmu, rc)
+        error = self._cpu.mmu.failure(rc)
         if self._cpu.mmu.hook_error is not None:
             error, self._cpu.mmu.hook_error = self._cpu.mmu.hook_error, None
         self._stopped = str(error)
