@@ -36,7 +36,7 @@ from shadowcore.guest_options import (
 )
 from shadowcore.memory import allocate
 from shadowcore.process import Process
-from shadowcore.vcpu import OP_DTYPE as _OP_DTYPE
+from shadowcore.batch import OP_DTYPE as _OP_DTYPE
 
 CALL_DTYPE = np.dtype([
     ("op", "u1"), ("flags", "u1"), ("size", "u1"), ("prot", "u1"), ("process", "<u4"), ("addr", "<u8"),
