@@ -8,7 +8,7 @@ from shadowcore.access cimport (
 from shadowcore.bits cimport is_canonical
 from shadowcore.emulate cimport emulate_store
 from shadowcore.events cimport EXIT_INVLPG
-from shadowcore.memory cimport mem_frame, mem_guest_frame, mem_mark_dirty, sc_no_frame
+from shadowcore.memory cimport mem_frame, mem_gfn, mem_guest_frame, mem_mark_dirty, sc_no_frame
 from shadowcore.mmu cimport mmu_invlpg, mmu_resolve
 from shadowcore.pool cimport pool_unprotect
 from shadowcore.registers cimport load_ac, load_cr0, load_cr3, load_cr4, load_efer, load_pkru
@@ -18,7 +18,7 @@ from shadowcore.types cimport (
     MODE_64, MODE_LA57, PF_I, PF_U, PF_W, RC_BAD_OP, RC_EMULATE, RC_GP, RC_HOOK, RC_MMIO, RC_OK, RC_PF, RC_UNHANDLED,
     u8, u32, u64,
 )
-from shadowcore.walker cimport probe_walk, sc_walk
+from shadowcore.walker cimport guest_glance, probe_walk, sc_walk, shadow_glance
 
 cdef struct sc_part:                # the bytes of an access that lie in one page
     u64 va
@@ -176,6 +176,43 @@ cdef int _one_page(sc_mmu *mmu, sc_vcpu *v, const sc_op *o, u64 va, u32 access, 
         r.error_code = w.error_code if rc == RC_PF else 0
     r.outcome = <u8>rc
     return rc
+
+
+cdef bint access_glance(sc_mmu *mmu, sc_vcpu *v, const sc_op *o, sc_result *r) noexcept nogil:
+    """Do a load, store or fetch of up to 8 bytes, with its data, if the tables allow it as they are; else nothing."""
+    cdef u32 size = 1 if o.op == OP_FETCH else o.size
+    cdef u32 access = (PF_U if o.user else 0) | (PF_W if o.op == OP_WRITE else PF_I if o.op == OP_FETCH else 0)
+    cdef u64 va = o.addr if v.guest.mode >= MODE_64 else o.addr & 0xFFFFFFFFULL
+    cdef u64 gpa = 0
+    cdef u64 frame
+    cdef u8 *at
+    cdef int read
+    if (o.op > OP_FETCH or v.tlb != NULL or size > 8 or (va & 4095) + size > 4096 or (v.guest.mode >= MODE_64
+            and not is_canonical(va, 57 if v.guest.mode == MODE_LA57 else 48))):
+        return False
+    if mmu.shadow:
+        read = shadow_glance(mmu.mem, &v.hw, va, access, &gpa)
+        frame = (gpa >> 12) - mmu.mem.ram_hfn
+        if read < 0 or frame >= mmu.mem.nframes:
+            return False
+        gpa = (mem_gfn(mmu.mem, frame) << 12) | (va & 4095)
+    else:
+        read = guest_glance(mmu.mem, &v.guest, va, access, &gpa)
+        frame = mem_frame(mmu.mem, gpa >> 12)
+        if read < 0 or frame == sc_no_frame():
+            return False
+    mmu.stats.accesses += 1
+    mmu.stats.walk_references += read
+    memset(r, 0, sizeof(sc_result))
+    r.gpa = gpa
+    at = mmu.mem.ram + (frame << 12) + (va & 4095)
+    if o.op == OP_WRITE:
+        memcpy(at, o.value, size)
+        if not mmu.shadow:
+            _native_store(mmu, gpa)
+    else:
+        memcpy(r.value, at, size)
+    return True
 
 
 cdef int vcpu_access(sc_mmu *mmu, sc_vcpu *v, const sc_op *o, bint data, sc_result *r) noexcept nogil:

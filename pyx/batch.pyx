@@ -50,6 +50,7 @@ cdef extern from *:
 cdef enum:
     CHUNK = 4096                    # operations between two looks for Ctrl-C
     FIELDS = 9                      # of an operation, required and optional: see sc_layout
+    FEW = 4                         # rows that need no block of their own: as many as RunResult.few has
     STREAK = 2                      # exits in a row after which the next operation is taken to need one as well
     NOTES = 8                       # without use for the memo, one chunk of so many looks whether there is one now
     PACKED = 19                     # bytes of an element of OP_DTYPE
@@ -598,17 +599,18 @@ cdef object _run(Mmu shell, sc_batch *b, u64 n):
     cdef int rc = RC_OK
     shell.idle()
     result = RunResult.__new__(RunResult)
-    result.gpas = block_new(8 * n)
-    b.gpa = <u64 *>result.gpas.at
+    result.capacity = n
+    result.data = b.data
+    result.wide = wide
+    result.words = block_new(8 * n * (1 + b.data + wide))
+    b.gpa = <u64 *>result.words.at
     if b.data:
-        result.values = block_new(8 * n)
-        b.value = <u64 *>result.values.at
+        b.value = b.gpa + n
     if wide:
-        result.highs = block_new(8 * n)
-        b.high = <u64 *>result.highs.at
+        b.high = b.gpa + n * (1 + b.data)
         memset(b.high, 0, 8 * n)
-    room = min(n, CHUNK)
-    result.rows = block_new(room * sizeof(sc_row))
+    room = FEW
+    result.rows = result.few
     result.before = mmu.stats[0]
     b.remember = not shell.no_memo
     if not mmu.shadow or mmu.mem.exposed:
@@ -622,9 +624,10 @@ cdef object _run(Mmu shell, sc_batch *b, u64 n):
             if room < b.n_rows + (stop - i):
                 room = min(n, 2 * room + CHUNK)
                 more = block_new(room * sizeof(sc_row))
-                memcpy(more.at, result.rows.at, b.n_rows * sizeof(sc_row))
-                result.rows = more
-            b.rows = <sc_row *>result.rows.at
+                memcpy(more.at, result.rows, b.n_rows * sizeof(sc_row))
+                result.many = more
+                result.rows = <sc_row *>more.at
+            b.rows = result.rows
             b.hits = b.glances = b.repeats = 0
             shell.chunks += 1
             b.note = not b.remember and shell.chunks % NOTES == 0

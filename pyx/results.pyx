@@ -6,6 +6,7 @@ by the engine, and becomes arrays when they are asked for.
 import numpy as np
 
 from cpython.buffer cimport PyBuffer_FillInfo
+from cython cimport freelist
 from libc.stdlib cimport free, malloc
 from libc.string cimport memset
 
@@ -22,6 +23,7 @@ cdef size_t _spare_size[SPARES]
 memset(_spare_size, 0, sizeof(_spare_size))
 
 
+@freelist(8)
 cdef class Block:
     """Bytes that arrays look into. Those of freed blocks serve again."""
 
@@ -58,6 +60,7 @@ cdef Block block_new(size_t size):
     return block
 
 
+@freelist(8)
 cdef class RunResult:
     """One row per operation, in arrays of equal length.
 
@@ -72,7 +75,7 @@ cdef class RunResult:
         raise TypeError("results are made by VCpu.run")
 
     cdef object _sparse(self, name, dtype):
-        cdef sc_row *rows = NULL if self.rows is None else <sc_row *>self.rows.at
+        cdef sc_row *rows = self.rows
         cdef u64 i
         cdef u8[::1] bytes_
         cdef u16[::1] words
@@ -99,12 +102,12 @@ cdef class RunResult:
                 words[rows[i].number] = rows[i].error_code
         return column
 
-    cdef object _dense(self, name, Block block):
+    cdef object _dense(self, name, int part):
         if self.columns is None:
             self.columns = {}
         if name not in self.columns:
-            self.columns[name] = (np.zeros(self.n, dtype=np.uint64) if block is None
-                                  else np.ndarray(self.n, dtype=np.uint64, buffer=block))
+            self.columns[name] = (np.zeros(self.n, dtype=np.uint64) if part < 0 or self.words is None else np.ndarray(
+                self.n, dtype=np.uint64, buffer=self.words, offset=8 * part * self.capacity))
         return self.columns[name]
 
     @property
@@ -125,15 +128,15 @@ cdef class RunResult:
 
     @property
     def gpa(self):
-        return self._dense("gpa", self.gpas)
+        return self._dense("gpa", 0)
 
     @property
     def value(self):
-        return self._dense("value", self.values)
+        return self._dense("value", 1 if self.data else -1)
 
     @property
     def value_high(self):
-        return None if self.highs is None else self._dense("value_high", self.highs)
+        return self._dense("value_high", 1 + self.data) if self.wide else None
 
     @property
     def stats(self) -> Stats:

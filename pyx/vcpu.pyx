@@ -1,21 +1,24 @@
 """The virtual processor: its registers, single accesses, translations without side effect, and batches."""
 import numpy as np
 
+from cpython.long cimport PyLong_AsLong, PyLong_AsUnsignedLongLong, PyLong_CheckExact
+from cython cimport freelist
 from libc.string cimport memset
 
 from shadowcore.access cimport (
-    OP_ADD, OP_AND, OP_CMPXCHG, OP_FETCH, OP_INVLPG, OP_OR, OP_READ, OP_WRITE, OP_XCHG, OP_XOR, sc_op, sc_result,
-    vcpu_access, vcpu_op,
+    OP_ADD, OP_AND, OP_CMPXCHG, OP_FETCH, OP_INVLPG, OP_OR, OP_READ, OP_WRITE, OP_XCHG, OP_XOR, access_glance, sc_op,
+    sc_result, vcpu_access, vcpu_op,
 )
 from shadowcore.batch cimport run_batch
 from shadowcore.bits cimport PTE_P, is_canonical
+from shadowcore.fetch cimport fetch
 from shadowcore.memo cimport sc_memo
 from shadowcore.memory cimport mem_pool_hpa
 from shadowcore.mmu cimport Mmu
 from shadowcore.registers cimport load_ac, load_cr0, load_cr3, load_cr4, load_efer, load_pkru, vcpu_apply, vcpu_init
 from shadowcore.state cimport (
     FEAT_FSGSBASE, FEAT_GBPAGES, FEAT_LA57, FEAT_NX, FEAT_PCID, FEAT_PKU, FEAT_PSE36, FEAT_SMAP, FEAT_SMEP, FEAT_UMIP,
-    FEAT_XSAVE, SC_MAX_VCPUS, sc_vcpu,
+    FEAT_XSAVE, SC_MAX_VCPUS, memo_drop, sc_vcpu,
 )
 from shadowcore.tlb cimport TLB_PAGES, TLB_SIZES, sc_tlb, sc_tlb_entry, tlb_valid
 from shadowcore.types cimport (
@@ -33,6 +36,7 @@ TLB_DTYPE = np.dtype([
     ("dirty", "u1"), ("global_", "u1"),
 ])
 
+@freelist(8)
 cdef class Translation:
     """Where a linear address leads now, found without any side effect.
 
@@ -90,7 +94,8 @@ cdef list _levels(const sc_walk *w):
     return found
 
 
-cdef dict _ACCESS = {"r": 0, "w": PF_W, "x": PF_I}
+_READ = "r"
+cdef dict _ACCESS = {_READ: 0, "w": PF_W, "x": PF_I}
 cdef dict _MODIFY = {"xchg": OP_XCHG, "add": OP_ADD, "and": OP_AND, "or": OP_OR, "xor": OP_XOR}
 
 
@@ -106,6 +111,30 @@ cdef object _wide(const sc_result *r):
 
 cdef object _register(name, value):
     return check_int(name, value, 0, (1 << 64) - 1)
+
+
+cdef u64 _address(object value) except? 0xFFFFFFFFFFFFFFFF:
+    """A linear address. check_int has the last word, and the error; most are plain integers that fit."""
+    if PyLong_CheckExact(value):
+        try:
+            return PyLong_AsUnsignedLongLong(value)
+        except OverflowError:
+            pass
+    return check_int("gva", value, 0, (1 << 64) - 1)
+
+
+cdef u32 _size(object size) except 0:
+    cdef int n = 0
+    if PyLong_CheckExact(size):
+        try:
+            n = PyLong_AsLong(size)
+        except OverflowError:
+            pass
+    elif size in (1, 2, 4, 8, 16):
+        n = size
+    if n == 1 or n == 2 or n == 4 or n == 8 or n == 16:
+        return n
+    raise ConfigError(f"size: {size!r} is not 1, 2, 4, 8 or 16")
 
 
 cdef class VCpu:
@@ -157,6 +186,7 @@ cdef class VCpu:
             c.guest.pdpte[i] = state["pdptes"][i]
             c.roots[i] = state["roots"][i]
         vcpu_apply(c)
+        memo_drop(&self.mmu.c)
         c.hw.root = 0
         for i in range(4):
             c.hw.pdpte[i] = 0 if c.roots[i] == SC_NONE else mem_pool_hpa(c.roots[i]) | PTE_P
@@ -324,22 +354,22 @@ cdef class VCpu:
                      sc_result *r) except -1:
         cdef sc_op o
         cdef int rc
-        if size not in (1, 2, 4, 8, 16):
-            raise ConfigError(f"size: {size!r} is not 1, 2, 4, 8 or 16")
         memset(&o, 0, sizeof(o))
         o.op = op
-        o.size = size
+        o.size = _size(size)
         o.user = self.c.cpl == 3 if user is None else bool(user)
-        o.addr = check_int("gva", gva, 0, (1 << 64) - 1)
+        o.addr = _address(gva)
         if op != OP_READ and op != OP_FETCH:
-            value = check_int("value", value, 0, _WIDE if size == 16 else _WORD)
+            value = check_int("value", value, 0, _WIDE if o.size == 16 else _WORD)
             o.value[0] = value & _WORD
             o.value[1] = value >> 64
         if op == OP_CMPXCHG:
-            value = check_int("expected", expected, 0, _WIDE if size == 16 else _WORD)
+            value = check_int("expected", expected, 0, _WIDE if o.size == 16 else _WORD)
             o.expected[0] = value & _WORD
             o.expected[1] = value >> 64
         self.mmu.idle()
+        if access_glance(&self.mmu.c, &self.c, &o, r):
+            return 0
         rc = vcpu_access(&self.mmu.c, &self.c, &o, True, r)
         if self.mmu.c.audit_found:
             rc = RC_AUDIT
@@ -396,21 +426,23 @@ cdef class VCpu:
         cdef sc_op o
         memset(&o, 0, sizeof(o))
         o.op = OP_INVLPG
-        o.addr = check_int("gva", gva, 0, (1 << 64) - 1)
+        o.addr = _address(gva)
         self.mmu.idle()
         vcpu_op(&self.mmu.c, &self.c, &o, True, &r)
 
-    def translate(self, gva, access="r", user=None):
+    def translate(self, gva, access=_READ, user=None):
         """Translation of `gva` by the guest's tables, for access "r", "w" or "x", with no side effect at all.
 
         Raises PageFault (CR2 stays as it is) or GeneralProtection where the access would fault. Tells nothing of
         whether RAM lies behind the gpa.
         """
         cdef Translation t = Translation.__new__(Translation)
-        cdef u64 va = check_int("gva", gva, 0, (1 << 64) - 1)
-        cdef object wanted = _ACCESS.get(access)
-        if wanted is None:
-            raise ConfigError(f"access: {access!r} is not 'r', 'w' or 'x'")
+        cdef u64 va = _address(gva)
+        cdef u32 wanted = 0
+        if access is not _READ:
+            if access not in _ACCESS:
+                raise ConfigError(f"access: {access!r} is not 'r', 'w' or 'x'")
+            wanted = _ACCESS[access]
         self.mmu.idle()
         self._walk(va, wanted, user, t)
         return t
@@ -432,7 +464,7 @@ cdef class VCpu:
         """Entries that a walk of `gva` examines, as (level, gpa of the entry, entry) from the top, up to the one
         that ends it, whether by a translation or a fault."""
         cdef sc_walk w
-        cdef u64 va = check_int("gva", gva, 0, (1 << 64) - 1)
+        cdef u64 va = _address(gva)
         self.mmu.idle()
         if self.c.guest.mode == MODE_OFF:
             return []

@@ -18,13 +18,16 @@ cdef Block block_new(size_t size)
 cdef class RunResult:
     cdef u64 n                      # operations
     cdef u64 n_rows
-    cdef Block rows                 # of sc_row
-    cdef Block gpas                 # u64, per operation
-    cdef Block values               # u64; None if no bytes moved
-    cdef Block highs                # u64; None if no operation has 16 bytes
+    cdef u64 capacity               # operations that there is room for
+    cdef Block words                # u64 per operation: gpas; if bytes moved, values; if some are of 16 bytes, highs
+    cdef bint data                  # bytes moved
+    cdef bint wide                  # some operation has 16 bytes
+    cdef sc_row *rows               # `few`, or in `many`
+    cdef sc_row few[4]
+    cdef Block many
     cdef sc_stats before            # counters of the VM before the batch
     cdef sc_stats after
     cdef dict columns               # arrays that were asked for
 
     cdef object _sparse(self, name, dtype)
-    cdef object _dense(self, name, Block block)
+    cdef object _dense(self, name, int part)
