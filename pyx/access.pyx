@@ -187,8 +187,9 @@ cdef bint access_glance(sc_mmu *mmu, sc_vcpu *v, const sc_op *o, sc_result *r) n
     cdef u64 frame
     cdef u8 *at
     cdef int read
-    if (o.op > OP_FETCH or v.tlb != NULL or size > 8 or (va & 4095) + size > 4096 or (v.guest.mode >= MODE_64
-            and not is_canonical(va, 57 if v.guest.mode == MODE_LA57 else 48))):
+    if o.op > OP_FETCH or v.tlb != NULL or size > 8 or (va & 4095) + size > 4096:
+        return False
+    if v.guest.mode >= MODE_64 and not is_canonical(va, 57 if v.guest.mode == MODE_LA57 else 48):
         return False
     if mmu.shadow:
         read = shadow_glance(mmu.mem, &v.hw, va, access, &gpa)

@@ -12,6 +12,7 @@ from libc.string cimport memcpy, memset
 
 from shadowcore.access cimport OP_CMPXCHG, OP_COUNT, OP_FETCH, OP_WRITE, op_is_access, sc_op, sc_result, vcpu_op
 from shadowcore.bits cimport is_canonical
+from shadowcore.emulate cimport emulate_store
 from shadowcore.gmode cimport gmode_32, gmode_64, gmode_la57, gmode_pae, sc_gmode
 from shadowcore.memo cimport (
     KIND_NONE, KIND_USER, memo_context, memo_entry, memo_is, memo_mask, memo_note, memo_put, memo_region,
@@ -428,25 +429,29 @@ cdef inline bint _fault(sc_mmu *mmu, sc_vcpu *v, const sc_op *o, bint data, sc_r
     """Do the operation if it is an access that takes a plain fault."""
     cdef u32 code = (o.op & 15) | (o.user != 0) << 8
     cdef u64 va = o.addr & _width(v)
-    cdef u64 value = 0
+    cdef u64 word
+    cdef bint emulate
     cdef u8 *at
     if (not mmu.shadow or _kind[code] == KIND_NONE or (va & 4095) > 4088 or o.size > 8
             or (v.guest.mode >= MODE_64 and not is_canonical(va, 57 if v.guest.mode == MODE_LA57 else 48))):
         return False
-    r.gpa = fault_plain(mmu, v, va, _access[code])
+    r.gpa = fault_plain(mmu, v, va, _access[code], &emulate)
     if r.gpa == ~<u64>0:
         return False
     r.outcome = RC_OK
     r.error_code = 0
     r.exits = 1
-    r.emulated = 0
+    r.emulated = emulate
+    at = mem_guest_frame(mmu.mem, r.gpa) + (r.gpa & 4095)
+    memcpy(&word, at, 8)
     if data:
-        at = mem_guest_frame(mmu.mem, r.gpa) + (r.gpa & 4095)
-        memcpy(&value, at, 8)
-        r.value[0] = value & _loads[code] & _bytes[o.size & 15 if o.op != OP_FETCH else 1]
+        r.value[0] = word & _loads[code] & _bytes[o.size if o.op != OP_FETCH else 1]
         r.value[1] = 0
-        if o.op == OP_WRITE:
-            memcpy(at, o.value, o.size)
+        word = o.value[0]
+    if emulate:
+        emulate_store(mmu, v, r.gpa, <const u8 *>&word, o.size)
+    elif data and o.op == OP_WRITE:
+        memcpy(at, &word, o.size)
     return True
 
 
@@ -462,7 +467,7 @@ cdef int _chunk(sc_mmu *mmu, sc_batch *b, u64 *done, u64 stop) noexcept nogil:
     memset(&o, 0, sizeof(o))
     o.vcpu = b.number
     while True:
-        if exits < STREAK:
+        if exits < STREAK and i < stop and not _odd_op[b.ops.base[<i64>i * b.ops.stride + <i64>b.ops.at[0]]]:
             before = i
             i = _quick_plain(mmu, b, i, stop) if b.plain else _quick_other(mmu, b, i, stop)
             if i > before:

@@ -69,8 +69,10 @@ cdef inline u32 _child(sc_mmu *mmu, const sc_vcpu *v, u64 va, int level, const s
     return pool_get(mmu, gfn, role)
 
 
-cdef int _link_path(sc_mmu *mmu, sc_vcpu *v, u64 va, const sc_walk *w, sc_leaf *leaf) noexcept nogil:
-    """Link every level down to the leaf table; leaf.spte is the entry for va, filled or not."""
+cdef int _link_path(sc_mmu *mmu, sc_vcpu *v, u64 va, const sc_walk *hw, const sc_walk *w,
+                    sc_leaf *leaf) noexcept nogil:
+    """Link every level down to the leaf table; leaf.spte is the entry for va, filled or not. Where the failed walk hw
+    came by is linked, and links that lead to shadows of guest tables are right (see _child)."""
     cdef int level = v.guest.mode if v.guest.mode >= MODE_64 else 2
     cdef int slot = 0 if level > 2 else <int>(va >> 30) & 3
     cdef u32 page = v.roots[slot]
@@ -80,6 +82,9 @@ cdef int _link_path(sc_mmu *mmu, sc_vcpu *v, u64 va, const sc_walk *w, sc_leaf *
         if page == SC_NONE:
             return RC_EXHAUSTED
         leaf.filled = True
+    elif hw != NULL and hw.level <= level and hw.level >= w.level:
+        level = hw.level
+        page = <u32>(hw.table[level] - SC_POOL_HFN)
     while level > 1:
         spte = page * 512 + level_index(va, level)
         linked = mem_pool_page(mmu.table[spte]) if mmu.table[spte] else SC_NONE
@@ -158,11 +163,7 @@ cdef int fetch(sc_mmu *mmu, sc_vcpu *v, u32 access, bint refused, const sc_walk 
     cdef bint taken = False
     memset(leaf, 0, sizeof(sc_leaf))
     leaf.large = SC_NONE
-    if hw != NULL and hw.level == 1 and w.level == 1 and mode != MODE_OFF:
-        # Every level is linked, and a link that leads to the shadow of a guest table, or in `flush` to the table of
-        # an address, is right (see _child).
-        leaf.spte = <u32>(hw.table[1] - SC_POOL_HFN) * 512 + level_index(va, 1)
-    elif _link_path(mmu, v, va, w, leaf) != RC_OK:
+    if _link_path(mmu, v, va, hw, w, leaf) != RC_OK:
         return RC_EXHAUSTED
     if mmu.quirks & QUIRK_NX_LEAF_ONLY and mode >= MODE_PAE:
         guest = (guest & ~<u32>ACC_X) | (0 if w.entry[w.level] & pte_nx() else ACC_X)
@@ -213,7 +214,7 @@ cdef int fetch(sc_mmu *mmu, sc_vcpu *v, u32 access, bint refused, const sc_walk 
             if write and access & PF_U:
                 # User mode does not edit page tables: the frame has become something else (patch 27).
                 pool_unprotect(mmu, gfn)
-                if _link_path(mmu, v, va, w, leaf) != RC_OK:
+                if _link_path(mmu, v, va, NULL, w, leaf) != RC_OK:
                     return RC_EXHAUSTED
                 old = mmu.table[leaf.spte]
                 shadowed = mmu.frames[frame].shadowed != 0      # still: a root in use

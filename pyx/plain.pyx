@@ -1,10 +1,11 @@
-"""The fault that most faults are: a leaf is missing, or lacks W, in a shadow table that is there.
+"""The faults that most faults are: a leaf is missing, or lacks W, in a shadow table that is there; a guest table is
+stored to.
 
 All of it in one go, for batches: the failed walk of the shadow, the guest's, the leaf, the repeated walk. It does what
 fault.page_fault does and counts what that counts, or finds that the case is another one before it has changed anything.
 """
 from shadowcore.bits cimport PTE_A, PTE_D, PTE_G, PTE_P, PTE_U, PTE_W, level_index, pte_addr, pte_pkey, pte_rights
-from shadowcore.events cimport EXIT_FILL, EXIT_WRITE
+from shadowcore.events cimport EXIT_EMULATE, EXIT_FILL, EXIT_WRITE
 from shadowcore.fetch cimport leaf_install, leaf_replace
 from shadowcore.gmode cimport gmode_32, gmode_64, gmode_la57, gmode_pae, sc_gmode
 from shadowcore.memory cimport SC_POOL_HFN, mem_frame, mem_frame_hpa, mem_guest_frame, sc_mem, sc_no_frame
@@ -12,7 +13,7 @@ from shadowcore.spte cimport leaf_spte
 from shadowcore.state cimport (
     QUIRK_NX_LEAF_ONLY, QUIRK_PROCESSOR_CODE, QUIRK_ROLE_WITHOUT_ACCESS, exit_flush, sc_mmu, sc_vcpu,
 )
-from shadowcore.types cimport ACC_W, MODE_32, MODE_64, MODE_LA57, MODE_PAE, PF_W, u8, u32, u64
+from shadowcore.types cimport ACC_W, MODE_32, MODE_64, MODE_LA57, MODE_PAE, PF_U, PF_W, u8, u32, u64
 from shadowcore.walker cimport STEP_DOWN, glance_step, leaf_address, rights_fault, sc_paging, table_index
 
 
@@ -28,7 +29,8 @@ cdef inline bint _is_usual(const sc_mmu *mmu, const sc_vcpu *v, u32 below) noexc
                 or (mmu.keep and (mmu.n_free < mmu.min_free or mmu.n_free < below)))
 
 
-cdef inline u64 _plain(sc_mmu *mmu, sc_vcpu *v, u64 va, u32 access, int hw_top, sc_gmode g) noexcept nogil:
+cdef inline u64 _plain(sc_mmu *mmu, sc_vcpu *v, u64 va, u32 access, bint *emulate, int hw_top,
+                       sc_gmode g) noexcept nogil:
     cdef sc_mem *m = mmu.mem
     cdef const sc_paging *p = &v.guest
     cdef u64 *spte = mmu.table
@@ -76,13 +78,30 @@ cdef inline u64 _plain(sc_mmu *mmu, sc_vcpu *v, u64 va, u32 access, int hw_top, 
         return ~<u64>0              # the guest's fault, or a store that CR0.WP = 0 lets pass
     gpa = leaf_address(entry, va, 1, g)
     frame = mem_frame(m, gpa >> 12)
-    if frame == sc_no_frame() or mmu.frames[frame].shadowed:
+    if frame == sc_no_frame():
         return ~<u64>0
+    emulate[0] = False
+    if mmu.frames[frame].shadowed:
+        # A guest table. A store by supervisor code that changes nothing in the shadow but by itself is emulated.
+        if not access & PF_W or access & PF_U or not entry & PTE_D or mmu.can_emulate != NULL:
+            return ~<u64>0
+        emulate[0] = True
     if access & PF_W:
         entry |= PTE_D
-    granted = acc if entry & PTE_D else acc & ~<u32>ACC_W
+    granted = acc if entry & PTE_D and not emulate[0] else acc & ~<u32>ACC_W
     value = leaf_spte(mem_frame_hpa(m, frame), acc, granted, (entry & (PTE_A | PTE_D | PTE_G))
                       | (<u64>pkey << 59 if g.top >= 4 else 0) | (old & (PTE_A | PTE_D)))
+    if emulate[0]:
+        if value != old:
+            return ~<u64>0
+        mmu.stats.exits[EXIT_EMULATE] += 1
+        exit_flush(mmu)
+        mmu.stats.pf_taken += 1
+        mmu.stats.pf_fixed += 1
+        mmu.stats.accesses += 1
+        mmu.stats.walk_references += hw_top
+        mmu.stats.guest_walk_references += g.top
+        return gpa
     if rights_fault(&v.hw, pte_rights(value), pte_pkey(value), access):
         return ~<u64>0              # what the guest allows no leaf can grant: to be emulated
     # From here on it is one.
@@ -106,15 +125,15 @@ cdef inline u64 _plain(sc_mmu *mmu, sc_vcpu *v, u64 va, u32 access, int hw_top, 
     return gpa
 
 
-cdef u64 fault_plain(sc_mmu *mmu, sc_vcpu *v, u64 va, u32 access) noexcept nogil:
+cdef u64 fault_plain(sc_mmu *mmu, sc_vcpu *v, u64 va, u32 access, bint *emulate) noexcept nogil:
     """The access `access` (PF_W, PF_U, PF_I) at the canonical address `va`, under a shadow MMU, if it is one that takes
-    a plain fault and then succeeds: where it leads. Else all ones, and nothing has changed."""
+    a plain fault and then succeeds, or has to be emulated: where it leads. Else all ones, and nothing has changed."""
     if v.guest.mode == MODE_64:
-        return _plain(mmu, v, va, access, 4, gmode_64(False, True))
+        return _plain(mmu, v, va, access, emulate, 4, gmode_64(False, True))
     if v.guest.mode == MODE_PAE:
-        return _plain(mmu, v, va, access, 2, gmode_pae(False, True))
+        return _plain(mmu, v, va, access, emulate, 2, gmode_pae(False, True))
     if v.guest.mode == MODE_32:
-        return _plain(mmu, v, va, access, 2, gmode_32(False, True))
+        return _plain(mmu, v, va, access, emulate, 2, gmode_32(False, True))
     if v.guest.mode == MODE_LA57:
-        return _plain(mmu, v, va, access, 5, gmode_la57(False, True))
+        return _plain(mmu, v, va, access, emulate, 5, gmode_la57(False, True))
     return ~<u64>0

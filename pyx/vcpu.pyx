@@ -11,7 +11,6 @@ from shadowcore.access cimport (
 )
 from shadowcore.batch cimport run_batch
 from shadowcore.bits cimport PTE_P, is_canonical
-from shadowcore.fetch cimport fetch
 from shadowcore.memo cimport sc_memo
 from shadowcore.memory cimport mem_pool_hpa
 from shadowcore.mmu cimport Mmu
@@ -35,6 +34,7 @@ TLB_DTYPE = np.dtype([
     ("page", "<u8"), ("gpa", "<u8"), ("page_size", "<u4"), ("pcid", "<u2"), ("access", "u1"), ("pkey", "u1"),
     ("dirty", "u1"), ("global_", "u1"),
 ])
+
 
 @freelist(8)
 cdef class Translation:
