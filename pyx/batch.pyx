@@ -10,7 +10,9 @@ from cpython.buffer cimport PyBUF_STRIDES, PyBuffer_Release, PyObject_GetBuffer
 from cpython.exc cimport PyErr_CheckSignals
 from libc.string cimport memcpy, memset
 
-from shadowcore.access cimport OP_CMPXCHG, OP_COUNT, OP_FETCH, OP_WRITE, op_is_access, sc_op, sc_result, vcpu_op
+from shadowcore.access cimport (
+    OP_CMPXCHG, OP_COUNT, OP_FETCH, OP_WRITE, op_is_access, sc_op, sc_result, vcpu_access, vcpu_op,
+)
 from shadowcore.bits cimport is_canonical
 from shadowcore.emulate cimport emulate_store
 from shadowcore.gmode cimport gmode_32, gmode_64, gmode_la57, gmode_pae, sc_gmode
@@ -478,8 +480,10 @@ cdef int _chunk(sc_mmu *mmu, sc_batch *b, u64 *done, u64 stop) noexcept nogil:
             _load_plain(&o, b, i)
         else:
             _load_op(&o, &b.ops, i, b.number)
-        if not _fault(mmu, mmu.vcpus[o.vcpu], &o, b.data, &r):
+        if _odd_op[o.op]:
             rc = vcpu_op(mmu, mmu.vcpus[o.vcpu], &o, b.data, &r)
+        elif not _fault(mmu, mmu.vcpus[o.vcpu], &o, b.data, &r):
+            rc = vcpu_access(mmu, mmu.vcpus[o.vcpu], &o, b.data, &r)
         if rc < 0:
             break
         b.gpa[i] = r.gpa

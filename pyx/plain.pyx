@@ -1,5 +1,4 @@
-"""The faults that most faults are: a leaf is missing, or lacks W, in a shadow table that is there; a guest table is
-stored to.
+"""The faults that most faults are: a leaf is missing, or lacks W, or its table is missing; a guest table is stored to.
 
 All of it in one go, for batches: the failed walk of the shadow, the guest's, the leaf, the repeated walk. It does what
 fault.page_fault does and counts what that counts, or finds that the case is another one before it has changed anything.
@@ -9,11 +8,13 @@ from shadowcore.events cimport EXIT_EMULATE, EXIT_FILL, EXIT_WRITE
 from shadowcore.fetch cimport leaf_install, leaf_replace
 from shadowcore.gmode cimport gmode_32, gmode_64, gmode_la57, gmode_pae, sc_gmode
 from shadowcore.memory cimport SC_POOL_HFN, mem_frame, mem_frame_hpa, mem_guest_frame, sc_mem, sc_no_frame
-from shadowcore.spte cimport leaf_spte
+from shadowcore.pool cimport pool_get
+from shadowcore.roots cimport make_role
+from shadowcore.spte cimport leaf_spte, spte_link
 from shadowcore.state cimport (
     QUIRK_NX_LEAF_ONLY, QUIRK_PROCESSOR_CODE, QUIRK_ROLE_WITHOUT_ACCESS, exit_flush, sc_mmu, sc_vcpu,
 )
-from shadowcore.types cimport ACC_W, MODE_32, MODE_64, MODE_LA57, MODE_PAE, PF_U, PF_W, u8, u32, u64
+from shadowcore.types cimport ACC_W, MODE_32, MODE_64, MODE_LA57, MODE_PAE, PF_U, PF_W, SC_NONE, u8, u32, u64
 from shadowcore.walker cimport STEP_DOWN, glance_step, leaf_address, rights_fault, sc_paging, table_index
 
 
@@ -38,7 +39,9 @@ cdef inline u64 _plain(sc_mmu *mmu, sc_vcpu *v, u64 va, u32 access, bint *emulat
     cdef u64 all_ = ~<u64>0
     cdef u64 entry = 0
     cdef u64 old, value, gpa, frame
-    cdef u32 acc, granted, page
+    cdef u64 table
+    cdef u32 acc, above, granted, page
+    cdef u32 link = SC_NONE         # the entry above the leaf table, if that is missing
     cdef u32 pkey = 0
     cdef int level
     cdef u8 *leaf
@@ -52,7 +55,10 @@ cdef inline u64 _plain(sc_mmu *mmu, sc_vcpu *v, u64 va, u32 access, bint *emulat
         spte = <u64 *>(<u8 *>m.pool + base) + level_index(va, level)
         base = spte[0] & pte_addr()
         if level > 1 and not spte[0] & PTE_P:
-            return ~<u64>0
+            if level > 2 or spte[0] or not mmu.keep:
+                return ~<u64>0
+            link = <u32>(spte - mmu.table)
+            break
     old = spte[0]
     if old and (not old & PTE_P or not rights_fault(&v.hw, pte_rights(old), pte_pkey(old), access)):
         return ~<u64>0              # a device, or no fault
@@ -68,6 +74,8 @@ cdef inline u64 _plain(sc_mmu *mmu, sc_vcpu *v, u64 va, u32 access, bint *emulat
         return ~<u64>0
     if glance_step(m, p, va, &base, &entry, &all_, 2, g) != STEP_DOWN:
         return ~<u64>0
+    table = base >> 12
+    above = <u32>(all_ & (PTE_W | PTE_U)) | <u32>(all_ >> 63)
     leaf = mem_guest_frame(m, base) + table_index(va, 1, g.pte_size) * g.pte_size
     if glance_step(m, p, va, &base, &entry, &all_, 1, g) != STEP_DOWN or not all_ & PTE_A:
         return ~<u64>0
@@ -81,6 +89,8 @@ cdef inline u64 _plain(sc_mmu *mmu, sc_vcpu *v, u64 va, u32 access, bint *emulat
     if frame == sc_no_frame():
         return ~<u64>0
     emulate[0] = False
+    if link != SC_NONE and (mmu.frames[frame].shadowed or gpa >> 12 == table):
+        return ~<u64>0
     if mmu.frames[frame].shadowed:
         # A guest table. A store by supervisor code that changes nothing in the shadow but by itself is emulated.
         if not access & PF_W or access & PF_U or not entry & PTE_D or mmu.can_emulate != NULL:
@@ -105,15 +115,21 @@ cdef inline u64 _plain(sc_mmu *mmu, sc_vcpu *v, u64 va, u32 access, bint *emulat
     if rights_fault(&v.hw, pte_rights(value), pte_pkey(value), access):
         return ~<u64>0              # what the guest allows no leaf can grant: to be emulated
     # From here on it is one.
+    if link != SC_NONE:
+        page = pool_get(mmu, table, make_role(mmu, v, va, 1, False, above))
+        spte_link(mmu, link, page)
+        spte = mmu.table + <u64>page * 512 + level_index(va, 1)
+        old = spte[0]
+        value |= old & (PTE_A | PTE_D)
+        mmu.stats.walk_references -= 1      # the first walk did not come to the leaf
     leaf[0] |= <u8>(entry & PTE_D)
     value |= PTE_A | (PTE_D if access & PF_W else 0)
     page = <u32>(spte - mmu.table)
-    if old:
+    if old & PTE_P:
         leaf_replace(mmu, v, page, gpa >> 12, value)
-        mmu.stats.exits[EXIT_WRITE] += 1
     else:
         leaf_install(mmu, v, page, gpa >> 12, value)
-        mmu.stats.exits[EXIT_FILL] += 1
+    mmu.stats.exits[EXIT_WRITE if old and link == SC_NONE else EXIT_FILL] += 1
     exit_flush(mmu)
     mmu.stats.pf_taken += 1
     mmu.stats.pf_fixed += 1
