@@ -13,14 +13,14 @@ from libc.string cimport memcpy, memset
 from shadowcore.access cimport (
     OP_CMPXCHG, OP_COUNT, OP_FETCH, OP_WRITE, op_is_access, sc_op, sc_result, vcpu_access, vcpu_op,
 )
-from shadowcore.bits cimport is_canonical
+from shadowcore.bits cimport PTE_P, PTE_PS, is_canonical, pte_addr
 from shadowcore.emulate cimport emulate_store
 from shadowcore.gmode cimport gmode_32, gmode_64, gmode_la57, gmode_pae, sc_gmode
 from shadowcore.memo cimport (
-    KIND_NONE, KIND_USER, memo_context, memo_entry, memo_is, memo_mask, memo_note, memo_put, memo_region,
+    KIND_NONE, KIND_USER, memo_context, memo_entry, memo_is, memo_mask, memo_note, memo_promote, memo_put, memo_region,
     memo_region_tag, memo_spill, memo_tag, sc_memo, sc_memo_entry,
 )
-from shadowcore.memory cimport mem_frame, mem_gfn, mem_guest_frame, sc_mem, sc_no_frame
+from shadowcore.memory cimport mem_frame, mem_gfn, mem_guest_frame, mem_host_frame, sc_mem, sc_no_frame
 from shadowcore.mmu cimport Mmu
 from shadowcore.plain cimport fault_plain
 from shadowcore.results cimport Block, RunResult, block_new, sc_row
@@ -28,7 +28,7 @@ from shadowcore.state cimport MARK_STORED, MARK_TABLE, marked_table, memo_drop, 
 from shadowcore.types cimport (
     MODE_32, MODE_64, MODE_LA57, MODE_OFF, MODE_PAE, PF_I, PF_U, PF_W, RC_AUDIT, RC_OK, i64, u8, u16, u32, u64,
 )
-from shadowcore.walker cimport glance_body, probe_walk, sc_paging, sc_walk
+from shadowcore.walker cimport glance_body, probe_walk, sc_paging, sc_walk, table_index
 
 from shadowcore.config import Op
 from shadowcore.errors import ConfigError, Interrupted
@@ -55,6 +55,8 @@ cdef enum:
     FIELDS = 9                      # of an operation, required and optional: see sc_layout
     FEW = 4                         # rows that need no block of their own: as many as RunResult.few has
     STREAK = 2                      # exits in a row after which the next operation is taken to need one as well
+    PROMOTED = 4                    # one of so many hits in the spill of the memo moves the page out of it
+    FAR = 1 << 18                   # frames of RAM, of 4 KiB, from which on tables are fetched into the cache ahead
     NOTES = 8                       # without use for the memo, one chunk of so many looks whether there is one now
     PACKED = 19                     # bytes of an element of OP_DTYPE
     AHEAD = 32                      # operations whose bytes are fetched into the cache ahead of their use
@@ -69,6 +71,7 @@ cdef struct sc_batch:
     sc_layout ops
     u32 number                      # vcpu of operations that name none
     bint data                       # bytes move
+    bint far                        # tables are far more than caches hold
     bint plain                      # laid out as OP_DTYPE, `user` is 0 or 1, and no size is above 8
     u64 *gpa                        # results: per operation
     u64 *value                      # ... if data
@@ -344,6 +347,62 @@ cdef inline u64 _glances(sc_mmu *mmu, sc_batch *b, sc_vcpu *v, u64 context, u64 
     return i
 
 
+cdef inline void _fetch_tables(sc_mmu *mmu, sc_batch *b, sc_vcpu *v, u64 i, u64 stop, bint plain,
+                               sc_gmode g) noexcept nogil:
+    """Bring the entries by which operations i to stop (at most AHEAD) are walked into the cache. Level by level, so that
+    the misses of all of them are under way at once; nothing is judged here."""
+    cdef const u8 *element = b.ops.base + <i64>i * b.ops.stride
+    cdef const sc_mem *m = mmu.mem
+    cdef const sc_paging *p = &v.hw if g.host else &v.guest
+    cdef u64 va[AHEAD]
+    cdef const u8 *slot[AHEAD]
+    cdef u64 entry, base
+    cdef const u8 *table
+    cdef int n = <int>(stop - i)
+    cdef int k, step, level
+    for k in range(n):
+        memcpy(&va[k], element + (3 if plain else b.ops.at[3]), 8)
+        base = p.pdpte[(va[k] >> 30) & 3] & pte_addr() if g.pae_root else p.root
+        table = mem_host_frame(m, base) if g.host else mem_guest_frame(m, base)
+        slot[k] = NULL
+        if table != NULL:
+            slot[k] = table + table_index(va[k], g.top, g.pte_size) * g.pte_size
+        element += PACKED if plain else b.ops.stride
+    for step in range(g.top - 1):
+        level = g.top - 1 - step    # of the tables that this step comes to
+        for k in range(n):
+            if slot[k] == NULL:
+                continue
+            entry = (<const u64 *>slot[k])[0] if g.pte_size == 8 else (<const u32 *>slot[k])[0]
+            slot[k] = NULL
+            if not entry & PTE_P or entry & PTE_PS:
+                continue
+            base = entry & pte_addr()
+            table = mem_host_frame(m, base) if g.host else mem_guest_frame(m, base)
+            if table != NULL:
+                slot[k] = table + table_index(va[k], level, g.pte_size) * g.pte_size
+                sc_prefetch(slot[k])
+
+
+cdef inline void _fetch_ahead(sc_mmu *mmu, sc_batch *b, sc_vcpu *v, u64 i, u64 stop, bint plain) noexcept nogil:
+    """_fetch_tables, of the tables that the processor walks."""
+    if mmu.shadow:
+        if v.hw.mode == MODE_64:
+            _fetch_tables(mmu, b, v, i, stop, plain, gmode_64(True, True))
+        elif v.hw.mode == MODE_PAE:
+            _fetch_tables(mmu, b, v, i, stop, plain, gmode_pae(True, True))
+        else:
+            _fetch_tables(mmu, b, v, i, stop, plain, gmode_la57(True, True))
+    elif v.guest.mode == MODE_64:
+        _fetch_tables(mmu, b, v, i, stop, plain, gmode_64(False, True))
+    elif v.guest.mode == MODE_PAE:
+        _fetch_tables(mmu, b, v, i, stop, plain, gmode_pae(False, True))
+    elif v.guest.mode == MODE_32:
+        _fetch_tables(mmu, b, v, i, stop, plain, gmode_32(False, True))
+    elif v.guest.mode == MODE_LA57:
+        _fetch_tables(mmu, b, v, i, stop, plain, gmode_la57(False, True))
+
+
 cdef inline u64 _glance(sc_mmu *mmu, sc_batch *b, sc_vcpu *v, u64 context, u64 i, u64 stop, bint plain) noexcept nogil:
     """_glances, for the tables that the processor walks."""
     if mmu.shadow:
@@ -378,6 +437,8 @@ cdef u64 _spilled(sc_mmu *mmu, sc_batch *b, sc_vcpu *v, u64 context, u64 i, bint
     b.hits += 1
     b.gpa[i] = (e.target & ~<u64>4095) | (va & 4095)
     mmu.stats.walk_references += e.target & 15
+    if b.hits % PROMOTED == 0:      # often enough for what is in use to come to the fore, seldom enough for two pages
+        memo_promote(v.memo, va, context)                   # that want the same place not to change it all the time
     return i + 1
 
 
@@ -392,7 +453,7 @@ cdef inline u64 _quick(sc_mmu *mmu, sc_batch *b, u64 i, u64 stop, bint plain) no
     context = memo_context(v.memo, mmu.memo_epoch)
     while i < stop:
         begin = i
-        group = min(i + AHEAD, stop) if b.data else stop
+        group = min(i + AHEAD, stop) if b.data or (b.far and not b.remember) else stop
         while i < group:
             if b.remember:
                 i = _hits(mmu, b, v, context, i, group, plain)
@@ -405,6 +466,8 @@ cdef inline u64 _quick(sc_mmu *mmu, sc_batch *b, u64 i, u64 stop, bint plain) no
             if b.data and not mmu.shadow:
                 _moves(mmu, b, begin, i, plain)         # stores come before the walks that follow them
                 begin = i
+            if b.far and not b.remember and i == begin:
+                _fetch_ahead(mmu, b, v, i, group, plain)
             after = _glance(mmu, b, v, context, i, i + 1 if b.remember else group, plain)
             if after == i:
                 break
@@ -622,6 +685,7 @@ cdef object _run(Mmu shell, sc_batch *b, u64 n):
     result.rows = result.few
     result.before = mmu.stats[0]
     b.remember = not shell.no_memo
+    b.far = mmu.mem.nframes >= FAR or mmu.n_active >= FAR // 512
     if not mmu.shadow or mmu.mem.exposed:
         memo_drop(mmu)              # anybody may have written to what translations are made of
     mmu.mem.busy = True

@@ -66,6 +66,17 @@ cdef inline u64 memo_region_tag(u64 va, u64 context) noexcept nogil:
     """All pages of 2 MiB from a multiple of that on have the same tables."""
     return memo_tag(va, context) | ((va >> 21) & 7) << MEMO_DENIED
 
+cdef inline void memo_promote(sc_memo *memo, u64 va, u64 context) noexcept nogil:
+    """The page of `va`, found in the spill, changes places with the one that holds its entry."""
+    cdef sc_memo_entry *e = memo_entry(memo, va)
+    cdef sc_memo_entry *s = memo_spill(memo, va)
+    cdef sc_memo_entry held = e[0]
+    cdef u64 upper = held.tag & ((<u64>1 << MEMO_EPOCH) - 1)
+    e[0] = s[0]
+    s.tag = 0
+    if (held.tag ^ context) << (64 - MEMO_DENIED) >> (64 - MEMO_DENIED + MEMO_EPOCH) == 0:
+        memo_spill(memo, upper << 24 | (va & 0xFFF000))[0] = held
+
 cdef inline bint memo_is(const sc_memo_entry *e, u64 tag) noexcept nogil:
     """The entry is of that page, whatever it allows."""
     return (e.tag ^ tag) & (((<u64>1 << MEMO_DENIED) - 1)) == 0
