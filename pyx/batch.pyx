@@ -17,8 +17,8 @@ from shadowcore.bits cimport PTE_P, PTE_PS, is_canonical, pte_addr
 from shadowcore.emulate cimport emulate_store
 from shadowcore.gmode cimport gmode_32, gmode_64, gmode_la57, gmode_pae, sc_gmode
 from shadowcore.memo cimport (
-    KIND_NONE, KIND_USER, memo_context, memo_entry, memo_is, memo_mask, memo_note, memo_promote, memo_put, memo_region,
-    memo_region_tag, memo_spill, memo_tag, sc_memo, sc_memo_entry,
+    KIND_NONE, KIND_USER, MEMO_REGIONS, memo_context, memo_entry, memo_is, memo_mask, memo_note, memo_promote, memo_put,
+    memo_region, memo_region_tag, memo_spill, memo_tag, sc_memo, sc_memo_entry,
 )
 from shadowcore.memory cimport mem_frame, mem_gfn, mem_guest_frame, mem_host_frame, sc_mem, sc_no_frame
 from shadowcore.mmu cimport Mmu
@@ -55,8 +55,8 @@ cdef enum:
     FIELDS = 9                      # of an operation, required and optional: see sc_layout
     FEW = 4                         # rows that need no block of their own: as many as RunResult.few has
     STREAK = 2                      # exits in a row after which the next operation is taken to need one as well
+    HITS = 800                      # operations that the loop over hits does in one go
     PROMOTED = 4                    # one of so many hits in the spill of the memo moves the page out of it
-    FAR = 1 << 18                   # frames of RAM, of 4 KiB, from which on tables are fetched into the cache ahead
     NOTES = 8                       # without use for the memo, one chunk of so many looks whether there is one now
     PACKED = 19                     # bytes of an element of OP_DTYPE
     AHEAD = 32                      # operations whose bytes are fetched into the cache ahead of their use
@@ -83,6 +83,7 @@ cdef struct sc_batch:
     u64 hits                        # of the memo
     u64 glances                     # accesses that a glance answered
     u64 repeats                     # ... of a page that the memo had a note of
+    u64 regions                     # ... of 2 MiB, that had not been met lately
     u64 target                      # of the last glance: gpa of the page | entries read
     u64 nowhere                     # where loads store to
 
@@ -239,7 +240,9 @@ cdef u64 _remember(sc_mmu *mmu, sc_batch *b, sc_vcpu *v, u64 i, bint plain) noex
 cdef inline u64 _hits(sc_mmu *mmu, sc_batch *b, const sc_vcpu *v, u64 context, u64 i, u64 stop,
                       bint plain) noexcept nogil:
     """Where operations from number i on lead that are in the memo, up to the first that is not; returns its number.
-    The loop is kept this small for everything in it to have a register."""
+    The loop is kept this small for everything in it to have a register.
+
+    At most HITS operations: so many numbers of entries read, each at most 5, add up to less than 4096."""
     cdef const u8 *element = b.ops.base + <i64>i * b.ops.stride
     cdef i64 stride = PACKED if plain else b.ops.stride
     cdef const u64 *mask = _mask
@@ -253,6 +256,7 @@ cdef inline u64 _hits(sc_mmu *mmu, sc_batch *b, const sc_vcpu *v, u64 context, u
     cdef u64 first = i
     cdef u64 va, offset, target
     cdef u32 code, size
+    stop = min(stop, i + HITS)
     while i < stop:
         code = _code(b, element, &size, plain)
         memcpy(&va, element + (3 if plain else b.ops.at[3]), 8)
@@ -262,14 +266,14 @@ cdef inline u64 _hits(sc_mmu *mmu, sc_batch *b, const sc_vcpu *v, u64 context, u
         if (e.tag ^ memo_tag(va, context)) & mask[code] or offset > 4088 or (not plain and size > 8):
             break
         target = e.target
-        references += target & 15
+        references += target        # of which the low bits count, in the end
         target = (target & ~<u64>4095) | offset
         gpa[i] = target
         if data:
             sc_prefetch(ram + target)               # only a hint where gpas are not offsets in RAM
         i += 1
         element += stride
-    mmu.stats.walk_references += references
+    mmu.stats.walk_references += references & 4095
     b.hits += i - first
     return i
 
@@ -301,6 +305,8 @@ cdef inline u64 _glances(sc_mmu *mmu, sc_batch *b, sc_vcpu *v, u64 context, u64 
     cdef u64 references = 0
     cdef u64 first = i
     cdef u64 repeats = 0
+    cdef u64 new = 0
+    cdef u64 *region
     cdef bint note = b.note
     cdef bint data = b.data
     cdef u64 *gpa = b.gpa
@@ -328,7 +334,11 @@ cdef inline u64 _glances(sc_mmu *mmu, sc_batch *b, sc_vcpu *v, u64 context, u64 
             if frame == sc_no_frame() or (_access[code] & PF_W and (m.logging or marked_table(mmu, frame))):
                 break
             target &= ~<u64>4095
-        if note:                    # without what it would allow
+        if note:
+            region = &memo.region[(va >> 21) & (MEMO_REGIONS - 1)]
+            new += region[0] != va >> 21
+            region[0] = va >> 21
+            # ... and the page, without what it would allow
             e = memo_entry(memo, va)
             repeats += memo_is(e, memo_tag(va, context))
             memo_note(e, memo_tag(va, context))
@@ -343,6 +353,7 @@ cdef inline u64 _glances(sc_mmu *mmu, sc_batch *b, sc_vcpu *v, u64 context, u64 
     mmu.stats.walk_references += references
     b.glances += i - first
     b.repeats += repeats
+    b.regions += new
     b.target = target | <u64>read
     return i
 
@@ -456,9 +467,10 @@ cdef inline u64 _quick(sc_mmu *mmu, sc_batch *b, u64 i, u64 stop, bint plain) no
         group = min(i + AHEAD, stop) if b.data or (b.far and not b.remember) else stop
         while i < group:
             if b.remember:
-                i = _hits(mmu, b, v, context, i, group, plain)
-                if i == group:
-                    break
+                after = _hits(mmu, b, v, context, i, group, plain)
+                if after > i:
+                    i = after
+                    continue
                 after = _spilled(mmu, b, v, context, i, plain)
                 if after > i:
                     i = after
@@ -608,10 +620,17 @@ cdef int _check_values(sc_batch *b, u64 n, u32 vcpus) except -1:
     cdef u8 odd = layout.at[5] != <u64>-1
     cdef u32 word
     cdef u32 all_ = 0
+    cdef int part
     with nogil:
         # Loads, stores and fetches of 1, 2, 4 or 8 bytes are the bulk; only where there are others, each is looked at.
         if packed:
-            for _ in range(n):
+            for _ in range(n // 4):
+                for part in range(4):
+                    memcpy(&word, element + part * PACKED, 4)
+                    all_ |= word
+                    odd |= _odd_op[word & 0xFF] | _odd_size[(word >> 16) & 0xFF]
+                element += 4 * PACKED
+            for _ in range(n % 4):
                 memcpy(&word, element, 4)
                 all_ |= word
                 odd |= _odd_op[word & 0xFF] | _odd_size[(word >> 16) & 0xFF]
@@ -685,7 +704,7 @@ cdef object _run(Mmu shell, sc_batch *b, u64 n):
     result.rows = result.few
     result.before = mmu.stats[0]
     b.remember = not shell.no_memo
-    b.far = mmu.mem.nframes >= FAR or mmu.n_active >= FAR // 512
+    b.far = shell.far
     if not mmu.shadow or mmu.mem.exposed:
         memo_drop(mmu)              # anybody may have written to what translations are made of
     mmu.mem.busy = True
@@ -701,13 +720,15 @@ cdef object _run(Mmu shell, sc_batch *b, u64 n):
                 result.many = more
                 result.rows = <sc_row *>more.at
             b.rows = result.rows
-            b.hits = b.glances = b.repeats = 0
+            b.hits = b.glances = b.repeats = b.regions = 0
             shell.chunks += 1
             b.note = not b.remember and shell.chunks % NOTES == 0
             with nogil:
                 rc = _chunk(mmu, b, &i, stop)
             # Where accesses do not repeat, the memo only costs.
             if stop - begin > CHUNK // 2 and (b.remember or b.note):
+                # And where they lead to ever new regions, their tables do not lie in the caches.
+                b.far = b.note and b.regions * 2 > stop - begin or (b.far and not b.note)
                 b.remember = (b.hits + b.repeats) * 2 > stop - begin
             if n > CHUNK:
                 PyErr_CheckSignals()
@@ -716,6 +737,7 @@ cdef object _run(Mmu shell, sc_batch *b, u64 n):
     finally:
         mmu.mem.busy = False
         shell.no_memo = not b.remember
+        shell.far = b.far
     result.n = i
     result.n_rows = b.n_rows
     result.after = mmu.stats[0]

@@ -13,6 +13,7 @@ from shadowcore.types cimport u32, u64
 
 cdef enum:
     MEMO_ENTRIES = 4096
+    MEMO_REGIONS = 256
     # A tag: bits 24-63 of the address, then 16 of the epoch, then a bit per kind, set if that kind is not allowed.
     MEMO_EPOCH = 40                 # first bit of the epoch
     MEMO_DENIED = 56                # first bit of the kinds
@@ -33,6 +34,7 @@ cdef struct sc_memo:
     sc_memo_entry entry[MEMO_ENTRIES]   # by the low bits of the page number
     sc_memo_entry spill[MEMO_ENTRIES]   # by a hash of it: what had to make room there
     u64 marked[64]                  # native: regions of 2 MiB whose tables are marked, as memo_region_tag
+    u64 region[MEMO_REGIONS]        # regions of 2 MiB met lately: 256 of them have leaf tables of 1 MiB
     u64 since                       # epoch in which it was last cleared
 
 cdef inline u64 memo_context(sc_memo *memo, u64 epoch) noexcept nogil:
