@@ -10,6 +10,7 @@ from shadowcore.emulate cimport emulate_store
 from shadowcore.events cimport EXIT_INVLPG
 from shadowcore.memory cimport mem_frame, mem_gfn, mem_guest_frame, mem_mark_dirty, sc_no_frame
 from shadowcore.mmu cimport mmu_invlpg, mmu_resolve
+from shadowcore.plain cimport fault_plain
 from shadowcore.pool cimport pool_unprotect
 from shadowcore.registers cimport load_ac, load_cr0, load_cr3, load_cr4, load_efer, load_pkru
 from shadowcore.state cimport FLUSH_INVLPG, flush_lost, marked_table, memo_drop, sc_mmu, sc_vcpu
@@ -178,27 +179,41 @@ cdef int _one_page(sc_mmu *mmu, sc_vcpu *v, const sc_op *o, u64 va, u32 access, 
     return rc
 
 
-cdef bint access_glance(sc_mmu *mmu, sc_vcpu *v, const sc_op *o, sc_result *r) noexcept nogil:
-    """Do a load, store or fetch of up to 8 bytes, with its data, if the tables allow it as they are; else nothing."""
-    cdef u32 size = 1 if o.op == OP_FETCH else o.size
-    cdef u32 access = (PF_U if o.user else 0) | (PF_W if o.op == OP_WRITE else PF_I if o.op == OP_FETCH else 0)
-    cdef u64 va = o.addr if v.guest.mode >= MODE_64 else o.addr & 0xFFFFFFFFULL
+cdef inline u32 _plain_access(const sc_op *o) noexcept nogil:
+    """PF_* of a load, store or fetch."""
+    return (PF_U if o.user else 0) | (PF_W if o.op == OP_WRITE else PF_I if o.op == OP_FETCH else 0)
+
+
+cdef inline bint _plain_address(const sc_vcpu *v, const sc_op *o, u64 *va, u32 *size) noexcept nogil:
+    """The operation is a load, store or fetch of at most 8 bytes within a page, at an address that can be."""
+    size[0] = 1 if o.op == OP_FETCH else o.size
+    if v.guest.mode < MODE_64:
+        va[0] = o.addr & 0xFFFFFFFFULL
+    else:
+        va[0] = o.addr
+        if not is_canonical(o.addr, 57 if v.guest.mode == MODE_LA57 else 48):
+            return False
+    return o.op <= OP_FETCH and size[0] <= 8 and (va[0] & 4095) + size[0] <= 4096
+
+
+cdef bint access_glance(sc_mmu *mmu, sc_vcpu *v, const sc_op *o, bint data, sc_result *r) noexcept nogil:
+    """Do the operation if it is a plain access that the tables allow as they are; else nothing."""
+    cdef u64 va
     cdef u64 gpa = 0
     cdef u64 frame
+    cdef u32 size
     cdef u8 *at
     cdef int read
-    if o.op > OP_FETCH or v.tlb != NULL or size > 8 or (va & 4095) + size > 4096:
-        return False
-    if v.guest.mode >= MODE_64 and not is_canonical(va, 57 if v.guest.mode == MODE_LA57 else 48):
+    if v.tlb != NULL or not _plain_address(v, o, &va, &size):
         return False
     if mmu.shadow:
-        read = shadow_glance(mmu.mem, &v.hw, va, access, &gpa)
+        read = shadow_glance(mmu.mem, &v.hw, va, _plain_access(o), &gpa)
         frame = (gpa >> 12) - mmu.mem.ram_hfn
         if read < 0 or frame >= mmu.mem.nframes:
             return False
         gpa = (mem_gfn(mmu.mem, frame) << 12) | (va & 4095)
     else:
-        read = guest_glance(mmu.mem, &v.guest, va, access, &gpa)
+        read = guest_glance(mmu.mem, &v.guest, va, _plain_access(o), &gpa)
         frame = mem_frame(mmu.mem, gpa >> 12)
         if read < 0 or frame == sc_no_frame():
             return False
@@ -208,12 +223,48 @@ cdef bint access_glance(sc_mmu *mmu, sc_vcpu *v, const sc_op *o, sc_result *r) n
     r.gpa = gpa
     at = mmu.mem.ram + (frame << 12) + (va & 4095)
     if o.op == OP_WRITE:
-        memcpy(at, o.value, size)
+        if data:
+            memcpy(at, o.value, size)
         if not mmu.shadow:
             _native_store(mmu, gpa)
-    else:
+    elif data:
         memcpy(r.value, at, size)
     return True
+
+
+cdef bint access_fault(sc_mmu *mmu, sc_vcpu *v, const sc_op *o, bint data, sc_result *r) noexcept nogil:
+    """Do the operation if it is a plain access that takes a plain fault; else nothing."""
+    cdef u64 va
+    cdef u64 word = 0
+    cdef u32 size
+    cdef bint emulate
+    cdef u8 *at
+    if not mmu.shadow or not _plain_address(v, o, &va, &size):
+        return False
+    r.gpa = fault_plain(mmu, v, va, _plain_access(o), &emulate)
+    if r.gpa == ~<u64>0:
+        return False
+    r.value[0] = r.value[1] = 0
+    r.outcome = RC_OK
+    r.error_code = 0
+    r.exits = 1
+    r.emulated = emulate
+    at = mem_guest_frame(mmu.mem, r.gpa) + (r.gpa & 4095)
+    if emulate:
+        memcpy(&word, <const u8 *>o.value if data else at, size)
+        emulate_store(mmu, v, r.gpa, <const u8 *>&word, size)
+    elif data and o.op == OP_WRITE:
+        memcpy(at, o.value, size)
+    elif data:
+        memcpy(r.value, at, size)
+    return True
+
+
+cdef int access_shortest(sc_mmu *mmu, sc_vcpu *v, const sc_op *o, bint data, sc_result *r) noexcept nogil:
+    """vcpu_access, by the shortest way that does."""
+    if access_glance(mmu, v, o, data, r) or access_fault(mmu, v, o, data, r):
+        return RC_OK
+    return vcpu_access(mmu, v, o, data, r)
 
 
 cdef int vcpu_access(sc_mmu *mmu, sc_vcpu *v, const sc_op *o, bint data, sc_result *r) noexcept nogil:

@@ -11,10 +11,9 @@ from cpython.exc cimport PyErr_CheckSignals
 from libc.string cimport memcpy, memset
 
 from shadowcore.access cimport (
-    OP_CMPXCHG, OP_COUNT, OP_FETCH, OP_WRITE, op_is_access, sc_op, sc_result, vcpu_access, vcpu_op,
+    OP_CMPXCHG, OP_COUNT, OP_FETCH, OP_WRITE, access_fault, op_is_access, sc_op, sc_result, vcpu_access, vcpu_op,
 )
 from shadowcore.bits cimport PTE_P, PTE_PS, is_canonical, pte_addr
-from shadowcore.emulate cimport emulate_store
 from shadowcore.gmode cimport gmode_32, gmode_64, gmode_la57, gmode_pae, sc_gmode
 from shadowcore.memo cimport (
     KIND_NONE, KIND_USER, MEMO_REGIONS, memo_context, memo_entry, memo_is, memo_mask, memo_note, memo_promote, memo_put,
@@ -22,7 +21,6 @@ from shadowcore.memo cimport (
 )
 from shadowcore.memory cimport mem_frame, mem_gfn, mem_guest_frame, mem_host_frame, sc_mem, sc_no_frame
 from shadowcore.mmu cimport Mmu
-from shadowcore.plain cimport fault_plain
 from shadowcore.results cimport Block, RunResult, block_new, sc_row
 from shadowcore.state cimport MARK_STORED, MARK_TABLE, marked_table, memo_drop, sc_mmu, sc_vcpu
 from shadowcore.types cimport (
@@ -502,36 +500,6 @@ cdef u64 _quick_other(sc_mmu *mmu, sc_batch *b, u64 i, u64 stop) noexcept nogil:
     return _quick(mmu, b, i, stop, False)
 
 
-cdef inline bint _fault(sc_mmu *mmu, sc_vcpu *v, const sc_op *o, bint data, sc_result *r) noexcept nogil:
-    """Do the operation if it is an access that takes a plain fault."""
-    cdef u32 code = (o.op & 15) | (o.user != 0) << 8
-    cdef u64 va = o.addr & _width(v)
-    cdef u64 word
-    cdef bint emulate
-    cdef u8 *at
-    if (not mmu.shadow or _kind[code] == KIND_NONE or (va & 4095) > 4088 or o.size > 8
-            or (v.guest.mode >= MODE_64 and not is_canonical(va, 57 if v.guest.mode == MODE_LA57 else 48))):
-        return False
-    r.gpa = fault_plain(mmu, v, va, _access[code], &emulate)
-    if r.gpa == ~<u64>0:
-        return False
-    r.outcome = RC_OK
-    r.error_code = 0
-    r.exits = 1
-    r.emulated = emulate
-    at = mem_guest_frame(mmu.mem, r.gpa) + (r.gpa & 4095)
-    memcpy(&word, at, 8)
-    if data:
-        r.value[0] = word & _loads[code] & _bytes[o.size if o.op != OP_FETCH else 1]
-        r.value[1] = 0
-        word = o.value[0]
-    if emulate:
-        emulate_store(mmu, v, r.gpa, <const u8 *>&word, o.size)
-    elif data and o.op == OP_WRITE:
-        memcpy(at, &word, o.size)
-    return True
-
-
 cdef int _chunk(sc_mmu *mmu, sc_batch *b, u64 *done, u64 stop) noexcept nogil:
     """Operations done[0] to stop; done[0] tells how far it came. RC_OK or the negative code of the one that failed."""
     cdef sc_op o
@@ -557,7 +525,7 @@ cdef int _chunk(sc_mmu *mmu, sc_batch *b, u64 *done, u64 stop) noexcept nogil:
             _load_op(&o, &b.ops, i, b.number)
         if _odd_op[o.op]:
             rc = vcpu_op(mmu, mmu.vcpus[o.vcpu], &o, b.data, &r)
-        elif not _fault(mmu, mmu.vcpus[o.vcpu], &o, b.data, &r):
+        elif not access_fault(mmu, mmu.vcpus[o.vcpu], &o, b.data, &r):
             rc = vcpu_access(mmu, mmu.vcpus[o.vcpu], &o, b.data, &r)
         if rc < 0:
             break

@@ -1,13 +1,12 @@
 """What the guest's processes do. An access that faults is taken to the kernel, serviced, and made again."""
 from libc.string cimport memset
 
-from shadowcore.access cimport OP_FETCH, OP_READ, OP_WRITE, sc_op, sc_result, vcpu_access
+from shadowcore.access cimport OP_FETCH, OP_READ, OP_WRITE, access_shortest, sc_op, sc_result
 from shadowcore.guest cimport (
-    FRAME_KERNEL, PIPE_BUFFERS, PROCESS_ALIVE, RC_NOMEM, RC_PANIC, RC_SEGV, guest_remember, sc_gpipe,
-    sc_guest,
+    FRAME_KERNEL, PIPE_BUFFERS, PROCESS_ALIVE, RC_NOMEM, RC_PANIC, RC_SEGV, guest_remember, sc_gpipe, sc_guest,
 )
-from shadowcore.guest_fault cimport fault_service
 from shadowcore.guest_cpu cimport cpu_access, cpu_enter, cpu_leave, cpu_log, cpu_string, cpu_string_at, cpu_work
+from shadowcore.guest_fault cimport fault_service
 from shadowcore.guest_frames cimport frame_put, frame_take
 from shadowcore.guest_process cimport process_swap_out
 from shadowcore.guest_user cimport TOUCH_FETCH, TOUCH_RANDOM, TOUCH_WRITE
@@ -71,7 +70,7 @@ cdef inline int _one(sc_guest *g, sc_op *o, sc_result *r) noexcept nogil:
             rc = cpu_log(g, o.op, o.user, o.size, o.addr, o.value[0])
             if rc != RC_OK:
                 return rc
-        rc = vcpu_access(g.mmu, g.v, o, True, r)
+        rc = access_shortest(g.mmu, g.v, o, True, r)
         if rc == RC_OK:
             guest_remember(g, r.gpa, r.value[0] ^ o.value[0])
             return RC_OK

@@ -7,7 +7,7 @@ and the emulation that a write-protected frame costs.
 """
 from libc.string cimport memcpy, memset
 
-from shadowcore.access cimport OP_INVLPG, OP_READ, OP_WRITE, sc_op, sc_result, vcpu_op
+from shadowcore.access cimport OP_INVLPG, OP_READ, OP_WRITE, access_shortest, op_is_access, sc_op, sc_result, vcpu_op
 from shadowcore.emulate cimport emulate_store
 from shadowcore.events cimport EXIT_EMULATE
 from shadowcore.memory cimport mem_frame, mem_guest_frame, mem_mark_dirty, sc_no_frame
@@ -69,6 +69,8 @@ cdef int _access(sc_mmu *mmu, sc_vcpu *v, u32 op, u64 va, bint user, u32 size, u
     o.size = size
     o.addr = va
     o.value[0] = value
+    if op_is_access(op):
+        return access_shortest(mmu, v, &o, data, r)
     return vcpu_op(mmu, v, &o, data, r)
 
 

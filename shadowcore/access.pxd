@@ -47,4 +47,7 @@ cdef inline bint op_is_rmw(u32 op) noexcept nogil:
 
 cdef int vcpu_access(sc_mmu *mmu, sc_vcpu *v, const sc_op *o, bint data, sc_result *r) noexcept nogil
 cdef int vcpu_op(sc_mmu *mmu, sc_vcpu *v, const sc_op *o, bint data, sc_result *r) noexcept nogil
-cdef bint access_glance(sc_mmu *mmu, sc_vcpu *v, const sc_op *o, sc_result *r) noexcept nogil
+# What all of these do is what vcpu_access does, if they do it.
+cdef bint access_glance(sc_mmu *mmu, sc_vcpu *v, const sc_op *o, bint data, sc_result *r) noexcept nogil
+cdef bint access_fault(sc_mmu *mmu, sc_vcpu *v, const sc_op *o, bint data, sc_result *r) noexcept nogil
+cdef int access_shortest(sc_mmu *mmu, sc_vcpu *v, const sc_op *o, bint data, sc_result *r) noexcept nogil
