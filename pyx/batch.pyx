@@ -358,8 +358,8 @@ cdef inline u64 _glances(sc_mmu *mmu, sc_batch *b, sc_vcpu *v, u64 context, u64 
 
 cdef inline void _fetch_tables(sc_mmu *mmu, sc_batch *b, sc_vcpu *v, u64 i, u64 stop, bint plain,
                                sc_gmode g) noexcept nogil:
-    """Bring the entries by which operations i to stop (at most AHEAD) are walked into the cache. Level by level, so that
-    the misses of all of them are under way at once; nothing is judged here."""
+    """Bring the entries by which operations i to stop (at most AHEAD) are walked into the cache. Level by level, so
+    that the misses of all of them are under way at once; nothing is judged here."""
     cdef const u8 *element = b.ops.base + <i64>i * b.ops.stride
     cdef const sc_mem *m = mmu.mem
     cdef const sc_paging *p = &v.hw if g.host else &v.guest

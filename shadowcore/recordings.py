@@ -12,6 +12,7 @@ import io
 import json
 import os
 import stat
+import threading
 import zipfile
 import zlib
 from collections import deque
@@ -243,12 +244,17 @@ def _npy(array: NDArray[Any]) -> bytes:
     return file.getvalue()
 
 
+_PARSER = threading.Lock()
+"""numpy reads headers by Python's own parser, which in CPython 3.11 gives SystemError if two threads are in it."""
+
+
 def _from_npy(data: bytes) -> NDArray[Any]:
     """An array of one dimension in the .npy format 1.0; ValueError otherwise."""
     file = io.BytesIO(data)
     if npy.read_magic(file) != (1, 0):
         raise ValueError("version 1.0 of the .npy format expected")
-    shape, fortran, dtype = npy.read_array_header_1_0(file)
+    with _PARSER:
+        shape, fortran, dtype = npy.read_array_header_1_0(file)
     if len(shape) != 1 or fortran or dtype.hasobject or dtype.itemsize == 0:
         raise ValueError("one dimension of plain numbers expected")
     if len(data) - file.tell() != shape[0] * dtype.itemsize:
