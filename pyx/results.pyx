@@ -12,11 +12,15 @@ from libc.string cimport memset
 
 from shadowcore.events cimport Stats, stats_between
 from shadowcore.results cimport sc_row
-from shadowcore.types cimport u8, u16, u64
 
 cdef enum:
     SPARES = 8                      # blocks kept for the next batch, whose first touch would cost page faults
     SPARE_BYTES = 8 << 20           # the largest that is kept
+
+# sc_row.
+_ROW = np.dtype([("number", "<u8"), ("error_code", "<u2"), ("exits", "<u2"), ("outcome", "u1"), ("emulated", "u1"),
+                 ("pad", "<u2")])
+assert _ROW.itemsize == sizeof(sc_row)
 
 cdef void *_spare[SPARES]
 cdef size_t _spare_size[SPARES]
@@ -74,33 +78,15 @@ cdef class RunResult:
     def __init__(self, *args, **kwargs):
         raise TypeError("results are made by VCpu.run")
 
-    cdef object _sparse(self, name, dtype):
-        cdef sc_row *rows = self.rows
-        cdef u64 i
-        cdef u8[::1] bytes_
-        cdef u16[::1] words
+    cdef object _sparse(self, name):
+        """The column `name` of the rows, and 0 for all operations that have none."""
         if self.columns is None:
             self.columns = {}
-        if name in self.columns:
-            return self.columns[name]
-        column = self.columns[name] = np.zeros(self.n, dtype=dtype)
-        if name == "outcome":
-            bytes_ = column
-            for i in range(self.n_rows):
-                bytes_[rows[i].number] = rows[i].outcome
-        elif name == "emulated":
-            bytes_ = column
-            for i in range(self.n_rows):
-                bytes_[rows[i].number] = rows[i].emulated
-        elif name == "exits":
-            words = column
-            for i in range(self.n_rows):
-                words[rows[i].number] = rows[i].exits
-        else:
-            words = column
-            for i in range(self.n_rows):
-                words[rows[i].number] = rows[i].error_code
-        return column
+        if name not in self.columns:
+            rows = np.frombuffer((<const char *>self.rows)[:self.n_rows * sizeof(sc_row)], _ROW)
+            column = self.columns[name] = np.zeros(self.n, _ROW[name])
+            column[rows["number"]] = rows[name]
+        return self.columns[name]
 
     cdef object _dense(self, name, int part):
         if self.columns is None:
@@ -112,19 +98,19 @@ cdef class RunResult:
 
     @property
     def outcome(self):
-        return self._sparse("outcome", np.uint8)
+        return self._sparse("outcome")
 
     @property
     def error_code(self):
-        return self._sparse("error_code", np.uint16)
+        return self._sparse("error_code")
 
     @property
     def exits(self):
-        return self._sparse("exits", np.uint16)
+        return self._sparse("exits")
 
     @property
     def emulated(self):
-        return self._sparse("emulated", np.uint8)
+        return self._sparse("emulated")
 
     @property
     def gpa(self):

@@ -29,5 +29,5 @@ cdef class RunResult:
     cdef sc_stats after
     cdef dict columns               # arrays that were asked for
 
-    cdef object _sparse(self, name, dtype)
+    cdef object _sparse(self, name)
     cdef object _dense(self, name, int part)
