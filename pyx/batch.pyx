@@ -205,6 +205,7 @@ cdef void _mark_tables(sc_mmu *mmu, sc_vcpu *v, u64 va) noexcept nogil:
             level = w.level
             continue
         mmu.marks[frame] |= MARK_TABLE
+        mmu.marked_epoch = mmu.memo_epoch
         level += 1
 
 
@@ -305,6 +306,7 @@ cdef inline u64 _glances(sc_mmu *mmu, sc_batch *b, sc_vcpu *v, u64 context, u64 
     cdef u64 repeats = 0
     cdef u64 new = 0
     cdef u64 *region
+    cdef bint watched = m.logging or mmu.marked_epoch == mmu.memo_epoch     # stores may have more to do
     cdef bint note = b.note
     cdef bint data = b.data
     cdef u64 *gpa = b.gpa
@@ -329,7 +331,8 @@ cdef inline u64 _glances(sc_mmu *mmu, sc_batch *b, sc_vcpu *v, u64 context, u64 
             target = mem_gfn(m, frame) << 12
         else:
             frame = mem_frame(m, target >> 12)
-            if frame == sc_no_frame() or (_access[code] & PF_W and (m.logging or marked_table(mmu, frame))):
+            if frame == sc_no_frame() or (watched and _access[code] & PF_W and (
+                    m.logging or marked_table(mmu, frame))):
                 break
             target &= ~<u64>4095
         if note:

@@ -115,6 +115,7 @@ cdef struct sc_mmu:
     sc_page *pages                  # header of each pool page
     sc_frame *frames                # per frame of guest RAM
     sc_link *links                  # per spte of the pool
+    u64 marked_epoch                # memo_epoch in which a frame was last marked
     u64 *marks                      # native, per frame of guest RAM: memo_epoch << 2 | MARK_*, of that epoch
     u32 *hash                       # first page of each bucket, or SC_NONE
     sc_vcpu *vcpus[SC_MAX_VCPUS]
@@ -170,7 +171,8 @@ cdef inline void memo_drop(sc_mmu *mmu) noexcept nogil:
 
 cdef inline bint marked_table(const sc_mmu *mmu, u64 frame) noexcept nogil:
     """Native: a store to the frame may change what the memos know."""
-    return mmu.marks[frame] >> 2 == mmu.memo_epoch and mmu.marks[frame] & MARK_TABLE
+    return (mmu.marked_epoch == mmu.memo_epoch and mmu.marks[frame] >> 2 == mmu.memo_epoch
+            and mmu.marks[frame] & MARK_TABLE)
 
 cdef inline void audit_point(sc_mmu *mmu, u32 point) noexcept nogil:
     if mmu.audit_points >> point & 1:
