@@ -5,14 +5,13 @@ from pathlib import Path
 
 from rich.console import Console
 
-from shadowcore import report, trace
+import shadowcore as sc
+from shadowcore import report
 
 
 def main() -> None:
-    recording = trace.load()
-    results = [trace.replay(recording, name) for name in ("native", "flush", "cached")]
     console = Console(record=True, width=82, highlight=False)
-    console.print(report.comparison(recording, results))
+    console.print(report.comparison(sc.study(windows=0)))
     target = Path(__file__).parent / "images" / "compare.svg"
     target.parent.mkdir(exist_ok=True)
     svg = console.export_svg(title="shadowcore compare")

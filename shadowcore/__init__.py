@@ -5,6 +5,7 @@ from ._version import __version__
 from .audit import AuditReport, Violation
 from .batch import OP_DTYPE
 from .config import TLB, Features, MemorySlot, Native, Op, Quirk, Shadow
+from .costs import CostBreakdown, Costs
 from .errors import (
     AuditError,
     ConfigError,
@@ -30,6 +31,7 @@ from .mmu import Mmu
 from .pagetables import PageTables
 from .process import Process
 from .results import RunResult
+from .study import Study, StudyDesign, StudyInterrupted, study
 from .vcpu import Translation, VCpu
 
 __all__ = [
@@ -41,6 +43,8 @@ __all__ = [
     "AuditReport",
     "Call",
     "ConfigError",
+    "CostBreakdown",
+    "Costs",
     "EngineError",
     "Features",
     "File",
@@ -69,6 +73,9 @@ __all__ = [
     "ShadowcoreError",
     "SnapshotError",
     "Stats",
+    "Study",
+    "StudyDesign",
+    "StudyInterrupted",
     "Touch",
     "TraceError",
     "Translation",
@@ -78,6 +85,7 @@ __all__ = [
     "importers",
     "pagetables",
     "recordings",
+    "study",
     "trace",
     "workload",
 ]

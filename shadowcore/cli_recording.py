@@ -3,40 +3,18 @@
 from __future__ import annotations
 
 import json
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from .cli_options import JSON
+from .progress import progress as _progress
+
 if TYPE_CHECKING:
     from .recordings import Reader, Writer
 
-_JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of text.  [default: text]")
 _NAME = click.option("--name", metavar="NAME", help="What reports call the recording.  [default: as the first file]")
-
-
-@contextmanager
-def _progress(label: str, unit: str) -> Iterator[Callable[[int, int], None] | None]:
-    """A bar with rate and remaining time on standard error while that is a terminal; else None."""
-    if not sys.stderr.isatty():
-        yield None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
-    from rich.text import Text
-
-    class Rate(ProgressColumn):
-        def render(self, task: Task) -> Text:
-            speed = task.finished_speed or task.speed
-            return Text(f"{speed / 1e6:,.1f} M{unit}/s" if speed else "", "progress.data.speed")
-
-    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed:,} " + unit), Rate())
-    with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task(label, total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total or None)
 
 
 @click.command("import")
@@ -52,7 +30,7 @@ def _progress(label: str, unit: str) -> Iterator[Callable[[int, int], None] | No
     "or CSV. auto looks into the first.",
 )
 @_NAME
-@_JSON
+@JSON
 def import_(files: tuple[str, ...], out: str, form: str, name: str | None, as_json: bool) -> None:
     """Convert FILEs of other tools into one recording. Of programs' files, each becomes a process.
 
@@ -71,7 +49,7 @@ def import_(files: tuple[str, ...], out: str, form: str, name: str | None, as_js
 @click.option("-o", "--output", "out", metavar="OUT", help="The recording to write.  [default: PROGRAM.screc]")
 @click.option("--valgrind", default="valgrind", show_default=True, metavar="PATH", help="The Valgrind to run.")
 @_NAME
-@_JSON
+@JSON
 def record(command: tuple[str, ...], out: str | None, valgrind: str, name: str | None, as_json: bool) -> None:
     """Run PROGRAM under Valgrind and record each access of its processes, and how they change their memory.
 
@@ -106,7 +84,7 @@ def _written(writer: Writer, as_json: bool, err: bool = False) -> None:
 @click.command()
 @click.argument("recording", metavar="RECORDING")
 @click.option("--check", is_flag=True, help="Read every block, verify checksums and records, and count.  [default: no]")
-@_JSON
+@JSON
 def info(recording: str, check: bool, as_json: bool) -> None:
     """Say what RECORDING holds: its stream, records, processes, and where it comes from."""
     from .recordings import Reader, is_recording

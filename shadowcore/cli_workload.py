@@ -1,4 +1,4 @@
-"""Commands about workloads, for the command `shadowcore` to take up."""
+"""The commands `workloads` and `calibration` of `shadowcore`."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ import math
 
 import click
 
-_JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of text.  [default: text]")
+from .cli_options import JSON
 
 
 @click.command()
 @click.argument("name", required=False, metavar="[NAME]")
-@_JSON
+@JSON
 def workloads(name: str | None, as_json: bool) -> None:
     """List the workloads, or, with NAME, the parameters of one."""
     from .workload import WORKLOADS, find
@@ -54,7 +54,7 @@ def workloads(name: str | None, as_json: bool) -> None:
     help="Address spaces that the model makes, at most.",
 )
 @click.option("--seed", type=click.IntRange(0), default=1, show_default=True, metavar="N", help="Of the model.")
-@_JSON
+@JSON
 def calibration(recordings: tuple[str, ...], spaces: int, seed: int, as_json: bool) -> None:
     """Print rates of recorded Linux guests beside those of the guest kernel.
 

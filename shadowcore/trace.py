@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from .config import Features, Native, Shadow, check_int, design
+from .config import TLB, Features, Native, Shadow, check_int, design
 from .errors import AuditError, GeneralProtection, TraceError
 from .machine import VM
 from .recording import (
@@ -35,6 +35,7 @@ from .recording import (
     open_recording,
 )
 from .replay import replay as replay_records
+from .windows import WindowLog
 
 __all__ = [
     "ACCESS",
@@ -105,6 +106,8 @@ class ReplayResult:
     pages_mean, pages_max: shadow pages in use, sampled at every record.
     audits: audits made. violations: (record, violation) of the first that found any; the replay ends there.
     seconds: time that the engine took, audits left out.
+    cr3_loads: of the guest.
+    windows: counters in each window of records, by name (see `windows.WindowLog`); None where none were asked for.
     """
 
     design: str
@@ -124,9 +127,11 @@ class ReplayResult:
     audits: int
     violations: tuple[tuple[int, Any], ...]
     seconds: float
+    cr3_loads: int = 0
+    windows: dict[str, NDArray[np.uint64]] | None = dataclasses.field(default=None, compare=False)
 
     def as_dict(self) -> dict[str, Any]:
-        """All of it in plain types, as `shadowcore compare --json` prints it for a design."""
+        """All of it but the windows in plain types, as `shadowcore compare --json` prints it for a design."""
         plain = _phase_dict(self.whole)
         for name in (*_COUNTS, "pages_mean", "pages_max", "audits", "seconds"):
             plain[name] = getattr(self, name)
@@ -165,6 +170,8 @@ def replay(
     stop: int | None = None,
     progress: Callable[[int, int], None] | None = None,
     pool: int | None = None,
+    window: int = 0,
+    tlb: TLB | None = None,
 ) -> ReplayResult:
     """Run the guest of a recording on a design, and count.
 
@@ -174,11 +181,14 @@ def replay(
     start, stop: first record to replay and the one to stop before (None: the last). With a start, the guest's
         tables and registers are as they stand there, and the shadow MMU is new.
     progress: called now and then with the number of records done, and of all to do.
+    window: count by windows of so many records (0: do not).
+    tlb: a TLB to model. Without one every access walks: they are those that missed a TLB when they were recorded.
     """
     made = design(mmu)
     if pool is not None and isinstance(made, Shadow):
         made = dataclasses.replace(made, pool_pages=pool)
     every = check_int("audit_every", audit_every, 0, 1 << 63)
+    step = check_int("window", window, 0, 1 << 62)
     start = check_int("start", start, 0, recording.operations - 1)
     stop = recording.operations if stop is None else check_int("stop", stop, start + 1, recording.operations)
     split = recording.first_user
@@ -186,7 +196,7 @@ def replay(
 
     # The tables that the first CR3 load needs are put in place, like all that lies before the start.
     position = min(max(start, recording.first_cr3), stop)
-    vm = _machine(recording, made, position)
+    vm = _machine(recording, made, position, tlb)
     vm.audit_points = audit_at
     vm.stats.reset()
     counts = dict.fromkeys(_COUNTS, 0)
@@ -195,7 +205,9 @@ def replay(
     violations: tuple[tuple[int, Any], ...] = ()
     counters_at_split = vm.stats.as_dict()
     instructions = {"boot": 0, "workload": 0}
+    cr3_loads = 0
     seconds = 0.0
+    log = WindowLog(vm.stats) if step else None
     direct_map = recording.direct_map
     for base, piece in recording.pieces(start):
         # Numbers of records in this piece are those in the recording, less base.
@@ -211,6 +223,8 @@ def replay(
                 end = min(end, split)
             if every:
                 end = min(end, (position // every + 1) * every)
+            if step:
+                end = min(end, start + ((position - start) // step + 1) * step)
             clock = time.perf_counter()
             try:
                 done = replay_records(vm, arrays, position - base, end - base, direct_map)
@@ -225,6 +239,12 @@ def replay(
             pages_sum += done["pages_sum"]
             mismatches += [base + record for record in done["mismatch_records"]][: _MISMATCHES - len(mismatches)]
             pages_max = max(pages_max, done["pages_max"])
+            if log is not None:
+                insns = int(piece.insns[position - base : end - base].sum(dtype=np.uint64))
+                log.pages(done["records"], done["pages_sum"], done["pages_max"])
+                log.count(instructions=insns, **{name: done[name] for name in _COUNTS if name != "accesses"})
+                if (end - start) % step == 0 or end == stop:
+                    log.close(end - start)
             position = end
             if position <= split:
                 counters_at_split = vm.stats.as_dict()
@@ -237,6 +257,7 @@ def replay(
         reached = min(max(position - base, first), last)
         for name, begin, end in (("boot", first, min(parted, reached)), ("workload", parted, reached)):
             instructions[name] += int(piece.insns[begin:end].sum(dtype=np.uint64)) if begin < end else 0
+        cr3_loads += int(np.count_nonzero(piece.kind[first:reached] == LOAD_CR3))
         if violations:
             break
 
@@ -257,6 +278,8 @@ def replay(
         audits=audits,
         violations=violations,
         seconds=seconds,
+        cr3_loads=cr3_loads,
+        windows=None if log is None else log.arrays(position - start),
         **counts,
     )
 
@@ -273,9 +296,9 @@ def _plain_flags(piece: Recording, first_user: int | None, base: int) -> NDArray
     return flags
 
 
-def _machine(recording: Recording | RecordingFile, made: Native | Shadow, record: int) -> VM:
+def _machine(recording: Recording | RecordingFile, made: Native | Shadow, record: int, tlb: TLB | None = None) -> VM:
     """A VM as the guest was just before `record` (a first CR3 load at `record` itself is taken early)."""
-    vm = VM(memory=recording.memory_size, mmu=made, features=Features(maxphyaddr=52))
+    vm = VM(memory=recording.memory_size, mmu=made, tlb=tlb, features=Features(maxphyaddr=52))
     cr0, cr4, cr3 = recording.cr0, recording.cr4, 0
     frames = vm.memory.words.reshape(-1, 512)
     for base, piece in recording.pieces():

@@ -17,11 +17,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .config import Features, Native, Shadow, check_int
+from .config import TLB, Features, Native, Shadow, check_int
 from .errors import ConfigError
 from .guest_options import Call, File, KernelOptions, Program, Prot, Touch
 from .kernel import CALL_DTYPE, NO_PROGRAM, Kernel
 from .machine import VM
+from .windows import WindowLog
 
 if TYPE_CHECKING:
     from . import calibration as calibrated
@@ -73,6 +74,8 @@ class WorkloadResult:
     counters: of the kernel; stats: of the VM; both without the setup. setup: operations that the setup took.
     history: checksum of all accesses from boot on; the same under every design. frames: at the end.
     seconds: of the work, the setup left out. recording: all operations from boot on (OP_DTYPE), or None.
+    windows: counters in each window of operations, by name (see `windows.WindowLog`), or None; and if there are,
+    pages_mean, pages_max: shadow pages in use, sampled.
     """
 
     workload: str
@@ -87,15 +90,18 @@ class WorkloadResult:
     history: int
     seconds: float
     recording: NDArray[Any] | None
+    windows: dict[str, NDArray[np.uint64]] | None = dataclasses.field(default=None, compare=False)
+    pages_mean: float | None = None
+    pages_max: int | None = None
 
     @property
     def operations_per_second(self) -> float:
         return self.operations / self.seconds if self.seconds else 0.0
 
     def as_dict(self) -> dict[str, Any]:
-        """All but the recording, in plain types."""
+        """All but the recording and the windows, in plain types."""
         plain = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        del plain["recording"]
+        del plain["recording"], plain["windows"]
         return plain | {"operations_per_second": self.operations_per_second}
 
 
@@ -121,6 +127,7 @@ class Guest:
     def __init__(self, kernel: Kernel, rng: np.random.Generator) -> None:
         self.kernel = kernel
         self.rng = rng
+        self.carry_out: Callable[[NDArray[Any]], NDArray[np.uint64]] = kernel.run
         self._rows: list[tuple[int, ...]] = []
         self._free: list[int] = []
         self._next = 0
@@ -155,7 +162,7 @@ class Guest:
 
     def go(self) -> NDArray[np.uint64]:
         """Carry out the operations written so far."""
-        return self.kernel.run(self.take())
+        return self.carry_out(self.take())
 
     def spawn(self, program: Program | None = None) -> int:
         number = self._number()
@@ -224,7 +231,7 @@ def _repeat(guest: Guest) -> Iterator[None]:
     """The round that was written, again and again."""
     calls = guest.take()
     while True:
-        guest.kernel.run(calls)
+        guest.carry_out(calls)
         yield
 
 
@@ -628,6 +635,57 @@ def idle(guest: Guest, processes: int, ticks: int) -> Iterator[None]:
     yield from _repeat(guest)
 
 
+class _Meter:
+    """Carries operations out in parts, so that counters can be read in between: a round may be longer than a window.
+
+    Windows end at the first look after their last operation. Pages in use are those at each look, eight a window.
+    """
+
+    def __init__(self, kernel: Kernel, vm: VM, window: int) -> None:
+        self._kernel, self._stats, self._window = kernel, vm.stats, window
+        self._start = self._seen = _operations(kernel.counters)
+        self._kernel_before = kernel.counters
+        self._end = window
+        self._calls = 1
+        self._log = WindowLog(vm.stats)
+
+    def run(self, calls: NDArray[Any]) -> NDArray[np.uint64]:
+        results, first = [], 0
+        while first < len(calls):
+            part = calls[first : first + self._calls]
+            first += len(part)
+            results.append(self._kernel.run(part))
+            self._look(len(part))
+        return np.concatenate(results) if results else np.zeros(0, dtype=np.uint64)
+
+    def _look(self, calls: int) -> None:
+        counters = self._kernel.counters
+        seen = _operations(counters)
+        pages = self._stats.mmu_cache_miss - self._stats.page_frees
+        self._log.pages(1, pages, pages)
+        each = (seen - self._seen) / calls
+        self._calls = max(1, min(int(self._window / 8 / each), 2 * self._calls) if each else 2 * self._calls)
+        self._seen = seen
+        if seen - self._start >= self._end:
+            self._close(counters)
+
+    def _close(self, counters: dict[str, int]) -> None:
+        done = self._seen - self._start
+        before = self._kernel_before
+        self._log.count(**{name: counters[name] - before[name] for name in ("faults", "table_stores", "switches")})
+        self._kernel_before = counters
+        self._end = (done // self._window + 1) * self._window
+        self._log.close(done)
+
+    def results(self) -> dict[str, Any]:
+        """What a WorkloadResult has of it."""
+        if self._log.open:
+            self._close(self._kernel.counters)
+        windows = self._log.arrays(self._seen - self._start)
+        most = int(windows["pages_max"].max(initial=0))
+        return {"windows": windows, "pages_mean": self._log.pages_mean, "pages_max": most}
+
+
 def find(name: str) -> Workload:
     """The workload of that name; ConfigError with the nearest one if there is none."""
     if name in WORKLOADS:
@@ -647,6 +705,8 @@ def run(
     record: bool = False,
     audit_every: int = 0,
     progress: Callable[[int, int], None] | None = None,
+    window: int = 0,
+    tlb: TLB | None = None,
     **parameters: Any,
 ) -> WorkloadResult:
     """Run a workload until the processor has done `operations`, setup left out; the round in hand is finished.
@@ -655,6 +715,7 @@ def run(
     seed: of everything random. options: of the kernel; what the workload needs (swap, large pages) is added.
     record: keep every operation (19 bytes each). audit_every: check all invariants (AuditError) every so many
         operations, and at the end (0: never). progress: called with operations done, and all.
+    window: count by windows of so many operations (0: do not). tlb: a TLB to model, where the VM is made here.
     parameters: see WORKLOADS[name].parameters. ConfigError for what cannot be.
     """
     workload = find(name)
@@ -668,15 +729,22 @@ def run(
         raise ConfigError(f"options: KernelOptions are needed, not {options!r:.60}")
     needed = {key: max(value, getattr(options, key)) for key, value in workload.options.items()}
     options = dataclasses.replace(options, seed=seed, **needed)
+    step = check_int("window", window, 0, 1 << 62)
     if not isinstance(vm, VM):
-        vm = VM(workload.memory, vm, features=Features())
+        vm = VM(workload.memory, vm, tlb=tlb, features=Features())
+    elif tlb is not None:
+        raise ConfigError("tlb: the VM that was given has its own, or none")
     kernel = Kernel(vm, options)
     if record:
         kernel.record()
-    steps = workload.function(Guest(kernel, np.random.default_rng(seed)), **checked)
+    guest = Guest(kernel, np.random.default_rng(seed))
+    steps = workload.function(guest, **checked)
     next(steps)
     counters, stats = kernel.counters, vm.stats.as_dict()
     setup = _operations(counters)
+    meter = _Meter(kernel, vm, step) if step else None
+    if meter is not None:
+        guest.carry_out = meter.run
     done, seconds, audited = 0, 0.0, 0
     while done < wanted:
         clock = time.perf_counter()
@@ -703,6 +771,7 @@ def run(
         history=kernel.history,
         seconds=seconds,
         recording=kernel.recording if record else None,
+        **({} if meter is None else meter.results()),
     )
 
 

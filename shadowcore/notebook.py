@@ -1,0 +1,35 @@
+"""What notebooks show: small tables; and pandas, where it is installed."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterable, Mapping, Sequence
+from html import escape
+from typing import Any
+
+from .errors import ConfigError
+
+
+def table(title: str, header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    """An HTML table: the first column to the left, the others to the right."""
+    head = "".join(f"<th>{escape(name)}</th>" for name in header)
+    body = ""
+    for first, *others in rows:
+        cells = "".join(f'<td style="text-align:right">{escape(str(value))}</td>' for value in others)
+        body += f'<tr><td style="text-align:left">{escape(str(first))}</td>{cells}</tr>'
+    head = f"<thead><tr>{head}</tr></thead>" if any(header) else ""
+    return f"<table><caption>{escape(title)}</caption>{head}<tbody>{body}</tbody></table>"
+
+
+def counters(title: str, counts: Mapping[str, int]) -> str:
+    """A table of the counters that are not 0."""
+    rows = [(name, f"{count:,}") for name, count in counts.items() if count]
+    return table(title, ("counter", "count"), rows or [("all", 0)])
+
+
+def pandas() -> Any:
+    """The package; ConfigError that says what to do where it is not installed."""
+    try:
+        return importlib.import_module("pandas")
+    except ImportError:
+        raise ConfigError("pandas: it is not installed; pip install pandas") from None

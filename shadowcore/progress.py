@@ -1,0 +1,28 @@
+"""Progress of long work: a bar with rate and remaining time on standard error while that is a terminal."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+
+@contextmanager
+def progress(label: str, unit: str) -> Iterator[Callable[[int, int], None] | None]:
+    """A function to call with (done, total), total 0 while that is not known; None where nothing is shown."""
+    if not sys.stderr.isatty():
+        yield None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
+    from rich.text import Text
+
+    class Rate(ProgressColumn):
+        def render(self, task: Task) -> Text:
+            speed = task.finished_speed or task.speed
+            return Text(f"{speed / 1e6:,.1f} M {unit}/s" if speed else "", "progress.data.speed")
+
+    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed:,} " + unit), Rate())
+    with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(label, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total or None)
