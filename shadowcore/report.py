@@ -10,6 +10,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from .costs import COMPONENTS
+from .reproduction import Reproduction
 from .study import Study, StudyDesign
 from .trace import ReplayResult
 from .workload import WorkloadResult
@@ -191,4 +192,33 @@ def print_run(study: Study) -> None:
         "operations a second, millions", *(f"{d.operations / 1e6 / max(d.seconds, 1e-9):,.1f}" for d in designs)
     )
     table.add_row("history", *(f"{d.history or 0:016x}" for d in designs))
+    _console().print(table)
+
+
+def print_reproduction(found: Reproduction) -> None:
+    """Predicted against published figures."""
+    caption = (
+        f"Calibrated: {found.costs.access:.2f} cycles for an operation, {found.costs.dispatch:,.1f} for an exit beyond "
+        "the processor's part. Given native: on top of the published native figure. Exits for each switch or message."
+    )
+    first = found.figures[0].test
+    table = Table(title="The figures of January 2007", caption=caption, title_style="bold", caption_justify="left")
+    for name in ("test", "column", "published", "predicted", "error", "given native", "error", "exits"):
+        table.add_column(name, justify="left" if name in ("test", "column") else "right")
+    for f in found.figures:
+        if f.column == "native":
+            table.add_section()
+        error = "calibrated" if f.calibrated else f"{f.error(f.predicted, f.published):+.0f} %"
+        given = [f"{f.given_native:.2f}", f"{f.error(f.given_native, f.published):+.0f} %"]
+        shown = given if f.column != "native" and f.test != first else ["", ""]
+        cells = (f"{f.published:g}", f"{f.predicted:.2f}", error, *shown, f"{f.exits:.2f}")
+        table.add_row(f.test, f.column, *cells)
+    _console().print(table)
+    table = Table(title="hackbench with caching, given native, by shadow pages in the pool", title_style="bold")
+    table.add_column("test")
+    for pool in next(iter(found.pools.values())):
+        table.add_column(f"{pool}, s", justify="right")
+        table.add_column("recycled per 1000 messages", justify="right")
+    for test, by_pool in found.pools.items():
+        table.add_row(test, *(cell for s, n in by_pool.values() for cell in (f"{s:.2f}", f"{n:,.0f}")))
     _console().print(table)

@@ -195,6 +195,7 @@ def test_commands_take_either_file(tmp_path, linux):
         assert result.exit_code == 0, result.output
         plain = json.loads(result.output)
         plain.pop("workload")
+        assert name in plain.pop("command")
         for design in plain["designs"].values():
             del design["seconds"]
         found.append(plain)
