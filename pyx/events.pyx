@@ -71,6 +71,10 @@ cdef class Stats:
             self.owner.counters_reset()
         memset(self.c, 0, sizeof(sc_stats))
 
+    def _repr_html_(self):
+        from shadowcore.notebook import counters
+        return counters("Stats: counters that are not 0", self.as_dict())
+
     def __repr__(self):
         shown = {k: v for k, v in self.as_dict().items() if v}
         return f"Stats({shown})"

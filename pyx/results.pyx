@@ -64,6 +64,10 @@ cdef Block block_new(size_t size):
     return block
 
 
+_COLUMNS = ("outcome", "error_code", "gpa", "value", "exits", "emulated")
+_OUTCOMES = {0: "done", 1: "guest page faults", 2: "guest general protection faults", 3: "device accesses"}
+
+
 @freelist(8)
 cdef class RunResult:
     """One row per operation, in arrays of equal length.
@@ -134,6 +138,22 @@ cdef class RunResult:
 
     def __len__(self):
         return self.n
+
+    def to_pandas(self):
+        """The arrays as columns of a pandas.DataFrame, one row per operation. ConfigError where there is no pandas."""
+        from shadowcore.notebook import pandas
+        columns = {name: getattr(self, name) for name in _COLUMNS}
+        if self.highs is not None:
+            columns["value_high"] = self.value_high
+        return pandas().DataFrame(columns)
+
+    def _repr_html_(self):
+        from shadowcore.notebook import table
+        outcome = self.outcome
+        rows = [(name, f"{int(np.count_nonzero(outcome == code)):,}") for code, name in _OUTCOMES.items()]
+        rows.append(("page-fault exits", f"{int(self.exits.sum()):,}"))
+        rows.append(("emulated stores", f"{int(self.emulated.sum()):,}"))
+        return table(f"RunResult: {len(self):,} operations", ("", "count"), rows)
 
     def __repr__(self):
         faults = int(np.count_nonzero(self.outcome == 1))

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from . import snapshot
+from . import notebook, snapshot
 from .audit import AuditPoints, audit
 from .config import TLB, Features, MemorySlot, Native, Shadow, check_int, design
 from .errors import AuditError, ConfigError
@@ -103,6 +103,20 @@ class VM:
     @audit_points.setter
     def audit_points(self, names: Iterable[str]) -> None:
         self._audit_points.names = names
+
+    def _repr_html_(self) -> str:
+        stats = self.stats
+        rows = [
+            ("memory", f"{self.memory.bytes.size >> 20:,} MiB"),
+            ("design", self.mmu.design.name),
+            ("processors", len(self.vcpus)),
+            ("TLB, entries for 4 KiB pages", "none" if self.tlb is None else f"{self.tlb.small_entries:,}"),
+            ("shadow pages in use", f"{len(self.mmu.pages):,}"),
+            ("accesses", f"{stats.accesses:,}"),
+            *((f"exits: {reason}", f"{count:,}") for reason, count in stats.exits.items() if count),
+            ("exits, all", f"{stats.exits_total:,}"),
+        ]
+        return notebook.table("VM", ("", ""), rows)
 
     def __repr__(self) -> str:
         size = self.memory.bytes.size >> 20

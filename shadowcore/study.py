@@ -162,6 +162,11 @@ class Study:
         """The rows as a DataFrame with designs as its index. ConfigError where pandas is not installed."""
         return notebook.pandas().DataFrame(self.rows()).set_index("design")
 
+    def windows_to_pandas(self) -> Any:
+        """Counters by windows as a DataFrame with (design, operation at the window's end) as its index."""
+        frames = [notebook.pandas().DataFrame(d.windows).assign(design=name) for name, d in self.designs.items()]
+        return notebook.pandas().concat(frames).set_index(["design", "operation"])
+
     def _repr_html_(self) -> str:
         names = list(self.designs)
         picked: list[tuple[str, Callable[[StudyDesign], str]]] = [
