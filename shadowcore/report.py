@@ -12,7 +12,7 @@ from rich.table import Table
 from .costs import COMPONENTS
 from .reproduction import Reproduction
 from .study import Study, StudyDesign
-from .trace import ReplayResult
+from .trace import Phase, ReplayResult
 from .workload import WorkloadResult
 
 WIDTH = 100
@@ -59,7 +59,8 @@ def comparison(study: Study) -> Table:
     per = "guest instructions" if study.kind == "recording" else "operations"
     row(f"  per million {per}", [design.exits_per_million for design in designs], "bold", 2)
     for part in ("boot", "workload"):
-        phases = [phase for design in designs if (phase := getattr(design.result, part)) and not isinstance(phase, str)]
+        replays = [design.result for design in designs if isinstance(design.result, ReplayResult)]
+        phases: list[Phase] = [phase for replay in replays if (phase := getattr(replay, part))]
         if phases:
             row(f"  in the {part}", [phase.exits_total for phase in phases])
             row(f"  in the {part}, per million", [phase.exits_per_million for phase in phases], digits=2)
