@@ -6,6 +6,7 @@ import importlib
 import json
 from contextlib import AbstractContextManager
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -93,11 +94,16 @@ def _compare(
     as_json: bool,
     **rest: Any,
 ) -> None:
+    from .study import Source as Opened
     from .study import StudyInterrupted, study
 
-    writers = [(_writer(name, module), file) for name, module, file in _pages(html, timeline)]
-    if over and writers:
+    pages = _pages(html, timeline)
+    if over and pages:
         raise ConfigError("--over: it makes several studies; --html and --timeline show one")
+    writers = [(_writer(name, module), file) for name, module, file in pages]
+    for file in (html, timeline, csv_file):
+        if file is not None:
+            _writable(file)
     fixed = together(sets, pool)
     if not writers:
         windows = 0 if windows is None else windows
@@ -108,6 +114,7 @@ def _compare(
         if name in fixed:
             raise ConfigError(f"--over: {name} is set by --set or --pool as well")
         points = [(value, {name: value}) for value in values]
+    opened = Opened.find(source)
     done: list[tuple[Any, Study]] = []
     interrupted = False
     try:
@@ -117,7 +124,7 @@ def _compare(
             settings = fixed | point
             options = rest | direct
             done.append(
-                (value, study(source, wanted, settings=settings, windows=windows, progress=_bar(label), **options))
+                (value, study(opened, wanted, settings=settings, windows=windows, progress=_bar(label), **options))
             )
     except KeyboardInterrupt as stop:
         interrupted = True
@@ -159,6 +166,15 @@ def _csv(over: str | None, done: list[tuple[Any, Study]], file: str) -> None:
 
     rows = [({over: value} if over else {}) | row for value, made in done for row in made.rows()]
     _to_file(file, lambda path: write_csv(path, rows))
+
+
+def _writable(file: str) -> None:
+    """Said before the work is done, not after it."""
+    path = Path(file)
+    if path.is_dir():
+        raise ConfigError(f"{file}: it cannot be written: it is a directory")
+    if not path.parent.is_dir():
+        raise ConfigError(f"{file}: it cannot be written: there is no directory {path.parent}")
 
 
 def _to_file(file: str, write: Callable[[str], Any]) -> None:

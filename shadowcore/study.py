@@ -193,7 +193,7 @@ class StudyInterrupted(KeyboardInterrupt):
 
 
 def study(
-    source: str | os.PathLike[str] | Recording | RecordingFile | None = None,
+    source: str | os.PathLike[str] | Recording | RecordingFile | Source | None = None,
     designs: Iterable[str | Native | Shadow] = DEFAULT_DESIGNS,
     *,
     costs: Costs | str = "modern",
@@ -207,7 +207,8 @@ def study(
 ) -> Study:
     """Run a workload, or replay a recording, under each design.
 
-    source: the name of a workload, the path of a recording, a recording, or None for the one in the package.
+    source: the name of a workload, the path of a recording, a recording, or None for the one in the package; or what
+        Source.find made of one of these, so that several studies open it once.
     designs: names of designs, or Native and Shadow objects. costs: a preset of Costs, by its name, or Costs.
     windows: count by windows of so many operations (records); None: about 200 windows; 0: none.
     operations: of a workload (None: a million), or records of a recording (None: all).
@@ -221,14 +222,14 @@ def study(
 
     ConfigError, TraceError. Ctrl-C raises StudyInterrupted.
     """
-    found = _Source.find(source)
+    found = Source.find(source)
     given = parameters | dict(settings or {})
     job = _Job(found, designs, prices.find(costs), given, operations, seed, skip_boot, windows)
     return job.run(progress or (lambda _: nullcontext()))
 
 
 @dataclasses.dataclass(frozen=True)
-class _Source:
+class Source:
     """What is studied: `workload`, or else `recording`; argument: how the command line calls it (None: not at all)."""
 
     workload: workload.Workload | None
@@ -236,7 +237,10 @@ class _Source:
     argument: str | None
 
     @classmethod
-    def find(cls, source: Any) -> _Source:
+    def find(cls, source: Any) -> Source:
+        """See `study`. ConfigError, TraceError."""
+        if isinstance(source, cls):
+            return source
         if isinstance(source, (Recording, RecordingFile)):
             path = getattr(source, "path", None)
             bundled = source.name == trace.BUNDLED and path is None
@@ -269,7 +273,7 @@ class _Job:
 
     def __init__(
         self,
-        source: _Source,
+        source: Source,
         designs: Iterable[str | Native | Shadow],
         costs: Costs,
         given: Mapping[str, Any],

@@ -1,4 +1,4 @@
-"""Every block of code in docs/recordings.md runs as it stands there."""
+"""Every block of code in docs/recordings.md and docs/studies.md runs as it stands there."""
 
 import os
 import re
@@ -12,8 +12,9 @@ import pytest
 import shadowcore
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGE = ROOT / "docs" / "recordings.md"
-BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```", PAGE.read_text("utf-8") if PAGE.exists() else "", re.M | re.S)
+PAGES = [ROOT / "docs" / name for name in ("recordings.md", "studies.md")]
+TEXT = "".join(page.read_text("utf-8") for page in PAGES if page.exists())
+BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```", TEXT, re.M | re.S)
 
 
 @pytest.mark.parametrize("number", range(len(BLOCKS)))
