@@ -65,7 +65,7 @@ def split(settings: Mapping[str, Any], workload: Workload | None) -> Split:
         elif name == "tlb" or (name in MACHINE and workload):
             found.machine[name] = value
         elif name in GUEST and workload:
-            found.guest[name] = tuple(value.split("+")) if name == "sloppy" and isinstance(value, str) else value
+            found.guest[name] = _guest(name, value)
         else:
             raise ConfigError(_unknown(name, workload, [*own, *DESIGN, *(MACHINE if workload else ["tlb"])]))
     if "flood_reset" in found.design and not isinstance(found.design["flood_reset"], bool):
@@ -76,6 +76,13 @@ def split(settings: Mapping[str, Any], workload: Workload | None) -> Split:
     if "memory" in found.machine:
         parse_size(found.machine["memory"])
     return found
+
+
+def _guest(name: str, value: Any) -> Any:
+    """On the command line, mode 32 is a number, and names are joined by +."""
+    if name == "sloppy" and isinstance(value, str):
+        return tuple(value.split("+"))
+    return str(value) if name == "mode" and type(value) is int else value
 
 
 def _unknown(name: str, workload: Workload | None, known: list[str]) -> str:

@@ -40,7 +40,7 @@ class StudyDesign:
         operations, guest_cr3_loads, guest_invlpg, guest_faults.
     cost: cycles. seconds: that the engine took. operations: done (records of a recording).
     windows: name -> uint64 array with one element a window: counters, exits_total, pages_mean, pages_max, and
-        `operation`, the number of operations done at its end. Empty if there are no windows.
+        `operation`, the number of operations done at its end; `cycles`, estimated. Empty if there are no windows.
     pages_mean, pages_max: shadow pages in use.
     gpa_mismatches: accesses that reached another gpa than the recorded one. Of a workload: 0 if its history is that of
         the first design, else None, for how many differ is not known.
@@ -415,7 +415,7 @@ class _Job:
             cost=self.costs.of(counters, native),
             seconds=result.seconds,
             operations=counters["operations"],
-            windows=(result.windows or {}) if self.window else {},
+            windows=self._windows(result) if self.window else {},
             pages_mean=float(result.pages_mean or 0),
             pages_max=int(result.pages_max or 0),
             gpa_mismatches=mismatches,
@@ -423,6 +423,16 @@ class _Job:
             history_equal=equal,
             result=result,
         )
+
+    def _windows(self, result: trace.ReplayResult | workload.WorkloadResult) -> dict[str, NDArray[np.uint64]]:
+        """Those of the result, with `cycles`."""
+        windows = dict(result.windows or {})
+        operations = np.diff(windows["operation"], prepend=np.uint64(0))
+        known = {name: column.tolist() for name, column in windows.items() if not name.startswith("pages_")}
+        known |= {"operations": operations.tolist(), "guest_faults": known["faults"], "guest_invlpg": known["invlpg"]}
+        rows = [dict(zip(known, row, strict=True)) for row in zip(*known.values(), strict=True)]
+        windows["cycles"] = np.array([round(self.costs.of(row).total) for row in rows], dtype=np.uint64)
+        return windows
 
 
 def _counters(result: trace.ReplayResult | workload.WorkloadResult) -> dict[str, int]:

@@ -242,7 +242,12 @@ def replay(
             if log is not None:
                 insns = int(piece.insns[position - base : end - base].sum(dtype=np.uint64))
                 log.pages(done["records"], done["pages_sum"], done["pages_max"])
-                log.count(instructions=insns, **{name: done[name] for name in _COUNTS if name != "accesses"})
+                loads = int(np.count_nonzero(piece.kind[position - base : end - base] == LOAD_CR3))
+                log.count(
+                    instructions=insns,
+                    guest_cr3_loads=loads,
+                    **{name: done[name] for name in _COUNTS if name != "accesses"},
+                )
                 if (end - start) % step == 0 or end == stop:
                     log.close(end - start)
             position = end

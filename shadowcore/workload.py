@@ -672,7 +672,8 @@ class _Meter:
     def _close(self, counters: dict[str, int]) -> None:
         done = self._seen - self._start
         before = self._kernel_before
-        self._log.count(**{name: counters[name] - before[name] for name in ("faults", "table_stores", "switches")})
+        grown = {name: counters[name] - before[name] for name in ("faults", "table_stores", "switches", "cr3_loads")}
+        self._log.count(guest_cr3_loads=grown.pop("cr3_loads"), **grown)
         self._kernel_before = counters
         self._end = (done // self._window + 1) * self._window
         self._log.close(done)

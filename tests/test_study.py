@@ -31,6 +31,8 @@ def sums(design):
     assert np.all(np.diff(design.windows["operation"].astype(np.int64)) > 0)
     assert int(design.windows["pages_max"].max()) == design.pages_max
     assert np.all(design.windows["pages_mean"] <= design.windows["pages_max"])
+    assert int(design.windows["cycles"].sum()) == pytest.approx(design.cost.total, rel=1e-3)
+    assert int(design.windows["guest_cr3_loads"].sum()) == design.counters["guest_cr3_loads"]
 
 
 def test_recording(short):
@@ -118,7 +120,7 @@ def test_every_workload():
 
 def test_design_objects_and_settings():
     mine = sc.Shadow.cached(name="mine", flood_threshold=None)
-    study = sc.study("pingpong", [mine, "kvm-2007"], operations=5_000, settings={"min_free": 4, "mode": "32"})
+    study = sc.study("pingpong", [mine, "kvm-2007"], operations=5_000, settings={"min_free": 4, "mode": 32})
     assert list(study.designs) == ["mine", "kvm-2007"]
     assert study.designs["mine"].design == sc.Shadow.cached(name="mine", flood_threshold=None, min_free=4)
     assert study.designs["mine"].cost.slow_down > 1  # native ran, unseen
@@ -142,7 +144,7 @@ def test_design_objects_and_settings():
         (("pingpong",), {"pool": 1}, "pool_pages"),
         (("pingpong",), {"flood_reset": 1}, "flood_reset"),
         (("pingpong",), {"pcid": 1}, "pcid: true or false"),
-        (("pingpong",), {"mode": "16"}, "mode"),
+        (("pingpong",), {"mode": 16}, "mode"),
         (("pingpong",), {"memory": "1 apple"}, "memory"),
         (("pingpong",), {"tlb": -1}, "tlb"),
         (("pingpong",), {"operations": 0}, "operations"),
