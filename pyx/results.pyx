@@ -143,7 +143,7 @@ cdef class RunResult:
         """The arrays as columns of a pandas.DataFrame, one row per operation. ConfigError where there is no pandas."""
         from shadowcore.notebook import pandas
         columns = {name: getattr(self, name) for name in _COLUMNS}
-        if self.highs is not None:
+        if self.value_high is not None:
             columns["value_high"] = self.value_high
         return pandas().DataFrame(columns)
 
