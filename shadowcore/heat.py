@@ -1,0 +1,150 @@
+"""Where a recorded guest is busy: accesses by frame and by address space, over time, and the exits of each."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .config import Native, Shadow, check_int, design
+from .recording import ACCESS, LOAD_CR3, STORE, Recording, RecordingFile
+from .replay import replay as replay_records
+from .trace import SLICE, _machine, _plain_flags
+
+ROOT = np.uint64(0x000F_FFFF_FFFF_F000)
+"""Of CR3, the bits that say where the root is: the rest are a PCID, flags, and bit 63. (PAE: 32 bytes, same frame.)"""
+
+
+def heat(
+    recording: Recording | RecordingFile,
+    designs: Iterable[str | Native | Shadow] = (),
+    *,
+    bins: int = 120,
+    rows: int = 64,
+) -> dict[str, dict[str, Any]]:
+    """Heat of a recording, for a report: {"frames": ..., "processes": ...}.
+
+    frames: `counts`, accesses and table stores by region of guest memory (row) and stretch of records (column);
+        `first_frame`: the gfn where each region begins; `frames_per_row`.
+    processes: `counts`, the same by address space: the root that CR3 points at, in the order of first loads, without
+        those that did nothing; `names`; `exits`: by design, VM exits while it was loaded, from a replay under each of
+        `designs`. The exit of a CR3 load is that of the address space that is loaded.
+    Both have `operation`: the record number at which each column ends.
+
+    bins, rows: columns, and regions of memory, at most.
+    """
+    bins = min(check_int("bins", bins, 1, 1 << 16), recording.operations)
+    frames = recording.nframes
+    per_row = -(-frames // min(check_int("rows", rows, 1, 1 << 16), frames))
+    ends = np.arange(1, bins + 1, dtype=np.int64) * recording.operations // bins
+    regions = np.zeros((-(-frames // per_row), bins), dtype=np.uint64)
+    spaces = _Spaces(bins)
+    for base, piece in recording.pieces():
+        columns = np.searchsorted(ends, np.arange(base, base + piece.operations), side="right")
+        stores = (piece.kind == STORE) & ~piece.snapshot
+        busy = (piece.kind == ACCESS) | stores
+        gpa = np.where(stores, piece.addr, piece.value) >> np.uint64(12)
+        inside = busy & (gpa < np.uint64(frames))  # what lies beyond is a device
+        row = (gpa[inside] // np.uint64(per_row)).astype(np.int64)
+        regions += _matrix(row, columns[inside], regions.shape)
+        number = spaces.of(piece)
+        spaces.add("accesses", number[busy], columns[busy])
+    made = [design(each) for each in designs]
+    for each in made:
+        _exits(recording, each, spaces, ends)
+    operation = ends.astype(np.uint64)
+    counts = spaces.matrix("accesses")
+    exits = {each.name: spaces.matrix(each.name) for each in made}
+    seen = counts.any(axis=1) | np.any([matrix.any(axis=1) for matrix in exits.values()], axis=0)
+    names = [f"CR3 {root:#x}" if root is not None else "before the first CR3 load" for root in spaces.roots]
+    return {
+        "frames": {
+            "counts": regions,
+            "first_frame": np.arange(len(regions), dtype=np.uint64) * np.uint64(per_row),
+            "frames_per_row": per_row,
+            "operation": operation,
+        },
+        "processes": {
+            "counts": counts[seen],
+            "names": [name for name, kept in zip(names, seen.tolist(), strict=True) if kept],
+            "exits": {name: matrix[seen] for name, matrix in exits.items()},
+            "operation": operation,
+        },
+    }
+
+
+def _matrix(row: NDArray[np.int64], column: NDArray[np.int64], shape: tuple[int, int]) -> NDArray[np.uint64]:
+    flat = np.bincount(row * shape[1] + column, minlength=shape[0] * shape[1])
+    return flat.reshape(shape).astype(np.uint64)
+
+
+class _Spaces:
+    """Address spaces by the root that CR3 points at, numbered as they come, and what was counted of each."""
+
+    def __init__(self, bins: int) -> None:
+        self.bins = bins
+        self.roots: list[int | None] = []
+        self._numbers: dict[int | None, int] = {}
+        self._counts: dict[str, NDArray[np.uint64]] = {}
+        self._loaded: int | None = None
+
+    def number(self, root: int | None) -> int:
+        if root not in self._numbers:
+            self._numbers[root] = len(self.roots)
+            self.roots.append(root)
+        return self._numbers[root]
+
+    def of(self, piece: Recording) -> NDArray[np.int64]:
+        """For each record of the next piece, the number of the address space that it is in."""
+        loads = np.flatnonzero(piece.kind == LOAD_CR3)
+        before = self.number(self._loaded) if not len(loads) or loads[0] else -1
+        roots = (piece.addr[loads] & ROOT).tolist()
+        if roots:
+            self._loaded = roots[-1]
+        numbers = np.array([before, *map(self.number, roots)], dtype=np.int64)
+        return np.repeat(numbers, np.diff(np.concatenate(([0], loads, [piece.operations]))))
+
+    def matrix(self, what: str) -> NDArray[np.uint64]:
+        """Counts by number and column."""
+        found = self._counts.get(what, np.zeros((0, self.bins), dtype=np.uint64))
+        whole = np.zeros((len(self.roots), self.bins), dtype=np.uint64)
+        whole[: len(found)] = found
+        return whole
+
+    def add(self, what: str, numbers: NDArray[np.int64], columns: NDArray[np.int64]) -> None:
+        whole = self.matrix(what)
+        self._counts[what] = whole + _matrix(numbers, columns, (len(self.roots), self.bins))
+
+    def add_one(self, what: str, number: int, column: int, count: int) -> None:
+        if len(self._counts.get(what, ())) <= number:
+            self._counts[what] = self.matrix(what)
+        self._counts[what][number, column] += np.uint64(count)
+
+
+def _exits(
+    recording: Recording | RecordingFile, made: Native | Shadow, spaces: _Spaces, ends: NDArray[np.int64]
+) -> None:
+    """Replay, from one CR3 load or end of a column to the next, and add the exits of each stretch."""
+    position = min(recording.first_cr3, recording.operations)
+    vm = _machine(recording, made, position)
+    vm.stats.reset()
+    before = 0
+    loaded: int | None = None
+    for base, piece in recording.pieces(position):
+        arrays = piece.arrays | {"flags": _plain_flags(piece, recording.first_user, base)}
+        loads = np.flatnonzero(piece.kind == LOAD_CR3)
+        roots = dict(zip(loads.tolist(), (piece.addr[loads] & ROOT).tolist(), strict=True))
+        strips = np.arange(0, piece.operations, SLICE)
+        cuts = np.unique(np.concatenate((loads, strips, ends - base, [piece.operations])))
+        cuts = cuts[(cuts > max(position - base, 0)) & (cuts <= piece.operations)]
+        begin = max(position - base, 0)
+        for end in cuts.tolist():
+            loaded = roots.get(begin, loaded)
+            replay_records(vm, arrays, begin, end, recording.direct_map)
+            after = vm.stats.exits_total
+            if after > before:
+                column = int(np.searchsorted(ends, base + begin, side="right"))
+                spaces.add_one(made.name, spaces.number(loaded), column, after - before)
+            before, begin = after, end
