@@ -45,20 +45,32 @@ def replace(path: str | os.PathLike[str], data: bytes) -> None:
             Path(beside).unlink(missing_ok=True)
 
 
-def document(study: Any, windows: int = WINDOWS) -> dict[str, Any]:
-    """A study in plain types, as it is embedded in a page: `windows` of each design at most."""
+def document(study: Any, windows: int = WINDOWS, heat: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """A study in plain types, as it is embedded in a page: `windows` of each design at most.
+
+    heat: what heat.heat returned, for a study without `frames` and `processes` of its own.
+    """
     designs = {str(name): _design(result, windows) for name, result in study.designs.items()}
-    frames, processes = _heat(study, "frames"), _heat(study, "processes")
+    frames, processes = (_heat(study, heat, part) for part in ("frames", "processes"))
     return {
         "shadowcore": __version__,
         "workload": str(study.workload),
         "operations": int(study.operations),
+        "complete": bool(getattr(study, "complete", True)),
         "command": str(study.command),
         "settings": {str(name): _plain(value) for name, value in dict(study.settings).items()},
         "designs": designs,
         "frames": frames,
         "processes": processes,
+        # What `shadowcore compare --json` prints.
+        "compare": _plain(study.as_dict()) if hasattr(study, "as_dict") else None,
     }
+
+
+def components(cost: Any) -> Mapping[str, float]:
+    """Cycles by component."""
+    found: Mapping[str, float] = cost.components if hasattr(cost, "components") else cost.cycles
+    return found
 
 
 def _plain(value: Any) -> Any:
@@ -90,7 +102,7 @@ def _design(result: Any, limit: int) -> dict[str, Any]:
         "cost": None
         if cost is None
         else {
-            "cycles": {str(part): _plain(value) for part, value in cost.cycles.items()},
+            "cycles": {str(part): _plain(value) for part, value in components(cost).items()},
             "total": _plain(cost.total),
             "slow_down": _plain(getattr(cost, "slow_down", None)),
             "microseconds": _plain(getattr(cost, "microseconds", None)),
@@ -179,9 +191,9 @@ def refaults(filled: NDArray[np.float64], removed: NDArray[np.float64]) -> NDArr
     return again
 
 
-def _heat(study: Any, name: str) -> dict[str, Any] | None:
-    """Heat in plain types: rows of counts with names; None where the study has none."""
-    given = getattr(study, name, None)
+def _heat(study: Any, heat: Mapping[str, Any] | None, name: str) -> dict[str, Any] | None:
+    """Heat in plain types: rows of counts with names; None where there is none."""
+    given = getattr(study, name, None) or (heat or {}).get(name)
     if not given or "counts" not in given:
         return None
     counts = np.asarray(given["counts"])

@@ -23,6 +23,8 @@ def heat(
     *,
     bins: int = 120,
     rows: int = 64,
+    start: int = 0,
+    stop: int | None = None,
 ) -> dict[str, dict[str, Any]]:
     """Heat of a recording, for a report: {"frames": ..., "processes": ...}.
 
@@ -31,21 +33,24 @@ def heat(
     processes: `counts`, the same by address space: the root that CR3 points at, in the order of first loads, without
         those that did nothing; `names`; `exits`: by design, VM exits while it was loaded, from a replay under each of
         `designs`. The exit of a CR3 load is that of the address space that is loaded.
-    Both have `operation`: the record number at which each column ends.
+    Both have `operation`: the number of records, from `start` on, at which each column ends.
 
-    bins, rows: columns, and regions of memory, at most.
+    bins, rows: columns, and regions of memory, at most. start, stop: records to look at, as of `trace.replay`.
     """
-    bins = min(check_int("bins", bins, 1, 1 << 16), recording.operations)
+    start = check_int("start", start, 0, recording.operations - 1)
+    stop = recording.operations if stop is None else check_int("stop", stop, start + 1, recording.operations)
+    bins = min(check_int("bins", bins, 1, 1 << 16), stop - start)
     frames = recording.nframes
     per_row = -(-frames // min(check_int("rows", rows, 1, 1 << 16), frames))
-    ends = np.arange(1, bins + 1, dtype=np.int64) * recording.operations // bins
+    ends = start + np.arange(1, bins + 1, dtype=np.int64) * (stop - start) // bins
     regions = np.zeros((-(-frames // per_row), bins), dtype=np.uint64)
     spaces = _Spaces(bins)
     for base, piece in recording.pieces():
-        columns = np.searchsorted(ends, np.arange(base, base + piece.operations), side="right")
         stores = (piece.kind == STORE) & ~piece.snapshot
-        busy = (piece.kind == ACCESS) | stores
+        here = np.arange(base, base + piece.operations)
+        busy = ((piece.kind == ACCESS) | stores) & (here >= start) & (here < stop)
         gpa = np.where(stores, piece.addr, piece.value) >> np.uint64(12)
+        columns = np.searchsorted(ends, here, side="right")
         inside = busy & (gpa < np.uint64(frames))  # what lies beyond is a device
         row = (gpa[inside] // np.uint64(per_row)).astype(np.int64)
         regions += _matrix(row, columns[inside], regions.shape)
@@ -53,8 +58,8 @@ def heat(
         spaces.add("accesses", number[busy], columns[busy])
     made = [design(each) for each in designs]
     for each in made:
-        _exits(recording, each, spaces, ends)
-    operation = ends.astype(np.uint64)
+        _exits(recording, each, spaces, start, ends)
+    operation = (ends - start).astype(np.uint64)
     counts = spaces.matrix("accesses")
     exits = {each.name: spaces.matrix(each.name) for each in made}
     seen = counts.any(axis=1) | np.any([matrix.any(axis=1) for matrix in exits.values()], axis=0)
@@ -124,21 +129,27 @@ class _Spaces:
 
 
 def _exits(
-    recording: Recording | RecordingFile, made: Native | Shadow, spaces: _Spaces, ends: NDArray[np.int64]
+    recording: Recording | RecordingFile, made: Native | Shadow, spaces: _Spaces, start: int, ends: NDArray[np.int64]
 ) -> None:
     """Replay, from one CR3 load or end of a column to the next, and add the exits of each stretch."""
-    position = min(recording.first_cr3, recording.operations)
+    stop = int(ends[-1])
+    position = min(max(start, recording.first_cr3), stop)
     vm = _machine(recording, made, position)
     vm.stats.reset()
     before = 0
-    loaded: int | None = None
+    loaded = None
+    for base, piece in recording.pieces():
+        loads = np.flatnonzero(piece.kind[: max(position - base, 0)] == LOAD_CR3)
+        loaded = int(piece.addr[loads[-1]] & ROOT) if len(loads) else loaded
+        if base + piece.operations > position:
+            break
     for base, piece in recording.pieces(position):
         arrays = piece.arrays | {"flags": _plain_flags(piece, recording.first_user, base)}
         loads = np.flatnonzero(piece.kind == LOAD_CR3)
         roots = dict(zip(loads.tolist(), (piece.addr[loads] & ROOT).tolist(), strict=True))
         strips = np.arange(0, piece.operations, SLICE)
         cuts = np.unique(np.concatenate((loads, strips, ends - base, [piece.operations])))
-        cuts = cuts[(cuts > max(position - base, 0)) & (cuts <= piece.operations)]
+        cuts = cuts[(cuts > max(position - base, 0)) & (cuts <= min(piece.operations, stop - base))]
         begin = max(position - base, 0)
         for end in cuts.tolist():
             loaded = roots.get(begin, loaded)

@@ -73,15 +73,17 @@ _RATES = {
 }
 
 
-def write(study: Any, path: str | os.PathLike[str]) -> None:
+def write(study: Any, path: str | os.PathLike[str], heat: Mapping[str, Any] | None = None) -> None:
     """Write a study to `path` as one HTML file that needs no network; an older file is replaced when all is done.
+
+    heat: what `heat` found in the recording of the study, for maps of address spaces and frames.
 
     ConfigError: there is no matplotlib, or the study is too large for 5 MB. OSError: the file cannot be written.
     """
     plots.check()
     limit = max(20, min(WINDOWS, 4800 // max(len(study.designs), 1)))
     while True:
-        text = _page(document(study, limit)).encode("utf-8")
+        text = _page(document(study, limit, heat)).encode("utf-8")
         if len(text) < LARGEST:
             break
         if limit <= 20:
@@ -117,6 +119,7 @@ def _page(plain: dict[str, Any]) -> str:
 <h1>{html.escape(plain["workload"])}</h1>
 <p>{plain["operations"]:,} operations under {html.escape(_listed(plain["designs"]))}, by shadowcore {__version__}.
 <span class="script" hidden>Pictures show their values under the pointer, or by the arrow keys.</span></p>
+{"" if plain["complete"] else "<p><strong>Incomplete: it was interrupted.</strong></p>"}
 {body}
 </main>
 <script type="application/json" id="study">{embedded}</script>
@@ -262,7 +265,7 @@ def _exits(plain: dict[str, Any]) -> str:
     if usual and top > 4 * usual:
         # A few peaks, such as those of booting, leave little height to all the rest.
         cut = 1.5 * usual
-        parts += [f"<p>The same, cut off at {cut:,.1f}:</p>", figures("-cut", cut)]
+        parts += [f'<p class="lead">The same, cut off at {cut:,.1f}:</p>', figures("-cut", cut)]
     return "\n".join((*parts, *tables))
 
 

@@ -398,6 +398,49 @@ def test_heat_counts_what_the_recording_says():
     assert processes["exits"]["cached"].sum() > 0
 
 
+@pytest.mark.parametrize(("start", "stop"), [(0, 60_000), (30_000, 60_000), (59_999, 60_000), (30_000, None)])
+def test_heat_of_a_part(start, stop):
+    recording = trace.load().head(120_000)
+    warm = heat(recording, ("flush", "cached"), start=start, stop=stop)
+    for name in ("flush", "cached"):
+        replayed = trace.replay(recording, name, start=start, stop=stop)
+        assert warm["processes"]["exits"].get(name, np.zeros(1)).sum() == replayed.whole.exits_total
+    last = 120_000 if stop is None else stop
+    busy = (recording.kind == trace.ACCESS) | ((recording.kind == trace.STORE) & ~recording.snapshot)
+    assert warm["processes"]["counts"].sum() == busy[start:last].sum()
+    assert warm["frames"]["operation"][-1] == last - start
+
+
+def test_heat_given_beside_the_study(tmp_path, study):
+    cold = SimpleNamespace(**vars(study))
+    del cold.frames, cold.processes
+    assert document.document(cold)["frames"] is None
+    warm = {"frames": study.frames, "processes": study.processes}
+    page.write(cold, tmp_path / "out.html", heat=warm)
+    plain = embedded(Parsed((tmp_path / "out.html").read_text("utf-8")))
+    assert plain["frames"]["counts"] == study.frames["counts"].tolist()
+    assert plain["processes"]["names"] == study.processes["names"]
+
+
+def test_a_study_of_the_package(tmp_path):
+    module = pytest.importorskip("shadowcore.study", reason="there is no shadowcore.study yet")
+    recording = trace.load().head(60_000)
+    made = module.study(recording, DESIGNS)
+    warm = heat(recording, [result.design for result in made.designs.values()])
+    page.write(made, tmp_path / "out.html", heat=warm)
+    parsed = Parsed((tmp_path / "out.html").read_text("utf-8"))
+    plain = embedded(parsed)
+    check_against_json(parsed.tables, plain)
+    for name, result in made.designs.items():
+        assert plain["designs"][name]["counters"]["exits_total"] == result.exits_total
+        assert plain["compare"]["designs"][name]["exits_total"] == result.exits_total
+    assert "".join(parsed.texts["command"]) == made.command
+    made = module.study("pingpong", DESIGNS, operations=200_000)
+    page.write(made, tmp_path / "out.html")
+    parsed = Parsed((tmp_path / "out.html").read_text("utf-8"))
+    assert by_row(parsed.tables["summary"])["VM exits, all"] == [each.exits_total for each in made.designs.values()]
+
+
 def test_heat_of_a_file_is_that_of_the_recording_in_memory(tmp_path):
     recording = trace.load().head(60_000)
     recording.save(tmp_path / "head.screc")
