@@ -169,7 +169,9 @@ def _rates(windows: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[np.float64]
     accesses = of("accesses")
     faults = sum((of(f"exits_{reason}") for reason in ("fill", "write", "emulate", "guest", "mmio")), nothing)
     found, made = of("mmu_cache_hit"), of("mmu_cache_miss")
+    hits, misses = of("tlb_hits"), of("tlb_misses")
     rates = {
+        "tlb": share(hits, hits + misses),
         "hits": 1 - share(np.minimum(faults, accesses), accesses),
         "found": share(found, found + made),
         "refaults": 1000 * share(refaults(of("exits_fill"), of("spte_removed")), accesses),

@@ -20,6 +20,7 @@ from ._version import __version__
 from .document import WINDOWS, document, edges, replace
 from .errors import ConfigError
 from .heat import heat
+from .recording import Recording, RecordingFile
 
 __all__ = ["LARGEST", "heat", "write"]
 
@@ -52,8 +53,11 @@ _COUNTERS = (
     ("spte_removed", "shadow entries removed", ""),
     ("walk_references", "entries read by the processor's walks", ""),
     ("guest_walk_references", "guest entries read at exits", ""),
+    ("tlb_hits", "TLB hits", "part"),
+    ("tlb_misses", "TLB misses", "part"),
 )
 _RATES = {
+    "tlb": ("TLB hits", "share of lookups", "Of 100 translations, those that the modelled TLB had."),
     "hits": (
         "Accesses without an exit",
         "share of accesses",
@@ -76,11 +80,13 @@ _RATES = {
 def write(study: Any, path: str | os.PathLike[str], heat: Mapping[str, Any] | None = None) -> None:
     """Write a study to `path` as one HTML file that needs no network; an older file is replaced when all is done.
 
-    heat: what `heat` found in the recording of the study, for maps of address spaces and frames.
+    heat: what `heat` found, for maps of address spaces and frames, where a study has neither them nor its `recording`.
 
     ConfigError: there is no matplotlib, or the study is too large for 5 MB. OSError: the file cannot be written.
     """
     plots.check()
+    if heat is None and not getattr(study, "frames", None):
+        heat = _of_recording(study)
     limit = max(20, min(WINDOWS, 4800 // max(len(study.designs), 1)))
     while True:
         text = _page(document(study, limit, heat)).encode("utf-8")
@@ -92,6 +98,17 @@ def write(study: Any, path: str | os.PathLike[str], heat: Mapping[str, Any] | No
             )
         limit //= 2
     replace(path, text)
+
+
+def _of_recording(study: Any) -> Mapping[str, Any] | None:
+    """The heat of the recording that a study is of, if it has one, in the part that was replayed."""
+    recording = getattr(study, "recording", None)
+    if not isinstance(recording, (Recording, RecordingFile)):
+        return None
+    designs = [getattr(result, "design", name) for name, result in study.designs.items()]
+    start = int(study.settings.get("start", 0))
+    count = int(study.settings.get("operations", recording.operations - start))
+    return heat(recording, designs, start=start, stop=min(start + count, recording.operations))
 
 
 def _page(plain: dict[str, Any]) -> str:
@@ -315,12 +332,11 @@ def _rates_section(plain: dict[str, Any]) -> str:
         return ""
     figures, notes = [], []
     for name, (caption, y, note) in _RATES.items():
-        # A design without shadow pages finds and refaults nothing: no line is truer than one at 0.
-        shadows = [
-            d for d, result in designs.items() if name == "hits" or any(result["windows"].get("spte_installed", ()))
-        ]
+        # Where there is no TLB, or no shadow page, there is no rate either: no line is truer than one at 0.
+        needed = {"hits": "accesses", "tlb": "tlb_misses"}.get(name, "spte_installed")
+        having = [design for design, result in designs.items() if any(result["windows"].get(needed, ()))]
         picture = _lines(
-            plain, shadows, f"rate-{name}", ("rates", name), caption, y, None if name == "refaults" else 1.0
+            plain, having, f"rate-{name}", ("rates", name), caption, y, None if name == "refaults" else 1.0
         )
         if picture:
             figures.append(picture)

@@ -422,6 +422,38 @@ def test_heat_given_beside_the_study(tmp_path, study):
     assert plain["processes"]["names"] == study.processes["names"]
 
 
+def test_heat_of_the_recording_that_a_study_has(tmp_path):
+    cold = studies.study(60_000, ("flush", "cached"), 20, settings={"start": 10_000, "operations": 40_000})
+    warm = {part: getattr(cold, part) for part in ("frames", "processes")}
+    del cold.frames, cold.processes
+    cold.recording = trace.load().head(60_000)
+    page.write(cold, tmp_path / "out.html")
+    plain = embedded(Parsed((tmp_path / "out.html").read_text("utf-8")))
+    expected = heat(cold.recording, ("flush", "cached"), start=10_000, stop=50_000)
+    assert plain["frames"]["counts"] == expected["frames"]["counts"].tolist() != warm["frames"]["counts"].tolist()
+    exits = {name: matrix.tolist() for name, matrix in expected["processes"]["exits"].items()}
+    assert plain["processes"]["exits"] == exits
+
+
+def test_rates():
+    windows = {
+        "operation": np.array([10, 20, 30]),
+        "accesses": np.array([8, 10, 0]),
+        "exits_fill": np.array([2, 5, 0]),
+        "exits_write": np.array([2, 0, 0]),
+        "spte_removed": np.array([0, 4, 0]),
+        "mmu_cache_hit": np.array([0, 3, 0]),
+        "mmu_cache_miss": np.array([2, 1, 0]),
+        "tlb_hits": np.array([4, 9, 0]),
+        "tlb_misses": np.array([4, 1, 0]),
+    }
+    rates = document._rates(windows)
+    assert rates["hits"].tolist() == [0.5, 0.5, 1]
+    assert rates["found"].tolist() == [0, 0.75, 0]
+    assert rates["refaults"].tolist() == [0, 400, 0]
+    assert rates["tlb"].tolist() == [0.5, 0.9, 0]
+
+
 def test_a_study_of_the_package(tmp_path):
     module = pytest.importorskip("shadowcore.study", reason="there is no shadowcore.study yet")
     recording = trace.load().head(60_000)
