@@ -1,20 +1,29 @@
-"""Where a recorded guest is busy: accesses by frame and by address space, over time, and the exits of each."""
+"""Where a guest is busy: accesses by frame and by address space, over time, and the exits of each."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from .config import Native, Shadow, check_int, design
+from .config import TLB, Features, Native, Op, Shadow, check_int, design
+from .errors import ConfigError
+from .guest_options import KernelOptions
+from .kernel import Kernel
+from .machine import VM
 from .recording import ACCESS, LOAD_CR3, STORE, Recording, RecordingFile
 from .replay import replay as replay_records
 from .trace import SLICE, _machine, _plain_flags
+from .workload import find, run
 
 ROOT = np.uint64(0x000F_FFFF_FFFF_F000)
 """Of CR3, the bits that say where the root is: the rest are a PCID, flags, and bit 63. (PAE: 32 bytes, same frame.)"""
+
+_ACCESSES = (Op.READ, Op.WRITE, Op.FETCH, Op.CMPXCHG, Op.XCHG, Op.ADD, Op.AND, Op.OR, Op.XOR)
+_LOADS = {"cr0": Op.CR0, "cr3": Op.CR3, "cr4": Op.CR4, "efer": Op.EFER, "invlpg": Op.INVLPG}
 
 
 def heat(
@@ -54,14 +63,93 @@ def heat(
         inside = busy & (gpa < np.uint64(frames))  # what lies beyond is a device
         row = (gpa[inside] // np.uint64(per_row)).astype(np.int64)
         regions += _matrix(row, columns[inside], regions.shape)
-        number = spaces.of(piece)
+        number = spaces.numbers(piece.kind == LOAD_CR3, piece.addr)
         spaces.add("accesses", number[busy], columns[busy])
     made = [design(each) for each in designs]
     for each in made:
         _exits(recording, each, spaces, start, ends)
-    operation = (ends - start).astype(np.uint64)
+    return _made(regions, per_row, spaces, [each.name for each in made], (ends - start).astype(np.uint64))
+
+
+def of_workload(
+    name: str,
+    designs: Iterable[str | Native | Shadow] = ("native",),
+    *,
+    operations: int = 1_000_000,
+    seed: int = 0,
+    options: KernelOptions | None = None,
+    memory: str | int | None = None,
+    tlb: TLB | None = None,
+    bins: int = 120,
+    rows: int = 64,
+    **parameters: Any,
+) -> dict[str, dict[str, Any]]:
+    """The same of a workload, from the operations of its processor, which are kept (19 bytes each) and repeated.
+
+    designs: at least one. memory: of the machine (None: what the workload needs). The rest as of `workload.run` and
+    `heat`. Columns end at numbers of operations after the setup, in which each store of a string instruction is one:
+    `axis` says so.
+    """
+    found = find(name)
+    made = [design(each) for each in designs]
+    if not made:
+        raise ConfigError("designs: at least one is needed")
+    chosen = options or KernelOptions()
+    needed = {key: max(value, getattr(chosen, key)) for key, value in found.options.items()}
+    chosen = dataclasses.replace(chosen, seed=seed, **needed)
+
+    def machine(which: Native | Shadow) -> VM:
+        return VM(found.memory if memory is None else memory, which, tlb=tlb, features=Features())
+
+    def recorded(count: int) -> NDArray[Any]:
+        given: dict[str, Any] = parameters | {"operations": count, "seed": seed, "options": options, "record": True}
+        kept = run(name, machine(made[0]), **given).recording
+        assert kept is not None
+        return kept
+
+    ops = recorded(check_int("operations", operations, 1, 1 << 62))
+    setup = len(recorded(0))
+    total = len(ops) - setup
+    bins = min(check_int("bins", bins, 1, 1 << 16), total)
+    ends = np.arange(1, bins + 1, dtype=np.int64) * total // bins
+    spaces = _Spaces(bins)
+    for place, each in enumerate(made):
+        vm = machine(each)
+        Kernel(vm, chosen)
+        cpu = vm.vcpus[0]
+        frames = vm.memory.bytes.size >> 12
+        if not place:
+            per_row = -(-frames // min(check_int("rows", rows, 1, 1 << 16), frames))
+            regions = np.zeros((-(-frames // per_row), bins), dtype=np.uint64)
+        cpu.run(ops[:setup])
+        spaces.load(int(cpu.cr3))
+        for base in range(0, total, SLICE):
+            piece = ops[setup + base : setup + base + SLICE]
+            result = cpu.run(piece)
+            column = np.searchsorted(ends, np.arange(base, base + len(piece)), side="right")
+            number = spaces.numbers(piece["op"] == Op.CR3, piece["value"])
+            exits = result.exits.astype(np.int64)  # page faults
+            for reason, op in _LOADS.items():
+                # Under one design all of a kind exit, or none do.
+                exits[np.flatnonzero(piece["op"] == op)[: result.stats.exits[reason]]] += 1
+            spaces.add(each.name, np.repeat(number, exits), np.repeat(column, exits))
+            if not place:
+                reached = np.isin(piece["op"], _ACCESSES) & (result.outcome == 0)
+                spaces.add("accesses", number[reached], column[reached])
+                inside = reached & (result.gpa < np.uint64(frames << 12))
+                row = (result.gpa[inside] >> np.uint64(12)) // np.uint64(per_row)
+                regions += _matrix(row.astype(np.int64), column[inside], regions.shape)
+    warm = _made(regions, per_row, spaces, [each.name for each in made], ends.astype(np.uint64))
+    for part in warm.values():
+        part["axis"] = "operations, string instructions store by store"
+    return warm
+
+
+def _made(
+    regions: NDArray[np.uint64], per_row: int, spaces: _Spaces, designs: list[str], operation: NDArray[np.uint64]
+) -> dict[str, dict[str, Any]]:
     counts = spaces.matrix("accesses")
-    exits = {each.name: spaces.matrix(each.name) for each in made}
+    exits = {name: spaces.matrix(name) for name in designs}
     seen = counts.any(axis=1) | np.any([matrix.any(axis=1) for matrix in exits.values()], axis=0)
     names = [f"CR3 {root:#x}" if root is not None else "before the first CR3 load" for root in spaces.roots]
     return {
@@ -101,15 +189,20 @@ class _Spaces:
             self.roots.append(root)
         return self._numbers[root]
 
-    def of(self, piece: Recording) -> NDArray[np.int64]:
-        """For each record of the next piece, the number of the address space that it is in."""
-        loads = np.flatnonzero(piece.kind == LOAD_CR3)
+    def load(self, cr3: int) -> None:
+        """What is loaded before the next piece."""
+        self._loaded = cr3 & int(ROOT)
+
+    def numbers(self, loading: NDArray[np.bool_], cr3: NDArray[np.uint64]) -> NDArray[np.int64]:
+        """For each operation of the next piece, the number of the address space that it is in; `loading`: those that
+        load `cr3`."""
+        loads = np.flatnonzero(loading)
         before = self.number(self._loaded) if not len(loads) or loads[0] else -1
-        roots = (piece.addr[loads] & ROOT).tolist()
+        roots = (cr3[loads] & ROOT).tolist()
         if roots:
             self._loaded = roots[-1]
         numbers = np.array([before, *map(self.number, roots)], dtype=np.int64)
-        return np.repeat(numbers, np.diff(np.concatenate(([0], loads, [piece.operations]))))
+        return np.repeat(numbers, np.diff(np.concatenate(([0], loads, [len(loading)]))))
 
     def matrix(self, what: str) -> NDArray[np.uint64]:
         """Counts by number and column."""

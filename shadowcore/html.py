@@ -19,10 +19,10 @@ from . import plots
 from ._version import __version__
 from .document import WINDOWS, document, edges, replace
 from .errors import ConfigError
-from .heat import heat
+from .heat import heat, of_workload
 from .recording import Recording, RecordingFile
 
-__all__ = ["LARGEST", "heat", "write"]
+__all__ = ["LARGEST", "heat", "of_workload", "write"]
 
 LARGEST = 5_000_000
 """Bytes that a file has at most."""
@@ -402,7 +402,7 @@ def _processes(plain: dict[str, Any]) -> str:
     for place, (name, counts) in enumerate(arrays.items()):
         path = ["processes", "counts"] if not place else ["processes", "exits", name.removeprefix("VM exits, ")]
         values = {"operation": ["processes", "operation"], "rows": names, "counts": path, "unit": name}
-        plot = plots.matrix(f"processes-{place}", operation, counts, names, "", float(counts.max()))
+        plot = plots.matrix(f"processes-{place}", operation, counts, names, heated["axis"], "")
         label = f"Heat map of {name} by address space and time; the table below has the sums"
         figures.append(_figure(plot, name[0].upper() + name[1:], label, values))
     rows = [(name, "", [number(int(counts[i].sum())) for counts in arrays.values()]) for i, name in enumerate(names)]
@@ -424,9 +424,8 @@ def _frames(plain: dict[str, Any]) -> str:
     counts, names = np.array(heated["counts"]), heated["names"]
     values = {"operation": ["frames", "operation"], "rows": names, "counts": ["frames", "counts"], "unit": "accesses"}
     per = heated.get("frames_per_row", 1)
-    plot = plots.matrix(
-        "frames", np.array(heated["operation"]), counts, None, "guest memory, frames", float(counts.max())
-    )
+    operation = np.array(heated["operation"])
+    plot = plots.matrix("frames", operation, counts, None, heated["axis"], "guest memory, frames")
     if "frames_per_row" in heated:
         plot.axes.set_yticks(*_gfn_ticks(len(counts), per))
     label = "Heat map of accesses by region of guest memory and time; the table below has the sums"

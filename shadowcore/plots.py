@@ -171,8 +171,8 @@ def bars(name: str, names: Sequence[str], parts: Mapping[str, Array], x_label: s
     return plot
 
 
-def matrix(name: str, operation: Array, counts: Array, rows: Sequence[str] | None, y_label: str, high: float) -> Plot:
-    """A heat map: rows down, operations across, the colours of cividis by logarithm; 0 stays empty.
+def matrix(name: str, operation: Array, counts: Array, rows: Sequence[str] | None, x_label: str, y_label: str) -> Plot:
+    """A heat map: rows down, time across, the colours of cividis by logarithm; 0 stays empty.
 
     Without the darkest colours, which would be lost on a dark page.
     """
@@ -180,8 +180,8 @@ def matrix(name: str, operation: Array, counts: Array, rows: Sequence[str] | Non
     from matplotlib.colors import LogNorm
 
     height = 0.75 + (0.17 * len(counts) if rows is not None else 3.0)
-    plot = Plot(name, "operations", y_label, height=min(height, 9), wide=rows is None)
-    levels = matplotlib.colormaps["cividis"](0.15 + 0.85 * LogNorm(1, max(high, 2))(np.maximum(counts, 1)))
+    plot = Plot(name, x_label, y_label, height=min(height, 9), wide=rows is None)
+    levels = matplotlib.colormaps["cividis"](0.15 + 0.85 * LogNorm(1, max(int(counts.max()), 2))(np.maximum(counts, 1)))
     levels[..., 3] = counts > 0
     # One pixel a cell, which the browser scales with sharp borders.
     picture = np.rint(levels * 255).astype(np.uint8)

@@ -16,8 +16,8 @@ import pytest
 import studies
 
 import shadowcore as sc
-from shadowcore import document, trace
-from shadowcore.heat import heat
+from shadowcore import document, trace, workload
+from shadowcore.heat import heat, of_workload
 
 pytest.importorskip("matplotlib", reason="matplotlib is not installed: pip install 'shadowcore[report]'")
 
@@ -471,6 +471,44 @@ def test_a_study_of_the_package(tmp_path):
     page.write(made, tmp_path / "out.html")
     parsed = Parsed((tmp_path / "out.html").read_text("utf-8"))
     assert by_row(parsed.tables["summary"])["VM exits, all"] == [each.exits_total for each in made.designs.values()]
+
+
+@pytest.mark.parametrize("name", ["pingpong", "demand", "shell"])
+def test_heat_of_a_workload(name):
+    small = {"shell": {"work": 2000}, "demand": {"pages": 256}}.get(name, {})
+    warm = of_workload(name, DESIGNS, operations=20_000, seed=5, bins=40, rows=16, **small)
+    ran = {d: workload.run(name, d, seed=5, operations=20_000, **small).stats for d in DESIGNS}
+    processes = warm["processes"]
+    assert processes["counts"].sum() >= 20_000  # a string instruction is one operation, and many accesses
+    assert warm["frames"]["counts"].sum() == processes["counts"].sum()
+    assert processes["counts"].shape == (len(processes["names"]), 40)
+    assert len(processes["names"]) >= (1 if name == "demand" else 2)
+    assert len(warm["frames"]["counts"]) == 16
+    for design in DESIGNS:
+        assert processes["exits"][design].sum() == ran[design]["exits_total"]
+    assert processes["exits"]["cached"].sum() > 0 == processes["exits"]["native"].sum()
+    if name == "pingpong":
+        halves = processes["counts"].sum(axis=1) / processes["counts"].sum()
+        assert (abs(halves - 0.5) < 0.02).sum() == 2  # two processes take turns
+
+
+def test_heat_of_a_workload_says_what_its_axis_counts(tmp_path, study):
+    warmed = SimpleNamespace(**vars(study) | of_workload("pingpong", ("cached",), operations=5000))
+    page.write(warmed, tmp_path / "out.html")
+    text = (tmp_path / "out.html").read_text("utf-8")
+    assert text.count(">operations, string instructions store by store<") == 3
+    assert "axis" not in study.frames
+
+
+def test_heat_of_a_workload_refuses_what_cannot_be():
+    for arguments, words in (
+        (("pingpnog",), "pingpong"),
+        (("pingpong", ()), "at least one"),
+    ):
+        with pytest.raises(sc.ConfigError, match=words):
+            of_workload(*arguments)
+    with pytest.raises(sc.ConfigError, match="bins"):
+        of_workload("pingpong", bins=0, operations=1000)
 
 
 def test_heat_of_a_file_is_that_of_the_recording_in_memory(tmp_path):
