@@ -44,13 +44,14 @@ def heat(
         `designs`. The exit of a CR3 load is that of the address space that is loaded.
     Both have `operation`: the number of records, from `start` on, at which each column ends.
 
-    bins, rows: columns, and regions of memory, at most. start, stop: records to look at, as of `trace.replay`.
+    bins, rows: columns, and regions of memory up to the last frame that is used, at most.
+    start, stop: records to look at, as of `trace.replay`.
     """
     start = check_int("start", start, 0, recording.operations - 1)
     stop = recording.operations if stop is None else check_int("stop", stop, start + 1, recording.operations)
     bins = min(check_int("bins", bins, 1, 1 << 16), stop - start)
     frames = recording.nframes
-    per_row = -(-frames // min(check_int("rows", rows, 1, 1 << 16), frames))
+    per_row = _fine(frames, rows)
     ends = start + np.arange(1, bins + 1, dtype=np.int64) * (stop - start) // bins
     regions = np.zeros((-(-frames // per_row), bins), dtype=np.uint64)
     spaces = _Spaces(bins)
@@ -68,7 +69,9 @@ def heat(
     made = [design(each) for each in designs]
     for each in made:
         _exits(recording, each, spaces, start, ends)
-    return _made(regions, per_row, spaces, [each.name for each in made], (ends - start).astype(np.uint64))
+    return _made(
+        *_coarse(regions, per_row, rows), spaces, [each.name for each in made], (ends - start).astype(np.uint64)
+    )
 
 
 def of_workload(
@@ -119,7 +122,7 @@ def of_workload(
         cpu = vm.vcpus[0]
         frames = vm.memory.bytes.size >> 12
         if not place:
-            per_row = -(-frames // min(check_int("rows", rows, 1, 1 << 16), frames))
+            per_row = _fine(frames, rows)
             regions = np.zeros((-(-frames // per_row), bins), dtype=np.uint64)
         cpu.run(ops[:setup])
         spaces.load(int(cpu.cr3))
@@ -139,10 +142,22 @@ def of_workload(
                 inside = reached & (result.gpa < np.uint64(frames << 12))
                 row = (result.gpa[inside] >> np.uint64(12)) // np.uint64(per_row)
                 regions += _matrix(row.astype(np.int64), column[inside], regions.shape)
-    warm = _made(regions, per_row, spaces, [each.name for each in made], ends.astype(np.uint64))
+    warm = _made(*_coarse(regions, per_row, rows), spaces, [each.name for each in made], ends.astype(np.uint64))
     for part in warm.values():
         part["axis"] = "operations, string instructions store by store"
     return warm
+
+
+def _fine(frames: int, rows: int) -> int:
+    """Frames in a row while counting: 128 times as many rows as there will be, for it may be that few are used."""
+    return -(-frames // min(128 * check_int("rows", rows, 1, 1 << 10), frames))
+
+
+def _coarse(regions: NDArray[np.uint64], per_row: int, rows: int) -> tuple[NDArray[np.uint64], int]:
+    """At most `rows` rows of memory up to the last that is used, and the frames in each."""
+    used = int(np.flatnonzero(regions.any(axis=1)).max(initial=0)) + 1
+    together = -(-used // rows)
+    return np.add.reduceat(regions[:used], np.arange(0, used, together), axis=0), per_row * together
 
 
 def _made(

@@ -375,7 +375,9 @@ def test_heat_counts_what_the_recording_says():
     accesses = recording.kind == trace.ACCESS
     gfn = (np.where(stores, recording.addr, recording.value) >> np.uint64(12)).astype(np.int64)
     busy = accesses | stores
-    assert frames["counts"].shape == (32, 50)
+    assert frames["counts"].shape[1] == 50
+    assert 16 < len(frames["counts"]) <= 32
+    assert frames["counts"][-1].any()
     assert frames["counts"].sum() == (busy & (gfn < recording.nframes)).sum() > 10_000
     # One cell, counted one by one.
     row, column = np.unravel_index(frames["counts"].argmax(), frames["counts"].shape)
@@ -483,7 +485,8 @@ def test_heat_of_a_workload(name):
     assert warm["frames"]["counts"].sum() == processes["counts"].sum()
     assert processes["counts"].shape == (len(processes["names"]), 40)
     assert len(processes["names"]) >= (1 if name == "demand" else 2)
-    assert len(warm["frames"]["counts"]) == 16
+    assert 8 <= len(warm["frames"]["counts"]) <= 16
+    assert warm["frames"]["counts"][-1].any()
     for design in DESIGNS:
         assert processes["exits"][design].sum() == ran[design]["exits_total"]
     assert processes["exits"]["cached"].sum() > 0 == processes["exits"]["native"].sum()
