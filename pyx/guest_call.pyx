@@ -1,14 +1,17 @@
 """Operations of the guest kernel, checked and carried out one after the other."""
 from shadowcore.guest cimport (
-    FILE_LARGE, MAP_LARGE, MAP_SHARED, NO_PROCESS, PROCESS_ALIVE, PROCESS_ENDED, sc_guest,
+    FILE_LARGE, MAP_ANON, MAP_GROWS, MAP_LARGE, MAP_SHARED, NO_PROCESS, PROCESS_ALIVE, PROCESS_ENDED, sc_guest,
 )
 from shadowcore.guest_call cimport (
     BAD_FILE, BAD_FLAGS, BAD_NOTHING, BAD_OP, BAD_PIPE, BAD_PROCESS, BAD_PROGRAM, BAD_PROT, BAD_RANGE, BAD_SIZE,
-    CALL_AGE, CALL_BRK, CALL_COUNT, CALL_EXEC, CALL_EXIT, CALL_FORK, CALL_IDLE, CALL_MMAP, CALL_MPROTECT, CALL_MUNMAP,
-    CALL_PIPE_READ, CALL_PIPE_WRITE, CALL_SPAWN, CALL_SWAP_OUT, CALL_SWITCH, CALL_SYSCALL, CALL_TOUCH, sc_call,
+    CALL_AGE, CALL_BARE, CALL_BRK, CALL_COUNT, CALL_DROP, CALL_EXEC, CALL_EXIT, CALL_FORK, CALL_IDLE, CALL_MMAP,
+    CALL_MOVE, CALL_MPROTECT, CALL_MUNMAP, CALL_PIPE_READ, CALL_PIPE_WRITE, CALL_SPAWN, CALL_SWAP_OUT, CALL_SWITCH,
+    CALL_SYSCALL, CALL_TOUCH, sc_call,
 )
 from shadowcore.guest_cpu cimport cpu_enter, cpu_work
-from shadowcore.guest_memory cimport memory_brk, memory_map, memory_protect, memory_unmap
+from shadowcore.guest_memory cimport (
+    memory_brk, memory_drop, memory_map, memory_move, memory_protect, memory_unmap,
+)
 from shadowcore.guest_process cimport (
     process_age, process_exec, process_exit, process_fork, process_idle, process_reap, process_spawn, process_swap_out,
     process_switch,
@@ -29,7 +32,7 @@ cdef inline bint _pages(const sc_guest *g, u64 addr, u64 nbytes) noexcept nogil:
 
 cdef int _check_map(const sc_guest *g, const sc_call *c) noexcept nogil:
     cdef u64 file = c.value & 0xFFFFFFFFU
-    if c.flags & ~MAP_SHARED:
+    if c.flags & ~(MAP_SHARED | MAP_GROWS) or (c.flags & MAP_GROWS and (c.flags & MAP_SHARED or file)):
         return BAD_FLAGS
     if file > g.n_files:
         return BAD_FILE
@@ -52,12 +55,12 @@ cdef int call_check(const sc_guest *g, const sc_call *c) noexcept nogil:
             return BAD_FLAGS
         if c.flags & TOUCH_RANDOM and (c.value < c.size or c.value // c.size > <u64>1 << 32):
             return BAD_RANGE
-    elif c.op == CALL_MMAP or c.op == CALL_MPROTECT or c.op == CALL_MUNMAP:
+    elif c.op == CALL_MMAP or c.op == CALL_MPROTECT or c.op == CALL_MUNMAP or c.op == CALL_DROP or c.op == CALL_MOVE:
         if c.prot > 7:
             return BAD_PROT
         if c.op == CALL_MMAP:
             return _check_map(g, c)
-        if not _pages(g, c.addr, c.count):
+        if not _pages(g, c.addr, c.count) or (c.op == CALL_MOVE and not _pages(g, c.value, c.count)):
             return BAD_RANGE
     elif c.op == CALL_BRK:
         if c.addr >= g.task_size:
@@ -68,6 +71,10 @@ cdef int call_check(const sc_guest *g, const sc_call *c) noexcept nogil:
     elif c.op == CALL_SPAWN or c.op == CALL_EXEC:
         if c.value >= g.n_programs and c.value != NO_PROCESS:
             return BAD_PROGRAM
+        if c.flags & ~CALL_BARE or (c.flags and c.value != NO_PROCESS):
+            return BAD_FLAGS
+        if c.flags and (c.addr & 4095 or c.addr >= g.task_size):
+            return BAD_RANGE
     elif c.op == CALL_SYSCALL or c.op == CALL_IDLE:
         if c.count > 1 << 20:
             return BAD_RANGE
@@ -109,18 +116,24 @@ cdef int _as_process(sc_guest *g, const sc_call *c, u64 *result) noexcept nogil:
     if c.op == CALL_FORK:
         return process_fork(g, p, <u32>c.value)
     if c.op == CALL_EXEC:
-        return process_exec(g, p, <u32>c.value)
+        return process_exec(g, p, <u32>c.value, c.flags & CALL_BARE, c.addr)
     if c.op == CALL_EXIT:
         return process_exit(g, p)
     if c.op == CALL_MMAP:
         flags = c.flags
         if c.value & 0xFFFFFFFFU and g.file_kind[(c.value & 0xFFFFFFFFU) - 1] == FILE_LARGE:
             flags |= MAP_SHARED | MAP_LARGE
+        if flags & MAP_GROWS:
+            flags |= MAP_ANON
         return memory_map(g, p, c.addr, c.count, c.prot, flags, <u32>c.value, c.value >> 32, result)
     if c.op == CALL_MUNMAP:
         return memory_unmap(g, p, c.addr, c.count)
     if c.op == CALL_MPROTECT:
         return memory_protect(g, p, c.addr, c.count, c.prot)
+    if c.op == CALL_DROP:
+        return memory_drop(g, p, c.addr, c.count)
+    if c.op == CALL_MOVE:
+        return memory_move(g, p, c.value, c.count, c.addr)
     if c.op == CALL_BRK:
         rc = memory_brk(g, p, c.addr)
         result[0] = g.procs[p].brk
@@ -142,7 +155,7 @@ cdef int _as_kernel(sc_guest *g, const sc_call *c, u64 *result) noexcept nogil:
             rc = process_reap(g)
             if rc != RC_OK:
                 return rc
-        return process_spawn(g, c.process, <u32>c.value)
+        return process_spawn(g, c.process, <u32>c.value, c.flags & CALL_BARE, c.addr)
     if g.procs[c.process].state != PROCESS_ALIVE:
         return RC_BAD_OP
     rc = cpu_enter(g)

@@ -333,6 +333,105 @@ cdef int memory_protect(sc_guest *g, u32 p, u64 start, u64 length, u32 prot) noe
     return flush_end(g, p, g.sloppy & SLOPPY_MPROTECT != 0)
 
 
+cdef int memory_drop(sc_guest *g, u32 p, u64 start, u64 length) noexcept nogil:
+    """madvise(MADV_DONTNEED) of [start, start + length): the pages go, the mappings and the tables stay."""
+    cdef sc_gvma part
+    cdef u64 end = start + length
+    cdef u32 i = _first_after(g, p, start)
+    cdef int rc = RC_OK
+    cdef int done
+    flush_begin(g)
+    while rc == RC_OK and i < g.procs[p].nvmas and vmas_of(g, p)[i].start < end:
+        part = vmas_of(g, p)[i]
+        part.start = max(part.start, start)
+        part.end = min(part.end, end)
+        rc = RC_SEGV if part.flags & MAP_LARGE else memory_zap(g, p, &part, False, False)
+        i += 1
+    done = flush_end(g, p, False)
+    return rc if rc != RC_OK else done
+
+
+cdef int _move_entries(sc_guest *g, u32 p, u64 start, u64 length, u64 to, bint make) noexcept nogil:
+    """make: a table wherever an entry of [start, start + length) will stand; else the entries go there."""
+    cdef u64 span = guest_span(g, 2)
+    cdef u64 at = 0
+    cdef u64 source = 0
+    cdef u64 target, entry
+    cdef u64 looked = ~<u64>0       # for which tables `source` and `target` are
+    cdef u64 found = ~<u64>0
+    cdef u32 index
+    cdef int rc
+    while at < length:
+        if (start + at) // span != looked:
+            looked = (start + at) // span
+            rc = table_find(g, p, start + at, 1, False, &source)
+            if rc != RC_OK:
+                return rc
+        if source == 0:
+            at = min((looked + 1) * span - start, length)
+            continue
+        index = guest_index(g, start + at, 1)
+        entry = entry_read(g, source, index)
+        if entry:
+            if (to + at) // span != found:
+                found = (to + at) // span
+                rc = table_find(g, p, to + at, 1, True, &target)
+                if rc != RC_OK:
+                    return rc
+            if not make:
+                if entry & PTE_P:
+                    rc = entry_take(g, source, index, &entry)
+                    g.n.leaf_installs += 1
+                    flush_page(g, start + at)
+                else:
+                    rc = entry_set(g, source, index, 0)
+                if rc == RC_OK:
+                    rc = entry_set(g, target, guest_index(g, to + at, 1), entry)
+                if rc != RC_OK:
+                    return rc
+        at += 4096
+    return RC_OK
+
+
+cdef int memory_move(sc_guest *g, u32 p, u64 start, u64 length, u64 to) noexcept nogil:
+    """mremap of [start, start + length), of one mapping, to `to`, where nothing is mapped: the entries move
+    (move_page_tables)."""
+    cdef sc_gvma *m = memory_find(g, p, start)
+    cdef sc_gvma new
+    cdef u64 low = 0
+    cdef u64 high = ~<u64>0
+    cdef u32 i
+    cdef int rc, done
+    if m == NULL or m.end < start + length or m.flags & MAP_LARGE:
+        return RC_SEGV
+    i = _first_after(g, p, to)
+    if g.procs[p].nvmas + 3 > g.max_vmas or (i < g.procs[p].nvmas and vmas_of(g, p)[i].start < to + length):
+        return RC_NOROOM
+    rc = _move_entries(g, p, start, length, to, True)   # what may fail comes first
+    if rc != RC_OK:
+        return rc
+    _split(g, p, start)
+    _split(g, p, start + length)
+    flush_begin(g)
+    rc = _move_entries(g, p, start, length, to, False)
+    if rc == RC_OK:
+        i = _first_after(g, p, start)
+        new = vmas_of(g, p)[i]
+        _remove(g, p, i, 1)
+        new.start = to
+        new.end = to + length
+        new.flags &= ~MAP_GROWS
+        _insert(g, p, &new)
+        i = _first_after(g, p, start)
+        if i:
+            low = vmas_of(g, p)[i - 1].end
+        if i < g.procs[p].nvmas:
+            high = vmas_of(g, p)[i].start
+        rc = tables_trim(g, p, start, start + length, low, high)
+    done = flush_end(g, p, False)
+    return rc if rc != RC_OK else done
+
+
 cdef int memory_brk(sc_guest *g, u32 p, u64 end) noexcept nogil:
     """brk: the heap ends at `end`, rounded up to a page."""
     cdef sc_gproc *process = &g.procs[p]

@@ -81,14 +81,19 @@ cdef int _map_file(sc_guest *g, u32 p, u64 start, u64 pages, u32 prot, u32 file,
     return memory_map(g, p, start, pages << 12, prot, 0, file, page, where)
 
 
-cdef int _load(sc_guest *g, u32 p, u32 number) noexcept nogil:
-    """Map a program (NO_PROCESS: none, a stack alone) and put its arguments on the stack."""
+cdef int _load(sc_guest *g, u32 p, u32 number, bint bare, u64 heap) noexcept nogil:
+    """Map a program (NO_PROCESS: none, a stack alone) and put its arguments on the stack. bare: not even a stack; the
+    heap begins at `heap`, unless that is 0."""
     cdef sc_gprogram *program
     cdef u64 at = 0x400000 if g.mode >= MODE_64 else 0x8048000
     cdef u64 where = 0
     cdef u64 table, frame
     cdef sc_gvma *m
     cdef int rc = RC_OK
+    if bare:
+        if heap:
+            g.procs[p].brk_start = g.procs[p].brk = heap
+        return RC_OK
     if number != NO_PROCESS:
         program = &g.programs[number]
         rc = _map_file(g, p, at, program.text_pages, PROT_READ | PROT_EXEC, program.text, 0, &where)
@@ -138,7 +143,7 @@ cdef int process_reap(sc_guest *g) noexcept nogil:
     return rc
 
 
-cdef int process_spawn(sc_guest *g, u32 p, u32 program) noexcept nogil:
+cdef int process_spawn(sc_guest *g, u32 p, u32 program, bint bare, u64 heap) noexcept nogil:
     """A new process in the free slot `p`, made by the kernel."""
     cdef int rc = cpu_enter(g)
     if rc != RC_OK:
@@ -149,7 +154,7 @@ cdef int process_spawn(sc_guest *g, u32 p, u32 program) noexcept nogil:
         g.procs[p].stack = frame_take(g, FRAME_KERNEL)
         rc = RC_OK if g.procs[p].stack else RC_NOMEM
     if rc == RC_OK:
-        rc = _load(g, p, program)
+        rc = _load(g, p, program, bare, heap)
     if rc != RC_OK:
         return _undo(g, p, rc)
     g.n_alive += 1
@@ -274,7 +279,7 @@ cdef int process_fork(sc_guest *g, u32 p, u32 child) noexcept nogil:
     return RC_OK
 
 
-cdef int process_exec(sc_guest *g, u32 p, u32 program) noexcept nogil:
+cdef int process_exec(sc_guest *g, u32 p, u32 program, bint bare, u64 heap) noexcept nogil:
     """exec by the current process: a new address space is made beside the old one, loaded, and the old one goes."""
     cdef u32 spare = g.max_procs
     cdef sc_gproc *old = &g.procs[spare]
@@ -284,7 +289,7 @@ cdef int process_exec(sc_guest *g, u32 p, u32 program) noexcept nogil:
     cdef u32 i
     cdef int rc = _begin(g, spare)
     if rc == RC_OK:
-        rc = _load(g, spare, program)
+        rc = _load(g, spare, program, bare, heap)
     if rc != RC_OK:
         return _undo(g, spare, rc)
     new = old[0]

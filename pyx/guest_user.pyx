@@ -1,7 +1,7 @@
 """What the guest's processes do. An access that faults is taken to the kernel, serviced, and made again."""
 from libc.string cimport memset
 
-from shadowcore.access cimport OP_FETCH, OP_READ, OP_WRITE, access_shortest, sc_op, sc_result
+from shadowcore.access cimport OP_ADD, OP_FETCH, OP_READ, OP_WRITE, access_shortest, sc_op, sc_result
 from shadowcore.guest cimport (
     FRAME_KERNEL, PIPE_BUFFERS, PROCESS_ALIVE, RC_NOMEM, RC_PANIC, RC_SEGV, guest_remember, sc_gpipe, sc_guest,
 )
@@ -9,8 +9,10 @@ from shadowcore.guest_cpu cimport cpu_access, cpu_enter, cpu_leave, cpu_log, cpu
 from shadowcore.guest_fault cimport fault_service
 from shadowcore.guest_frames cimport frame_put, frame_take
 from shadowcore.guest_process cimport process_swap_out
-from shadowcore.guest_user cimport TOUCH_FETCH, TOUCH_RANDOM, TOUCH_WRITE
-from shadowcore.types cimport RC_GP, RC_MMIO, RC_OK, u8, u32, u64
+from shadowcore.guest_user cimport (
+    PROGRAM_FETCH, PROGRAM_MODIFY, PROGRAM_READ, PROGRAM_WRITE, TOUCH_FETCH, TOUCH_RANDOM, TOUCH_WRITE,
+)
+from shadowcore.types cimport RC_GP, RC_MMIO, RC_OK, u8, u16, u32, u64
 
 cdef enum:
     FAULTS = 4                      # that one access may take: a swapped page that was shared takes two
@@ -180,6 +182,62 @@ cdef int user_array(sc_guest *g, const u64 *addr, const u8 *write, bint all_writ
             outcome[i] = rc != RC_OK
             loaded[i] = o.value[0] if o.op == OP_WRITE else r.value[0]
             gpa[i] = r.gpa
+    return RC_OK
+
+
+cdef inline u32 _piece(u32 left) noexcept nogil:
+    """The widest access that a processor makes at once of so many bytes."""
+    return 16 if left >= 16 else 8 if left >= 8 else 4 if left >= 4 else 2 if left >= 2 else 1
+
+
+cdef int user_program(sc_guest *g, const u8 *op, const u16 *size, const u64 *addr, u64 start, u64 stop,
+                      u64 *refused) noexcept nogil:
+    """Accesses as a program recording has them: reads, writes, fetches, and those that modify (PROGRAM_*).
+
+    A fetch is one access for each page that the instruction lies in. What modifies is one read-modify-write. An
+    access of a size that the processor does not have is made piece by piece; a refusal ends it.
+    """
+    cdef sc_op o
+    cdef sc_result r
+    cdef u64 i, at
+    cdef u32 left
+    cdef u8 kind
+    cdef int rc = cpu_leave(g)
+    if rc != RC_OK:
+        return rc
+    memset(&o, 0, sizeof(o))
+    o.user = True
+    for i in range(start, stop):
+        kind = op[i]
+        at = addr[i]
+        left = size[i] if size[i] else 1
+        while left:
+            o.addr = at
+            o.value[0] = 0
+            if kind == PROGRAM_FETCH:
+                o.op = OP_FETCH
+                o.size = 1
+                left -= min(left, <u32>(4096 - (at & 4095)))
+                at = (at & ~<u64>4095) + 4096
+            else:
+                o.size = <u8>_piece(left)
+                if kind == PROGRAM_READ:
+                    o.op = OP_READ
+                else:
+                    if kind == PROGRAM_MODIFY and o.size == 16:
+                        o.size = 8
+                    o.op = OP_WRITE if kind == PROGRAM_WRITE else OP_ADD
+                    g.sequence += 1
+                    o.value[0] = at ^ g.sequence * <u64>0x9E3779B97F4A7C15ULL
+                left -= o.size
+                at += o.size
+            g.n.accesses += 1
+            rc = _one(g, &o, &r)
+            if rc == RC_SEGV:
+                refused[0] += 1
+                break
+            if rc != RC_OK:
+                return rc
     return RC_OK
 
 

@@ -20,17 +20,21 @@ cdef enum:
     CALL_PIPE_WRITE = 13
     CALL_PIPE_READ = 14
     CALL_IDLE = 15
-    CALL_COUNT = 16
+    CALL_DROP = 16
+    CALL_MOVE = 17
+    CALL_COUNT = 18
+
+    CALL_BARE = 1                   # flags of SPAWN and EXEC: nothing is mapped, the heap begins at addr
 
 cdef struct sc_call:                # the layout of CALL_DTYPE
     u8 op                           # CALL_*
-    u8 flags                        # TOUCH_* or MAP_SHARED
+    u8 flags                        # TOUCH_*, MAP_SHARED, MAP_GROWS or CALL_BARE
     u8 size                         # bytes of each access of a TOUCH
     u8 prot                         # PROT_* of MMAP, MPROTECT
     u32 process                     # its number
     u64 addr
     u64 count                       # accesses, bytes or pages
-    u64 value                       # stride or region, child, program, file, pipe
+    u64 value                       # stride or region, child, program, file, pipe, source of a move
 
 # Why a call cannot be.
 cdef enum:

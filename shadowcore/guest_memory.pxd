@@ -10,5 +10,7 @@ cdef int memory_map(sc_guest *g, u32 p, u64 start, u64 length, u32 prot, u32 fla
                     u64 *where) noexcept nogil
 cdef int memory_unmap(sc_guest *g, u32 p, u64 start, u64 length) noexcept nogil
 cdef int memory_protect(sc_guest *g, u32 p, u64 start, u64 length, u32 prot) noexcept nogil
+cdef int memory_drop(sc_guest *g, u32 p, u64 start, u64 length) noexcept nogil
+cdef int memory_move(sc_guest *g, u32 p, u64 start, u64 length, u64 to) noexcept nogil
 cdef int memory_brk(sc_guest *g, u32 p, u64 end) noexcept nogil
 cdef int memory_zap(sc_guest *g, u32 p, const sc_gvma *m, bint whole, bint forgotten) noexcept nogil

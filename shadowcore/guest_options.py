@@ -24,15 +24,16 @@ class Call(IntEnum):
     SYSCALL = 2
     """Into the kernel and back, with `count` accesses to its own data."""
     SPAWN = 3
-    """A new process, of program `value` (NO_PROGRAM: none), under a number that is free."""
+    """A new process, of program `value` (NO_PROGRAM: none), under a number that is free. flags 1, without a program:
+    nothing is mapped, not even a stack, and the heap begins at `addr`."""
     FORK = 4
     """`value`: number of the child."""
     EXEC = 5
-    """`value`: the program."""
+    """`value`: the program; flags and `addr` as those of SPAWN."""
     EXIT = 6
     MMAP = 7
     """`count` bytes at `addr` (0: anywhere), rights `prot`; `value`: 0, or number of a file + 1, and its first page
-    in the upper half. Result: the address."""
+    in the upper half; flags: 1 shared, 2 a stack, which grows. Result: the address."""
     MUNMAP = 8
     """`count` bytes at `addr`."""
     MPROTECT = 9
@@ -49,6 +50,10 @@ class Call(IntEnum):
     """One buffer of pipe `value` to `addr`."""
     IDLE = 15
     """A timer tick with nothing to run."""
+    DROP = 16
+    """The pages of `count` bytes at `addr` are given up, their mappings stay (MADV_DONTNEED)."""
+    MOVE = 17
+    """`count` bytes at `value`, of one mapping, go to `addr`, where nothing is mapped (mremap)."""
 
 
 class Touch(IntFlag):
