@@ -1,6 +1,6 @@
 """Exact, fast, embeddable models of memory virtualization: an x86 shadow paging engine over flat arrays."""
 
-from . import importers, pagetables, recordings, trace, workload
+from . import importers, pagetables, programs, recordings, trace, workload
 from ._version import __version__
 from .audit import AuditReport, Violation
 from .batch import OP_DTYPE
@@ -84,6 +84,7 @@ __all__ = [
     "__version__",
     "importers",
     "pagetables",
+    "programs",
     "recordings",
     "study",
     "trace",
