@@ -5,7 +5,7 @@ and the stores that clear it go to a frame that a shadow MMU may still take for 
 """
 from shadowcore.access cimport OP_READ, sc_result
 from shadowcore.guest cimport (
-    FRAME_ANON, FRAME_FREE, FRAME_LARGE, FRAME_TABLE, FRAME_WAS_TABLE, RC_NOMEM, guest_span, sc_guest,
+    FRAME_ANON, FRAME_DYING, FRAME_FREE, FRAME_LARGE, FRAME_TABLE, FRAME_WAS_TABLE, RC_NOMEM, guest_span, sc_guest,
 )
 from shadowcore.guest_cpu cimport cpu_access, cpu_string
 from shadowcore.types cimport RC_OK, u8, u32, u64
@@ -31,6 +31,7 @@ cdef u64 frame_take(sc_guest *g, u8 kind) noexcept nogil:
 
 cdef void frame_put(sc_guest *g, u64 frame) noexcept nogil:
     """Give up one reference; the last one frees the frame."""
+    cdef u8 was = g.kind[frame]
     g.count[frame] -= 1
     if g.count[frame]:
         return
@@ -40,7 +41,7 @@ cdef void frame_put(sc_guest *g, u64 frame) noexcept nogil:
         g.n_large += 1
         g.kind[frame] = FRAME_FREE
         return
-    g.kind[frame] = FRAME_FREE | (FRAME_WAS_TABLE if g.kind[frame] == FRAME_TABLE else 0)
+    g.kind[frame] = FRAME_FREE | (FRAME_WAS_TABLE if was == FRAME_TABLE or was == FRAME_DYING else 0)
     g.next_free[frame] = <u32>g.free_head
     g.free_head = frame
     g.n_free += 1

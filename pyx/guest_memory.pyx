@@ -7,10 +7,10 @@ from shadowcore.guest cimport (
     PROT_WRITE, PTE_NONE, RC_NOROOM, RC_PANIC, RC_SEGV, SLOPPY_MPROTECT, SLOPPY_MUNMAP,
     guest_index, guest_span, sc_gproc, sc_guest, sc_gvma, vmas_of,
 )
-from shadowcore.guest_frames cimport frame_known
+from shadowcore.guest_frames cimport frame_is_page, frame_known
 from shadowcore.guest_tables cimport (
     entry_frame, entry_has_frame, entry_read, entry_set, entry_take, flush_begin, flush_end, flush_free, flush_page,
-    table_find, tables_trim,
+    table_find, table_spent, tables_trim,
 )
 from shadowcore.types cimport RC_OK, u32, u64
 
@@ -166,7 +166,7 @@ cdef int _drop(sc_guest *g, u32 p, u64 va, u64 entry, bint forgotten) noexcept n
         flush_page(g, va)
     if frame == g.zero_frame:
         return RC_OK
-    if not frame_known(g, frame):
+    if not frame_known(g, frame) or not frame_is_page(g, frame):
         return RC_PANIC
     return flush_free(g, p, frame, forgotten)
 
@@ -198,6 +198,7 @@ cdef int memory_zap(sc_guest *g, u32 p, const sc_gvma *m, bint whole, bint forgo
     cdef u64 va = m.start
     cdef u64 end = m.end
     cdef u64 stop, table, entry, old
+    cdef u64 left = g.procs[p].tables
     cdef u32 index
     cdef int rc
     if m.flags & MAP_LARGE:
@@ -205,6 +206,8 @@ cdef int memory_zap(sc_guest *g, u32 p, const sc_gvma *m, bint whole, bint forgo
     while va < end:
         stop = min((va & ~(span - 1)) + span, end)
         rc = table_find(g, p, va, 1, False, &table)
+        if rc == RC_OK and table:
+            rc = table_spent(&left)
         if rc != RC_OK:
             return rc
         while table and va < stop:
@@ -283,6 +286,7 @@ cdef int memory_protect(sc_guest *g, u32 p, u64 start, u64 length, u32 prot) noe
     cdef u64 end = start + length
     cdef u64 va = start
     cdef u64 stop, table, entry, new
+    cdef u64 left = g.procs[p].tables
     cdef sc_gvma *m
     cdef u32 i, index
     cdef bint changed = False
@@ -309,6 +313,8 @@ cdef int memory_protect(sc_guest *g, u32 p, u64 start, u64 length, u32 prot) noe
         while va < m.end and rc == RC_OK:
             stop = min((va & ~(span - 1)) + span, m.end)
             rc = table_find(g, p, va, 1, False, &table)
+            if rc == RC_OK and table and va & (span - 1) == 0:
+                rc = table_spent(&left)
             while rc == RC_OK and table and va < stop:
                 index = guest_index(g, va, 1)
                 entry = entry_read(g, table, index)
@@ -357,6 +363,7 @@ cdef int _move_entries(sc_guest *g, u32 p, u64 start, u64 length, u64 to, bint m
     cdef u64 at = 0
     cdef u64 source = 0
     cdef u64 target, entry
+    cdef u64 left = g.procs[p].tables
     cdef u64 looked = ~<u64>0       # for which tables `source` and `target` are
     cdef u64 found = ~<u64>0
     cdef u32 index
@@ -365,6 +372,8 @@ cdef int _move_entries(sc_guest *g, u32 p, u64 start, u64 length, u64 to, bint m
         if (start + at) // span != looked:
             looked = (start + at) // span
             rc = table_find(g, p, start + at, 1, False, &source)
+            if rc == RC_OK and source:
+                rc = table_spent(&left)
             if rc != RC_OK:
                 return rc
         if source == 0:

@@ -10,12 +10,12 @@ from shadowcore.guest cimport (
     vmas_of,
 )
 from shadowcore.guest_cpu cimport cpu_access, cpu_enter, cpu_flush_all, cpu_load_cr3, cpu_load_root, cpu_work
-from shadowcore.guest_frames cimport frame_known, frame_put, frame_take, frame_zeroed
+from shadowcore.guest_frames cimport frame_is_page, frame_known, frame_put, frame_take, frame_zeroed
 from shadowcore.guest_fault cimport leaf_install
 from shadowcore.guest_memory cimport leaf_bits, memory_map, memory_next, memory_zap
 from shadowcore.guest_tables cimport (
     entry_age, entry_frame, entry_has_frame, entry_protect, entry_read, entry_set, entry_take, flush_begin, flush_end,
-    flush_free, flush_page, root_free, root_make, root_trim, table_find, tables_trim,
+    flush_free, flush_page, root_free, root_make, root_trim, table_find, table_spent, tables_trim,
 )
 from shadowcore.types cimport MODE_64, RC_OK, u32, u64
 
@@ -212,7 +212,7 @@ cdef int _copy_entry(sc_guest *g, u32 p, u32 child, const sc_gvma *m, u64 table,
         g.procs[child].swapped += 1
         return entry_set(g, into, index, entry)
     if frame != g.zero_frame:
-        if not frame_known(g, frame):
+        if not frame_known(g, frame) or not frame_is_page(g, frame):
             return RC_PANIC
         g.count[frame] += 1
     if entry & PTE_W and not m.flags & MAP_SHARED:
@@ -228,12 +228,15 @@ cdef int _copy_mapping(sc_guest *g, u32 p, u32 child, const sc_gvma *m, bint *pr
     cdef u64 span = guest_span(g, 2)
     cdef u64 va = m.start
     cdef u64 stop, table, into, entry
+    cdef u64 left = g.procs[p].tables
     cdef u32 index
     cdef int rc
     while va < m.end:
         stop = min((va & ~(span - 1)) + span, m.end)
         into = 0
         rc = table_find(g, p, va, 1, False, &table)
+        if rc == RC_OK and table:
+            rc = table_spent(&left)
         while rc == RC_OK and table and va < stop:
             index = guest_index(g, va, 1)
             entry = entry_read(g, table, index)

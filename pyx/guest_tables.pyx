@@ -7,7 +7,7 @@ leaf in use by XCHG: the processor may set A and D in between.
 from shadowcore.access cimport OP_AND, OP_READ, OP_WRITE, OP_XCHG, sc_result
 from shadowcore.bits cimport PTE_A, PTE_D, PTE_P, PTE_U, PTE_W, pte_nx
 from shadowcore.guest cimport (
-    FRAME_TABLE, GATHER, RC_PANIC, guest_index, guest_remember, guest_shift, sc_gproc, sc_guest,
+    FRAME_DYING, FRAME_TABLE, GATHER, RC_PANIC, guest_index, guest_remember, guest_shift, sc_gproc, sc_guest,
 )
 from shadowcore.guest_cpu cimport cpu_access, cpu_flush_all, cpu_invlpg, cpu_string
 from shadowcore.guest_frames cimport frame_known, frame_put, frame_zeroed
@@ -144,8 +144,9 @@ cdef int table_find(sc_guest *g, u32 p, u64 va, int leaf, bint make, u64 *table)
 
 
 cdef int _free_table(sc_guest *g, u32 p, u64 table) noexcept nogil:
-    if g.procs[p].tables == 0:
-        return RC_PANIC             # more tables than were made: a loop in broken ones ends here
+    if g.procs[p].tables == 0 or g.kind[table >> 12] != FRAME_TABLE:
+        return RC_PANIC             # more tables than were made, or one twice: a loop in broken ones ends here
+    g.kind[table >> 12] = FRAME_DYING
     g.n.tables_freed += 1
     g.procs[p].tables -= 1
     return flush_free(g, p, table >> 12, False)

@@ -32,6 +32,7 @@ cdef enum:
     FRAME_KERNEL = 4                # stacks, pipe buffers
     FRAME_BOOT = 5                  # made at boot, never freed
     FRAME_LARGE = 6                 # first frame of a large page, which counts for all
+    FRAME_DYING = 7                 # a table that waits for the flush after which it is freed
     FRAME_WAS_TABLE = 1 << 7        # free, and a table in its last life
 
 cdef enum:

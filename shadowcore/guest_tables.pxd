@@ -1,7 +1,7 @@
 """The guest kernel's edits of page tables, and the flushes that follow them."""
 from shadowcore.bits cimport PTE_P, pte_addr
-from shadowcore.guest cimport PTE_NONE, sc_guest
-from shadowcore.types cimport u32, u64
+from shadowcore.guest cimport PTE_NONE, RC_PANIC, sc_guest
+from shadowcore.types cimport RC_OK, u32, u64
 
 cdef inline u64 entry_read(const sc_guest *g, u64 table, u32 index) noexcept nogil:
     """An entry as it stands, A and D of the processor included. `table` is the gpa of a frame of RAM."""
@@ -14,6 +14,13 @@ cdef inline u64 entry_frame(u64 entry) noexcept nogil:
 cdef inline bint entry_has_frame(u64 entry) noexcept nogil:
     """Present, or kept out of reach by PROT_NONE."""
     return entry & (PTE_P | PTE_NONE) != 0
+
+cdef inline int table_spent(u64 *left) noexcept nogil:
+    """One more table of leaves is looked through, of `left` that there are: in broken tables there may be no end."""
+    if left[0] == 0:
+        return RC_PANIC
+    left[0] -= 1
+    return RC_OK
 
 cdef int entry_set(sc_guest *g, u64 table, u32 index, u64 value) noexcept nogil
 cdef int entry_take(sc_guest *g, u64 table, u32 index, u64 *old) noexcept nogil
