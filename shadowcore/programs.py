@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .config import Features, Native, Shadow, check_int, parse_size
-from .errors import ConfigError, GuestOutOfMemory
+from .errors import ConfigError, EngineError, GuestOutOfMemory
 from .guest_options import Call, File, KernelOptions
 from .kernel import NO_PROGRAM, Kernel
 from .machine import VM
@@ -21,7 +21,7 @@ from .program_survey import TURN, Fold, Survey, check_addresses, folding, survey
 from .recordings import Reader
 from .workload import WorkloadResult
 
-__all__ = ["ProgramResult", "Survey", "run", "survey"]
+__all__ = ["ProgramResult", "Survey", "compare", "run", "survey", "table"]
 
 BARE, SHARED, GROWS = 1, 1, 2
 """`flags` of Call.SPAWN and EXEC; of MMAP."""
@@ -333,6 +333,51 @@ def run(
     if rows is not None:
         rows.close(runner.accesses)
     return _result(runner, machine, settings, before, seconds, record, rows)
+
+
+def compare(
+    recordings: str | os.PathLike[str] | Sequence[str | os.PathLike[str]] | Survey,
+    designs: Sequence[str | Native | Shadow] = ("native", "flush", "cached"),
+    *,
+    turn: int = TURN,
+    **settings: Any,
+) -> list[ProgramResult]:
+    """The same recordings under each design; settings as those of `run`. EngineError if the guests did not do the same,
+    access by access, which no design may change."""
+    found = recordings if isinstance(recordings, Survey) else survey(recordings, turn=turn)
+    results = [run(found, design, **settings) for design in designs]
+    if len({result.history for result in results}) > 1:
+        raise EngineError(f"{found.name}: the guest did not do the same under {', '.join(r.design for r in results)}")
+    return results
+
+
+_ROWS = (
+    ("VM exits", "exits_total"),
+    ("  page fault: shadow entry missing", "exits_fill"),
+    ("  page fault: more rights for a leaf", "exits_write"),
+    ("  page fault: store to a guest table", "exits_emulate"),
+    ("  page fault: the guest's own", "exits_guest"),
+    ("  CR3 load", "exits_cr3"),
+    ("  INVLPG", "exits_invlpg"),
+    ("shadow pages zapped", "mmu_shadow_zapped"),
+    ("entries read by the processor's walks", "walk_references"),
+)
+
+
+def table(results: Sequence[ProgramResult]) -> str:
+    """A comparison as text: what the guest did, and below it, design by design, what it cost."""
+    first = results[0]
+    did = first.counters
+    lines = [
+        f"{first.workload}: {first.accesses:,} accesses of {len(first.processes)} processes, "
+        f"{did['faults']:,} page faults, {did['forks']:,} forks, {did['execs']:,} execs, {did['table_stores']:,} stores to page tables",
+        "".join([f"{'':40}", *(f"{result.design:>14}" for result in results)]),
+    ]
+    for name, key in _ROWS:
+        lines.append("".join([f"{name:40}", *(f"{result.stats[key]:14,}" for result in results)]))
+    per_million = (1e6 * result.stats["exits_total"] / max(result.accesses, 1) for result in results)
+    lines.append("".join([f"{'VM exits per million accesses':40}", *(f"{value:14,.1f}" for value in per_million)]))
+    return "\n".join(lines)
 
 
 def _shortage(error: GuestOutOfMemory, found: Survey, vm: VM) -> str:

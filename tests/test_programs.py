@@ -1,14 +1,16 @@
 """Recorded programs on the guest kernel: what is counted, what is seen, and that no design changes any of it."""
 
+import json
 import random
 from pathlib import Path
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 from program_model import Model
 
 import shadowcore as sc
-from shadowcore import programs
+from shadowcore import cli_programs, programs
 from shadowcore.program_survey import folding, lay_out
 from shadowcore.recordings import Event, Reader, Writer
 from shadowcore.touched import PageSet
@@ -445,3 +447,29 @@ def test_traces_without_events_run(tmp_path):
     assert results[0].refused == 0
     assert results[0].accesses == 9000
     assert results[0].counters["faults"] >= 3 + 47 // 16
+
+
+# -- comparisons ---------------------------------------------------------------------------------------------------
+
+
+def test_the_command_prints_a_table_or_json():
+    done = CliRunner().invoke(cli_programs.programs, [str(FAMILY), "--mmu", "native", "--mmu", "cached"])
+    assert done.exit_code == 0, done.output
+    head, designs, exits, *_ = done.output.splitlines()
+    assert head.startswith("family: 10,470 accesses of 4 processes, ")
+    assert designs.split() == ["native", "cached"]
+    cached = programs.run(FAMILY, "cached")
+    assert exits.split() == ["VM", "exits", "0", f"{cached.stats['exits_total']:,}"]
+    arguments = [str(FAMILY), "--json", "--mode", "pae", "--fold", "--operations", "5000", "--memory", "32MiB"]
+    plain = json.loads(CliRunner().invoke(cli_programs.programs, arguments).output)
+    assert [entry["design"] for entry in plain] == ["native", "flush", "cached"]
+    assert {entry["accesses"] for entry in plain} == {5000}
+    assert {entry["frames"]["total"] for entry in plain} == {8192}
+    assert len({entry["history"] for entry in plain}) == 1
+
+
+def test_guests_that_did_not_do_the_same_are_no_comparison():
+    """A kernel that forgets to flush, under `flush`, where that shows."""
+    sloppy = options(sloppy=("fork", "munmap", "cow"))
+    with pytest.raises(sc.EngineError, match="family: the guest did not do the same under native, flush"):
+        programs.compare(FAMILY, ("native", "flush"), options=sloppy)
