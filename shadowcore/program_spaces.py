@@ -119,7 +119,12 @@ def open_all(paths: Sequence[str | os.PathLike[str]]) -> list[Reader]:
     readers: list[Reader] = []
     try:
         for path in paths:
-            readers.append(Reader(path))
+            reader = Reader(path)
+            if reader.stream == PROGRAM and split(reader):
+                # As many streams as processes: none of them reads ahead in threads of its own.
+                reader.close()
+                reader = Reader(path, ahead=0)
+            readers.append(reader)
             if readers[-1].stream != PROGRAM:
                 expected = f"a recording of a program expected, not of the stream {readers[-1].stream!r}"
                 raise TraceError(path, None, expected)

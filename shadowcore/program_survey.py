@@ -48,11 +48,14 @@ class Survey:
     """What was found in recordings. Sizes are in pages of 4096 bytes unless they say bytes.
 
     paths: of the recordings; turn: accesses of a turn, where they take turns. name: of them all. records: accesses.
-    regions: of each image; heaps: where its heap begins (bytes); image_files: pages that come from its file.
+    regions: of each image; groups: its program; heaps: where its heap begins (bytes); image_files: pages that come
+        from the file of a program.
     touched: for each process, pages that it touched, each counted once in each of its lives. peak: touched pages of
-    all processes alive, at most at a time. mappings, processes: at most at a time. files: pages of each file mapped.
-    shared: how many shared anonymous mappings are made, and pages of them. highest: end of the highest range
-    touched or mapped (bytes), and its process. extents: ranges of 1 MiB and more that are used, as bytes.
+        all processes alive, and of those gone whose children inherited them, at most at a time.
+    mappings, processes: at most at a time. files: pages of each file mapped. shared: how many shared anonymous
+        mappings are made, and pages of them.
+    highest: end of the highest range touched or mapped (bytes), and its process. extents: ranges of 1 MiB and more
+        that are used, as bytes.
     """
 
     paths: tuple[str, ...]
@@ -82,6 +85,32 @@ class Survey:
         return max(16 * _MIB, 1 << (pages * 4096 - 1).bit_length())
 
 
+class _Touched:
+    """What a process has touched since its exec, or since it was forked from `parent`. Pages of one that is gone are
+    in memory as long as there are `kids`, forked from it, that inherited them."""
+
+    def __init__(self, parent: _Touched | None = None) -> None:
+        self.pages = PageSet()
+        self.parent = parent
+        self.kids = 0
+        self.left: int | None = None  # pages of a process that is gone
+        if parent is not None:
+            parent.kids += 1
+
+    def leave(self) -> int:
+        """The process is gone; pages that are free now."""
+        self.left = len(self.pages)
+        self.pages.clear()
+        free, node = 0, self
+        while node.left is not None and node.kids == 0:
+            free += node.left
+            if node.parent is None:
+                break
+            node = node.parent
+            node.kids -= 1
+        return free
+
+
 class _Surveyor(Follower):
     """Counts pages, and notes those that are in no mapping."""
 
@@ -97,8 +126,8 @@ class _Surveyor(Follower):
         self.highest: tuple[int, Key] = (0, (0, 0))
         self.resident = self.peak = self.mappings = self.processes = 0
 
-    def _started(self, life: Life) -> None:
-        life.own = PageSet()
+    def _started(self, life: Life, parent: _Touched | None = None) -> None:
+        life.own = _Touched(parent)
         self.loose.setdefault(life.image, {})
         self.processes = max(self.processes, len(self.lives))
 
@@ -108,19 +137,20 @@ class _Surveyor(Follower):
 
     def executed(self, life: Life, file: str | None) -> None:
         self.names[life.image] = file
-        self.resident -= len(life.own)
+        self.resident -= life.own.leave()
         self._started(life)
 
     def cloned(self, parent: Life, child: Life) -> None:
-        self._started(child)
+        self._started(child, parent.own)
 
     def exited(self, life: Life) -> None:
-        self.resident -= len(life.own)
+        self.resident -= life.own.leave()
 
     def _gone(self, life: Life, start: int, end: int) -> None:
-        before = len(life.own)
-        life.own.remove(start >> 12, end >> 12)
-        self.resident -= before - len(life.own)
+        pages: PageSet = life.own.pages
+        before = len(pages)
+        pages.remove(start >> 12, end >> 12)
+        self.resident -= before - len(pages)
 
     def _seen(self, life: Life, first: int, last: int) -> None:
         """Pages up to `last` are used by a process, of them `first` and `last`."""
@@ -163,11 +193,12 @@ class _Surveyor(Follower):
         self.mappings = max(self.mappings, len(life.space.pieces))
 
     def accessed(self, life: Life, accesses: Accesses) -> None:
-        before = len(life.own)
-        pages, flags = life.own.add(*accesses)
+        known: PageSet = life.own.pages
+        before = len(known)
+        pages, flags = known.add(*accesses)
         if not len(pages):
             return
-        new = len(life.own) - before
+        new = len(known) - before
         self.resident += new
         self.peak = max(self.peak, self.resident)
         self.touched[life.key] = self.touched.get(life.key, 0) + new

@@ -370,7 +370,7 @@ def table(results: Sequence[ProgramResult]) -> str:
     did = first.counters
     lines = [
         f"{first.workload}: {first.accesses:,} accesses of {len(first.processes)} processes, "
-        f"{did['faults']:,} page faults, {did['forks']:,} forks, {did['execs']:,} execs, {did['table_stores']:,} stores to page tables",
+        f"{did['faults']:,} page faults, {did['forks']:,} forks, {did['execs']:,} execs",
         "".join([f"{'':40}", *(f"{result.design:>14}" for result in results)]),
     ]
     for name, key in _ROWS:

@@ -473,3 +473,43 @@ def test_guests_that_did_not_do_the_same_are_no_comparison():
     sloppy = options(sloppy=("fork", "munmap", "cow"))
     with pytest.raises(sc.EngineError, match="family: the guest did not do the same under native, flush"):
         programs.compare(FAMILY, ("native", "flush"), options=sloppy)
+
+
+# -- memory ----------------------------------------------------------------------------------------------------------
+
+
+def test_pages_that_children_inherited_are_counted_as_long_as_they_live(tmp_path):
+    """A process touches memory, forks and ends; its child touches other memory. Those that exec or end give it back."""
+    pages = 3000
+    area = {"size": pages * PAGE, "prot": RW, "flags": ANON}
+    daemon = [
+        (Event.MMAP, 0, {"addr": AT, **area}),
+        (0, 1, 8, AT + np.arange(pages) * PAGE),
+        (Event.CLONE, 0, {"other": 1}),
+        (Event.CLONE, 0, {"other": 2}),
+        (Event.EXIT, 0, {}),
+        (Event.MMAP, 1, {"addr": AT + (64 << 20), **area}),
+        (1, 1, 8, AT + (64 << 20) + np.arange(pages) * PAGE),
+    ]
+    path = made(tmp_path / "daemon.screc", daemon, 3)
+    found = programs.survey(path)
+    assert found.peak == 2 * pages
+    assert programs.run(found).counters["faults_zero"] == 2 * pages
+    with pytest.raises(sc.GuestOutOfMemory):
+        programs.run(found, memory=2 * pages * PAGE)
+    end = [(Event.EXEC, 1, {}), (Event.EXIT, 2, {}), (Event.MMAP, 1, {"addr": AT, **area})]
+    more = [*daemon, *end, (1, 1, 8, AT + np.arange(pages) * PAGE)]
+    assert programs.survey(made(tmp_path / "more.screc", more, 3)).peak == 2 * pages
+    half = [*daemon[:-2], *end, (1, 1, 8, AT + np.arange(pages) * PAGE)]
+    assert programs.survey(made(tmp_path / "half.screc", half, 3)).peak == pages
+
+
+def test_a_guest_that_is_too_small_may_swap(tmp_path):
+    pages = 6000
+    steps = [(Event.MMAP, 0, {"addr": AT, "size": pages * PAGE, "prot": RW, "flags": ANON}),
+             (0, 1, 8, np.concatenate([AT + np.arange(pages) * PAGE] * 2))]  # fmt: skip
+    path = made(tmp_path / "large.screc", steps)
+    results = [programs.run(path, mmu, memory="16MiB", options=options(swap_pages=8192)) for mmu in DESIGNS]
+    assert len({result.history for result in results}) == 1
+    assert results[0].refused == 0
+    assert results[0].counters["swapped_in"] > 2000
