@@ -1,5 +1,6 @@
 """Recorded programs on the guest kernel: what is counted, what is seen, and that no design changes any of it."""
 
+import itertools
 import json
 import random
 from pathlib import Path
@@ -7,10 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 from click.testing import CliRunner
+from kernel_model import disk
 from program_model import Model
 
 import shadowcore as sc
 from shadowcore import cli_programs, programs
+from shadowcore.program_spaces import close_all, open_all, walk
 from shadowcore.program_survey import folding, lay_out
 from shadowcore.recordings import Event, Reader, Writer
 from shadowcore.touched import PageSet
@@ -513,3 +516,35 @@ def test_a_guest_that_is_too_small_may_swap(tmp_path):
     assert len({result.history for result in results}) == 1
     assert results[0].refused == 0
     assert results[0].counters["swapped_in"] > 2000
+
+
+def test_a_turn_ends_after_so_many_accesses_once_another_can_run(lackey):
+    readers = open_all([lackey])
+    order = [(part[0], len(part[1])) for _, part in walk(readers, 5) if isinstance(part, tuple)]
+    close_all(readers)
+    first = next(n for n, (process, _) in enumerate(order) if process == 1)
+    last = max(n for n, (process, _) in enumerate(order) if process == 1)
+    groups = itertools.groupby(order[first:last], lambda part: part[0])
+    assert [(process, sum(n for _, n in group)) for process, group in groups] == [(1, 5), (0, 5), (1, 5), (0, 5)]
+    # Before the child was there the parent ran without a turn's end; when it was, for one more.
+    made = sum(n for _, n in order[:first])
+    readers = open_all([lackey])
+    clone = 0
+    for _, part in walk(readers, 5):
+        if not isinstance(part, tuple) and part["kind"] == Event.CLONE:
+            break
+        clone += len(part[1]) if isinstance(part, tuple) else 0
+    close_all(readers)
+    assert made - clone <= 5
+
+
+def test_each_page_of_an_image_is_its_own_page_of_the_file(tmp_path):
+    steps = [(0, 2, 4, [0x400000]), (0, 0, 8, [0x400010, 0x401010, 0x402010]), (0, 1, 8, [0x402020])]
+    found = programs.survey(made(tmp_path / "image.screc", steps))
+    result = programs.run(found, "native", memory="16MiB", record=True)
+    vm = sc.VM("16MiB", mmu="cached")
+    sc.Kernel(vm, programs._options(found, sc.KernelOptions(), 0))
+    ops = result.recording
+    again = vm.vcpus[0].run(ops)
+    loads = (ops["user"] == 1) & (again.outcome == 0) & (ops["op"] == 0)
+    assert again.value[loads].tolist() == [disk(0, page, 2) for page in range(3)]
