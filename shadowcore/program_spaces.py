@@ -204,7 +204,6 @@ def walk(readers: Sequence[Reader], turn: int) -> Iterator[tuple[int, Any]]:
                 made = waiting.pop((stream.number, int(part["other"])), None)
                 if made is not None:
                     ready.append(made)
-                    room = min(room, turn)
             yield stream.number, part
         else:
             ready.append(stream)

@@ -526,7 +526,7 @@ def test_a_turn_ends_after_so_many_accesses_once_another_can_run(lackey):
     last = max(n for n, (process, _) in enumerate(order) if process == 1)
     groups = itertools.groupby(order[first:last], lambda part: part[0])
     assert [(process, sum(n for _, n in group)) for process, group in groups] == [(1, 5), (0, 5), (1, 5), (0, 5)]
-    # Before the child was there the parent ran without a turn's end; when it was, for one more.
+    # The child runs when the turn in which it was made is over.
     made = sum(n for _, n in order[:first])
     readers = open_all([lackey])
     clone = 0
