@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-from . import cli_about, cli_recording, cli_replay, cli_reproduce, cli_study, cli_workload
+from . import cli_about, cli_programs, cli_recording, cli_replay, cli_reproduce, cli_study, cli_workload
 from ._version import __version__
 from .errors import ShadowcoreError
 
@@ -52,6 +52,6 @@ def main(context: click.Context) -> None:
         click.echo(context.get_help())
 
 
-for _module in (cli_study, cli_workload, cli_recording, cli_replay, cli_reproduce, cli_about):
+for _module in (cli_study, cli_workload, cli_programs, cli_recording, cli_replay, cli_reproduce, cli_about):
     for _command in _module.COMMANDS:
         main.add_command(_command)

@@ -1,4 +1,4 @@
-"""The command about recorded programs, for the command `shadowcore` to take up."""
+"""The command about recorded programs."""
 
 from __future__ import annotations
 
@@ -70,3 +70,6 @@ def programs(
 
 COMMANDS = (programs,)
 """What the group of commands adds."""
+
+
+COMMANDS = (programs,)

@@ -37,20 +37,19 @@ class ProgramResult(WorkloadResult):
     refused: of these, by a page fault that the guest kernel does not service: the program would have had a signal.
     ignored: accesses by processes that had ended.
     processes: a dict for each: recording, number, pid, command (None: unknown), accesses, refused, pages touched.
-    windows: of counters of kernel ("kernel.NAME") and VM, a structured array; each row counts what happened in
-        accesses [start, end). None where none were asked for.
+    windows: of counters of kernel ("kernel.NAME") and VM, by name; each row counts what happened in accesses
+        [start, end). None where none were asked for.
     """
 
     accesses: int = 0
     refused: int = 0
     ignored: int = 0
     processes: tuple[dict[str, Any], ...] = ()
-    windows: NDArray[Any] | None = None
 
     def as_dict(self) -> dict[str, Any]:
         plain = super().as_dict()
         if self.windows is not None:
-            plain["windows"] = {name: self.windows[name].tolist() for name in self.windows.dtype.names or ()}
+            plain["windows"] = {name: column.tolist() for name, column in self.windows.items()}
         return plain
 
 
@@ -235,9 +234,9 @@ class _Windows:
             self._rows.append((self._start, end, *(now[name] - self._last[name] for name in now)))
             self._start, self._last = end, now
 
-    def array(self) -> NDArray[Any]:
-        names = ["start", "end", *self._last]
-        return np.array(self._rows, dtype=[(name, np.int64) for name in names])
+    def columns(self) -> dict[str, NDArray[np.uint64]]:
+        table = np.array(self._rows, dtype=np.uint64).reshape(len(self._rows), 2 + len(self._last))
+        return dict(zip(("start", "end", *self._last), table.T, strict=True))
 
 
 def _cut(part: Any, done: int, end: int, window: int) -> Iterator[Any]:
@@ -416,7 +415,7 @@ def _result(
         refused=runner.refused,
         ignored=runner.ignored,
         processes=tuple(_process(runner, key) for key in sorted(runner.counts)),
-        windows=None if rows is None else rows.array(),
+        windows=None if rows is None else rows.columns(),
     )
 
 

@@ -16,8 +16,8 @@ from .errors import ConfigError
 from .guest_options import KernelOptions
 from .kernel import Kernel
 from .machine import VM
-from .workload_catalog import WORKLOADS
 from .windows import WindowLog
+from .workload_catalog import WORKLOADS
 from .workload_script import Guest, Parameter, Workload
 
 if TYPE_CHECKING:
