@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import struct
+import threading
 from collections import Counter
 from typing import TYPE_CHECKING, Any
 
@@ -85,14 +86,15 @@ class Recording:
     """The operations that reached the MMU, to be run again without Unicorn.
 
     ops: an OP_DTYPE array. data: bool[n], which of them moved bytes. entries: (operation, gpa, size, value): what an
-    entry of a guest table held just before the operation; stores of the guest that no MMU sees are known by them.
+    entry of a guest table held just before the operation. Stores that no MMU sees, to tables that no shadow follows,
+    are known by them.
     """
 
     def __init__(self) -> None:
         self._ops: list[tuple[int, int, int, int, int]] = []
         self._data: list[bool] = []
         self.entries: list[tuple[int, int, int, int]] = []
-        self._known: dict[int, int] = {}
+        self._known: dict[int, np.ndarray[Any, Any] | None] = {}
 
     @property
     def ops(self) -> np.ndarray[Any, Any]:
@@ -106,9 +108,20 @@ class Recording:
         return len(self._ops)
 
     def _entry(self, gpa: int, size: int, value: int) -> None:
-        if self._known.get(gpa) != value:
-            self._known[gpa] = value
-            self.entries.append((len(self._ops), gpa, size, value))
+        """An entry of a table that a shadow follows: replay checks it."""
+        self.entries.append((len(self._ops), gpa, size, value))
+
+    def _table(self, gpa: int, words: np.ndarray[Any, Any]) -> None:
+        """All of a table that no shadow follows."""
+        known = self._known.get(gpa, np.zeros_like(words))
+        changed = range(len(words)) if known is None else np.flatnonzero(words != known).tolist()
+        for i in changed:
+            self.entries.append((len(self._ops), gpa + 8 * i, 8, int(words[i])))
+        self._known[gpa] = words.copy()
+
+    def _followed(self, gpa: int) -> None:
+        """From now on the operations change the table at gpa."""
+        self._known[gpa] = None
 
     def _add(self, op: tuple[int, int, int, int, int], data: bool) -> None:
         self._ops.append(op)
@@ -234,29 +247,44 @@ class Machine:
     def _op(self, op: int, addr: int = 0, value: int = 0, size: int = 1, user: bool = False, data: bool = False) -> Any:
         """One operation on the vcpu; its RunResult."""
         fields = (int(op), int(user), size, addr & WORD, value & WORD)
+        tables = [] if self.recording is None else self._remember(op, addr, value)
         if self.recording is not None:
-            self._remember(op, addr, value)
             self.recording._add(fields, data)
         self._op_array[0] = fields
         result = self.cpu.run(self._op_array, data=data)
+        for table, index in tables:
+            if self._frames is not None and self._frames[index >> 12]:
+                self.recording._followed(table)  # type: ignore[union-attr]
         if self.vm.stats.tlb_flush != self._flushes:
             self._flushes = self.vm.stats.tlb_flush
             self._flush_wanted = True
         return result
 
-    def _remember(self, op: int, addr: int, value: int) -> None:
+    def _remember(self, op: int, addr: int, value: int) -> list[tuple[int, int]]:
+        """Record what the operation reads of guest tables: (gpa, index in RAM) of those not followed so far."""
         assert self.recording is not None
-        if op <= Op.FETCH:
-            for _, gpa, entry in self.cpu.walk_levels(addr & WORD):
-                if self._ram(gpa) is not None:
-                    self.recording._entry(gpa, 4 if self.cpu.mode == "32" else 8, entry)
-        elif op in (Op.CR3, Op.CR0, Op.CR4):
-            root = (value if op == Op.CR3 else self.cpu.cr3) & 0xFFFFFFE0
+        tables: dict[int, int] = {}
+        size = 4 if self.cpu.mode == "32" else 8
+        if op not in (Op.READ, Op.WRITE, Op.FETCH):
+            root = (value if op == Op.CR3 else self.cpu.cr3) & 0x000F_FFFF_FFFF_FFE0
+            found = [root & PAGE]
             start = self._ram(root)
-            if start is not None and not self.cpu.efer & EFER_LME:
-                for i in range(4):
-                    entry = self.vm.memory.bytes[start + 8 * i : start + 8 * i + 8].tobytes()
-                    self.recording._entry(root + 8 * i, 8, int.from_bytes(entry, "little"))
+            if start is not None:  # PAE: the tables that its four root entries lead to
+                words = self.vm.memory.words[start >> 3 : (start >> 3) + 4].tolist()
+                found += [word & 0x000F_FFFF_FFFF_F000 for word in words if word & 1]
+            levels = [(gpa, None) for gpa in found]
+        else:
+            levels = [(gpa, entry) for _, gpa, entry in self.cpu.walk_levels(addr & WORD)]
+        for gpa, entry in levels:
+            index = self._ram(gpa & PAGE)
+            if index is None:
+                continue
+            if self._frames is None or not self._frames[index >> 12]:
+                self.recording._table(gpa & PAGE, self.vm.memory.words[index >> 3 : (index >> 3) + 512])
+                tables[gpa & PAGE] = index
+            elif entry is not None:
+                self.recording._entry(gpa, size, entry)
+        return list(tables.items())
 
     def _sync_ac(self) -> None:
         if self.cpu.cr4 & CR4_SMAP:
@@ -629,7 +657,7 @@ class Machine:
     def _go(self) -> int | None:
         """Run to the next exit. None: something that self says."""
         try:
-            reason = self.p.run(self._timeout)
+            reason = self.p.run()
         except uc.UcError as error:
             reason = None
             if self._error is None and self._fault is None and not self._step:
@@ -641,24 +669,28 @@ class Machine:
             raise error_
         return reason
 
-    _timeout = 0
-
     def run(self, seconds: float | None = None) -> int | None:
         """Run until the guest writes to port 0xf4 (the value is returned), halts for good, or `seconds` are over.
 
         None in the last two cases; `.halted` tells which. TripleFault, Unsupported, and what a device raises.
         """
-        import time
+        over = threading.Event()
 
-        end = None if seconds is None else time.monotonic() + seconds
-        while self.exit_code is None and not self.halted:
-            if end is not None:
-                left = end - time.monotonic()
-                if left <= 0:
-                    return None
-                self._timeout = max(1, int(left * 1e6))
-            self._sync()
-            self._handle(self._go())
+        def stop() -> None:
+            over.set()
+            self.p.uc.emu_stop()
+
+        timer = None if seconds is None else threading.Timer(seconds, stop)
+        if timer is not None:
+            timer.daemon = True
+            timer.start()
+        try:
+            while self.exit_code is None and not self.halted and not over.is_set():
+                self._sync()
+                self._handle(self._go())
+        finally:
+            if timer is not None:
+                timer.cancel()
         return self.exit_code
 
     def _handle(self, reason: int | None) -> None:

@@ -131,10 +131,10 @@ class Processor:
         write(x86.UC_X86_REG_RIP, self.private + ENTRY)
         self.entering = True
 
-    def run(self, timeout: int = 0) -> int | None:
-        """Run until an exit: its code, or None if something else stopped the run. `timeout` in microseconds."""
+    def run(self) -> int | None:
+        """Run until an exit: its code, or None if something else stopped the run."""
         self.exit = None
-        self.uc.emu_start(self.rip, 0, timeout)
+        self.uc.emu_start(self.rip, 0)
         if self.exit is None:
             return None
         if self.exit < EXIT:
