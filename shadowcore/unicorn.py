@@ -60,6 +60,7 @@ EFER_LME, EFER_LMA, EFER_NXE = 1 << 8, 1 << 10, 1 << 11
 FLAG_IF, FLAG_NT, FLAG_RF, FLAG_AC = 1 << 9, 1 << 14, 1 << 16, 1 << 18
 # What the processor has of CR4 besides what the paging mode asks for.
 CR4_PASSED = 1 << 2 | 1 << 9 | 1 << 10 | 1 << 11 | 1 << 12 | 1 << 16 | 1 << 18 | 1 << 20 | 1 << 21
+FIRMWARE = 0x510  # port of the firmware configuration: how much memory, how many processors
 SERIAL, EXIT_PORT, LOCAL_APIC, IO_APIC = 0x3F8, 0xF4, 0xFEE00000, 0xFEC00000
 SAME_FAULT = 100  # times in a row that one fault is taken before the walkers are said to disagree
 WAYS = ("walker", "fills")
@@ -145,7 +146,9 @@ class Recording:
                 if int.from_bytes(ram[start : start + size].tobytes(), "little") == value:
                     continue
                 if frames is not None and frames[start >> 12]:
-                    raise EngineError(f"replay: operation {number} finds another entry at gpa {gpa:#x} of a shadowed table")
+                    raise EngineError(
+                        f"replay: operation {number} finds another entry at gpa {gpa:#x} of a shadowed table"
+                    )
                 # As a device would, for no memo may outlive it; the counters are those of a table that is not shadowed.
                 vm.write_physical(gpa, value.to_bytes(size, "little"))
             cpu.run(ops[number : number + 1], data=bool(data[number]))
@@ -177,11 +180,13 @@ class Machine:
         self.halted = False
         self._op_array = np.zeros(1, dtype=OP_DTYPE)
         self._frames = vm.mmu.arrays["frames"]["shadowed"] if self.shadow else None
+        self._firmware = b""  # what is left of the item of the firmware configuration that was chosen
         self._apic: dict[int, int] = {}
         self._error: BaseException | None = None
         self._fault: _Fault | None = None  # of the fill that was refused
         self._page = 0  # its linear page
         self._step = False  # it asks for a step
+        self._syscall = False
         self._stepping = False
         self._device: tuple[int, int] | None = None  # linear page and gpa of a device access that was counted
         self._windows: list[tuple[str, int, int]] = []
@@ -198,11 +203,13 @@ class Machine:
 
     def _map(self) -> None:
         memory = self.vm.memory
-        regions = []
+        regions: list[tuple[int, int, int]] = []
         base = address_of(memory.bytes)
         if self.shadow:
             regions.append((memory.ram_hpa, memory.bytes.size, base))
-            regions.append((memory.pool_hpa, memory.pool.nbytes, address_of(memory.pool)))
+            pool = memory.pool
+            assert pool is not None
+            regions.append((memory.pool_hpa, pool.nbytes, address_of(pool)))
         else:
             offset = 0
             for slot in memory.slots:
@@ -221,13 +228,10 @@ class Machine:
             engine.mem_map_ptr(start, size, uc.UC_PROT_ALL, pointer)
         for i in range(N_WINDOWS):
             engine.mmio_map(private + WINDOWS + (i << 12), 4096, self._window_read, i, self._window_write, i)
-        if not self.shadow:  # Unicorn's walker arrives at devices by their gpa
-            for gpa in (LOCAL_APIC, IO_APIC):
-                if all(gpa + 4096 <= start or gpa >= start + size for start, size, _ in regions):
-                    engine.mmio_map(gpa, 4096, self._gpa_read, gpa, self._gpa_write, gpa)
         engine.hook_add(uc.UC_HOOK_TLB_FILL, self._fill)
         engine.hook_add(uc.UC_HOOK_INSN, self._in, None, 1, 0, x86.UC_X86_INS_IN)
         engine.hook_add(uc.UC_HOOK_INSN, self._out, None, 1, 0, x86.UC_X86_INS_OUT)
+        engine.hook_add(uc.UC_HOOK_INSN, self._on_syscall, None, 1, 0, x86.UC_X86_INS_SYSCALL)
 
     def _host(self, gpa: int) -> int:
         """Where Unicorn has the frame of `gpa`."""
@@ -254,7 +258,8 @@ class Machine:
         result = self.cpu.run(self._op_array, data=data)
         for table, index in tables:
             if self._frames is not None and self._frames[index >> 12]:
-                self.recording._followed(table)  # type: ignore[union-attr]
+                assert self.recording is not None
+                self.recording._followed(table)
         if self.vm.stats.tlb_flush != self._flushes:
             self._flushes = self.vm.stats.tlb_flush
             self._flush_wanted = True
@@ -272,7 +277,7 @@ class Machine:
             if start is not None:  # PAE: the tables that its four root entries lead to
                 words = self.vm.memory.words[start >> 3 : (start >> 3) + 4].tolist()
                 found += [word & 0x000F_FFFF_FFFF_F000 for word in words if word & 1]
-            levels = [(gpa, None) for gpa in found]
+            levels: list[tuple[int, int | None]] = [(gpa, None) for gpa in found]
         else:
             levels = [(gpa, entry) for _, gpa, entry in self.cpu.walk_levels(addr & WORD)]
         for gpa, entry in levels:
@@ -307,7 +312,7 @@ class Machine:
         return bool(self._frames[index >> 12]) or (not found.writable and self.cpu.mode != "off")
 
     def _resolve(self, va: int, kind: int, user: bool) -> int | None:
-        """Have an access handled that the processor could not make: the gpa, or None if it has to be stepped. _Fault."""
+        """Have an access handled that the processor could not make: the gpa, or None if it has to be stepped."""
         self._sync_ac()
         if kind == Op.WRITE and self._needs_emulation(va, user):
             return None
@@ -364,7 +369,9 @@ class Machine:
             entry.perms = uc.UC_PROT_READ | uc.UC_PROT_WRITE
             return True
         entry.paddr = self._host(gpa)
-        entry.perms = {Op.READ: uc.UC_PROT_READ, Op.WRITE: uc.UC_PROT_READ | uc.UC_PROT_WRITE}.get(kind, uc.UC_PROT_EXEC)
+        entry.perms = {Op.READ: uc.UC_PROT_READ, Op.WRITE: uc.UC_PROT_READ | uc.UC_PROT_WRITE}.get(
+            kind, uc.UC_PROT_EXEC
+        )
         return True
 
     # ----------------------------------------------------------- one instruction whose accesses we make: a step
@@ -438,20 +445,25 @@ class Machine:
         elif gpa & PAGE != IO_APIC and self.devices is not None:
             self.devices(gpa, size, value)
 
-    def _gpa_read(self, _uc: Any, offset: int, size: int, gpa: int) -> int:
-        return self._device_read(gpa + offset, size)
-
-    def _gpa_write(self, _uc: Any, offset: int, size: int, value: int, gpa: int) -> None:
-        self._device_write(gpa + offset, size, value)
-
     def _in(self, _uc: Any, port: int, size: int, _data: Any) -> int:
         self.exits["io"] += 1
+        if port == FIRMWARE + 1:
+            value, self._firmware = self._firmware[:1], self._firmware[1:]
+            return value[0] if value else 0
         return 0x60 if port == SERIAL + 5 else (1 << 8 * size) - 1 if port != SERIAL else 0
+
+    def _on_syscall(self, engine: Any, _data: Any) -> None:
+        self._syscall = True  # Unicorn does nothing more, and goes on behind it
+        engine.emu_stop()
 
     def _out(self, engine: Any, port: int, size: int, value: int, _data: Any) -> None:
         self.exits["io"] += 1
         if port == SERIAL:
             self.serial.append(value & 0xFF)
+        elif port == FIRMWARE:
+            ram = self.vm.memory.bytes.size
+            items = {0: b"QEMU", 1: b"\1\0\0\0", 3: struct.pack("<Q", ram), 5: b"\1\0", 15: b"\1\0"}
+            self._firmware = items.get(value & 0xFFFF, b"")
         elif port == EXIT_PORT:
             self.exit_code = value
             engine.emu_stop()
@@ -509,7 +521,11 @@ class Machine:
             write = self.p.uc.reg_write
             if wanted["efer"] != had["efer"]:
                 self.p.set_efer(wanted["efer"])
-            for name, register in (("cr0", x86.UC_X86_REG_CR0), ("cr4", x86.UC_X86_REG_CR4), ("cr3", x86.UC_X86_REG_CR3)):
+            for name, register in (
+                ("cr0", x86.UC_X86_REG_CR0),
+                ("cr4", x86.UC_X86_REG_CR4),
+                ("cr3", x86.UC_X86_REG_CR3),
+            ):
                 if wanted[name] != had[name]:
                     write(register, wanted[name])
             self._hardware = wanted
@@ -519,18 +535,6 @@ class Machine:
             self._flush_wanted = False
 
     # -------------------------------------------------------------------------------------------- exceptions, frames
-
-    def _memory(self, va: int, size: int) -> int:
-        """A load that the processor makes by itself, as supervisor."""
-        self._resolve_own(Op.READ, va)
-        result = self._op(Op.READ, va, size=size, data=True)
-        return int(result.value[0])
-
-    def _resolve_own(self, kind: int, va: int) -> None:
-        """#PF or #GP of such an access, as an exception."""
-        width = 57 if self.cpu.mode == "la57" else 48
-        if self.cpu.mode in ("64", "la57") and not -(1 << width - 1) <= _signed(va) < 1 << width - 1:
-            raise _Fault(GP)
 
     def _push(self, rsp: int, value: int, size: int) -> int:
         rsp = (rsp - size) & (WORD if size == 8 else 0xFFFFFFFF)
@@ -560,7 +564,9 @@ class Machine:
             rip = self.p.rip
         story = []
         for _ in range(3):
-            story.append(f"vector {vector}, error code {code:#x}" + (f", CR2 {self.cpu.cr2:#x}" if vector == PF else ""))
+            story.append(
+                f"vector {vector}, error code {code:#x}" + (f", CR2 {self.cpu.cr2:#x}" if vector == PF else "")
+            )
             try:
                 if len(story) == 3:
                     break
@@ -601,12 +607,12 @@ class Machine:
         selector = gate >> 16 & 0xFFFC
         cs = self._descriptor(selector, segments["cs"])
         new_cpl = cs[1] >> 5 & 3 if not cs[1] & 4 else cpl  # a conforming segment keeps the privilege level
-        ist = gate >> 32 & 7 if long else 0
+        stack = gate >> 32 & 7 if long else 0
         rsp, ss = self.p.gpr(4), segments["ss"]
-        if new_cpl < cpl or ist:
+        if new_cpl < cpl or stack:
             task, _ = self.p.table("TR")
             if long:
-                rsp = self._own_read(task + (0x1C + 8 * ist if ist else 4 + 8 * new_cpl), 8)
+                rsp = self._own_read(task + (0x1C + 8 * stack if stack else 4 + 8 * new_cpl), 8)
             else:
                 rsp = self._own_read(task + 4 + 8 * new_cpl, 4)
         if new_cpl < cpl:
@@ -661,8 +667,11 @@ class Machine:
         except uc.UcError as error:
             reason = None
             if self._error is None and self._fault is None and not self._step:
-                if error.errno in (uc.UC_ERR_READ_UNMAPPED, uc.UC_ERR_WRITE_UNMAPPED, uc.UC_ERR_FETCH_UNMAPPED):
-                    raise Unsupported(f"an access to a physical address without memory, RIP {self.p.rip:#x}") from error
+                if error.errno == uc.UC_ERR_FETCH_UNMAPPED:
+                    raise Unsupported(f"code in a device, RIP {self.p.rip:#x}") from error
+                if error.errno in (uc.UC_ERR_READ_UNMAPPED, uc.UC_ERR_WRITE_UNMAPPED) and not self._stepping:
+                    self._step = True  # native: Unicorn's walker came to an address without memory, a device
+                    return None
                 raise EngineError(f"unicorn: {error}, RIP {self.p.rip:#x}") from error
         if self._error is not None:
             error_, self._error = self._error, None
@@ -702,14 +711,15 @@ class Machine:
                 self.deliver(fault.vector, fault.code)
             elif self._step:
                 self._step_instruction()
+            elif self._syscall:
+                self._syscall = False
+                self._enter_syscall()
             return
         rip = self.p.rip
         if reason == EXCEPTION + PF:
             self._page_fault(rip)
         elif EXCEPTION <= reason < EXCEPTION + 32:
             vector = reason - EXCEPTION
-            if vector == UD and self._known_undefined(rip):
-                return
             self.deliver(vector, self.p.error_code if vector in ERROR_CODES else 0)
         elif READ_CR <= reason < READ_CR + 16 or WRITE_CR <= reason < WRITE_CR + 16:
             self._privileged(self._control_register, rip)
@@ -732,8 +742,22 @@ class Machine:
         else:
             raise Unsupported(f"exit {reason:#x} at RIP {rip:#x}")
 
-    def _known_undefined(self, rip: int) -> bool:
-        return False
+    def _enter_syscall(self) -> None:
+        """SYSCALL, of which Unicorn leaves all to its host; RIP is behind it."""
+        self.exits["syscall"] += 1
+        rip, rflags, segments = self.p.rip, self.p.rflags & ~TF, self.p.segments()
+        if not self.cpu.efer & 1 or not self.cpu.efer & EFER_LMA:
+            self.deliver(UD, 0, rip - 2)
+            return
+        star, target, compat, mask = (
+            int(self.p.uc.reg_read(x86.UC_X86_REG_MSR, number)) for number in range(0xC0000081, 0xC0000085)
+        )
+        selector = star >> 32 & 0xFFFC
+        code, data = (selector, 0xA9B, 0xFFFFFFFF, 0), (selector + 8, FLAT_DATA, 0xFFFFFFFF, 0)
+        self.p.set_gpr(1, rip)
+        self.p.set_gpr(11, rflags & ~FLAG_RF)
+        rip = target if segments["cs"][1] & 0x200 else compat
+        self._load(segments | {"cs": code, "ss": data}, rip, self.p.gpr(4), rflags & ~(mask | FLAG_RF) | 2)
 
     def _privileged(self, action: Any, rip: int) -> None:
         try:
@@ -750,7 +774,9 @@ class Machine:
         self._repeated = self._repeated + 1 if same == self._last else 0
         self._last = same
         if self._repeated >= SAME_FAULT:
-            raise EngineError(f"unicorn: its walker refuses what the MMU allows: {va:#x}, error code {code:#x}, RIP {rip:#x}")
+            raise EngineError(
+                f"unicorn: its walker refuses what the MMU allows: {va:#x}, error code {code:#x}, RIP {rip:#x}"
+            )
         try:
             stepped = self._resolve(va, kind, bool(code & 4)) is None
         except _Fault as fault:
@@ -831,10 +857,10 @@ class Machine:
             value = self.p.gpr(number)
             self._write_cr(register, value if long else value & 0xFFFFFFFF)
         else:
-            value = {0: cpu.cr0, 2: cpu.cr2, 3: cpu.cr3, 4: cpu.cr4, 8: 0}.get(register)
-            if value is None:
+            values = {0: cpu.cr0, 2: cpu.cr2, 3: cpu.cr3, 4: cpu.cr4, 8: 0}
+            if register not in values:
                 raise _Fault(UD)
-            self.p.set_gpr(number, value)
+            self.p.set_gpr(number, values[register])
         return at + 2
 
     def _write_cr(self, register: int, value: int) -> None:
@@ -934,10 +960,6 @@ class Machine:
         return self._cpuid[key]
 
 
-def _signed(value: int) -> int:
-    return value - (1 << 64) if value >> 63 else value
-
-
 def load_multiboot(vm: VM, image: bytes, command_line: str = "") -> tuple[int, int]:
     """Put the segments of a multiboot (version 1) ELF into memory; its entry point and the gpa of the information.
 
@@ -945,7 +967,9 @@ def load_multiboot(vm: VM, image: bytes, command_line: str = "") -> tuple[int, i
     """
     at = image[:8192].find(struct.pack("<I", 0x1BADB002))
     if image[:4] != b"\x7fELF" or at < 0 or at % 4:
-        raise ConfigError("boot: a multiboot ELF is needed: the magic number is not there, on 4 bytes, in the first 8 KiB")
+        raise ConfigError(
+            "boot: a multiboot ELF is needed: the magic number is not there, on 4 bytes, in the first 8 KiB"
+        )
     wide = image[4] == 2
     try:
         entry, table = struct.unpack_from("<QQ" if wide else "<II", image, 24)
@@ -966,6 +990,8 @@ def load_multiboot(vm: VM, image: bytes, command_line: str = "") -> tuple[int, i
             end = max(end, target + total)
     except struct.error as error:
         raise ConfigError(f"boot: the file is too short: {error}") from None
+    if not end:
+        raise ConfigError("boot: the file has no segment to load")
     slot = vm.memory.slots[0]
     if slot.gpa or int(slot.size) < 0x100000:
         raise ConfigError("boot: the first memory slot must hold the first MiB")
@@ -975,7 +1001,9 @@ def load_multiboot(vm: VM, image: bytes, command_line: str = "") -> tuple[int, i
     entries = b"".join(struct.pack("<IQQI", 20, s.gpa, int(s.size), 1) for s in vm.memory.slots)
     vm.write_physical(names, entries)
     upper = (int(slot.size) >> 10) - 1024
-    fields = struct.pack("<IIIII", 1 | 4 | 64, 640, upper, 0, line) + bytes(24) + struct.pack("<II", len(entries), names)
+    fields = (
+        struct.pack("<IIIII", 1 | 4 | 64, 640, upper, 0, line) + bytes(24) + struct.pack("<II", len(entries), names)
+    )
     vm.write_physical(info, fields)
     return int(entry), info
 
@@ -994,7 +1022,8 @@ def boot(
     """A Machine at the entry point of a multiboot ELF file; `run()` starts it.
 
     Serial port 0x3f8 is captured (`.serial`), a byte to port 0xf4 ends the run (`.exit_code`), the page of the local
-    APIC answers. features: default: what Unicorn's processor has as well (no PKU, no PCID). vm: a fresh one to use instead.
+    APIC answers. features: default: what Unicorn's processor has as well (no PKU, no PCID).
+    vm: a fresh one to use instead.
     """
     if vm is None:
         vm = VM(memory, mmu, features=features or Features(maxphyaddr=40, pku=False, pcid=False))

@@ -2,13 +2,14 @@
 
 Unicorn's x86 has SVM. One VMRUN puts it into guest mode, with intercepts for everything that a hypervisor has to see:
 exceptions, control registers, INVLPG, EFER, CPUID, HLT, INT n. An intercepted event reaches UC_HOOK_INTR as 0x100 + its
-exit code, with RIP at the instruction; no code hook is needed, and code that causes no exit runs at full speed. VMRUN is
-also the way to load what the register interface cannot: a privilege level, cached segments, another paging mode.
+exit code, with RIP at the instruction; no code hook is needed, and code that causes no exit runs at full speed. VMRUN
+is also the way to load what the register interface cannot: a privilege level, cached segments, another paging mode.
 """
 
 from __future__ import annotations
 
 import ctypes
+import importlib
 import struct
 from typing import Any
 
@@ -17,10 +18,10 @@ import numpy as np
 from .errors import ConfigError, EngineError
 
 try:
-    import unicorn as uc
-    from unicorn import unicorn_const as uc_const
-    from unicorn import x86_const as x86
-except ImportError as error:  # pragma: no cover - depends on what is installed
+    # Its annotations are not complete: Any for what comes from it.
+    uc: Any = importlib.import_module("unicorn")
+    x86: Any = importlib.import_module("unicorn.x86_const")
+except ImportError as error:
     raise ImportError(
         'shadowcore.unicorn needs the package unicorn, 2.1 or newer: pip install "shadowcore[unicorn]"'
     ) from error
@@ -40,10 +41,8 @@ N_WINDOWS = 4
 MSR_EFER = MSRPM + 0x800 + 0x80 // 4  # its permissions
 SAVE = VMCB + 0x400
 SEGMENTS = ("es", "cs", "ss", "ds")
-GPRS = tuple(
-    getattr(x86, f"UC_X86_REG_{name}")
-    for name in "RAX RCX RDX RBX RSP RBP RSI RDI R8 R9 R10 R11 R12 R13 R14 R15".split()
-)
+_NAMES = ("RAX", "RCX", "RDX", "RBX", "RSP", "RBP", "RSI", "RDI", *(f"R{i}" for i in range(8, 16)))
+GPRS = tuple(getattr(x86, f"UC_X86_REG_{name}") for name in _NAMES)
 FLAGS_BEFORE = 8  # bytes from the word with the privilege level to the cached segments
 MODEL = x86.UC_CPU_X86_EPYC
 
@@ -135,15 +134,16 @@ class Processor:
         """Run until an exit: its code, or None if something else stopped the run."""
         self.exit = None
         self.uc.emu_start(self.rip, 0)
-        if self.exit is None:
-            return None
-        if self.exit < EXIT:
+        return self._taken()
+
+    def _taken(self) -> int | None:
+        if self.exit is not None and self.exit < EXIT:
             raise EngineError(f"unicorn: vector {self.exit} arrived outside of guest mode")
-        return self.exit - EXIT
+        return None if self.exit is None else self.exit - EXIT
 
     def flush(self) -> None:
         """Drop every translation that Unicorn holds."""
-        self.uc.ctl(uc_const.UC_CTL_TLB_FLUSH, uc_const.UC_CTL_IO_WRITE)
+        self.uc.ctl(uc.UC_CTL_TLB_FLUSH, uc.UC_CTL_IO_WRITE)
 
     def set_efer(self, value: int) -> None:
         """Load EFER. Intercepts hold for the register interface as well, and an exit from there would be fatal."""
@@ -234,7 +234,16 @@ def layout() -> _Layout:
         ram[0x1000 : 0x1000 + len(text)] = np.frombuffer(text, dtype=np.uint8)
         caches = {name: (8 * i + 16, FLAT_DATA | cpl << 5, 0x12345FFF, 0x111000 * i) for i, name in enumerate(SEGMENTS)}
         caches["cs"] = flat(8 | cpl, FLAT_CODE | cpl << 5)
-        registers = {"cr0": 0x11, "cr3": 0, "cr4": 0, "efer": 0, "rip": 0x1000, "rsp": 0x800, "rax": 0x1110000, "rflags": 2}
+        registers = {
+            "cr0": 0x11,
+            "cr3": 0,
+            "cr4": 0,
+            "efer": 0,
+            "rip": 0x1000,
+            "rsp": 0x800,
+            "rax": 0x1110000,
+            "rflags": 2,
+        }
         processor.enter(caches, registers, (0, 0x1F), (0, 0))
         if processor.run() != EXCEPTION + 13:
             raise ConfigError("unicorn: this release does not run guests under SVM as 2.1 does")

@@ -45,7 +45,7 @@ start:  mov esp, offset boot_stack_end
         mov cr3, eax
         mov ecx, 0xC0000080
         rdmsr
-        or eax, 0x900                   # EFER.LME, NXE
+        or eax, 0x901                   # EFER.SCE, LME, NXE
         wrmsr
         mov eax, cr0
         or eax, 0x80010000              # CR0.PG, WP
@@ -85,6 +85,14 @@ long_mode:
         mov edx, 0xEE00
         call set_gate
         lidt [idt_pointer]
+        mov ecx, 0xC0000081             # STAR: kernel 0x08 and 0x10, user 0x1B and 0x23
+        xor eax, eax
+        mov edx, 0x00100008
+        wrmsr
+        inc ecx                         # LSTAR
+        mov eax, offset quick_call
+        xor edx, edx
+        wrmsr
         ud2                             # the handler steps over it
         mov rax, cr3                    # reads of control registers give what was written
         mov ebx, offset boot_pml4
@@ -112,12 +120,17 @@ long_mode:
         mov [rbx], rcx
         mov cr3, rax
         mov qword ptr [current], 0
-        push 0x23
+        push 0x1B
         push USER_STACK + 0x1000
         push 0x002
-        push 0x1B
+        push 0x23
         push USER_CODE
         iretq
+
+# By SYSCALL: where a process has its data.
+quick_call:
+        mov ebp, offset USER_DATA
+        sysretq
 
 broken: mov al, 'B'
         out 0xE9, al
@@ -382,7 +395,7 @@ switch: cmp qword ptr [children], 0
 # The user program, on a page of its own, in whatever address space: r14 rounds left, r15 who it is.
         .balign 4096
 user_program:
-        mov rbp, offset USER_DATA
+        syscall
         xor ecx, ecx
 1:      mov rax, rcx                    # page i: word (i * 8) at byte i * 8 + 1, so that faults have low bits
         shl rax, 12
@@ -429,7 +442,7 @@ user_program:
 
         .data
         .balign 16
-gdt:    .quad 0, 0x00AF9B000000FFFF, 0x00CF93000000FFFF, 0x00AFFB000000FFFF, 0x00CFF3000000FFFF
+gdt:    .quad 0, 0x00AF9B000000FFFF, 0x00CF93000000FFFF, 0x00CFF3000000FFFF, 0x00AFFB000000FFFF
         .quad 0x0000890000000067, 0         # TSS
 gdt_pointer:
         .word gdt_pointer - gdt - 1

@@ -1,0 +1,203 @@
+"""Guests in Unicorn on our MMU: what they compute, and that the MMU counts what it counts without Unicorn."""
+
+import importlib.util
+import shutil
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import shadowcore as sc
+
+pytest.importorskip("unicorn", minversion="2.1", reason="the extra 'unicorn' is not installed")
+from shadowcore import unicorn as su
+
+EXAMPLES = Path(__file__).resolve().parent.parent / "examples" / "unicorn"
+if not EXAMPLES.is_dir():
+    pytest.skip("examples/ is not beside tests/", allow_module_level=True)
+spec = importlib.util.spec_from_file_location("unicorn_guest", EXAMPLES / "guest.py")
+guest = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(guest)
+
+FEATURES = sc.Features(maxphyaddr=40, pku=False, pcid=False)
+DESIGNS = ("native", "flush", "cached", "kvm-2007")
+# What differs between the ways, for one counts the accesses that succeed as well.
+OF_SUCCESS = {"accesses", "walk_references", "gp_guest"}
+
+
+def fresh(mmu):
+    return sc.VM("64MiB", mmu, features=FEATURES)
+
+
+def counters(vm):
+    return dict(vm.stats.as_dict())
+
+
+def bare(code, mmu="cached", way="walker", **settings):
+    """A machine that is about to run `code`, in 32-bit protected mode with paging off."""
+    vm = fresh(mmu)
+    vm.write_physical(0x1000, code)
+    machine = su.Machine(vm, way, **settings)
+    machine.start(0x1000, rsp=0x8000)
+    return machine
+
+
+@pytest.mark.parametrize("way", su.WAYS)
+@pytest.mark.parametrize("mmu", DESIGNS)
+def test_kernel_computes_what_the_model_does_and_counts_what_the_engine_does(mmu, way):
+    machine = su.boot(EXAMPLES / "kernel.elf", mmu=mmu, way=way, record=True)
+    assert machine.run(seconds=60) == 0
+    assert machine.serial.decode().strip() == guest.guest_model()
+    assert machine.vm.audit(strict=True).ok
+    other = fresh(mmu)
+    machine.recording.replay(other)
+    assert counters(other) == counters(machine.vm)
+    assert other.vcpus[0].cr3 == machine.cpu.cr3
+    assert other.audit(strict=True).ok
+    if mmu != "native":
+        assert np.array_equal(other.mmu.pages, machine.vm.mmu.pages)
+
+
+@pytest.mark.parametrize("mmu", DESIGNS)
+def test_both_ways_take_the_same_exits(mmu):
+    found = []
+    for way in su.WAYS:
+        machine = su.boot(EXAMPLES / "kernel.elf", mmu=mmu, way=way)
+        machine.run(seconds=60)
+        found.append({name: value for name, value in counters(machine.vm).items() if name not in OF_SUCCESS})
+    assert found[0] == found[1]
+    assert found[0]["pf_guest"] == 142
+
+
+@pytest.mark.parametrize("way", su.WAYS)
+@pytest.mark.parametrize("pages", [12, 40])
+def test_small_pools_change_nothing_for_the_guest(way, pages):
+    mmu = sc.Shadow.cached(pool_pages=pages, refill=8)
+    machine = su.boot(EXAMPLES / "kernel.elf", mmu=mmu, way=way, record=True)
+    assert machine.run(seconds=60) == 0
+    assert machine.serial.decode().strip() == guest.guest_model()
+    other = fresh(mmu)
+    machine.recording.replay(other)
+    assert counters(other) == counters(machine.vm)
+
+
+@pytest.mark.parametrize("way", su.WAYS)
+@pytest.mark.parametrize("mmu", ["native", "flush", "cached"])
+def test_odd_stores_to_tables_write_protection_off_and_the_apic(mmu, way):
+    machine = su.boot(EXAMPLES / "corners.elf", mmu=mmu, way=way, record=True)
+    assert machine.run(seconds=60) == 0
+    assert machine.vm.audit(strict=True).ok
+    other = fresh(mmu)
+    machine.recording.replay(other)
+    assert counters(other) == counters(machine.vm)
+
+
+def test_committed_guests_are_what_their_sources_give():
+    missing = [tool for tool in guest.TOOLS if shutil.which(tool) is None]
+    if missing or sys.platform != "linux":
+        pytest.skip(f"GNU binutils for x86 are needed: {missing}")
+    if "x86" not in subprocess.run(["as", "--version"], capture_output=True, text=True).stdout:
+        pytest.skip("the assembler here is not for x86")
+    for name in guest.GUESTS:
+        assert guest.check(name)
+
+
+@pytest.mark.parametrize("way", su.WAYS)
+@pytest.mark.parametrize("mmu", DESIGNS)
+def test_triple_fault_is_an_error_that_tells_the_story(mmu, way):
+    machine = bare(b"\x0f\x0b", mmu, way)  # ud2, without an IDT
+    with pytest.raises(su.TripleFault, match=r"RIP 0x1000: vector 6.*; then vector 13.*; then vector 8"):
+        machine.run(seconds=10)
+
+
+@pytest.mark.parametrize("way", su.WAYS)
+@pytest.mark.parametrize("mmu", DESIGNS)
+def test_devices_are_asked_and_their_errors_come_out(mmu, way):
+    asked = []
+
+    def device(gpa, size, value):
+        asked.append((gpa, size, value))
+        if value == 0x55:
+            raise ZeroDivisionError
+        return 0xABCD
+
+    # mov eax, [0x80000010]; mov [0x80000020], ax; mov byte ptr [0x80000030], 0x55; hlt
+    code = bytes.fromhex("a110000080 66a320000080 c6053000008055 f4")
+    machine = bare(code, mmu, way, devices=device)
+    with pytest.raises(ZeroDivisionError):
+        machine.run(seconds=10)
+    assert asked == [(0x80000010, 4, None), (0x80000020, 2, 0xABCD), (0x80000030, 1, 0x55)]
+
+
+@pytest.mark.parametrize("way", su.WAYS)
+def test_halt_time_limit_and_exit_code(way):
+    machine = bare(b"\xf4", way=way)
+    assert machine.run(seconds=10) is None
+    assert machine.halted
+    machine = bare(b"\xeb\xfe", way=way)  # for ever
+    assert machine.run(seconds=0.2) is None
+    assert not machine.halted
+    assert bare(bytes.fromhex("b02a e6f4 f4"), way=way).run(seconds=10) == 42
+
+
+@pytest.mark.parametrize("way", su.WAYS)
+@pytest.mark.parametrize("mmu", DESIGNS)
+def test_where_no_memory_is_loads_give_ones(mmu, way):
+    machine = bare(bytes.fromhex("a110000080 a220000080 e6f4 f4"), mmu, way)
+    assert machine.run(seconds=10) == 0xFF
+
+
+def test_real_mode_is_refused():
+    machine = bare(bytes.fromhex("0f20c0 24fe 0f22c0 f4"))  # clears CR0.PE
+    with pytest.raises(su.Unsupported, match="real mode"):
+        machine.run(seconds=10)
+
+
+@pytest.mark.parametrize("image", [b"", b"\x7fELF" + bytes(100), b"\x7fELF" + bytes(60) + b"\x02\xb0\xad\x1b"])
+def test_what_is_no_image_is_refused(tmp_path, image):
+    path = tmp_path / "image"
+    path.write_bytes(image)
+    with pytest.raises(sc.ConfigError, match="boot"):
+        su.boot(path)
+
+
+def test_image_larger_than_memory_is_refused():
+    with pytest.raises(sc.ConfigError):
+        su.boot(EXAMPLES / "kernel.elf", memory="1MiB")
+
+
+def test_way_is_checked():
+    with pytest.raises(sc.ConfigError, match="way"):
+        su.Machine(fresh("cached"), "both")
+
+
+def test_memory_is_shared_not_copied():
+    ram = np.zeros(1 << 24, dtype=np.uint8)
+    vm = sc.VM(ram, "cached", features=FEATURES)
+    ram[0x1000:0x1007] = np.frombuffer(bytes.fromhex("c6050020000077"), dtype=np.uint8)
+    ram[0x1007] = 0xF4
+    machine = su.Machine(vm)
+    machine.start(0x1000)
+    machine.run(seconds=10)
+    assert ram[0x2000] == 0x77
+
+
+def test_without_unicorn_the_error_says_how_to_install_it():
+    code = """
+        import sys
+        sys.modules["unicorn"] = None
+        try:
+            import shadowcore.unicorn
+        except ImportError as error:
+            print(error)
+    """
+    out = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, check=True)
+    assert 'pip install "shadowcore[unicorn]"' in out.stdout
+
+
+def test_the_example_runs():
+    out = subprocess.run([sys.executable, EXAMPLES / "guest.py"], capture_output=True, text=True, check=True)
+    assert out.stdout.count(guest.guest_model()) == 8
