@@ -770,13 +770,6 @@ class Machine:
         va, code = self.p.fault_address, self.p.error_code
         kind = Op.WRITE if code & 2 else Op.FETCH if code & 16 or self._is_fetch(va, rip, code) else Op.READ
         self.exits["page fault"] += 1
-        same = (rip, va, code)
-        self._repeated = self._repeated + 1 if same == self._last else 0
-        self._last = same
-        if self._repeated >= SAME_FAULT:
-            raise EngineError(
-                f"unicorn: its walker refuses what the MMU allows: {va:#x}, error code {code:#x}, RIP {rip:#x}"
-            )
         try:
             stepped = self._resolve(va, kind, bool(code & 4)) is None
         except _Fault as fault:
@@ -785,7 +778,16 @@ class Machine:
             self.deliver(fault.vector, fault.code)
             return
         if stepped:
+            self._last = None
             self._step_instruction()
+            return
+        same = (rip, va, code)
+        self._repeated = self._repeated + 1 if same == self._last else 0
+        self._last = same
+        if self._repeated >= SAME_FAULT:
+            raise EngineError(
+                f"unicorn: its walker refuses what the MMU allows: {va:#x}, error code {code:#x}, RIP {rip:#x}"
+            )
 
     def _is_fetch(self, va: int, rip: int, code: int) -> bool:
         """Without EFER.NXE and SMEP the error code does not tell fetches from loads."""

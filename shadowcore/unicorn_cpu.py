@@ -114,8 +114,7 @@ class Processor:
         self.put(SAVE + 0x1F8, struct.pack("<Q", registers["rax"]))
         # VMRUN wants privilege level 0, which is in the flags word of a context; then the way out of whatever mode.
         if _layout:
-            self.context()
-            at = self._context.context.value + _layout[0].segments - FLAGS_BEFORE
+            at = self._saved() + _layout[0].segments - FLAGS_BEFORE
             ctypes.c_uint32.from_address(at).value &= ~3
             self.uc.context_restore(self._context)
         write = self.uc.reg_write
@@ -189,18 +188,23 @@ class Processor:
         _, base, limit, _ = self.uc.reg_read(getattr(x86, f"UC_X86_REG_{name}"))
         return int(base), int(limit)
 
-    def context(self) -> bytes:
+    def _saved(self) -> int:
+        """Where a context lies that was saved just now."""
         if self._context is None:
             self._context = self.uc.context_save()
         else:
             self.uc.context_update(self._context)
+        return int(self._context.context.value)
+
+    def context(self) -> bytes:
+        """All of Unicorn's state of the processor, in its own layout."""
+        self._saved()
         return bytes(self._context)
 
     @property
     def error_code(self) -> int:
         """Error code of the exception that was intercepted last."""
-        at = layout().error_code
-        return int(struct.unpack_from("<I", self.context(), at)[0])
+        return ctypes.c_uint32.from_address(self._saved() + layout().error_code).value
 
     def segments(self) -> dict[str, tuple[int, int, int, int]]:
         """The cached segments, as `enter` takes them."""
