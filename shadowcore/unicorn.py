@@ -77,6 +77,7 @@ class Machine(Instructions):
         self._last: tuple[int, int, int] | None = None
         self._repeated = 0
         self._apic: dict[int, int] = {}
+        self._line = 3  # line control register of the serial port
         self._firmware = b""  # what is left of the item of the firmware configuration that was chosen
         self.devices = devices
         self._fault: Fault | None = None  # of the fill that was refused
@@ -210,6 +211,8 @@ class Machine(Instructions):
 
     def _in(self, _uc: Any, port: int, size: int, _data: Any) -> int:
         self.exits["io"] += 1
+        if port == SERIAL + 3:
+            return self._line
         if port == FIRMWARE + 1:
             value, self._firmware = self._firmware[:1], self._firmware[1:]
             return value[0] if value else 0
@@ -222,7 +225,10 @@ class Machine(Instructions):
     def _out(self, engine: Any, port: int, size: int, value: int, _data: Any) -> None:
         self.exits["io"] += 1
         if port == SERIAL:
-            self.serial.append(value & 0xFF)
+            if not self._line & 0x80:  # else it is the divisor
+                self.serial.append(value & 0xFF)
+        elif port == SERIAL + 3:
+            self._line = value & 0xFF
         elif port == FIRMWARE:
             ram = self.vm.memory.bytes.size
             items = {0: b"QEMU", 1: b"\1\0\0\0", 3: struct.pack("<Q", ram), 5: b"\1\0", 15: b"\1\0"}

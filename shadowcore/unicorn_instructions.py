@@ -148,6 +148,8 @@ class Instructions(Exceptions):
         elif leaf == 0x80000001:
             ecx &= ~(1 << 2)  # SVM
             edx &= ~((not features.nx) << 20 | (not features.gbpages) << 26)
+        elif leaf == 0x80000008:
+            eax = (eax & ~0xFFFF) | (57 if features.la57 else 48) << 8 | features.maxphyaddr
         for number, value in ((0, eax), (3, ebx), (1, ecx), (2, edx)):
             self.p.set_gpr(number, value)
         self.p.rip = rip + 2

@@ -133,6 +133,54 @@ def test_devices_are_asked_and_their_errors_come_out(mmu, way):
 
 
 @pytest.mark.parametrize("way", su.WAYS)
+@pytest.mark.parametrize("mmu", DESIGNS)
+@pytest.mark.parametrize("mode", ["32", "pae", "64", "la57"])
+def test_every_paging_mode(mode, mmu, way):
+    vm = fresh(mmu)
+    tables = sc.PageTables(vm.memory, mode=mode, allocate=range(256, 512))
+    tables.map(0, 0, 0x10000, "rwx")
+    tables.map(0x400000, 0x20000, 0x1000, "rwx")
+    code = b""
+    for register, load in (("cr4", "0f22e0"), ("cr3", "0f22d8"), ("efer", "b9800000c0 31d2 0f30"), ("cr0", "0f22c0")):
+        code += b"\xb8" + tables.registers[register].to_bytes(4, "little") + bytes.fromhex(load)
+    # mov eax, [0x400010]; mov dword ptr [0x400010], 0x77; mov al, [0x400010]; out 0xf4, al; mov eax, cr4; hlt
+    code += bytes.fromhex("a110004000 c7051000400077000000 a010004000 e6f4 0f20e0 f4")
+    vm.write_physical(0x1000, code)
+    machine = su.Machine(vm, way, record=True)
+    machine.start(0x1000, rsp=0x8000)
+    assert machine.run(seconds=10) == 0x77
+    assert machine.cpu.mode == mode
+    assert vm.read_physical(0x20010, 1) == b"\x77"
+    assert vm.audit(strict=True).ok
+    other = fresh(mmu)
+    machine.recording.replay(other)
+    assert counters(other) == counters(vm)
+
+
+@pytest.mark.parametrize("way", su.WAYS)
+@pytest.mark.parametrize("mmu", DESIGNS)
+def test_smap_follows_the_flag(mmu, way):
+    vm = fresh(mmu)
+    tables = sc.PageTables(vm.memory, mode="32", allocate=range(256, 512))
+    tables.map(0, 0, 0x10000, "rwx")
+    tables.map(0x400000, 0x20000, 0x1000, "rwxu")
+    code = b""
+    for register, load, more in (("cr4", "0f22e0", 1 << 21), ("cr3", "0f22d8", 0), ("cr0", "0f22c0", 0)):
+        code += b"\xb8" + (tables.registers[register] | more).to_bytes(4, "little") + bytes.fromhex(load)
+    # stac; mov eax, [0x400000]; inc dword ptr [0x400000]; clac; mov eax, [0x400004]
+    code += bytes.fromhex("0f01cb a100004000 ff0500004000 0f01ca a104004000")
+    vm.write_physical(0x1000, code)
+    machine = su.Machine(vm, way, record=True)
+    machine.start(0x1000, rsp=0x8000)
+    with pytest.raises(su.TripleFault, match="vector 14, error code 0x1, CR2 0x400004"):
+        machine.run(seconds=10)
+    assert vm.read_physical(0x20000, 1) == b"\1"
+    other = fresh(mmu)
+    machine.recording.replay(other)
+    assert counters(other) == counters(vm)
+
+
+@pytest.mark.parametrize("way", su.WAYS)
 def test_halt_time_limit_and_exit_code(way):
     machine = bare(b"\xf4", way=way)
     assert machine.run(seconds=10) is None

@@ -1,5 +1,5 @@
-# A 32-bit multiboot guest that edits its two-level page tables in every odd way: bits and strings, unaligned, over a
-# page boundary, 16 bytes at once, with CR0.WP clear; that takes page faults in 32-bit gates and talks to the local APIC.
+# A 32-bit multiboot guest that edits its two-level page tables in odd ways: bits and strings, unaligned, over a page
+# boundary, 16 bytes at once, with CR0.WP clear; that takes page faults in 32-bit gates and talks to the local APIC.
 # Port 0xf4 gets 0, or the number of the check that failed.
         .intel_syntax noprefix
         .code32

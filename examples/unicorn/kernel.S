@@ -5,9 +5,9 @@
 # pages become read-only in both and are copied at the first store to them (bit 9 of an entry marks them; a count per
 # frame says when the last owner may just have it back). The processes take turns by system call 2.
 #
-# What comes out at the end, as 16 hexadecimal digits on the serial port, is made of the sums that both processes computed
-# over their pages and of CR2 and error code of every page fault, in order. See guest_model in guest.py for the same
-# arithmetic in Python.
+# What comes out at the end, as 16 hexadecimal digits on the serial port, is made of the sums that both processes
+# computed over their pages and of CR2 and error code of every page fault, in order. See guest_model in guest.py for
+# the same arithmetic in Python.
         .intel_syntax noprefix
 
         PAGES = 48                      # pages of user data
