@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import struct
 import threading
+from collections import Counter
 from typing import Any
 
 from .config import Features, Native, Op, Shadow
@@ -74,8 +75,8 @@ class Machine(Instructions):
         self._syscall = False
         self._page = 0  # its linear page
         self._windows: list[tuple[str, int, int]] = []
-        self._last: tuple[int, int, int] | None = None
-        self._repeated = 0
+        self._mended: Counter[tuple[int, int]] = Counter()  # faults that were mended at ...
+        self._at = -1  # ... this RIP, with no other exit between
         self._apic: dict[int, int] = {}
         self._line = 3  # line control register of the serial port
         self._firmware = b""  # what is left of the item of the firmware configuration that was chosen
@@ -295,6 +296,8 @@ class Machine(Instructions):
                 self._enter_syscall()
             return
         rip = self.p.rip
+        if reason != EXCEPTION + PF:
+            self._at = -1
         if reason == EXCEPTION + PF:
             self._page_fault(rip)
         elif EXCEPTION <= reason < EXCEPTION + 32:
@@ -334,15 +337,17 @@ class Machine(Instructions):
             self.deliver(fault.vector, fault.code)
             return
         if stepped:
-            self._last = None
+            self._mended.clear()
             self._step_instruction()
             return
-        same = (rip, va, code)
-        self._repeated = self._repeated + 1 if same == self._last else 0
-        self._last = same
-        if self._repeated >= SAME_FAULT:
+        if rip != self._at:
+            self._at = rip
+            self._mended.clear()
+        self._mended[va, code] += 1
+        if self._mended[va, code] >= SAME_FAULT:
             raise EngineError(
-                f"unicorn: its walker refuses what the MMU allows: {va:#x}, error code {code:#x}, RIP {rip:#x}"
+                f"unicorn: an instruction does not complete, RIP {rip:#x}: {va:#x} faults again and again (error code "
+                f"{code:#x}): a pool that cannot hold all that it needs, or a walker that refuses what the MMU allows"
             )
 
     def _is_fetch(self, va: int, rip: int, code: int) -> bool:
@@ -354,14 +359,26 @@ class Machine(Instructions):
     def _exact_address(self, page: int) -> int:
         """Way "fills": the hook is told the page alone. Unicorn's walker, on the same tables, refuses the same
         access and has all of the address."""
-        self._sync()
-        self.p.set_virtual(False)
-        try:
-            reason = self._go()
-        finally:
-            self.p.set_virtual(self.way == "fills")
-        va = self.p.fault_address
-        return va if reason == EXCEPTION + PF and va & PAGE == page else page
+        for _ in range(8):
+            self._sync()
+            self.p.set_virtual(False)
+            try:
+                reason = self._go()
+            finally:
+                self.p.set_virtual(self.way == "fills")
+            va, code = self.p.fault_address, self.p.error_code
+            if reason != EXCEPTION + PF:
+                break
+            if va & PAGE == page:
+                return va
+            # Another page of the instruction, whose shadow was recycled meanwhile.
+            kind = Op.WRITE if code & 2 else Op.FETCH if code & 16 else Op.READ
+            try:
+                if self._resolve(va, kind, bool(code & 4)) is None:
+                    break
+            except Fault:
+                break
+        return page
 
 
 def boot(

@@ -84,6 +84,12 @@ def test_small_pools_change_nothing_for_the_guest(way, pages):
     assert counters(other) == counters(machine.vm)
 
 
+def test_a_pool_too_small_for_one_instruction_is_an_error():
+    machine = su.boot(EXAMPLES / "kernel.elf", mmu=sc.Shadow.cached(pool_pages=8, refill=6))
+    with pytest.raises(sc.EngineError, match="does not complete"):
+        machine.run(seconds=60)
+
+
 @pytest.mark.parametrize("way", su.WAYS)
 @pytest.mark.parametrize("mmu", ["native", "flush", "cached"])
 def test_odd_stores_to_tables_write_protection_off_and_the_apic(mmu, way):
