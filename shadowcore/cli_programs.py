@@ -69,7 +69,3 @@ def programs(
 
 
 COMMANDS = (programs,)
-"""What the group of commands adds."""
-
-
-COMMANDS = (programs,)
