@@ -50,6 +50,7 @@ def flavour(env):
     # the compiler keeps a single copy that reads the descriptor at run time (20 % on 4-level faults).
     inline = ("CYTHON_INLINE", "inline __attribute__((always_inline))")
     arguments = {
+        "include_dirs": ["shadowcore/include"],
         "define_macros": [("SC_DEBUG", "1")] if debug else [inline],
         "extra_compile_args": compile_args + sanitizers,
         "extra_link_args": sanitizers,
@@ -127,7 +128,8 @@ class BuildExt(build_ext):
         check_host()
         directives, arguments = flavour(os.environ)
         if self.compiler.compiler_type == "msvc":
-            arguments = {"define_macros": [macro for macro in arguments["define_macros"] if macro[0] == "SC_DEBUG"]}
+            macros = [macro for macro in arguments["define_macros"] if macro[0] == "SC_DEBUG"]
+            arguments = {"include_dirs": arguments["include_dirs"], "define_macros": macros}
         variables = [os.environ.get(name, "") for name in ("CC", "CFLAGS", "CPPFLAGS", "LDFLAGS")]
         current = fingerprints(Path(), [Cython.__version__, directives, arguments, variables])
         known = {} if self.force else remembered(BUILD)

@@ -13,7 +13,7 @@ from shadowcore.mmu cimport mmu_invlpg, mmu_resolve
 from shadowcore.plain cimport fault_plain
 from shadowcore.pool cimport pool_unprotect
 from shadowcore.registers cimport load_ac, load_cr0, load_cr3, load_cr4, load_efer, load_pkru
-from shadowcore.state cimport FLUSH_INVLPG, flush_lost, marked_table, memo_drop, sc_mmu, sc_vcpu
+from shadowcore.state cimport FLUSH_INVLPG, count_exit, flush_lost, marked_table, memo_drop, sc_mmu, sc_vcpu
 from shadowcore.tlb cimport tlb_flush_page
 from shadowcore.types cimport (
     MODE_64, MODE_LA57, PF_I, PF_U, PF_W, RC_BAD_OP, RC_EMULATE, RC_GP, RC_HOOK, RC_MMIO, RC_OK, RC_PF, RC_UNHANDLED,
@@ -364,7 +364,7 @@ cdef int vcpu_op(sc_mmu *mmu, sc_vcpu *v, const sc_op *o, bint data, sc_result *
         if v.tlb != NULL:
             tlb_flush_page(v.tlb, va, flush_lost(mmu, FLUSH_INVLPG))
         if mmu.shadow and not mmu.keep:
-            mmu.stats.exits[EXIT_INVLPG] += 1
+            count_exit(mmu, v.number, EXIT_INVLPG, va)
             mmu_invlpg(mmu, v, va)
     elif o.op == OP_PKRU:
         load_pkru(mmu, v, o.value[0])

@@ -8,11 +8,13 @@ import numpy as np
 
 from cpython.buffer cimport PyBUF_STRIDES, PyBuffer_Release, PyObject_GetBuffer
 from cpython.exc cimport PyErr_CheckSignals
+from libc.stdlib cimport free, malloc
 from libc.string cimport memcpy, memset
 
 from shadowcore.access cimport (
     OP_CMPXCHG, OP_COUNT, OP_FETCH, OP_WRITE, access_fault, op_is_access, sc_op, sc_result, vcpu_access, vcpu_op,
 )
+from shadowcore.batch cimport sc_columns, sc_columns_out
 from shadowcore.bits cimport PTE_P, PTE_PS, is_canonical, pte_addr
 from shadowcore.gmode cimport gmode_32, gmode_64, gmode_la57, gmode_pae, sc_gmode
 from shadowcore.memo cimport (
@@ -24,7 +26,8 @@ from shadowcore.mmu cimport Mmu
 from shadowcore.results cimport Block, RunResult, block_new, sc_row
 from shadowcore.state cimport MARK_STORED, MARK_TABLE, marked_table, memo_drop, sc_mmu, sc_vcpu
 from shadowcore.types cimport (
-    MODE_32, MODE_64, MODE_LA57, MODE_OFF, MODE_PAE, PF_I, PF_U, PF_W, RC_AUDIT, RC_OK, i64, u8, u16, u32, u64,
+    MODE_32, MODE_64, MODE_LA57, MODE_OFF, MODE_PAE, PF_I, PF_U, PF_W, RC_AUDIT, RC_EXHAUSTED, RC_OK, SC_NONE, i64, u8,
+    u16, u32, u64,
 )
 from shadowcore.walker cimport glance_body, probe_walk, sc_paging, sc_walk, table_index
 
@@ -266,7 +269,7 @@ cdef inline u64 _hits(sc_mmu *mmu, sc_batch *b, const sc_vcpu *v, u64 context, u
             break
         target = e.target
         references += target        # of which the low bits count, in the end
-        target = (target & ~<u64>4095) | offset
+        target = (target & pte_addr()) | offset
         gpa[i] = target
         if data:
             sc_prefetch(ram + target)               # only a hint where gpas are not offsets in RAM
@@ -447,7 +450,7 @@ cdef u64 _spilled(sc_mmu *mmu, sc_batch *b, sc_vcpu *v, u64 context, u64 i, bint
     if (e.tag ^ memo_tag(va, context)) & _mask[code] or (va & 4095) > 4088 or size > 8:
         return i
     b.hits += 1
-    b.gpa[i] = (e.target & ~<u64>4095) | (va & 4095)
+    b.gpa[i] = (e.target & pte_addr()) | (va & 4095)
     mmu.stats.walk_references += e.target & 15
     if b.hits % PROMOTED == 0:      # often enough for what is in use to come to the fore, seldom enough for two pages
         memo_promote(v.memo, va, context)                   # that want the same place not to change it all the time
@@ -555,6 +558,14 @@ cdef int _chunk(sc_mmu *mmu, sc_batch *b, u64 *done, u64 stop) noexcept nogil:
     return rc
 
 
+cdef inline void _learn(sc_batch *b, u64 n) noexcept nogil:
+    """After a chunk of n operations. Where accesses do not repeat, the memo only costs; where they lead to ever new
+    regions, their tables do not lie in the caches."""
+    if n > CHUNK // 2 and (b.remember or b.note):
+        b.far = b.note and b.regions * 2 > n or (b.far and not b.note)
+        b.remember = (b.hits + b.repeats) * 2 > n
+
+
 cdef int _layout(object ops, sc_layout *layout) except -1:
     """ConfigError unless `ops` is a one-dimensional structured array with the fields of OP_DTYPE."""
     global _seen_dtype
@@ -646,16 +657,177 @@ cdef object run_batch(Mmu shell, u32 number, object ops, bint data):
             raise ConfigError(f"ops: one dimension is needed, not {held.ndim}")
         b.ops.base = <const u8 *>held.buf
         b.ops.stride = held.strides[0]
-        return _run(shell, &b, held.shape[0])
+        return _run(shell, &b, held.shape[0], NULL)
     finally:
         PyBuffer_Release(&held)
 
 
-cdef object _run(Mmu shell, sc_batch *b, u64 n):
+cdef void _plain_layout(sc_batch *b) noexcept nogil:
+    """That of OP_DTYPE."""
+    cdef int field
+    for field in range(FIELDS):
+        b.ops.at[field] = ~<u64>0
+    b.ops.at[0], b.ops.at[1], b.ops.at[2], b.ops.at[3], b.ops.at[4] = 0, 1, 2, 3, 11
+    b.ops.stride = PACKED
+    b.plain = True
+
+
+cdef void _gather(const sc_columns *c, sc_batch *b, u8 *at, u64 i, u64 stop) noexcept nogil:
+    """Lay operations i to stop out as elements of OP_DTYPE from `at` on; they become elements i to stop of b.ops. What
+    is gathered stays in the cache until it is used."""
+    cdef const u8 *gva = c.gva + <i64>i * c.gva_step
+    cdef u8 *element = at
+    cdef u64 word
+    cdef u32 head = c.all_op | (c.all_user != 0) << 8 | <u32>c.all_size << 16
+    cdef u32 both
+    cdef const u8 *op
+    cdef u64 j
+    b.ops.base = <const u8 *>(<size_t>at - i * PACKED)
+    if c.op == NULL and c.user == NULL and c.size == NULL:
+        for _ in range(i, stop):
+            memcpy(&word, gva, 8)
+            memcpy(element, &head, 4)
+            memcpy(element + 3, &word, 8)
+            gva += c.gva_step
+            element += PACKED
+    elif c.user == NULL and c.size == NULL:
+        op = c.op + <i64>i * c.op_step
+        head &= ~<u32>0xFF
+        for _ in range(i, stop):
+            memcpy(&word, gva, 8)
+            both = head | op[0]
+            memcpy(element, &both, 4)
+            memcpy(element + 3, &word, 8)
+            gva += c.gva_step
+            op += c.op_step
+            element += PACKED
+    else:
+        for j in range(i, stop):
+            memcpy(&word, gva, 8)
+            head = ((c.op[<i64>j * c.op_step] if c.op != NULL else c.all_op)
+                    | ((c.user[<i64>j * c.user_step] if c.user != NULL else c.all_user) != 0) << 8
+                    | <u32>(c.size[<i64>j * c.size_step] if c.size != NULL else c.all_size) << 16)
+            memcpy(element, &head, 4)
+            memcpy(element + 3, &word, 8)
+            gva += c.gva_step
+            element += PACKED
+    if not b.data:
+        return
+    word = 0
+    element = at + 11
+    for j in range(i, stop):
+        if c.value != NULL:
+            memcpy(&word, c.value + <i64>j * c.value_step, 8)
+        memcpy(element, &word, 8)
+        element += PACKED
+
+
+cdef u64 columns_check(const sc_columns *c, u64 n) noexcept nogil:
+    """Number of the first operation that is no load, store or fetch of 1, 2, 4 or 8 bytes; n if there is none."""
+    cdef u64 i
+    cdef u8 odd
+    if (c.op == NULL and _odd_op[c.all_op]) or (c.size == NULL and _odd_size[c.all_size]):
+        return 0
+    if c.op == NULL and c.size == NULL:
+        return n
+    if c.size == NULL and c.op_step == 1:
+        odd = 0
+        for i in range(n):
+            odd |= c.op[i] > OP_FETCH
+        if not odd:
+            return n
+    for i in range(n):
+        odd = _odd_op[c.op[<i64>i * c.op_step]] if c.op != NULL else 0
+        odd |= _odd_size[c.size[<i64>i * c.size_step]] if c.size != NULL else 0
+        if odd:
+            return i
+    return n
+
+
+cdef object run_columns(Mmu shell, u32 number, const sc_columns *c, u64 n, bint data):
+    """run_batch of columns that columns_check has passed."""
+    cdef sc_batch b
+    memset(&b, 0, sizeof(b))
+    b.number = number
+    b.data = data
+    _plain_layout(&b)
+    return _run(shell, &b, n, c)
+
+
+cdef void _results(const sc_batch *b, const sc_columns_out *out, u64 i, u64 stop) noexcept nogil:
+    """What became of operations i to stop, from the rows of those of which there is more to say than where they led."""
+    cdef u64 j
+    cdef const sc_row *row
+    if out.outcome != NULL:
+        memset(out.outcome + i, 0, stop - i)
+    if out.emulated != NULL:
+        memset(out.emulated + i, 0, stop - i)
+    if out.error_code != NULL:
+        memset(out.error_code + i, 0, 2 * (stop - i))
+    if out.exits != NULL:
+        memset(out.exits + i, 0, 2 * (stop - i))
+    for j in range(b.n_rows):
+        row = &b.rows[j]
+        if out.outcome != NULL:
+            out.outcome[row.number] = row.outcome
+        if out.emulated != NULL:
+            out.emulated[row.number] = row.emulated
+        if out.error_code != NULL:
+            out.error_code[row.number] = row.error_code
+        if out.exits != NULL:
+            out.exits[row.number] = row.exits
+
+
+cdef int columns_run(sc_mmu *mmu, u32 number, const sc_columns *c, u64 n, bint data, const sc_columns_out *out,
+                     bint *no_memo, u64 *done) noexcept nogil:
+    """The same without Python: done[0] operations were made. RC_OK, the negative code of the one that failed, or
+    RC_EXHAUSTED with mmu.exhausted = SC_NONE where the host had no room for the work. no_memo: kept for the next."""
+    cdef sc_batch b
+    cdef u64 i = 0
+    cdef u64 begin, stop
+    cdef int rc = RC_OK
+    cdef size_t words = 8 * min(n, CHUNK)
+    cdef size_t rows = sizeof(sc_row) * min(n, CHUNK)
+    cdef u8 *room
+    done[0] = 0
+    if n == 0:
+        return RC_OK
+    memset(&b, 0, sizeof(b))
+    b.number = number
+    b.data = data
+    _plain_layout(&b)
+    room = <u8 *>malloc(rows + 2 * words + PACKED * min(n, CHUNK))
+    if room == NULL:
+        mmu.exhausted = SC_NONE
+        return RC_EXHAUSTED
+    b.rows = <sc_row *>room
+    b.remember = not no_memo[0]
+    if not mmu.shadow or mmu.mem.exposed:
+        memo_drop(mmu)              # anybody may have written to what translations are made of
+    while i < n and rc == RC_OK:
+        begin = i
+        stop = min(n, i + CHUNK)
+        b.gpa = out.gpa if out.gpa != NULL else <u64 *>(<size_t>room + rows - 8 * i)
+        b.value = out.value if out.value != NULL else <u64 *>(<size_t>room + rows + words - 8 * i)
+        b.n_rows = 0
+        b.hits = b.glances = b.repeats = b.regions = 0
+        b.note = not b.remember and (i // CHUNK) % NOTES == 0
+        _gather(c, &b, room + rows + 2 * words, i, stop)
+        rc = _chunk(mmu, &b, &i, stop)
+        _results(&b, out, begin, i)
+        _learn(&b, stop - begin)
+    free(room)
+    no_memo[0] = not b.remember
+    done[0] = i
+    return rc
+
+
+cdef object _run(Mmu shell, sc_batch *b, u64 n, const sc_columns *columns):
     cdef sc_mmu *mmu = &shell.c
-    cdef bint wide = _check_values(b, n, mmu.n_vcpus)
+    cdef bint wide = columns == NULL and _check_values(b, n, mmu.n_vcpus)
     cdef RunResult result
     cdef Block more
+    cdef Block gathered = None if columns == NULL else block_new(PACKED * min(n, CHUNK))
     cdef u64 i = 0
     cdef u64 begin, stop, room
     cdef int rc = RC_OK
@@ -695,12 +867,10 @@ cdef object _run(Mmu shell, sc_batch *b, u64 n):
             shell.chunks += 1
             b.note = not b.remember and shell.chunks % NOTES == 0
             with nogil:
+                if columns != NULL:
+                    _gather(columns, b, <u8 *>gathered.at, i, stop)
                 rc = _chunk(mmu, b, &i, stop)
-            # Where accesses do not repeat, the memo only costs.
-            if stop - begin > CHUNK // 2 and (b.remember or b.note):
-                # And where they lead to ever new regions, their tables do not lie in the caches.
-                b.far = b.note and b.regions * 2 > stop - begin or (b.far and not b.note)
-                b.remember = (b.hits + b.repeats) * 2 > stop - begin
+            _learn(b, stop - begin)
             if n > CHUNK:
                 PyErr_CheckSignals()
     except KeyboardInterrupt:

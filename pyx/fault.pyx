@@ -8,7 +8,7 @@ from shadowcore.pool cimport pool_has, pool_recycle, pool_zap_all
 from shadowcore.roots cimport root_load, root_release, root_slots, root_wanted
 from shadowcore.state cimport (
     POINT_POST_FAULT, POINT_PRE_FAULT, QUIRK_PROCESSOR_CODE, QUIRK_ROLE_WITHOUT_ACCESS, QUIRK_TWO_EXITS, audit_point,
-    exit_flush, sc_mmu, sc_vcpu,
+    count_exit, exit_flush, sc_mmu, sc_vcpu,
 )
 from shadowcore.types cimport (
     ACC_U, MODE_64, MODE_OFF, MODE_PAE, PF_P, PF_RSVD, PF_W, RC_EMULATE, RC_EXHAUSTED, RC_MMIO, RC_OK, RC_PF, RC_RETRY,
@@ -21,7 +21,7 @@ cdef inline int _inject(sc_mmu *mmu, sc_vcpu *v, u64 va, u32 code, sc_walk *w) n
     v.cr2 = va
     w.error_code = code
     mmu.stats.pf_guest += 1
-    mmu.stats.exits[EXIT_GUEST] += 1
+    count_exit(mmu, v.number, EXIT_GUEST, va)
     if mmu.flood_reset:
         v.flood_count = 0
     return RC_PF
@@ -115,7 +115,7 @@ cdef int _page_fault(sc_mmu *mmu, sc_vcpu *v, u32 access, const sc_walk *hw, sc_
     device = mem_frame(mmu.mem, w.gpa >> 12) == sc_no_frame()
     if device and v.guest.mode == MODE_OFF:
         mmu.stats.pf_mmio += 1
-        mmu.stats.exits[EXIT_MMIO] += 1
+        count_exit(mmu, v.number, EXIT_MMIO, va)
         return RC_MMIO
     # The failed walk knows the path to the leaf, if it came that far and nothing was withdrawn since.
     if _fetch_with_room(mmu, v, access, refused, hw if mmu.memo_epoch == epoch else NULL, w, &leaf) != RC_OK:
@@ -131,7 +131,7 @@ cdef int _page_fault(sc_mmu *mmu, sc_vcpu *v, u32 access, const sc_walk *hw, sc_
         return _inject(mmu, v, va, code, w)
     if device:
         mmu.stats.pf_mmio += 1
-        mmu.stats.exits[EXIT_MMIO] += 1
+        count_exit(mmu, v.number, EXIT_MMIO, va)
         return RC_MMIO
     if v.guest.mode != MODE_OFF:
         mmu.stats.pf_fixed += 1
@@ -139,14 +139,14 @@ cdef int _page_fault(sc_mmu *mmu, sc_vcpu *v, u32 access, const sc_walk *hw, sc_
     fault = rights_fault(&v.hw, pte_rights(spte), pte_pkey(spte), access)
     if leaf.emulate or (fault and not refused and not mmu.quirks & QUIRK_ROLE_WITHOUT_ACCESS):
         # The second case: what the guest allows no leaf can grant under the registers that the processor runs with.
-        mmu.stats.exits[EXIT_EMULATE] += 1
+        count_exit(mmu, v.number, EXIT_EMULATE, va)
         return RC_EMULATE
     if mmu.flood_reset:
         v.flood_count = 0
     if leaf.filled:
-        mmu.stats.exits[EXIT_FILL] += 1
+        count_exit(mmu, v.number, EXIT_FILL, va)
     else:
-        mmu.stats.exits[EXIT_WRITE] += 1
+        count_exit(mmu, v.number, EXIT_WRITE, va)
         if not leaf.changed:
             mmu.stats.pf_spurious += 1
     return RC_RETRY if fault else _repeated(mmu, v, access, leaf.spte)

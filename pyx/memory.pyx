@@ -2,6 +2,7 @@
 import contextlib
 import mmap
 import sys
+import weakref
 
 import numpy as np
 
@@ -78,7 +79,8 @@ cdef class Memory:
             slots = (MemorySlot(0, ram.size),)
         if sum(slot.size for slot in slots) != ram.size:
             raise ConfigError(f"slots: they hold {sum(slot.size for slot in slots)} bytes, the memory {ram.size}")
-        self._views = [memoryview(ram)]
+        # A buffer keeps most owners from moving their bytes; numpy's refcheck=False is held off by a weak reference.
+        self._views = [memoryview(ram), *_owners(ram)]
         self._logs = {}
         self.bytes = ram
         self.words = ram.view(np.uint64)
@@ -190,6 +192,15 @@ cdef class Memory:
 
     def __repr__(self):
         return f"Memory({self.bytes.size >> 20} MiB, {len(self.slots)} slot(s))"
+
+
+cdef list _owners(object array):
+    """Weak references to the arrays that `array` is a view of, and to itself: numpy resizes none that has one."""
+    cdef list found = []
+    while isinstance(array, np.ndarray):
+        found.append(weakref.ref(array))
+        array = array.base
+    return found
 
 
 cdef tuple _checked_slots(object slots):

@@ -13,9 +13,9 @@ from shadowcore.rmap cimport list_first, list_next, rmap_remove
 from shadowcore.roots cimport root_slots, roots_load, roots_release
 from shadowcore.spte cimport spte_drop, spte_is_writable
 from shadowcore.state cimport (
-    FLUSH_INVLPG, FLUSH_LOG, QUIRK_NO_REFILL_AT_CR3, QUIRK_ROOT_EMPTIED, ROLE_ACCESS, ROLE_DIRECT, ROLE_GLEVELS,
-    ROLE_GLOBAL, ROLE_NXE, ROLE_PKEY, ROLE_PSE, ROLE_QUADRANT, ROLE_WP0, exit_flush, memo_drop, request_flush,
-    role_direct, role_field, role_level, sc_frame, sc_link, sc_mmu, sc_page, sc_vcpu, vcpu_pcid,
+    FLUSH_INVLPG, FLUSH_LOG, POINT_COUNT, QUIRK_NO_REFILL_AT_CR3, QUIRK_ROOT_EMPTIED, ROLE_ACCESS, ROLE_DIRECT,
+    ROLE_GLEVELS, ROLE_GLOBAL, ROLE_NXE, ROLE_PKEY, ROLE_PSE, ROLE_QUADRANT, ROLE_WP0, exit_flush, memo_drop,
+    request_flush, role_direct, role_field, role_level, sc_frame, sc_link, sc_mmu, sc_page, sc_vcpu, vcpu_pcid,
 )
 from shadowcore.tlb cimport sc_tlb_entry, tlb_fill, tlb_find
 from shadowcore.types cimport (
@@ -289,8 +289,10 @@ cdef class Mmu:
 
     cdef object failure(self, int rc):
         """The exception for a negative return code."""
-        if rc == RC_HOOK:
+        if rc == RC_HOOK or (rc == RC_AUDIT and self.hook_error is not None):
             error, self.hook_error = self.hook_error, None
+            if self.c.audit_found == POINT_COUNT + 1:
+                self.c.audit_found = 0
             return error
         if rc == RC_AUDIT:
             return self.audits.take()
@@ -449,12 +451,19 @@ cdef class Mmu:
     def unprotect(self, gfn) -> bool:
         """Zap the shadow pages of the guest table at `gfn`; True if there were any."""
         self._shadow("unprotect")
-        return pool_unprotect(&self.c, check_int("gfn", gfn, 0, (1 << 52) - 1))
+        cdef bint found = pool_unprotect(&self.c, check_int("gfn", gfn, 0, (1 << 52) - 1))
+        self._report()
+        return found
 
     def zap_all(self) -> None:
         """Zap every shadow page; roots in use stay, empty."""
         self._shadow("zap_all")
         pool_zap_all(&self.c)
+        self._report()
+
+    def _report(self):
+        if self.c.audit_found:
+            raise self.failure(RC_AUDIT)
 
     def write_physical(self, gpa, bytes data) -> None:
         """A device's store; see VM.write_physical."""
@@ -468,8 +477,7 @@ cdef class Mmu:
             address += part
             at += part
             left -= part
-        if self.c.audit_found:
-            raise self.failure(RC_AUDIT)
+        self._report()
 
     def read_physical(self, gpa, size) -> bytes:
         """Bytes of guest physical memory; see VM.read_physical."""
@@ -526,6 +534,7 @@ cdef class Mmu:
         self.idle()
         if self.c.shadow:
             mmu_protect_slot(&self.c, slot)
+            self._report()
 
     def _shadow(self, what):
         self.idle()

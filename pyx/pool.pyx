@@ -11,8 +11,8 @@ from shadowcore.pool cimport hash_bucket
 from shadowcore.rmap cimport list_first, list_remove, rmap_write_protect
 from shadowcore.spte cimport spte_is_writable, spte_wipe
 from shadowcore.state cimport (
-    FLUSH_ZAP, FLUSH_ZAP_UPPER, QUIRK_EXIT_FLUSHES, QUIRK_ROOT_EMPTIED, memo_drop, request_flush, role_direct,
-    role_level, role_pte_size, sc_frame, sc_mmu, sc_page,
+    EVENT_ZAP, FLUSH_ZAP, FLUSH_ZAP_UPPER, QUIRK_EXIT_FLUSHES, QUIRK_ROOT_EMPTIED, event, memo_drop, request_flush,
+    role_direct, role_level, role_pte_size, sc_frame, sc_mmu, sc_page,
 )
 from shadowcore.types cimport SC_NONE, u32, u64
 
@@ -241,6 +241,7 @@ cdef inline void _empty(sc_mmu *mmu, u32 number) noexcept nogil:
 cdef void pool_zap(sc_mmu *mmu, u32 number) noexcept nogil:
     """Remove a page and every link to it. A root in use is emptied and kept as the youngest page (patch 25)."""
     cdef sc_page *page = &mmu.pages[number]
+    event(mmu, EVENT_ZAP, number, SC_NONE, page.gfn)
     _unlink_parents(mmu, number)
     _empty(mmu, number)
     _active_remove(mmu, number)

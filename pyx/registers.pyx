@@ -10,8 +10,8 @@ from shadowcore.memory cimport mem_guest_frame
 from shadowcore.mmu cimport mmu_new_cr3, mmu_reset
 from shadowcore.state cimport (
     FEAT_FSGSBASE, FEAT_GBPAGES, FEAT_LA57, FEAT_NX, FEAT_PCID, FEAT_PKU, FEAT_PSE36, FEAT_SMAP, FEAT_SMEP, FEAT_UMIP,
-    FEAT_XSAVE, FLUSH_CONTEXT, FLUSH_CR3, POINT_POST_CR3, QUIRK_ACCESSED_EARLY, audit_point, flush_lost, memo_drop,
-    sc_mmu, sc_vcpu, vcpu_pcid,
+    FEAT_XSAVE, FLUSH_CONTEXT, FLUSH_CR3, POINT_POST_CR3, QUIRK_ACCESSED_EARLY, audit_point, count_exit, flush_lost,
+    memo_drop, sc_mmu, sc_vcpu, vcpu_pcid,
 )
 from shadowcore.tlb cimport tlb_flush_all, tlb_flush_pcid
 from shadowcore.types cimport MODE_32, MODE_64, MODE_LA57, MODE_OFF, MODE_PAE, RC_GP, RC_OK, SC_NONE, u8, u32, u64
@@ -109,7 +109,7 @@ cdef int load_cr0(sc_mmu *mmu, sc_vcpu *v, u64 value) noexcept nogil:
             return RC_GP
         memcpy(v.guest.pdpte, pdpte, sizeof(pdpte))
     if mmu.shadow:
-        mmu.stats.exits[EXIT_CR0] += 1
+        count_exit(mmu, v.number, EXIT_CR0, value)
     _drop_translations(mmu, v, value != v.cr0)
     v.cr0 = value
     v.efer &= ~<u64>EFER_LMA
@@ -139,7 +139,7 @@ cdef int load_cr3(sc_mmu *mmu, sc_vcpu *v, u64 value) noexcept nogil:
             return RC_GP
         memcpy(v.guest.pdpte, pdpte, sizeof(pdpte))
     if mmu.shadow:
-        mmu.stats.exits[EXIT_CR3] += 1
+        count_exit(mmu, v.number, EXIT_CR3, value)
     v.cr3 = value
     memo_drop(mmu)
     if v.tlb != NULL and not keep:
@@ -166,7 +166,7 @@ cdef int load_cr4(sc_mmu *mmu, sc_vcpu *v, u64 value) noexcept nogil:
             return RC_GP
         memcpy(v.guest.pdpte, pdpte, sizeof(pdpte))
     if mmu.shadow:
-        mmu.stats.exits[EXIT_CR4] += 1
+        count_exit(mmu, v.number, EXIT_CR4, value)
     _drop_translations(mmu, v, value != v.cr4)
     v.cr4 = value
     vcpu_apply(v)
@@ -180,7 +180,7 @@ cdef int load_efer(sc_mmu *mmu, sc_vcpu *v, u64 value) noexcept nogil:
     if value & ~allowed or (v.cr0 & cr0_pg() and (value ^ v.efer) & EFER_LME):
         return RC_GP
     if mmu.shadow:
-        mmu.stats.exits[EXIT_EFER] += 1
+        count_exit(mmu, v.number, EXIT_EFER, value)
     _drop_translations(mmu, v, (value ^ v.efer) & EFER_NXE)
     v.efer = (value & ~<u64>EFER_LMA) | (v.efer & EFER_LMA)
     vcpu_apply(v)

@@ -12,7 +12,7 @@ from shadowcore.emulate cimport emulate_store
 from shadowcore.events cimport EXIT_EMULATE
 from shadowcore.memory cimport mem_frame, mem_guest_frame, mem_mark_dirty, sc_no_frame
 from shadowcore.registers cimport load_cr0, load_cr3, load_cr4
-from shadowcore.state cimport sc_mmu, sc_vcpu
+from shadowcore.state cimport count_exit, sc_mmu, sc_vcpu
 from shadowcore.types cimport PF_W, RC_AUDIT, RC_BAD_OP, RC_GP, RC_OK, RC_PF, u8, u16, u32, u64
 from shadowcore.vcpu cimport VCpu
 from shadowcore.walker cimport probe_walk, sc_walk
@@ -79,7 +79,7 @@ cdef void _store_at_gpa(sc_mmu *mmu, sc_vcpu *v, u64 gpa, const u8 *data, u32 nb
     if mmu.shadow and mmu.frames[mem_frame(mmu.mem, gpa >> 12)].shadowed:
         mmu.stats.pf_taken += 1
         mmu.stats.pf_fixed += 1
-        mmu.stats.exits[EXIT_EMULATE] += 1
+        count_exit(mmu, v.number, EXIT_EMULATE, gpa)
         emulate_store(mmu, v, gpa, data, nbytes)
         return
     memcpy(mem_guest_frame(mmu.mem, gpa) + (gpa & 4095), data, nbytes)

@@ -1,8 +1,9 @@
 """The reverse map at work: write protection of a frame."""
 from shadowcore.bits cimport PTE_W
+from shadowcore.memory cimport mem_gfn
 from shadowcore.rmap cimport list_first, list_next, rmap_remove
-from shadowcore.state cimport FLUSH_PROTECT, memo_drop, request_flush, sc_mmu
-from shadowcore.types cimport u32, u64
+from shadowcore.state cimport EVENT_PROTECT, FLUSH_PROTECT, event, memo_drop, request_flush, sc_mmu
+from shadowcore.types cimport SC_NONE, u32, u64
 
 
 cdef u32 list_length(const sc_mmu *mmu, u32 head) noexcept nogil:
@@ -27,4 +28,5 @@ cdef void rmap_write_protect(sc_mmu *mmu, u64 frame) noexcept nogil:
         mmu.table[spte] &= ~<u64>PTE_W
         mmu.stats.rmap_protected += 1
         memo_drop(mmu)
+        event(mmu, EVENT_PROTECT, spte, SC_NONE, mem_gfn(mmu.mem, frame))
         request_flush(mmu, FLUSH_PROTECT)

@@ -17,7 +17,7 @@ from shadowcore.mmu cimport Mmu
 from shadowcore.registers cimport load_ac, load_cr0, load_cr3, load_cr4, load_efer, load_pkru, vcpu_apply, vcpu_init
 from shadowcore.state cimport (
     FEAT_FSGSBASE, FEAT_GBPAGES, FEAT_LA57, FEAT_NX, FEAT_PCID, FEAT_PKU, FEAT_PSE36, FEAT_SMAP, FEAT_SMEP, FEAT_UMIP,
-    FEAT_XSAVE, SC_MAX_VCPUS, memo_drop, sc_vcpu,
+    FEAT_XSAVE, SC_MAX_VCPUS, memo_drop, sc_mmu, sc_vcpu,
 )
 from shadowcore.tlb cimport TLB_PAGES, TLB_SIZES, sc_tlb, sc_tlb_entry, tlb_valid
 from shadowcore.types cimport (
@@ -429,6 +429,7 @@ cdef class VCpu:
         o.addr = _address(gva)
         self.mmu.idle()
         vcpu_op(&self.mmu.c, &self.c, &o, True, &r)
+        self.mmu._report()
 
     def translate(self, gva, access=_READ, user=None):
         """Translation of `gva` by the guest's tables, for access "r", "w" or "x", with no side effect at all.
@@ -484,3 +485,16 @@ cdef class VCpu:
 
     def __repr__(self):
         return f"VCpu({self.c.number}, mode {self.mode}, cr3={self.c.cr3:#x})"
+
+
+cdef sc_mmu *mmu_struct(object vm) except NULL:
+    """The structure behind a VM, for other packages; good for as long as the VM lives. TypeError for anything else."""
+    return &(<Mmu?>vm.mmu).c
+
+
+cdef sc_vcpu *vcpu_struct(object vm, u32 number) except NULL:
+    """That of its vcpu of this number."""
+    cdef sc_mmu *mmu = mmu_struct(vm)
+    if number >= mmu.n_vcpus:
+        raise ConfigError(f"vcpu: there is no number {number}, the VM has {mmu.n_vcpus}")
+    return mmu.vcpus[number]

@@ -1,6 +1,7 @@
 """Exact, fast, embeddable models of memory virtualization: an x86 shadow paging engine over flat arrays."""
 
-from . import importers, pagetables, programs, recordings, trace, workload
+from . import embed, importers, pagetables, programs, recordings, trace, workload
+from ._capi import get_include
 from ._version import __version__
 from .audit import AuditReport, Violation
 from .batch import OP_DTYPE
@@ -82,6 +83,8 @@ __all__ = [
     "VCpu",
     "Violation",
     "__version__",
+    "embed",
+    "get_include",
     "importers",
     "pagetables",
     "programs",

@@ -79,9 +79,12 @@ class VM:
         snapshot.save(self, path)
 
     @staticmethod
-    def load(path: str | os.PathLike[str]) -> VM:
-        """The VM that `save` wrote; it continues bit for bit. SnapshotError for a file that is not whole and sound."""
-        return snapshot.load(path)
+    def load(path: str | os.PathLike[str], memory: np.ndarray[Any, Any] | None = None) -> VM:
+        """The VM that `save` wrote; it continues bit for bit. SnapshotError for a file that is not whole and sound.
+
+        memory: a uint8 array of the size of its RAM, to be used in place; what is in it is overwritten.
+        """
+        return snapshot.load(path, memory)
 
     def audit(self, strict: bool = False) -> AuditReport:
         """Check every invariant of the MMU. strict: raise AuditError instead of reporting violations."""

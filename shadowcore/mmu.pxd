@@ -25,6 +25,7 @@ cdef class Mmu:
     cdef bint far                   # the tables that the last batch walked were not in the caches
     cdef u32 chunks                 # of batches, ever
     cdef object audits              # AuditPoints, once points have been named
+    cdef object event_hook          # keeps what c.event_context points to
 
     cdef int idle(self) except -1
     cdef object failure(self, int rc)

@@ -59,12 +59,15 @@ def save(vm: VM, path: str | os.PathLike[str]) -> None:
             os.remove(beside)
 
 
-def load(path: str | os.PathLike[str]) -> VM:
-    """A VM that continues bit for bit as the saved one would. SnapshotError for a file that is not whole and sound."""
+def load(path: str | os.PathLike[str], memory: NDArray[np.uint8] | None = None) -> VM:
+    """A VM that continues bit for bit as the saved one would. SnapshotError for a file that is not whole and sound.
+
+    memory: an array of the right size for its RAM, which is overwritten. ConfigError if it is none.
+    """
     state, members = _read(path)
     try:
-        vm = _machine(state)
-        _restore(vm, state, members)
+        vm = _machine(state, memory)
+        _restore(vm, state, members, memory is None)
     except _UNFIT as error:
         if isinstance(error, SnapshotError):
             raise SnapshotError(path, error.expected) from None
@@ -122,7 +125,7 @@ def _read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, NDArr
     return state, members
 
 
-def _machine(state: dict[str, Any]) -> VM:
+def _machine(state: dict[str, Any], memory: NDArray[np.uint8] | None) -> VM:
     from .machine import VM
 
     design = dict(state["design"])
@@ -132,10 +135,13 @@ def _machine(state: dict[str, Any]) -> VM:
         MemorySlot(gpa, size, dirty_log=number in state["logged"]) for number, (gpa, size) in enumerate(state["slots"])
     ]
     tlb = None if state["tlb"] is None else TLB(**state["tlb"])
-    return VM(slots, mmu, len(state["vcpus"]), tlb, features=Features(**state["features"]))
+    features = Features(**state["features"])
+    if memory is None:
+        return VM(slots, mmu, len(state["vcpus"]), tlb, features=features)
+    return VM(memory, mmu, len(state["vcpus"]), tlb, features=features, slots=slots)
 
 
-def _restore(vm: VM, state: dict[str, Any], members: dict[str, NDArray[Any]]) -> None:
+def _restore(vm: VM, state: dict[str, Any], members: dict[str, NDArray[Any]], fresh: bool) -> None:
     expected = set(_members(vm))
     if set(members) != expected:
         raise SnapshotError("", f"arrays {sorted(expected)} expected, not {sorted(members)}")
@@ -144,6 +150,8 @@ def _restore(vm: VM, state: dict[str, Any], members: dict[str, NDArray[Any]]) ->
     if frames.dtype != np.uint64 or (len(frames) and int(frames.max()) >= len(ram)):
         raise SnapshotError("", "frames of RAM within its size expected")
     _put(ram[:0], members["ram"][:0])
+    if not fresh:
+        ram[:] = 0
     ram[frames] = members["ram"]
     for slot in state["logged"]:
         _put(vm.memory.dirty_words(slot), members[f"log_{slot}"])

@@ -7,7 +7,7 @@ from shadowcore.bits cimport CR4_PCIDE
 from shadowcore.events cimport sc_stats
 from shadowcore.memo cimport sc_memo
 from shadowcore.memory cimport sc_mem
-from shadowcore.types cimport u8, u16, u32, u64
+from shadowcore.types cimport SC_NONE, u8, u16, u32, u64
 from shadowcore.tlb cimport sc_tlb
 from shadowcore.walker cimport sc_paging
 
@@ -87,6 +87,16 @@ cdef enum:
 cdef struct sc_mmu                  # for the callback
 ctypedef void (*sc_audit_hook)(sc_mmu *mmu, u32 point) noexcept nogil
 
+# What an embedder can be told of, where it happens.
+cdef enum:
+    EVENT_EXIT = 0                  # detail: EXIT_*; address: linear address, or the value of the register
+    EVENT_ZAP = 1                   # a shadow page goes. detail: its number; address: its gfn
+    EVENT_PROTECT = 2               # an spte lost W, its frame became a guest table. detail: spte; address: gfn
+    EVENT_FLUSH = 3                 # a TLB has to be flushed. detail: FLUSH_*
+    EVENT_COUNT = 4
+
+ctypedef void (*sc_event_hook)(sc_mmu *mmu, u32 kind, u32 detail, u32 vcpu, u64 address) noexcept nogil
+
 cdef struct sc_mmu:
     sc_mem *mem
     sc_stats *stats
@@ -122,12 +132,16 @@ cdef struct sc_mmu:
     sc_can_emulate can_emulate      # asked before a store is emulated; NULL: the answer is yes
     void *hook                      # its first argument
     u32 audit_points                # bit per POINT_*: audit there
-    u32 audit_found                 # POINT_* + 1 of the first audit that found something, until it is reported
+    # POINT_* + 1 of the first audit that found something, POINT_COUNT + 1 if a callback raised, until it is reported.
+    u32 audit_found
     sc_audit_hook audit             # the audit; NULL only if audit_points is 0
     void *audit_report              # where it puts what it finds
     u32 exhausted                   # vcpu for which there were not enough pages, when RC_EXHAUSTED was returned
     u32 fail_after                  # for tests: so many pages can still be taken from the pool,
     u32 fail_for                    # then so many attempts fail
+    u32 events                      # bit per EVENT_*: tell of them
+    sc_event_hook event             # whom; NULL only if events is 0
+    void *event_context             # for it
 
 # Native: what the memos of an epoch know of a frame.
 cdef enum:
@@ -178,6 +192,14 @@ cdef inline void audit_point(sc_mmu *mmu, u32 point) noexcept nogil:
     if mmu.audit_points >> point & 1:
         mmu.audit(mmu, point)
 
+cdef inline void event(sc_mmu *mmu, u32 kind, u32 detail, u32 vcpu, u64 address) noexcept nogil:
+    if mmu.events >> kind & 1:
+        mmu.event(mmu, kind, detail, vcpu, address)
+
+cdef inline void count_exit(sc_mmu *mmu, u32 vcpu, u32 reason, u64 address) noexcept nogil:
+    mmu.stats.exits[reason] += 1
+    event(mmu, EVENT_EXIT, reason, vcpu, address)
+
 cdef inline u16 vcpu_pcid(const sc_vcpu *v) noexcept nogil:
     """The PCID that tags translations: 0 unless CR4.PCIDE is on."""
     return <u16>(v.cr3 & 0xFFF) if v.cr4 & CR4_PCIDE else 0
@@ -224,3 +246,4 @@ cdef inline void request_flush(sc_mmu *mmu, int why) noexcept nogil:
         mmu.stats.remote_tlb_flush += 1
     if not flush_lost(mmu, why):
         mmu.flush_epoch += 1
+    event(mmu, EVENT_FLUSH, why, SC_NONE, 0)

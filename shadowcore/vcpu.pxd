@@ -1,7 +1,7 @@
 """A virtual processor: accesses one by one or in batches."""
 from shadowcore.access cimport sc_result
 from shadowcore.mmu cimport Mmu
-from shadowcore.state cimport sc_vcpu
+from shadowcore.state cimport sc_mmu, sc_vcpu
 from shadowcore.types cimport u32, u64
 from shadowcore.walker cimport sc_walk
 
@@ -19,3 +19,6 @@ cdef class VCpu:
     cdef int _walk(self, u64 va, u32 access, object user, Translation t) except -1
     cdef int _access(self, u32 op, object gva, object size, object user, object value, object expected,
                      sc_result *r) except -1
+
+cdef sc_mmu *mmu_struct(object vm) except NULL
+cdef sc_vcpu *vcpu_struct(object vm, u32 number) except NULL

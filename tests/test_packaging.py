@@ -202,3 +202,99 @@ def test_archives_are_complete():
     compiled = {name.split(".")[0] for name in in_wheel if name.endswith((".so", ".pyd"))}
     assert compiled == {f"shadowcore/{name}" for name in MODULES}
     assert not [name for name in in_wheel if name.endswith((".pyx", ".c"))]
+
+
+CONSUMER = """
+# cython: language_level=3
+from shadowcore.access cimport OP_READ, sc_op, sc_result, vcpu_access
+from shadowcore.state cimport sc_mmu, sc_vcpu
+from shadowcore.vcpu cimport mmu_struct, vcpu_struct
+from shadowcore.walker cimport probe_walk, sc_walk
+from libc.string cimport memset
+
+cdef extern from "shadowcore.h":
+    enum:
+        SC_ABI_VERSION
+
+def first(vm, unsigned long long gva):
+    cdef sc_op op
+    cdef sc_result result
+    memset(&op, 0, sizeof(op))
+    op.op, op.size, op.addr = OP_READ, 8, gva
+    assert vcpu_access(mmu_struct(vm), vcpu_struct(vm, 0), &op, True, &result) == 0
+    return result.gpa, result.exits, SC_ABI_VERSION
+"""
+SETUP = """
+from Cython.Build import cythonize
+from setuptools import Extension, setup
+import shadowcore
+setup(name="consumer", ext_modules=cythonize(
+    [Extension("consumer", ["consumer.pyx"], include_dirs=[shadowcore.get_include()])]))
+"""
+USE = """
+import shadowcore as sc, consumer, os
+assert consumer.first(sc.VM("1MiB"), 0x1008) == (0x1008, 1, 1)
+for wrong in (None, object(), 5):
+    try:
+        consumer.first(wrong, 0)
+    except (TypeError, AttributeError):
+        pass
+    else:
+        raise AssertionError(wrong)
+assert os.path.isfile(os.path.join(sc.get_include(), "shadowcore.h"))
+print(sc.__file__)
+"""
+
+
+def consume(python, work, **variables):
+    """Build a package that cimports ours with `python`, and use it; where it found ours."""
+    work.mkdir()
+    for name, text in (("consumer.pyx", CONSUMER), ("setup.py", SETUP), ("use.py", USE)):
+        (work / name).write_text(text, "utf-8")
+    env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | variables
+    subprocess.run([python, "setup.py", "-q", "build_ext", "--inplace"], cwd=work, env=env, check=True)
+    done = subprocess.run([python, "use.py"], cwd=work, env=env, check=True, capture_output=True, text=True)
+    return Path(done.stdout.strip())
+
+
+def test_another_package_cimports_ours(tmp_path):
+    """Against the installation under test."""
+    pytest.importorskip("setuptools")
+    pytest.importorskip("Cython")
+    path = os.pathsep.join([str(INSTALLED.parent), ".", os.environ.get("PYTHONPATH", "")])
+    assert consume(sys.executable, tmp_path / "consumer", PYTHONPATH=path) == INSTALLED / "__init__.py"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["wheel", "plain", "editable"])
+def test_another_package_cimports_ours_from_each_kind_of_install(tmp_path, kind):
+    """A wheel (that in SHADOWCORE_DIST, if there is one), `pip install .`, `pip install -e .`."""
+    pytest.importorskip("setuptools")
+    pytest.importorskip("Cython")
+    tree = tmp_path / "tree"
+    ignored = shutil.ignore_patterns(".git", ".venv", "dist", "build", "*.so", "__pycache__", ".*_cache", "*.egg-info")
+    shutil.copytree(ROOT, tree, ignore=ignored)
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", tmp_path / "venv"], check=True)
+    python = tmp_path / "venv" / ("Scripts" if os.name == "nt" else "bin") / "python"
+    # The tools of this environment, but not our own package, which may be installed there.
+    (site,) = (tmp_path / "venv").glob("lib/python*/site-packages")
+    tools = [path for path in sys.path if path.endswith("site-packages")]
+    env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    env["PYTHONPATH"] = os.pathsep.join(tools)
+    pip = [python, "-m", "pip", "--disable-pip-version-check", "-q", "install", "--no-deps", "--no-build-isolation"]
+    pip += ["--ignore-installed", "--prefix", tmp_path / "venv"]
+    if kind == "wheel":
+        wheels = list(Path(os.environ.get("SHADOWCORE_DIST", tmp_path)).glob("*.whl"))
+        if not wheels:
+            command = [*pip[:5], "wheel", "--no-deps", "--no-build-isolation", "-w", tmp_path / "dist", tree]
+            subprocess.run([word for word in command if word != "install"], env=env, check=True)
+            wheels = list((tmp_path / "dist").glob("*.whl"))
+        subprocess.run([*pip, *wheels], env=env, check=True)
+    else:
+        subprocess.run([*pip, *(["-e"] if kind == "editable" else []), tree], env=env, check=True)
+    if kind != "editable":
+        shutil.rmtree(tree)
+    # Ours before what the tools' directory may hold. An editable install is found by its .pth, which Python reads in
+    # its own site-packages.
+    found = consume(python, tmp_path / "consumer", PYTHONPATH=os.pathsep.join([".", str(site), *tools]))
+    assert found == (tree if kind == "editable" else site) / "shadowcore" / "__init__.py"

@@ -1,0 +1,361 @@
+/*
+ * shadowcore.h: the shadow paging engine for C11 and C++17.
+ *
+ * All of it is reached through one table of functions, sc_api. A program that embeds Python, or an extension module,
+ * gets it with shadowcore_import(), which needs Python.h (include that first, or define SHADOWCORE_PYTHON). A plug-in
+ * that is compiled without Python.h is handed the table by whoever has it, and asks sc_api_fits() whether it will do.
+ *
+ * Handles. A VM is named by a number. Numbers are not used again, so that a call on a VM that is gone, or never was,
+ * is SC_E_HANDLE and nothing else.
+ *
+ * Return values. 0 is done; what ends in the guest is positive (SC_PAGE_FAULT, SC_GENERAL_PROTECTION, SC_MMIO);
+ * errors of the caller or the host are negative, sc_api.last_error() says in words what was wrong, and nothing has
+ * changed.
+ *
+ * Threads. A VM is used by one thread at a time: who has several makes a lock for each VM. A call that comes while
+ * another one is under way is SC_E_BUSY, and so is one that a callback makes on its own VM. Different VMs never wait
+ * for each other. vm_create, vm_destroy, vm_adopt, save and vm_load take Python's GIL, from whatever state the thread
+ * is in; nothing else does.
+ *
+ * Versions. Functions are only ever added at the end of sc_api, fields at the end of structures. Each structure begins
+ * with its own size, which the caller sets (SC_INIT); a library knows the sizes that its predecessors had.
+ */
+#ifndef SHADOWCORE_H
+#define SHADOWCORE_H
+
+#if defined(SHADOWCORE_PYTHON) && !defined(Py_PYTHON_H)
+#include <Python.h>
+#endif
+#include <stdint.h>
+#include <string.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+#define SC_ABI_VERSION 1
+
+typedef uint64_t sc_vm; /* 0 is no VM */
+
+/* What calls return. */
+enum {
+    SC_OK = 0,
+    SC_PAGE_FAULT = 1,         /* the guest's #PF: error_code; CR2 is loaded */
+    SC_GENERAL_PROTECTION = 2, /* the guest's #GP */
+    SC_MMIO = 3,               /* the gpa is in no memory slot: a device's */
+    SC_E_NULL = -1,            /* a pointer that must not be NULL is */
+    SC_E_STRUCT = -2,          /* struct_size is that of no version of the structure */
+    SC_E_HANDLE = -3,          /* no such VM, or no more */
+    SC_E_BUSY = -4,            /* the VM is in use, by another thread or by the callback that makes this call */
+    SC_E_ARGUMENT = -5,        /* a value that cannot be; of several accesses: `done` is the number of the bad one */
+    SC_E_ALIGNMENT = -6,       /* memory that does not begin at a multiple of 4096 */
+    SC_E_MEMORY = -7,          /* the host has no room */
+    SC_E_POOL = -8,            /* every page of the shadow pool is pinned as a root */
+    SC_E_FILE = -9,            /* a file that cannot be read or written, or is not what it should be */
+    SC_E_PYTHON = -10,         /* there is no Python interpreter (any more) */
+    SC_E_CALLBACK = -11,       /* a Python callback of the VM raised, or an audit at a named point found something */
+    SC_E_ENGINE = -12          /* a defect of the engine, or a store that cannot be emulated */
+};
+
+/* Designs. */
+enum { SC_NATIVE = 0, SC_FLUSH = 1, SC_CACHED = 2, SC_KVM_2007 = 3 };
+
+/* Kinds of accesses. From SC_CMPXCHG on they are locked read-modify-writes. */
+enum {
+    SC_READ = 0,
+    SC_WRITE = 1,
+    SC_FETCH = 2,
+    SC_CMPXCHG = 10,
+    SC_XCHG = 11,
+    SC_ADD = 12,
+    SC_AND = 13,
+    SC_OR = 14,
+    SC_XOR = 15
+};
+
+/* Registers. Loading one is the instruction that does, with its exits and faults. */
+enum {
+    SC_CR0 = 0,
+    SC_CR2 = 1,
+    SC_CR3 = 2,
+    SC_CR4 = 3,
+    SC_EFER = 4,
+    SC_PKRU = 5,
+    SC_AC = 6, /* EFLAGS.AC: 0 or 1 */
+    SC_CPL = 7 /* 0 or 3 */
+};
+
+/* Rights of a translation; a page that is mapped can be read. */
+enum { SC_RIGHT_EXECUTE = 1, SC_RIGHT_WRITE = 2, SC_RIGHT_USER = 4 };
+
+/* Processor features, for sc_config.features. */
+enum {
+    SC_FEATURE_NX = 1 << 0,
+    SC_FEATURE_GBPAGES = 1 << 1,
+    SC_FEATURE_LA57 = 1 << 2,
+    SC_FEATURE_PSE36 = 1 << 3,
+    SC_FEATURE_SMEP = 1 << 4,
+    SC_FEATURE_SMAP = 1 << 5,
+    SC_FEATURE_PKU = 1 << 6,
+    SC_FEATURE_PCID = 1 << 7,
+    SC_FEATURE_UMIP = 1 << 8,
+    SC_FEATURE_FSGSBASE = 1 << 9,
+    SC_FEATURE_XSAVE = 1 << 10
+};
+
+/* Exits, the index of sc_counters.exits and the detail of SC_EVENT_EXIT. */
+enum {
+    SC_EXIT_FILL = 0,    /* a shadow entry was missing */
+    SC_EXIT_WRITE = 1,   /* a present leaf got more rights */
+    SC_EXIT_EMULATE = 2, /* a store to a guest table */
+    SC_EXIT_GUEST = 3,   /* the guest's own fault */
+    SC_EXIT_MMIO = 4,
+    SC_EXIT_CR0 = 5,
+    SC_EXIT_CR3 = 6,
+    SC_EXIT_CR4 = 7,
+    SC_EXIT_EFER = 8,
+    SC_EXIT_INVLPG = 9,
+    SC_EXITS = 10
+};
+
+/* Events. */
+enum {
+    SC_EVENT_EXIT = 0,    /* detail: SC_EXIT_*; address: the linear address, or the value of the register */
+    SC_EVENT_ZAP = 1,     /* a shadow page goes. detail: its number; address: its gfn */
+    SC_EVENT_PROTECT = 2, /* a shadow entry lost W: its frame became a guest table. detail: entry; address: gfn */
+    SC_EVENT_FLUSH = 3,   /* TLBs have to be flushed. detail: why (0 a frame became a table, 1 and 2 zap, 3 a store,
+                             4 W withheld, 5 leaf, 6 link, 7 dirty log, 10 INVLPG) */
+    SC_EVENTS = 4
+};
+#define SC_EVENT_MASK(kind) (1u << (kind))
+#define SC_NO_VCPU 0xFFFFFFFFu
+
+#define SC_DATA 1u        /* flags of an access: bytes move */
+#define SC_BRIEF 2u       /* ... page_shift and rights are not wanted (they are 0): saves a walk where none is needed */
+#define SC_SETTING_ZERO 0xFFFFFFFFu /* a setting of which 0 means the default is to be 0, or never, or none */
+#define SC_NOWHERE UINT64_MAX       /* a gpa or hpa that is none */
+
+/* Sets a structure to zero, and its size. */
+#define SC_INIT(p) (memset((p), 0, sizeof *(p)), (void)((p)->struct_size = (uint32_t)sizeof *(p)))
+
+typedef struct sc_memory_slot { /* both multiples of 4096; in ascending order, without overlap */
+    uint64_t gpa;
+    uint64_t size;
+} sc_memory_slot;
+
+typedef struct sc_config {
+    uint32_t struct_size;
+    uint32_t design;       /* SC_NATIVE, ... */
+    void *memory;          /* guest RAM, 4096-aligned, the caller's until the VM is destroyed; NULL: the VM makes it */
+    uint64_t memory_size;  /* bytes, a multiple of 4096 */
+    const sc_memory_slot *slots; /* where in guest physical space it lies; NULL: at 0 */
+    uint32_t n_slots;
+    uint32_t vcpus;        /* 0: one */
+    /* Of the shadow; 0 is the default of the design. */
+    uint32_t pool_pages;
+    uint32_t min_free;
+    uint32_t refill;
+    uint32_t flood_threshold;
+    uint32_t quirks;       /* bits of shadowcore.Quirk */
+    /* Of the processors. */
+    uint32_t features;     /* SC_FEATURE_*; 0: all */
+    uint32_t maxphyaddr;   /* 0: 46 */
+    /* A hardware TLB to be modelled: entries and ways for 4 KiB, 2 and 4 MiB, 1 GiB. All 0: none. */
+    uint32_t tlb_entries[3];
+    uint32_t tlb_ways[3];
+    uint32_t reserved;     /* 0 */
+} sc_config;
+
+typedef struct sc_access {
+    uint32_t struct_size;
+    uint32_t vcpu;
+    uint64_t gva;
+    uint8_t kind;          /* SC_READ, ... */
+    uint8_t size;          /* bytes: 1, 2, 4, 8 or 16 */
+    uint8_t user;          /* made in user mode */
+    uint8_t flags;         /* SC_DATA, SC_BRIEF */
+    uint32_t reserved;     /* 0 */
+    uint64_t value[2];     /* SC_DATA: what is stored, low half first */
+    uint64_t expected[2];  /* SC_CMPXCHG: what must be there */
+} sc_access;
+
+/* Without SC_DATA an access only translates, with all side effects: exits, A and D bits. The caller then moves the
+ * bytes at `host` itself; after a store with `emulated` set, which is one to a guest table, it has to call
+ * sc_api.stored(). An access that crosses into another page is best made with SC_DATA: gpa, hpa and host are those of
+ * its first byte. */
+typedef struct sc_outcome {
+    uint32_t struct_size;
+    uint32_t error_code;   /* of a page fault */
+    uint64_t gpa;          /* of the first byte, or SC_NOWHERE */
+    uint64_t hpa;          /* ... in host physical space, in which the shadow tables are written */
+    void *host;            /* ... where it lies in memory; NULL if nowhere */
+    uint64_t value[2];     /* SC_DATA: what a load or read-modify-write read */
+    uint32_t exits;        /* page-fault exits it took */
+    uint32_t references;   /* table entries that the processor's walks read */
+    uint32_t guest_references; /* guest table entries that the shadow MMU read */
+    uint32_t cycles;       /* 0: this version has no cost model in the engine */
+    uint8_t outcome;       /* SC_OK, SC_PAGE_FAULT, SC_GENERAL_PROTECTION or SC_MMIO */
+    uint8_t emulated;      /* stores that the emulator did */
+    uint8_t page_shift;    /* log2 of the guest's page size */
+    uint8_t rights;        /* SC_RIGHT_*, by the guest's tables */
+    uint32_t reserved;
+} sc_outcome;
+
+/* Many loads, stores and fetches of at most 8 bytes. An array that is NULL stands for one value for all of them.
+ * Results that are not wanted are NULL. */
+typedef struct sc_accesses {
+    uint32_t struct_size;
+    uint32_t vcpu;
+    uint64_t count;
+    const uint64_t *gva;
+    const uint64_t *value; /* SC_DATA: what stores store */
+    const uint8_t *kind;
+    const uint8_t *size;
+    const uint8_t *user;
+    uint8_t all_kind;
+    uint8_t all_size;
+    uint8_t all_user;
+    uint8_t flags;         /* SC_DATA */
+    uint32_t reserved;     /* 0 */
+    uint64_t *gpa;         /* results */
+    uint64_t *loaded;      /* SC_DATA: what loads read */
+    uint16_t *error_code;
+    uint16_t *exits;
+    uint8_t *outcome;
+    uint8_t *emulated;
+    uint64_t done;         /* set: how many were made, all unless an error stopped them */
+} sc_accesses;
+
+typedef struct sc_counters {
+    uint32_t struct_size;
+    uint32_t reserved;
+    uint64_t exits[SC_EXITS];
+    uint64_t pf_taken;
+    uint64_t pf_fixed;
+    uint64_t pf_guest;
+    uint64_t pf_emulate;
+    uint64_t pf_mmio;
+    uint64_t pf_spurious;
+    uint64_t tlb_flush;
+    uint64_t remote_tlb_flush;
+    uint64_t invlpg;
+    uint64_t mmu_shadow_zapped;
+    uint64_t mmu_pte_write;
+    uint64_t mmu_pde_zapped;
+    uint64_t mmu_flooded;
+    uint64_t mmu_recycled;
+    uint64_t mmu_cache_miss;
+    uint64_t mmu_cache_hit;
+    uint64_t mmu_unprotect;
+    uint64_t page_frees;
+    uint64_t spte_installed;
+    uint64_t spte_removed;
+    uint64_t rmap_protected;
+    uint64_t root_loads;
+    uint64_t gp_guest;
+    uint64_t accesses;
+    uint64_t walk_references;
+    uint64_t guest_walk_references;
+    uint64_t tlb_hits;
+    uint64_t tlb_misses;
+} sc_counters;
+
+typedef struct sc_event {
+    uint32_t struct_size;
+    uint32_t kind;         /* SC_EVENT_* */
+    uint32_t detail;
+    uint32_t vcpu;         /* or SC_NO_VCPU */
+    uint64_t address;
+    sc_vm vm;
+} sc_event;
+
+/* Called in the middle of what the engine does, without the GIL. It must return (no longjmp, no C++ exception), and
+ * may use every VM but its own. */
+typedef void (*sc_event_function)(void *context, const sc_event *event);
+
+typedef struct sc_audit_result {
+    uint32_t struct_size;
+    uint32_t violations;   /* how many */
+    uint64_t sptes;        /* present shadow entries looked at */
+    uint32_t invariant;    /* of the first violation: 1 for I1, ... */
+    uint32_t page;         /* ... its pool page, or UINT32_MAX */
+    uint32_t index;        /* ... the entry in the page */
+    uint32_t reserved;
+    uint64_t gfn;          /* ... the guest frame concerned */
+} sc_audit_result;
+
+typedef struct sc_api {
+    uint32_t abi_version;  /* SC_ABI_VERSION */
+    uint32_t struct_size;  /* of this table */
+    const char *version;   /* of the package */
+
+    /* A VM over the caller's memory, which stays where it is until vm_destroy. */
+    int (*vm_create)(const sc_config *config, sc_vm *vm);
+    int (*vm_destroy)(sc_vm vm);
+
+    int (*register_read)(sc_vm vm, uint32_t vcpu, uint32_t reg, uint64_t *value);
+    /* SC_OK, SC_GENERAL_PROTECTION, or an error. */
+    int (*register_load)(sc_vm vm, uint32_t vcpu, uint32_t reg, uint64_t value);
+    int (*invlpg)(sc_vm vm, uint32_t vcpu, uint64_t gva);
+
+    /* One access, its outcome also as the return value. */
+    int (*access)(sc_vm vm, const sc_access *access, sc_outcome *outcome);
+    /* Where it would lead by the guest's tables, without side effect; says nothing of exits. */
+    int (*translate)(sc_vm vm, const sc_access *access, sc_outcome *outcome);
+    /* Many; outcomes in the arrays. SC_OK, or the error that stopped them. */
+    int (*access_many)(sc_vm vm, sc_accesses *accesses);
+
+    /* A device's store of `size` bytes to guest RAM, which the shadow follows. */
+    int (*store)(sc_vm vm, uint64_t gpa, const void *data, uint64_t size);
+    /* The caller has stored there itself, through a host pointer: the shadow follows. */
+    int (*stored)(sc_vm vm, uint64_t gpa, uint64_t size);
+    /* Where the byte at gpa lies in memory. SC_MMIO: in no slot. */
+    int (*host_address)(sc_vm vm, uint64_t gpa, void **host);
+
+    int (*counters)(sc_vm vm, sc_counters *counters);
+    /* function NULL or mask 0: no events any more. One function for a VM. */
+    int (*on_event)(sc_vm vm, uint32_t mask, sc_event_function function, void *context);
+    int (*audit)(sc_vm vm, sc_audit_result *result);
+
+    /* The complete state, to a file; and a VM that continues as the saved one would, over `memory`, into which its
+     * RAM is put (NULL: the VM makes it). path is UTF-8. */
+    int (*save)(sc_vm vm, const char *path);
+    int (*vm_load)(const char *path, void *memory, uint64_t memory_size, sc_vm *vm);
+
+    /* What the last error of this thread was; valid until its next one. */
+    const char *(*last_error)(void);
+
+    /* A VM that Python has made: object is a PyObject * of shadowcore.VM, of which a reference is held until
+     * vm_destroy, which lets it live on. */
+    int (*vm_adopt)(void *object, sc_vm *vm);
+} sc_api;
+
+/* 1 if the table has all that this header declares. */
+static inline int sc_api_fits(const sc_api *api) {
+    return api != NULL && api->abi_version == SC_ABI_VERSION && api->struct_size >= sizeof(sc_api);
+}
+
+#ifdef Py_PYTHON_H
+#define SC_CAPSULE "shadowcore._capi._C_API"
+
+/* The table, or NULL with a Python exception set. Needs the GIL. The table lives as long as the process. */
+static inline const sc_api *shadowcore_import(void) {
+    PyObject *module = PyImport_ImportModule("shadowcore._capi");
+    PyObject *capsule = module == NULL ? NULL : PyObject_GetAttrString(module, "_C_API");
+    const sc_api *api = capsule == NULL ? NULL : (const sc_api *)PyCapsule_GetPointer(capsule, SC_CAPSULE);
+    Py_XDECREF(capsule);
+    Py_XDECREF(module);
+    if (api != NULL && !sc_api_fits(api)) {
+        PyErr_Format(PyExc_ImportError, "shadowcore %s has version %u of its C interface, with %u bytes; %u, %u needed",
+                     api->version, (unsigned)api->abi_version, (unsigned)api->struct_size, (unsigned)SC_ABI_VERSION,
+                     (unsigned)sizeof(sc_api));
+        return NULL;
+    }
+    return api;
+}
+#endif
+
+#ifdef __cplusplus
+}
+#endif
+#endif
