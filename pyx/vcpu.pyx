@@ -368,9 +368,9 @@ cdef class VCpu:
             o.expected[0] = value & _WORD
             o.expected[1] = value >> 64
         self.mmu.idle()
-        if access_glance(&self.mmu.c, &self.c, &o, True, r):
-            return 0
-        rc = vcpu_access(&self.mmu.c, &self.c, &o, True, r)
+        rc = RC_OK
+        if not access_glance(&self.mmu.c, &self.c, &o, True, r):
+            rc = vcpu_access(&self.mmu.c, &self.c, &o, True, r)
         if self.mmu.c.audit_found:
             rc = RC_AUDIT
         if rc == RC_OK:
