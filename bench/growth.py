@@ -21,7 +21,7 @@ from yardsticks import NoCompiler
 OUTPUT = curves.OUTPUT / "growth.json"
 POINTS = {
     "guest-size": (16, 4096),
-    "address-spaces": (10, 1000),
+    "address-spaces": (10, 100),
     "pool-size": (256, 16_384),
     "mappings": (16, 4096),
     "shared-tables": (16, 4096),

@@ -105,6 +105,7 @@ for kind, name, line, code in json.load(open(sys.argv[1])):
 def place(tmp_path):
     """A directory with what pages refer to, and an environment in which `shadowcore` is this one."""
     (tmp_path / "tests").symlink_to(ROOT / "tests")
+    (tmp_path / "examples").symlink_to(ROOT / "examples")
     (tmp_path / "shadowcore").symlink_to(Path(shadowcore.__file__).parent)
     (tmp_path / "bin").mkdir()
     command = tmp_path / "bin" / "shadowcore"
@@ -160,7 +161,7 @@ def test_blocks_are_found_and_have_a_language_that_is_known():
     assert {"README.md", "guide.md", "recordings.md", "workloads.md"} <= {page for page, found in RUN.items() if found}
     for page, found in BLOCKS.items():
         for block in found:
-            assert block.language in (*PYTHON, *SHELL, "", "text", "json"), f"{page}: {block.language}"
+            assert block.language in (*PYTHON, *SHELL, "", "text", "json", "cython", "c", "cpp"), f"{page}: {block.language}"
             if block.language == "":
                 assert not re.search(r"^\s*(import |shadowcore |python )", block.code, re.M), (
                     f"{block.name}: no language"
