@@ -1,0 +1,75 @@
+"""Operations of a batch, done by the shortest way that each has."""
+from libc.string cimport memcpy
+
+from shadowcore.access cimport sc_op
+from shadowcore.results cimport sc_row
+from shadowcore.state cimport sc_mmu
+from shadowcore.types cimport i64, u8, u32, u64
+
+cdef enum:
+    CHUNK = 4096                    # operations between two looks for Ctrl-C
+    FIELDS = 9                      # of an operation, required and optional: see sc_layout
+    PACKED = 19                     # bytes of an element of OP_DTYPE
+
+cdef struct sc_layout:
+    const u8 *base                  # element 0
+    i64 stride                      # bytes from one to the next
+    # Offset in an element, or all ones: op, user, size, addr, value; vcpu, value_high, expected, expected_high.
+    u64 at[FIELDS]
+
+cdef struct sc_batch:
+    sc_layout ops
+    u32 number                      # vcpu of operations that name none
+    bint data                       # bytes move
+    bint far                        # tables are far more than caches hold
+    bint plain                      # laid out as OP_DTYPE, `user` is 0 or 1, and no size is above 8
+    u64 *gpa                        # results: per operation
+    u64 *value                      # ... if data
+    u64 *high                       # ... if some size is 16
+    sc_row *rows                    # ... of those that did not just lead somewhere
+    u64 n_rows
+    bint remember                   # the memo is asked and filled
+    bint note                       # pages are noted in the memo, to see whether they come again
+    u64 hits                        # of the memo
+    u64 glances                     # accesses that a glance answered
+    u64 repeats                     # ... of a page that the memo had a note of
+    u64 regions                     # ... of 2 MiB, that had not been met lately
+    u64 target                      # of the last glance: gpa of the page | entries read
+    u64 nowhere                     # where loads store to
+
+cdef inline u64 element_word(const u8 *element, u64 at) noexcept nogil:
+    cdef u64 word = 0
+    if at != <u64>-1:
+        memcpy(&word, element + at, 8)
+    return word
+
+cdef inline void load_plain(sc_op *o, const sc_batch *b, u64 i) noexcept nogil:
+    """load_op of an array laid out as OP_DTYPE."""
+    cdef const u8 *element = b.ops.base + i * PACKED
+    o.op = element[0]
+    o.user = element[1]
+    o.size = element[2]
+    o.addr = element_word(element, 3)
+    o.value[0] = element_word(element, 11)
+
+cdef inline void load_op(sc_op *o, const sc_layout *layout, u64 i, u32 vcpu) noexcept nogil:
+    """Gather an operation from an element of the caller's array, which may be packed."""
+    cdef const u8 *element = layout.base + <i64>i * layout.stride
+    o.op = element[layout.at[0]]
+    o.user = element[layout.at[1]] != 0
+    o.size = element[layout.at[2]]
+    o.addr = element_word(element, layout.at[3])
+    o.value[0] = element_word(element, layout.at[4])
+    o.vcpu = vcpu if layout.at[5] == <u64>-1 else element[layout.at[5]]
+    o.value[1] = element_word(element, layout.at[6])
+    o.expected[0] = element_word(element, layout.at[7])
+    o.expected[1] = element_word(element, layout.at[8])
+
+cdef inline void quick_learn(sc_batch *b, u64 n) noexcept nogil:
+    """After a chunk of n operations. Where accesses do not repeat, the memo only costs; where they lead to ever new
+    regions, their tables do not lie in the caches."""
+    if n > CHUNK // 2 and (b.remember or b.note):
+        b.far = b.note and b.regions * 2 > n or (b.far and not b.note)
+        b.remember = (b.hits + b.repeats) * 2 > n
+
+cdef int quick_chunk(sc_mmu *mmu, sc_batch *b, u64 *done, u64 stop) noexcept nogil
