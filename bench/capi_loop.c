@@ -62,3 +62,14 @@ int engine_loop(void *function, void *mmu, void *vcpu, const uint64_t *gva, uint
     }
     return 0;
 }
+
+/* An event is counted, and that is all. */
+static void counted(void *context, const sc_event *event) {
+    (void)event;
+    ++*(uint64_t *)context;
+}
+
+int watch(const sc_api *api, sc_vm vm, uint32_t mask, uint64_t *count);
+int watch(const sc_api *api, sc_vm vm, uint32_t mask, uint64_t *count) {
+    return api->on_event(vm, mask, counted, count);
+}

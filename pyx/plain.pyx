@@ -12,7 +12,7 @@ from shadowcore.pool cimport pool_get
 from shadowcore.roots cimport make_role
 from shadowcore.spte cimport leaf_spte, spte_link
 from shadowcore.state cimport (
-    QUIRK_NX_LEAF_ONLY, QUIRK_PROCESSOR_CODE, QUIRK_ROLE_WITHOUT_ACCESS, exit_flush, sc_mmu, sc_vcpu,
+    QUIRK_NX_LEAF_ONLY, QUIRK_PROCESSOR_CODE, QUIRK_ROLE_WITHOUT_ACCESS, count_exit, exit_flush, sc_mmu, sc_vcpu,
 )
 from shadowcore.types cimport ACC_W, MODE_32, MODE_64, MODE_LA57, MODE_PAE, PF_U, PF_W, SC_NONE, u8, u32, u64
 from shadowcore.walker cimport STEP_DOWN, glance_step, leaf_address, rights_fault, sc_paging, table_index
@@ -25,8 +25,8 @@ cdef enum:
 
 cdef inline bint _is_usual(const sc_mmu *mmu, const sc_vcpu *v, u32 below) noexcept nogil:
     """Nothing is set that looks into faults, and no page has to be recycled first. below: tables below the root."""
-    return not (mmu.quirks & UNUSUAL or mmu.audit_points or mmu.events or mmu.fail_for or mmu.mem.logging
-                or mmu.mem.exposed or v.tlb != NULL or (mmu.n_pte4 and mmu.n_pte8)
+    return not (mmu.quirks & UNUSUAL or mmu.audit_points or mmu.fail_for or mmu.mem.logging or mmu.mem.exposed
+                or v.tlb != NULL or (mmu.n_pte4 and mmu.n_pte8)
                 or (mmu.keep and (mmu.n_free < mmu.min_free or mmu.n_free < below)))
 
 
@@ -104,7 +104,7 @@ cdef inline u64 _plain(sc_mmu *mmu, sc_vcpu *v, u64 va, u32 access, bint *emulat
     if emulate[0]:
         if value != old:
             return ~<u64>0
-        mmu.stats.exits[EXIT_EMULATE] += 1
+        count_exit(mmu, v.number, EXIT_EMULATE, va)
         exit_flush(mmu)
         mmu.stats.pf_taken += 1
         mmu.stats.pf_fixed += 1
@@ -129,7 +129,7 @@ cdef inline u64 _plain(sc_mmu *mmu, sc_vcpu *v, u64 va, u32 access, bint *emulat
         leaf_replace(mmu, v, page, gpa >> 12, value)
     else:
         leaf_install(mmu, v, page, gpa >> 12, value)
-    mmu.stats.exits[EXIT_WRITE if old and link == SC_NONE else EXIT_FILL] += 1
+    count_exit(mmu, v.number, EXIT_WRITE if old and link == SC_NONE else EXIT_FILL, va)
     exit_flush(mmu)
     mmu.stats.pf_taken += 1
     mmu.stats.pf_fixed += 1
