@@ -24,6 +24,7 @@ _OPTIONAL = (("vcpu", np.dtype("u1")), ("value_high", np.dtype("<u8")), ("expect
              ("expected_high", np.dtype("<u8")))
 
 cdef enum:
+    CHUNKS = 16                     # between two looks for Ctrl-C: other threads hold the interpreter meanwhile
     FEW = 4                         # rows that need no block of their own: as many as RunResult.few has
     NOTES = 8                       # without use for the memo, one chunk of so many looks whether there is one now
 
@@ -327,23 +328,28 @@ cdef object _run(Mmu shell, sc_batch *b, u64 n, const sc_columns *columns):
     error = None
     try:
         while i < n and rc == RC_OK:
-            begin = i
-            stop = min(n, i + CHUNK)
-            if room < b.n_rows + (stop - i):
+            if room < b.n_rows + min(n - i, CHUNK):
                 room = min(n, 2 * room + CHUNK)
                 more = block_new(room * sizeof(sc_row))
                 memcpy(more.at, result.rows, b.n_rows * sizeof(sc_row))
                 result.many = more
                 result.rows = <sc_row *>more.at
             b.rows = result.rows
-            b.hits = b.glances = b.repeats = b.regions = 0
-            shell.chunks += 1
-            b.note = not b.remember and shell.chunks % NOTES == 0
-            with nogil:
-                if columns != NULL:
-                    _gather(columns, b, <u8 *>gathered.at, i, stop)
-                rc = quick_chunk(mmu, b, &i, stop)
-            quick_learn(b, stop - begin)
+            with nogil:             # until Ctrl-C has to be looked for, or rows want more room
+                for _ in range(CHUNKS):
+                    begin = i
+                    stop = min(n, i + CHUNK)
+                    if room < b.n_rows + (stop - i):
+                        break
+                    b.hits = b.glances = b.repeats = b.regions = 0
+                    shell.chunks += 1
+                    b.note = not b.remember and shell.chunks % NOTES == 0
+                    if columns != NULL:
+                        _gather(columns, b, <u8 *>gathered.at, i, stop)
+                    rc = quick_chunk(mmu, b, &i, stop)
+                    quick_learn(b, stop - begin)
+                    if rc != RC_OK or i == n:
+                        break
             if n > CHUNK:
                 PyErr_CheckSignals()
     except KeyboardInterrupt:

@@ -7,7 +7,7 @@ from shadowcore.state cimport sc_mmu
 from shadowcore.types cimport i64, u8, u32, u64
 
 cdef enum:
-    CHUNK = 4096                    # operations between two looks for Ctrl-C
+    CHUNK = 4096                    # operations that are made in one go
     FIELDS = 9                      # of an operation, required and optional: see sc_layout
     PACKED = 19                     # bytes of an element of OP_DTYPE
 
