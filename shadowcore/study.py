@@ -122,6 +122,7 @@ class Study:
     designs: by name. costs: the prices. settings: all that were not left out, by name. command: the shell command that
     repeats it. window: operations in a window, 0 if there are none.
     complete: False if it was interrupted; the designs are then those that were done.
+    recording: that was replayed, or None.
     """
 
     workload: str
@@ -133,6 +134,7 @@ class Study:
     command: str
     window: int
     complete: bool = True
+    recording: Recording | RecordingFile | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """All but the windows in plain types, as `shadowcore compare --json` prints it."""
@@ -365,6 +367,7 @@ class _Job:
         shown |= self.split.design
         return Study(
             workload=self.source.name,
+            recording=recording,
             kind="workload" if self.source.workload else "recording",
             operations=self.total if recording is None else recording.operations,
             designs=done,
