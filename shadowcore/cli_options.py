@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 import click
 
@@ -15,7 +15,16 @@ from .errors import ConfigError
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 
-class Address(click.ParamType[int]):
+if TYPE_CHECKING:
+    _Int: TypeAlias = click.ParamType[int]
+    _Text: TypeAlias = click.ParamType[str]
+    _Pair: TypeAlias = click.ParamType[tuple[str, Any]]
+    _Values: TypeAlias = click.ParamType[tuple[str, tuple[Any, ...]]]
+else:  # generic from click 8.4 on
+    _Int = _Text = _Pair = _Values = click.ParamType
+
+
+class Address(_Int):
     """A 64-bit number, as C writes it: 0x for hexadecimal, else decimal."""
 
     name = "address"
@@ -30,7 +39,7 @@ class Address(click.ParamType[int]):
         return number
 
 
-class Name(click.ParamType[str]):
+class Name(_Text):
     """One of some names, which completion knows."""
 
     name = "name"
@@ -50,7 +59,7 @@ class Name(click.ParamType[str]):
         return [item(name) for name in self.names if name.startswith(incomplete)]
 
 
-class Source(click.ParamType[str]):
+class Source(_Text):
     """The name of a workload, or a file; checked where it is opened."""
 
     name = "workload"
@@ -68,7 +77,7 @@ class Source(click.ParamType[str]):
         return [*names, item(incomplete, type="file")]
 
 
-class Assignment(click.ParamType[tuple[str, Any]]):
+class Assignment(_Pair):
     """NAME=VALUE."""
 
     name = "name=value"
@@ -82,7 +91,7 @@ class Assignment(click.ParamType[tuple[str, Any]]):
         return name.strip().replace("-", "_"), settings.parse(text)
 
 
-class Series(click.ParamType[tuple[str, tuple[Any, ...]]]):
+class Series(_Values):
     """NAME=VALUE,VALUE..."""
 
     name = "name=value,value"
