@@ -2,7 +2,6 @@
 paths on the same accesses."""
 
 import ctypes
-import subprocess
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from guests import PAGE, Guest, accesses
-from yardsticks import FLAGS, NoCompiler, compiler
+from yardsticks import NoCompiler, build
 
 import shadowcore as sc
 from shadowcore import access, embed
@@ -25,13 +24,11 @@ SIZES = {"hot": 1024, "walks": 1 << 16}
 @pytest.fixture(scope="module")
 def loops() -> Iterator[ctypes.CDLL]:
     with tempfile.TemporaryDirectory(prefix="shadowcore-capi-") as directory:
-        library = Path(directory) / "loops.so"
         try:
-            command = [*compiler(), *FLAGS, "-I", sc.get_include(), "-o", str(library), str(SOURCE)]
+            built = build(SOURCE, directory, "-I", sc.get_include())
         except NoCompiler as error:
             pytest.skip(str(error))
-        subprocess.run(command, check=True)
-        yield ctypes.CDLL(str(library))
+        yield built
 
 
 def warm_guest(design: str, pages: int) -> tuple[Guest, np.ndarray]:

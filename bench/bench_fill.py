@@ -1,7 +1,6 @@
 """Row 13: the engine as the function that Unicorn calls where its TLB misses, against a function that does nothing."""
 
 import ctypes
-import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -9,7 +8,7 @@ from typing import Any
 
 import pytest
 from guests import MIB, PAGE, Guest
-from yardsticks import FLAGS, NoCompiler, compiler
+from yardsticks import NoCompiler, build
 
 import shadowcore as sc
 from shadowcore import embed
@@ -35,13 +34,11 @@ class Machine(ctypes.Structure):
 @pytest.fixture(scope="module")
 def fills() -> Iterator[ctypes.CDLL]:
     with tempfile.TemporaryDirectory(prefix="shadowcore-fill-") as directory:
-        library = Path(directory) / "fill.so"
         try:
-            command = [*compiler(), *FLAGS, "-I", sc.get_include(), "-o", str(library), str(SOURCE)]
+            built = build(SOURCE, directory, "-I", sc.get_include())
         except NoCompiler as error:
             pytest.skip(str(error))
-        subprocess.run(command, check=True)
-        yield ctypes.CDLL(str(library))
+        yield built
 
 
 def runner(guest: Guest, function: Any, machine: Machine) -> Callable[[], int]:

@@ -54,10 +54,10 @@ def compiler() -> list[str]:
     raise NoCompiler("no C compiler to build the yardsticks with (CC names one)")
 
 
-def build(directory: str) -> ctypes.CDLL:
-    """The library made from yardsticks.c in `directory`."""
-    library = Path(directory) / "yardsticks.so"
-    command = [*compiler(), *FLAGS, "-o", str(library), str(SOURCE)]
+def build(source: Path, directory: str, *options: str) -> ctypes.CDLL:
+    """The library made from the C file `source`, in `directory`."""
+    library = Path(directory) / f"{source.stem}.so"
+    command = [*compiler(), *FLAGS, *options, "-o", str(library), str(source)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise NoCompiler(f"{shlex.join(command)} failed: {done.stderr.strip()[-500:]}")
@@ -159,7 +159,7 @@ class Yardsticks:
 
     def __init__(self) -> None:
         self._directory = tempfile.TemporaryDirectory(prefix="shadowcore-bench-")
-        self.library = build(self._directory.name)
+        self.library = build(SOURCE, self._directory.name)
 
     def close(self) -> None:
         self._directory.cleanup()

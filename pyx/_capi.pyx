@@ -19,7 +19,7 @@ from shadowcore.access cimport (
     op_is_access, sc_op, sc_result, vcpu_op,
 )
 from shadowcore.batch cimport columns_check, columns_run, sc_columns, sc_columns_out
-from shadowcore.bits cimport is_canonical, pte_addr
+from shadowcore.bits cimport pte_addr
 from shadowcore.emulate cimport device_store
 from shadowcore.events cimport sc_stats
 from shadowcore.invariants cimport audit_all
@@ -31,9 +31,9 @@ from shadowcore.memo cimport (
 from shadowcore.memory cimport mem_frame, mem_frame_hpa, mem_gfn, mem_mark_dirty, sc_mem, sc_no_frame
 from shadowcore.mmu cimport Mmu, mmu_resolve
 from shadowcore.registers cimport load_ac
-from shadowcore.state cimport EVENT_COUNT, marked_table, memo_drop, sc_mmu, sc_vcpu
+from shadowcore.state cimport EVENT_COUNT, linear_address, linear_exists, marked_table, memo_drop, sc_mmu, sc_vcpu
 from shadowcore.types cimport (
-    ACC_ALL, ACC_U, ACC_W, ACC_X, MODE_32, MODE_64, MODE_LA57, MODE_OFF, PF_I, PF_U, PF_W, RC_AUDIT, RC_EXHAUSTED,
+    ACC_ALL, ACC_U, ACC_W, ACC_X, MODE_32, MODE_OFF, PF_I, PF_U, PF_W, RC_AUDIT, RC_EXHAUSTED,
     RC_GP, RC_HOOK, RC_MMIO, RC_OK, RC_PF, RC_UNHANDLED, SC_NONE, u8, u32, u64,
 )
 from shadowcore.walker cimport probe_walk, sc_walk, shadow_glance
@@ -613,7 +613,7 @@ cdef int _slow(sc_mmu *mmu, sc_vcpu *v, const sc_access *a, sc_outcome *o) noexc
     if rc == RC_OK:
         _place_of(mmu.mem, r.gpa, o)
         if not a.flags & SC_BRIEF:
-            va = a.gva if v.guest.mode >= MODE_64 else a.gva & 0xFFFFFFFFULL
+            va = linear_address(v, a.gva)
             _tell(_noted(mmu, v, va, _access_bits(a)), o)
     return rc
 
@@ -667,7 +667,7 @@ cdef int _unremembered(sc_mmu *mmu, sc_vcpu *v, const sc_access *a, u64 va, u32 
     cdef sc_memo_entry *e
     cdef int read = -1
     _nothing_yet(o)
-    if v.guest.mode < MODE_64 or is_canonical(va, 57 if v.guest.mode == MODE_LA57 else 48):
+    if linear_exists(v, va):
         read = shadow_glance(mmu.mem, &v.hw, va, access, &hpa)
     if read >= 0 and (hpa >> 12) - mmu.mem.ram_hfn < mmu.mem.nframes:
         gpa = mem_gfn(mmu.mem, (hpa >> 12) - mmu.mem.ram_hfn) << 12
@@ -728,12 +728,12 @@ cdef int _access(sc_vm vm, const sc_access *a, sc_outcome *o) noexcept nogil:
         _leave(p)
         return SC_E_ARGUMENT
     v = mmu.vcpus[a.vcpu]
-    va = a.gva if v.guest.mode >= MODE_64 else a.gva & 0xFFFFFFFFULL
+    va = linear_address(v, a.gva)
     # Under `native`, nobody tells of stores to tables: there is no memo from one call to the next.
     if sc_unlikely(v.memo == NULL or not mmu.shadow or mmu.mem.exposed or a.kind > OP_FETCH
                    or (va & 4095) + a.size > 4096):
         if (v.memo != NULL and not mmu.shadow and a.kind <= OP_FETCH and (va & 4095) + a.size <= 4096
-                and (v.guest.mode < MODE_64 or is_canonical(va, 57 if v.guest.mode == MODE_LA57 else 48))):
+                and linear_exists(v, va)):
             rc = _native(mmu, v, a, va, o)
         else:
             _nothing_yet(o)
@@ -780,8 +780,8 @@ cdef int _translate(sc_vm vm, const sc_access *a, sc_outcome *o) noexcept nogil:
         return SC_E_ARGUMENT
     _nothing_yet(o)
     o.gpa = o.hpa = ~<u64>0
-    va = a.gva if v.guest.mode >= MODE_64 else a.gva & 0xFFFFFFFFULL
-    if v.guest.mode >= MODE_64 and not is_canonical(va, 57 if v.guest.mode == MODE_LA57 else 48):
+    va = linear_address(v, a.gva)
+    if not linear_exists(v, va):
         rc = RC_GP
     else:
         rc = probe_walk(p.mmu.mem, &v.guest, va, _access_bits(a), &w)

@@ -13,7 +13,9 @@ from shadowcore.mmu cimport mmu_invlpg, mmu_resolve
 from shadowcore.plain cimport fault_plain
 from shadowcore.pool cimport pool_unprotect
 from shadowcore.registers cimport load_ac, load_cr0, load_cr3, load_cr4, load_efer, load_pkru
-from shadowcore.state cimport FLUSH_INVLPG, count_exit, flush_lost, marked_table, memo_drop, sc_mmu, sc_vcpu
+from shadowcore.state cimport (
+    FLUSH_INVLPG, count_exit, flush_lost, linear_address, linear_exists, marked_table, memo_drop, sc_mmu, sc_vcpu,
+)
 from shadowcore.tlb cimport tlb_flush_page
 from shadowcore.types cimport (
     MODE_64, MODE_LA57, PF_I, PF_U, PF_W, RC_BAD_OP, RC_EMULATE, RC_GP, RC_HOOK, RC_MMIO, RC_OK, RC_PF, RC_UNHANDLED,
@@ -187,12 +189,9 @@ cdef inline u32 _plain_access(const sc_op *o) noexcept nogil:
 cdef inline bint _plain_address(const sc_vcpu *v, const sc_op *o, u64 *va, u32 *size) noexcept nogil:
     """The operation is a load, store or fetch of at most 8 bytes within a page, at an address that can be."""
     size[0] = 1 if o.op == OP_FETCH else o.size
-    if v.guest.mode < MODE_64:
-        va[0] = o.addr & 0xFFFFFFFFULL
-    else:
-        va[0] = o.addr
-        if not is_canonical(o.addr, 57 if v.guest.mode == MODE_LA57 else 48):
-            return False
+    va[0] = linear_address(v, o.addr)
+    if not linear_exists(v, va[0]):
+        return False
     return o.op <= OP_FETCH and size[0] <= 8 and (va[0] & 4095) + size[0] <= 4096
 
 
@@ -359,7 +358,7 @@ cdef int vcpu_op(sc_mmu *mmu, sc_vcpu *v, const sc_op *o, bint data, sc_result *
     elif o.op == OP_EFER:
         rc = load_efer(mmu, v, o.value[0])
     elif o.op == OP_INVLPG:
-        va = o.addr if v.guest.mode >= MODE_64 else o.addr & 0xFFFFFFFFULL
+        va = linear_address(v, o.addr)
         mmu.stats.invlpg += 1
         if v.tlb != NULL:
             tlb_flush_page(v.tlb, va, flush_lost(mmu, FLUSH_INVLPG))

@@ -3,11 +3,11 @@
 An spte is named by its number: pool page * 512 + index in the page. In lists it is stored as number + 1, so that
 zeroed memory means "none".
 """
-from shadowcore.bits cimport CR4_PCIDE
+from shadowcore.bits cimport CR4_PCIDE, is_canonical
 from shadowcore.events cimport sc_stats
 from shadowcore.memo cimport sc_memo
 from shadowcore.memory cimport sc_mem
-from shadowcore.types cimport SC_NONE, u8, u16, u32, u64
+from shadowcore.types cimport MODE_64, MODE_LA57, SC_NONE, u8, u16, u32, u64
 from shadowcore.tlb cimport sc_tlb
 from shadowcore.walker cimport sc_paging
 
@@ -199,6 +199,14 @@ cdef inline void event(sc_mmu *mmu, u32 kind, u32 detail, u32 vcpu, u64 address)
 cdef inline void count_exit(sc_mmu *mmu, u32 vcpu, u32 reason, u64 address) noexcept nogil:
     mmu.stats.exits[reason] += 1
     event(mmu, EVENT_EXIT, reason, vcpu, address)
+
+cdef inline u64 linear_address(const sc_vcpu *v, u64 va) noexcept nogil:
+    """`va` as the processor takes it: below 4-level paging its low 32 bits count."""
+    return va if v.guest.mode >= MODE_64 else va & 0xFFFFFFFFULL
+
+cdef inline bint linear_exists(const sc_vcpu *v, u64 va) noexcept nogil:
+    """`va` is canonical, where that is asked for."""
+    return v.guest.mode < MODE_64 or is_canonical(va, 57 if v.guest.mode == MODE_LA57 else 48)
 
 cdef inline u16 vcpu_pcid(const sc_vcpu *v) noexcept nogil:
     """The PCID that tags translations: 0 unless CR4.PCIDE is on."""
