@@ -136,7 +136,8 @@ def test_a_module_whose_c_file_is_gone_is_not_remembered(build, tree):
         ({"SHADOWCORE_DEBUG": "0"}, {"-O3", "-g0"}),
         ({"SHADOWCORE_DEBUG": "1"}, {"-O1", "-g", "-UNDEBUG"}),
         ({"SHADOWCORE_NATIVE": "1"}, {"-O3", "-g0", "-march=native"}),
-        ({"SHADOWCORE_SANITIZE": "address,undefined"}, {"-O3", "-g", "-fsanitize=address,undefined"}),
+        ({"SHADOWCORE_SANITIZE": "address,undefined"}, {"-O1", "-g", "-fsanitize=address,undefined"}),
+        ({"SHADOWCORE_ABI3": "1"}, {"-O3", "-g0"}),
     ],
 )
 def test_flavours(build, variables, flags):
@@ -144,7 +145,10 @@ def test_flavours(build, variables, flags):
     assert flags <= set(arguments["extra_compile_args"])
     debug = variables.get("SHADOWCORE_DEBUG") == "1"
     assert directives["boundscheck"] is debug
-    assert (("SC_DEBUG", "1") in arguments["define_macros"]) is debug
+    macros = dict(arguments["define_macros"])
+    assert ("SC_DEBUG" in macros) is debug
+    assert ("CYTHON_INLINE" in macros) is ("-O3" in flags)
+    assert ("Py_LIMITED_API" in macros) is ("SHADOWCORE_ABI3" in variables)
     assert ("-march=native" in arguments["extra_compile_args"]) is ("SHADOWCORE_NATIVE" in variables)
     assert bool(arguments["extra_link_args"]) is ("SHADOWCORE_SANITIZE" in variables)
 
@@ -153,6 +157,32 @@ def test_flavours(build, variables, flags):
 def test_hosts_that_cannot_work_are_refused(build, maxsize, byteorder):
     with pytest.raises(SystemExit, match="64-bit little-endian"):
         build.check_host(maxsize, byteorder)
+
+
+def test_the_stable_abi_wants_a_python_that_has_it(build):
+    build.check_host(version=(3, 11), abi3=False)
+    build.check_host(version=(3, 12), abi3=True)
+    with pytest.raises(SystemExit, match=r"needs Python 3\.12 or newer; this is 3\.11"):
+        build.check_host(version=(3, 11), abi3=True)
+
+
+@pytest.mark.parametrize(
+    ("platform", "archs", "tags"),
+    [
+        ("linux", "x86_64,aarch64", {"manylinux_x86_64", "manylinux_aarch64"}),
+        ("macos", "x86_64,arm64", {"macosx_x86_64", "macosx_arm64"}),
+        ("windows", "AMD64", {"win_amd64"}),
+    ],
+)
+def test_wheels_that_are_published(platform, archs, tags):
+    """What cibuildwheel makes of its table in pyproject.toml: CPython 3.11 to 3.14 on each platform."""
+    pytest.importorskip("cibuildwheel", reason="cibuildwheel comes with the dev extra, which is not installed")
+    command = [sys.executable, "-m", "cibuildwheel", "--print-build-identifiers"]
+    command += ["--platform", platform, "--archs", archs]
+    env = {name: value for name, value in os.environ.items() if not name.startswith("CIBW_")}
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert set(done.stdout.split()) == {f"cp3{minor}-{tag}" for minor in range(11, 15) for tag in tags}
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""The misuse that the interfaces for embedders refuse, once more in a build with the compiler's sanitizers."""
+"""The tests once more in a build with the compiler's sanitizers, which halt at what is undefined or out of bounds."""
 
 import os
 import shutil
@@ -9,7 +9,16 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-TESTS = ["test_capi.py", "test_embed.py"]
+EMBEDDING = ["tests/test_capi.py", "tests/test_embed.py", "tests/test_threads.py"]
+# A plug-in without Python is a program that would need the sanitizers as well.
+NEVER = ["tests/test_capi.py::test_a_plugin_without_python"]
+# These measure memory, time or allocations, of which sanitizers have their own; or start programs under Valgrind.
+MEASURED = [
+    "tests/test_cli_study.py::test_the_main_job_is_quick",
+    "tests/test_footprint.py",
+    "tests/test_importers.py::test_record",
+    "tests/test_series_pool.py::test_faults_and_stores_allocate_nothing",
+]
 
 
 def library(name):
@@ -21,19 +30,18 @@ def library(name):
     return str(path)
 
 
-@pytest.mark.slow
-@pytest.mark.packaging
-def test_embedding_under_sanitizers(tmp_path):
-    """In a copy of the tree: sanitizers halt at the first thing that is undefined or out of bounds."""
+@pytest.fixture(scope="module")
+def sanitized(tmp_path_factory):
+    """Runs pytest in a copy of the tree that is built with the sanitizers, on the arguments given."""
     pytest.importorskip("setuptools")
     pytest.importorskip("Cython")
     if sys.platform != "linux" or not shutil.which("gcc"):
         pytest.skip("needs gcc on Linux")
     preload = f"{library('libasan.so')} {library('libubsan.so')}"
     ignored = shutil.ignore_patterns(".git", ".venv", "dist", "build", "*.so", "__pycache__", ".*_cache", "*.egg-info")
-    tree = tmp_path / "tree"
+    tree = tmp_path_factory.mktemp("sanitized") / "tree"
     shutil.copytree(ROOT, tree, ignore=ignored)
-    flavour = {"SHADOWCORE_SANITIZE": "address,undefined", "CFLAGS": "-O1 -fno-sanitize-recover=all"}
+    flavour = {"SHADOWCORE_SANITIZE": "address,undefined", "CFLAGS": "-fno-sanitize-recover=all"}
     subprocess.run(
         [sys.executable, "setup.py", "-q", "build_ext", "--inplace"], cwd=tree, env=os.environ | flavour, check=True
     )
@@ -44,7 +52,27 @@ def test_embedding_under_sanitizers(tmp_path):
         "ASAN_OPTIONS": "detect_leaks=0",
         "UBSAN_OPTIONS": "halt_on_error=1:print_stacktrace=1",
     }
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "--deselect"]
-    command += ["tests/test_capi.py::test_a_plugin_without_python", *(f"tests/{name}" for name in TESTS)]
-    done = subprocess.run(command, cwd=tree, env=env, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-8000:]
+
+    def run(*arguments):
+        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *arguments]
+        done = subprocess.run(command, cwd=tree, env=env, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-8000:]
+
+    return run
+
+
+def without(tests):
+    return [word for test in tests for word in ("--deselect", test)]
+
+
+@pytest.mark.slow
+@pytest.mark.packaging
+def test_embedding_under_sanitizers(sanitized):
+    """The interfaces for embedders, and all misuse that they refuse."""
+    sanitized("-x", *without(NEVER), *EMBEDDING)
+
+
+@pytest.mark.nightly
+def test_everything_under_sanitizers(sanitized):
+    """Half an hour."""
+    sanitized(*without(NEVER + MEASURED))
