@@ -102,30 +102,37 @@ cdef class RunResult:
 
     @property
     def outcome(self):
+        """uint8[n]: 0 done, 1 guest #PF, 2 #GP, 3 MMIO."""
         return self._sparse("outcome")
 
     @property
     def error_code(self):
+        """uint16[n]: of a #PF (SDM volume 3, 4.7)."""
         return self._sparse("error_code")
 
     @property
     def exits(self):
+        """uint16[n]: page-fault exits."""
         return self._sparse("exits")
 
     @property
     def emulated(self):
+        """uint8[n]: stores that the emulator did."""
         return self._sparse("emulated")
 
     @property
     def gpa(self):
+        """uint64[n]: where the access led; all ones if nowhere."""
         return self._dense("gpa", 0)
 
     @property
     def value(self):
+        """uint64[n]: what a load or fetch read."""
         return self._dense("value", 1 if self.data else -1)
 
     @property
     def value_high(self):
+        """uint64[n]: the upper half of 16-byte values; None when no operation has that size."""
         return self._dense("value_high", 1 + self.data) if self.wide else None
 
     @property

@@ -40,8 +40,9 @@ TLB_DTYPE = np.dtype([
 cdef class Translation:
     """Where a linear address leads now, found without any side effect.
 
-    gpa; page_size (bytes); writable, user, executable: rights of the whole walk; entry: the guest's leaf entry;
-    level: its level; levels: (level, gpa of the entry, entry) from the top. With paging off there are no entries.
+    gpa: int. page_size: bytes. writable, user, executable: rights of the whole walk (SDM volume 3, 4.6.1).
+    entry: the guest's leaf entry. level: its level. levels: (level, gpa of the entry, entry) from the top. With paging
+    off there are no entries.
     """
 
     @property
@@ -258,7 +259,7 @@ cdef class VCpu:
 
     @property
     def cr0(self) -> int:
-        """CR0; assignment checks it (#GP), may change the paging mode and puts other roots in place."""
+        """CR0; assignment checks it (#GP: SDM volume 3, 2.5), may change the paging mode, puts other roots in place."""
         return self.c.cr0
 
     @cr0.setter
@@ -277,7 +278,7 @@ cdef class VCpu:
 
     @property
     def cr3(self) -> int:
-        """CR3; assignment is a context switch."""
+        """CR3; assignment is a context switch. In PAE mode it loads the PDPTEs (#GP: SDM volume 3, 4.4.1)."""
         return self.c.cr3
 
     @cr3.setter
@@ -286,7 +287,7 @@ cdef class VCpu:
 
     @property
     def cr4(self) -> int:
-        """CR4; assignment checks it against the features (#GP)."""
+        """CR4; assignment checks it against the features (#GP: SDM volume 3, 2.5)."""
         return self.c.cr4
 
     @cr4.setter
@@ -295,7 +296,7 @@ cdef class VCpu:
 
     @property
     def efer(self) -> int:
-        """EFER; LMA (bit 10) is read-only and follows LME and CR0.PG."""
+        """EFER; LMA (bit 10) is read-only and follows LME and CR0.PG (SDM volume 3, 2.2.1)."""
         return self.c.efer
 
     @efer.setter
@@ -304,7 +305,7 @@ cdef class VCpu:
 
     @property
     def pkru(self) -> int:
-        """PKRU: for key k, bit 2k denies access, bit 2k + 1 denies writes."""
+        """PKRU: for key k, bit 2k denies access, bit 2k + 1 denies writes (SDM volume 3, 4.6.2)."""
         return self.c.guest.pkru
 
     @pkru.setter
@@ -314,7 +315,7 @@ cdef class VCpu:
 
     @property
     def ac(self) -> bool:
-        """EFLAGS.AC: supervisor accesses to user pages are allowed under SMAP."""
+        """EFLAGS.AC: supervisor accesses to user pages are allowed under SMAP (SDM volume 3, 4.6.1)."""
         return bool(self.c.guest.ac)
 
     @ac.setter
@@ -336,7 +337,7 @@ cdef class VCpu:
 
     @property
     def pdptes(self) -> tuple:
-        """The four PAE root entries as of the last load."""
+        """The four PAE root entries as of the last load (SDM volume 3, 4.4.1)."""
         return tuple([self.c.guest.pdpte[i] for i in range(4)])
 
     cdef Mmu _idle(self):
@@ -421,7 +422,7 @@ cdef class VCpu:
         return r.gpa
 
     def invlpg(self, gva) -> None:
-        """INVLPG of the page at `gva`."""
+        """INVLPG of the page at `gva` (SDM volume 3, 4.10.4.1)."""
         cdef sc_result r
         cdef sc_op o
         memset(&o, 0, sizeof(o))
@@ -475,8 +476,9 @@ cdef class VCpu:
     def run(self, ops, data=True):
         """Perform the operations of a structured array (fields of OP_DTYPE by name, aligned or packed).
 
-        Optional fields: vcpu (u1): which processor performs it, else this one; value_high (u8): upper half of a
-        16-byte value; expected, expected_high (u8): what CMPXCHG compares with.
+        More fields may be there. vcpu (u1): which processor performs it, else this one. value_high (u8): upper half of
+        a 16-byte value. expected, expected_high (u8): what CMPXCHG compares with.
+
         data: move bytes. With False no value is read or stored, as for recorded addresses without their data.
         Returns RunResult. Ctrl-C raises Interrupted, and a host-side error its own exception, with `.result` for
         the operations that were done. The GIL is released.

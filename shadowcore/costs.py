@@ -314,10 +314,12 @@ class CostBreakdown:
 
     @property
     def microseconds(self) -> float:
+        """The total at `clock_ghz`."""
         return self.total / self.clock_ghz / 1000
 
     @property
     def slow_down(self) -> float | None:
+        """The total by that of `native` for the same work; None where that is not known."""
         return self.total / self.native_total if self.native_total else None
 
     def as_dict(self) -> dict[str, Any]:

@@ -88,6 +88,7 @@ class Source:
         return data
 
     def close(self) -> None:
+        """Close the file."""
         self._file.close()
         self._raw.close()
 
@@ -344,6 +345,7 @@ class Processes:
         self.running: int | None = None
 
     def new(self, pid: int | None, parent: int | None = None, **more: Any) -> int:
+        """Note a process in the recording's header, with `more` said of it; its number."""
         number = len(self.writer.processes)
         self.writer.processes.append({"number": number, "pid": pid, "parent": parent, **more})
         if pid is not None:
@@ -351,6 +353,7 @@ class Processes:
         return number
 
     def run(self, number: int) -> None:
+        """From here on process `number` runs."""
         if number != self.running:
             self.writer.event(Event.RUN, number)
             self.running = number

@@ -47,6 +47,7 @@ class ProgramResult(WorkloadResult):
     processes: tuple[dict[str, Any], ...] = ()
 
     def as_dict(self) -> dict[str, Any]:
+        """All of it in plain types, the windows as lists."""
         plain = super().as_dict()
         if self.windows is not None:
             plain["windows"] = {name: column.tolist() for name, column in self.windows.items()}

@@ -695,6 +695,7 @@ class Reader:
 
     @property
     def block_count(self) -> int:
+        """Number of blocks, each decoded and checked by itself."""
         return len(self._counts)
 
     def block(self, number: int) -> Block:
@@ -842,6 +843,7 @@ class Reader:
         return vm
 
     def close(self) -> None:
+        """Close the file."""
         self._zip.close()
         self._file.close()
 

@@ -71,6 +71,7 @@ class StudyDesign:
 
     @property
     def exits_total(self) -> int:
+        """VM exits, whatever the reason."""
         return self.counters[_TOTAL]
 
     @property

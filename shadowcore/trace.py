@@ -84,6 +84,7 @@ class Phase(NamedTuple):
 
     @property
     def exits_total(self) -> int:
+        """VM exits, whatever the reason."""
         return self.counters["exits_total"]
 
     @property

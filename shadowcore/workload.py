@@ -56,6 +56,7 @@ class WorkloadResult:
 
     @property
     def operations_per_second(self) -> float:
+        """Operations by seconds of this host; 0 if no time passed."""
         return self.operations / self.seconds if self.seconds else 0.0
 
     def as_dict(self) -> dict[str, Any]:

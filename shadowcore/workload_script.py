@@ -112,61 +112,78 @@ class Guest:
         return self.carry_out(self.take())
 
     def spawn(self, program: Program | None = None) -> int:
+        """A new process, of `program` or with nothing but a stack; its number."""
         number = self._number()
         self._add(Call.SPAWN, number, value=NO_PROGRAM if program is None else program.number)
         return number
 
     def fork(self, parent: int) -> int:
+        """A child of process `parent`, whose pages become copy-on-write; its number."""
         number = self._number()
         self._add(Call.FORK, parent, value=number)
         return number
 
     def exec(self, process: int, program: Program) -> None:
+        """Replace what the process maps by `program`."""
         self._add(Call.EXEC, process, value=program.number)
 
     def exit(self, process: int) -> None:
+        """End the process; its number serves again."""
         self._add(Call.EXIT, process)
         heapq.heappush(self._free, process)
 
     def sweep(self, process: int, addr: int, count: int, stride: int = 4096, write: bool = False) -> None:
+        """`count` accesses of 8 bytes from `addr` on, `stride` bytes apart."""
         self._add(Call.TOUCH, process, addr, count, stride, Touch.WRITE if write else 0)
 
     def scatter(self, process: int, addr: int, length: int, count: int, write: bool = False) -> None:
+        """`count` accesses of 8 bytes at random places in the `length` bytes from `addr` on."""
         self._add(Call.TOUCH, process, addr, count, length, Touch.RANDOM | (Touch.WRITE if write else 0))
 
     def execute(self, process: int, addr: int, count: int, stride: int = 4096) -> None:
+        """`count` fetches from `addr` on, `stride` bytes apart."""
         self._add(Call.TOUCH, process, addr, count, stride, Touch.FETCH, 1)
 
     def syscall(self, process: int, accesses: int = 8) -> None:
+        """Into the kernel and back, with `accesses` accesses to its own data."""
         self._add(Call.SYSCALL, process, count=accesses)
 
     def map(self, process: int, addr: int, pages: int, file: File | None = None, shared: bool = False) -> None:
+        """Map `pages` pages at `addr`, readable and writable: of `file`, shared or private, or anonymous."""
         backing = 0 if file is None else file.number + 1
         self._add(Call.MMAP, process, addr, pages << 12, backing, 1 if shared else 0, prot=RW)
 
     def unmap(self, process: int, addr: int, pages: int) -> None:
+        """Unmap `pages` pages from `addr` on."""
         self._add(Call.MUNMAP, process, addr, pages << 12)
 
     def protect(self, process: int, addr: int, pages: int, prot: int) -> None:
+        """Change the rights of `pages` pages from `addr` on to `prot` (Prot)."""
         self._add(Call.MPROTECT, process, addr, pages << 12, prot=prot)
 
     def send(self, process: int, pipe: int, addr: int, length: int) -> None:
+        """Write `length` bytes from `addr` to the pipe number `pipe`."""
         self._add(Call.PIPE_WRITE, process, addr, length, pipe)
 
     def receive(self, process: int, pipe: int, addr: int) -> None:
+        """Read one buffer of the pipe number `pipe` to `addr`."""
         self._add(Call.PIPE_READ, process, addr, value=pipe)
 
     def age(self, process: int, pages: int) -> None:
+        """Clear the accessed bits of the next `pages` pages of the process, as page replacement does."""
         self._add(Call.AGE, process, count=pages)
 
     def swap_out(self, process: int, pages: int) -> None:
+        """Look at the next `pages` pages of the process for some to take out of memory."""
         self._add(Call.SWAP_OUT, process, count=pages)
 
     def idle(self, accesses_only: int = 1) -> None:
+        """`accesses_only` timer ticks with nothing to run."""
         for _ in range(accesses_only):
             self._add(Call.IDLE)
 
     def heap(self, process: int, end: int) -> None:
+        """Let the heap end at `end` (brk)."""
         self._add(Call.BRK, process, end)
 
     def heap_of(self, program: Program) -> int:
