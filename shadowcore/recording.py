@@ -22,7 +22,6 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.resources
-import lzma
 import os
 import struct
 import tokenize
@@ -38,7 +37,7 @@ from numpy.typing import NDArray
 
 from .config import check_int
 from .errors import TraceError
-from .recordings import GUEST, SUFFIX, Reader, Writer, is_recording
+from .recordings import GUEST, SUFFIX, Reader, Writer, check_methods, is_recording
 
 BUNDLED = "linux-fork"
 """The recording that ships with the package: Debian's 6.1 kernel, boot and 60 shell pipelines."""
@@ -60,14 +59,13 @@ _UNREADABLE = (
     OSError,
     EOFError,
     KeyError,
-    RuntimeError,  # encrypted, compressed by a method that zipfile lacks
+    RuntimeError,  # encrypted
     MemoryError,
     OverflowError,
     struct.error,
     tokenize.TokenError,  # from numpy's reading of an array's header
     zipfile.BadZipFile,
     zlib.error,
-    lzma.LZMAError,
 )
 
 
@@ -470,6 +468,7 @@ def read_arrays(path: str | os.PathLike[str], names: Iterable[str]) -> dict[str,
                 raise TraceError(path, None, "an .npz file expected: this is none, or it is cut short")
             file.seek(0)
             with np.load(file, allow_pickle=False) as archive:
+                check_methods(archive.zip)
                 return {name: _member(path, archive, name) for name in names}
     except TraceError:
         raise

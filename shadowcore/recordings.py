@@ -125,12 +125,19 @@ _UNREADABLE = (
     ValueError,
     KeyError,
     RuntimeError,  # encrypted
-    NotImplementedError,  # compressed by a method that zipfile lacks
     MemoryError,
     OverflowError,
     zipfile.BadZipFile,
     zlib.error,
 )
+
+
+def check_methods(archive: zipfile.ZipFile) -> None:
+    """ValueError for a member that is neither stored nor deflated: which other methods there are, and what they raise
+    at damaged data, differs from Python to Python."""
+    for member in archive.infolist():
+        if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+            raise ValueError(f"{member.filename}: stored or deflated data expected, not method {member.compress_type}")
 
 
 Accesses = tuple[int, NDArray[np.uint8], NDArray[np.uint16], NDArray[np.uint64]]
@@ -295,7 +302,8 @@ class _Output(io.RawIOBase):
         return self._raw.truncate(size)
 
     def close(self) -> None:
-        self._raw.close()
+        if hasattr(self, "_raw"):  # else the path could not be opened
+            self._raw.close()
         super().close()
 
 
@@ -613,6 +621,7 @@ class Reader:
     def _open(self) -> None:
         try:
             self._zip = zipfile.ZipFile(self._file)
+            check_methods(self._zip)
         except _UNREADABLE as error:
             expected = f"a recording expected: this is none, or it is cut short ({error})"
             raise TraceError(self.path, None, expected) from None

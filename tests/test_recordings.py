@@ -379,6 +379,18 @@ def test_a_path_that_cannot_be(tmp_path):
         Writer(tmp_path / "none" / "a.screc", OPERATIONS)
 
 
+@pytest.mark.filterwarnings("error::pytest.PytestUnraisableExceptionWarning")
+def test_a_path_that_cannot_be_leaves_nothing_to_finalize(tmp_path):
+    """Newer versions of Python report what is raised while an object goes."""
+    output = None
+    try:
+        output = recordings._Output(tmp_path / "none" / "a")
+    except FileNotFoundError as error:
+        output = error.__traceback__.tb_next.tb_frame.f_locals["self"]
+    output.close()
+    assert output.closed
+
+
 def test_a_killed_writer_leaves_no_recording(tmp_path):
     program = """
         import os, signal

@@ -1,6 +1,7 @@
 """Recordings: what the reader refuses and derives, and what a replay of a real Linux guest comes to."""
 
 import json
+import zipfile
 
 import numpy as np
 import pytest
@@ -206,6 +207,18 @@ def test_damaged_headers_are_trace_errors(tmp_path, linux):
         except sc.TraceError:
             refused += 1
     assert refused > 100
+
+
+@pytest.mark.parametrize("method", [zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA, 93])
+def test_compression_that_no_writer_of_ours_has_used_is_refused(tmp_path, linux, method):
+    """93 is Zstandard, which zipfile knows from Python 3.14 on, with an exception of its own for damaged data."""
+    path = tmp_path / "other.npz"
+    linux.head(50).save(path)
+    data = bytearray(path.read_bytes())
+    data[data.index(b"PK\1\2") + 10] = method  # of the first member, in the directory
+    path.write_bytes(data)
+    with pytest.raises(sc.TraceError, match=rf"stored or deflated data expected, not method {method}"):
+        trace.load(path)
 
 
 # -- replay ----------------------------------------------------------------------------------------------
