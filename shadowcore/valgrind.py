@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import resource
 import shutil
 import socket
 import struct
@@ -85,6 +84,8 @@ def _run(tool: str, command: Sequence[str], writer: Writer, progress: Callable[[
 
 
 def _start(tool: str, command: Sequence[str], theirs: socket.socket) -> subprocess.Popen[bytes]:
+    import resource  # not on Windows, where Valgrind is not either
+
     # The program must not be able to close the socket: Valgrind keeps descriptors near the limit for itself.
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     top = min(hard, soft + _RESERVED) if hard != resource.RLIM_INFINITY else soft + _RESERVED
