@@ -23,6 +23,7 @@ html_show_copyright = False
 html_copy_source = False
 
 default_role = "literal"
+smartquotes = False
 autodoc_default_options = {"members": True, "member-order": "bysource"}
 autodoc_typehints = "signature"
 python_maximum_signature_line_length = 100
