@@ -30,6 +30,7 @@ from shadowcore.memo cimport (
 )
 from shadowcore.memory cimport mem_frame, mem_frame_hpa, mem_gfn, mem_mark_dirty, sc_mem, sc_no_frame
 from shadowcore.mmu cimport Mmu, mmu_resolve
+from shadowcore.prices cimport prices_are_sane, prices_cycles, prices_of, sc_prices
 from shadowcore.registers cimport load_ac
 from shadowcore.state cimport EVENT_COUNT, linear_address, linear_exists, marked_table, memo_drop, sc_mmu, sc_vcpu
 from shadowcore.types cimport (
@@ -41,6 +42,7 @@ from shadowcore.walker cimport probe_walk, sc_walk, shadow_glance
 from shadowcore._version import __version__
 from shadowcore.config import TLB, Features, MemorySlot, Quirk
 from shadowcore.config import design as named_design
+from shadowcore.costs import find as find_costs
 from shadowcore.errors import ConfigError, SnapshotError
 from shadowcore.machine import VM
 
@@ -161,6 +163,9 @@ cdef extern from "shadowcore.h" nogil:
         int (*vm_load)(const char *, void *, uint64_t, sc_vm *) noexcept nogil
         const char *(*last_error)() noexcept nogil
         int (*vm_adopt)(void *, sc_vm *) noexcept nogil
+        int (*prices)(const char *, sc_prices *) noexcept nogil
+        int (*set_prices)(sc_vm, const sc_prices *) noexcept nogil
+        int (*cycles)(sc_vm, double *) noexcept nogil
 
 cdef extern from *:
     """
@@ -202,6 +207,7 @@ cdef enum:
 cdef struct sc_place:
     int lock
     bint no_memo                    # see batch.columns_run
+    bint priced                     # accesses say what they cost
     u64 handle                      # of the VM that is there, or 0
     u64 generation
     sc_mmu *mmu
@@ -210,8 +216,8 @@ cdef struct sc_place:
     void *context
 
 cdef sc_place _places[MAX_VMS]
+cdef sc_prices _price_lists[MAX_VMS]  # of the VM in the same place, in force if it is `priced`
 cdef int _shifts[4]
-memset(_places, 0, sizeof(_places))
 _shifts[0], _shifts[1], _shifts[2], _shifts[3] = 12, 21, 22, 30
 
 
@@ -306,6 +312,7 @@ cdef int _register(object vm, sc_vm *handle) except -1:
     p.function = NULL
     p.context = NULL
     p.no_memo = False
+    p.priced = False
     p.generation += 1
     handle[0] = p.generation << INDEX_BITS | (i + 1)
     p.handle = handle[0]
@@ -618,6 +625,18 @@ cdef int _slow(sc_mmu *mmu, sc_vcpu *v, const sc_access *a, sc_outcome *o) noexc
     return rc
 
 
+cdef int _priced(sc_place *p, sc_vcpu *v, const sc_access *a, sc_outcome *o) noexcept nogil:
+    """An access, and what it cost."""
+    cdef sc_stats before = p.mmu.stats[0]
+    cdef double cycles
+    cdef int rc
+    _nothing_yet(o)
+    rc = _slow(p.mmu, v, a, o)
+    cycles = prices_cycles(&_price_lists[p - _places], &before, p.mmu.stats) + 0.5
+    o.cycles = <u32>cycles if cycles < <double>SC_NONE else SC_NONE
+    return rc
+
+
 cdef int _native(sc_mmu *mmu, sc_vcpu *v, const sc_access *a, u64 va, sc_outcome *o) noexcept nogil:
     """A plain access under `native` without a TLB, where one walk tells all; what access._one_page does."""
     cdef sc_walk w
@@ -728,6 +747,10 @@ cdef int _access(sc_vm vm, const sc_access *a, sc_outcome *o) noexcept nogil:
         _leave(p)
         return SC_E_ARGUMENT
     v = mmu.vcpus[a.vcpu]
+    if sc_unlikely(p.priced):
+        rc = _priced(p, v, a, o)
+        _leave(p)
+        return rc
     va = linear_address(v, a.gva)
     # Under `native`, nobody tells of stores to tables: there is no memo from one call to the next.
     if sc_unlikely(v.memo == NULL or not mmu.shadow or mmu.mem.exposed or a.kind > OP_FETCH
@@ -929,6 +952,52 @@ cdef int _counters(sc_vm vm, sc_counters *counters) noexcept nogil:
 assert sizeof(sc_counters) == 8 + sizeof(sc_stats)
 
 
+cdef int _prices_with_gil(const char *preset, sc_prices *prices) noexcept with gil:
+    try:
+        return prices_of(find_costs((<bytes>preset).decode()), prices)
+    except BaseException as error:
+        return _fail_python(error)
+
+
+cdef int _prices(const char *preset, sc_prices *prices) noexcept nogil:
+    if preset == NULL or prices == NULL:
+        return _fail(SC_E_NULL, "preset or prices is NULL")
+    if prices.struct_size != sizeof(sc_prices):
+        return _fail_struct("sc_prices", prices.struct_size, sizeof(sc_prices))
+    if _with_python() != RC_OK:
+        return SC_E_PYTHON
+    return _prices_with_gil(preset, prices)
+
+
+cdef int _set_prices(sc_vm vm, const sc_prices *prices) noexcept nogil:
+    cdef sc_place *p
+    if prices != NULL:
+        if prices.struct_size != sizeof(sc_prices):
+            return _fail_struct("sc_prices", prices.struct_size, sizeof(sc_prices))
+        if prices.reserved or not prices_are_sane(prices):
+            return _fail(SC_E_ARGUMENT, "prices->reserved is not 0, or a price is negative or no number")
+    p = _enter(vm)
+    if p == NULL:
+        return _refused(vm)
+    p.priced = prices != NULL
+    if prices != NULL:
+        _price_lists[p - _places] = prices[0]
+    _leave(p)
+    return RC_OK
+
+
+cdef int _cycles(sc_vm vm, double *cycles) noexcept nogil:
+    cdef sc_place *p
+    if cycles == NULL:
+        return _fail(SC_E_NULL, "cycles is NULL")
+    p = _enter(vm)
+    if p == NULL:
+        return _refused(vm)
+    cycles[0] = prices_cycles(&_price_lists[p - _places], NULL, p.mmu.stats) if p.priced else 0
+    _leave(p)
+    return RC_OK
+
+
 cdef void _on_engine_event(sc_mmu *mmu, u32 kind, u32 detail, u32 vcpu, u64 address) noexcept nogil:
     cdef sc_place *p = <sc_place *>mmu.event_context
     cdef sc_event event
@@ -1054,6 +1123,9 @@ _api.save = _save
 _api.vm_load = _load_vm
 _api.last_error = _last_error
 _api.vm_adopt = _adopt
+_api.prices = _prices
+_api.set_prices = _set_prices
+_api.cycles = _cycles
 _C_API = PyCapsule_New(&_api, SC_CAPSULE, NULL)
 
 

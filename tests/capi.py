@@ -2,7 +2,7 @@
 
 import ctypes
 import re
-from ctypes import POINTER, c_char_p, c_int, c_uint8, c_uint16, c_uint32, c_uint64, c_void_p
+from ctypes import POINTER, c_char_p, c_double, c_int, c_uint8, c_uint16, c_uint32, c_uint64, c_void_p
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +12,7 @@ import shadowcore as sc
 HEADER = Path(sc.get_include()) / "shadowcore.h"
 TEXT = re.sub(r"/\*.*?\*/", "", HEADER.read_text("utf-8"), flags=re.S)
 TYPES = {"uint8_t": c_uint8, "uint16_t": c_uint16, "uint32_t": c_uint32, "uint64_t": c_uint64, "sc_vm": c_uint64}
+TYPES["double"] = c_double
 
 
 def constants():
@@ -42,8 +43,8 @@ def structure(name):
 
 
 STRUCTS = ("sc_memory_slot", "sc_config", "sc_access", "sc_outcome", "sc_accesses", "sc_counters", "sc_event")
-STRUCTS += ("sc_audit_result",)
-MemorySlot, Config, Access, Outcome, Accesses, Counters, Event, AuditResult = map(structure, STRUCTS)
+STRUCTS += ("sc_audit_result", "sc_prices")
+MemorySlot, Config, Access, Outcome, Accesses, Counters, Event, AuditResult, Prices = map(structure, STRUCTS)
 EVENT = ctypes.CFUNCTYPE(None, c_void_p, POINTER(Event))
 PROTOTYPES = {
     "vm_create": (POINTER(Config), POINTER(c_uint64)),
@@ -64,6 +65,9 @@ PROTOTYPES = {
     "vm_load": (c_char_p, c_void_p, c_uint64, POINTER(c_uint64)),
     "last_error": (),
     "vm_adopt": (ctypes.py_object, POINTER(c_uint64)),
+    "prices": (c_char_p, POINTER(Prices)),
+    "set_prices": (c_uint64, POINTER(Prices)),
+    "cycles": (c_uint64, POINTER(c_double)),
 }
 
 

@@ -40,8 +40,6 @@ class translator {
     virtual void context_switch(unsigned space) = 0;
 };
 
-constexpr cycles exit_latency = 1500, reference_latency = 4;
-
 struct vm_error : std::runtime_error {
     using std::runtime_error::runtime_error;
 };
@@ -67,6 +65,10 @@ class shadow_mmu final : public translator {
         check(api_.register_load(vm_, 0, SC_CR4, 0x20));
         check(api_.register_load(vm_, 0, SC_CR3, roots_[0]));
         check(api_.register_load(vm_, 0, SC_CR0, 0x80010011));
+        sc_prices prices;
+        SC_INIT(&prices);
+        check(api_.prices("modern", &prices));
+        check(api_.set_prices(vm_, &prices));
         check(api_.on_event(vm_, SC_EVENT_MASK(SC_EVENT_FLUSH) | SC_EVENT_MASK(SC_EVENT_EXIT), on_event, this));
     }
     ~shadow_mmu() override { api_.vm_destroy(vm_); }
@@ -83,8 +85,7 @@ class shadow_mmu final : public translator {
         access.size = 8;
         access.user = 1;
         check(api_.access(vm_, &access, &outcome));
-        return {outcome.hpa, outcome.page_shift, store,
-                outcome.exits * exit_latency + outcome.references * reference_latency};
+        return {outcome.hpa, outcome.page_shift, store, outcome.cycles};
     }
 
     void context_switch(unsigned space) override { check(api_.register_load(vm_, 0, SC_CR3, roots_[space])); }

@@ -14,8 +14,8 @@
  *
  * Threads. A VM is used by one thread at a time: who has several makes a lock for each VM. A call that comes while
  * another one is under way is SC_E_BUSY, and so is one that a callback makes on its own VM. Different VMs never wait
- * for each other. vm_create, vm_destroy, vm_adopt, save and vm_load take Python's GIL, from whatever state the thread
- * is in; nothing else does.
+ * for each other. vm_create, vm_destroy, vm_adopt, save, vm_load and prices take Python's GIL, from whatever state the
+ * thread is in; nothing else does.
  *
  * Versions. Functions are only ever added at the end of sc_api, fields at the end of structures. Each structure begins
  * with its own size, which the caller sets (SC_INIT); a library knows the sizes that its predecessors had.
@@ -193,7 +193,7 @@ typedef struct sc_outcome {
     uint32_t exits;        /* page-fault exits it took */
     uint32_t references;   /* table entries that the processor's walks read */
     uint32_t guest_references; /* guest table entries that the shadow MMU read */
-    uint32_t cycles;       /* 0: this version has no cost model in the engine */
+    uint32_t cycles;       /* at the prices of the VM (set_prices); 0 if it has none */
     uint8_t outcome;       /* SC_OK, SC_PAGE_FAULT, SC_GENERAL_PROTECTION or SC_MMIO */
     uint8_t emulated;      /* stores that the emulator did */
     uint8_t page_shift;    /* log2 of the guest's page size */
@@ -284,6 +284,31 @@ typedef struct sc_audit_result {
     uint64_t gfn;          /* ... the guest frame concerned */
 } sc_audit_result;
 
+/* What memory virtualization costs, in cycles: a price for each count, as in shadowcore.Costs, which says where the
+ * numbers come from. What the guest's own instructions take is not in it. */
+typedef struct sc_prices {
+    uint32_t struct_size;
+    uint32_t reserved;        /* 0 */
+    double tlb_miss;          /* a miss of the TLB that is modelled; without one each access is a miss */
+    double upper_reference;   /* an entry that the processor's walk reads, but for the last one ... */
+    double leaf_reference;    /* ... and that one */
+    double exit_fault;        /* exit and entry, by the processor: of a page fault, ... */
+    double exit_register;     /* ... a load of CR0, CR3, CR4 or EFER, ... */
+    double exit_invlpg;       /* ... INVLPG */
+    double dispatch;          /* the hypervisor's way from an exit to its handler and back */
+    double fill;              /* the handler of SC_EXIT_FILL, ... */
+    double rights;            /* ... SC_EXIT_WRITE, ... */
+    double inject;            /* ... SC_EXIT_GUEST, ... */
+    double mmio;              /* ... SC_EXIT_MMIO */
+    double emulate;           /* a store that the emulator does */
+    double load;              /* the handler of a register load (Costs.register), ... */
+    double flush_page;        /* ... of INVLPG */
+    double guest_reference;   /* a guest entry that the shadow MMU reads */
+    double page_new;          /* a shadow page made, ... */
+    double page_zap;          /* ... zapped */
+    double entry;             /* a shadow entry that becomes present, or ceases to be */
+} sc_prices;
+
 typedef struct sc_api {
     uint32_t abi_version;  /* SC_ABI_VERSION */
     uint32_t struct_size;  /* of this table */
@@ -328,6 +353,13 @@ typedef struct sc_api {
     /* A VM that Python has made: object is a PyObject * of shadowcore.VM, of which a reference is held until
      * vm_destroy, which lets it live on. */
     int (*vm_adopt)(void *object, sc_vm *vm);
+
+    /* A preset of shadowcore.Costs by its name: "core2007", "modern", "pvm", "nested". Takes the GIL. */
+    int (*prices)(const char *preset, sc_prices *prices);
+    /* From now on accesses say what they cost; each takes the engine's general path for that. NULL: no more. */
+    int (*set_prices)(sc_vm vm, const sc_prices *prices);
+    /* What all counters of the VM come to, at its prices. A difference is what a batch or a register load cost. */
+    int (*cycles)(sc_vm vm, double *cycles);
 } sc_api;
 
 /* 1 if the table has all that this header declares. */
