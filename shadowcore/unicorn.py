@@ -126,6 +126,10 @@ class Machine(Instructions):
         except Fault as fault:
             self._fault, self._page = fault, page
             return False
+        if self._flush_wanted:
+            # Now, not at the next exit: the guest may go on to store to what has just become a shadowed table.
+            self.p.flush()
+            self._flush_wanted = False
         if gpa is None:
             if not self._stepping:
                 self._step, self._page = True, page

@@ -90,6 +90,33 @@ def test_a_pool_too_small_for_one_instruction_is_an_error():
         machine.run(seconds=60)
 
 
+# T is the page at 0x12000. Its last store comes when a shadow of it was made by a load in between, without an exit.
+SHADOWED_LATE = (
+    "b800000100 0f22d8",  # CR3 = 0x10000
+    "0f20c0 0d00000080 0f22c0",  # CR0.PG = 1
+    "c70500200100 03000200 c70504200100 03100200",  # T[0] = 0x20003; T[1] = 0x21003
+    "c70504000100 03200100",  # T serves addresses from 0x400000 on
+    "c705f02f0100 00000000",  # T[0x3fc] = 0
+    "8b1d00004000 8b0d00104000",  # load 0x400000, 0x401000
+    "c70504200100 03200200",  # T[1] = 0x22003
+    "0f013d00104000 a100104000",  # INVLPG 0x401000; load it
+    "e7f4",  # EAX to port 0xf4
+)
+
+
+@pytest.mark.parametrize("way", su.WAYS)
+@pytest.mark.parametrize("mmu", DESIGNS)
+def test_a_store_to_a_table_whose_shadow_was_just_made(mmu, way):
+    machine = bare(bytes.fromhex(" ".join(SHADOWED_LATE)), mmu, way)
+    identity = np.arange(1024, dtype="<u4") * 4096 + 3
+    machine.vm.write_physical(0x10000, np.array([0x11003], dtype="<u4").tobytes())
+    machine.vm.write_physical(0x11000, identity.tobytes())
+    for page in (0x20000, 0x21000, 0x22000):
+        machine.vm.write_physical(page, page.to_bytes(4, "little"))
+    assert machine.run(seconds=10) == 0x22000
+    assert machine.vm.audit(strict=True).ok
+
+
 @pytest.mark.parametrize("way", su.WAYS)
 @pytest.mark.parametrize("mmu", ["native", "flush", "cached"])
 def test_odd_stores_to_tables_write_protection_off_and_the_apic(mmu, way):
