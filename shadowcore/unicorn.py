@@ -8,6 +8,7 @@ multiboot image. docs/unicorn.md says what happens in which case, and what the l
 
 from __future__ import annotations
 
+import ctypes
 import os
 import struct
 import threading
@@ -16,6 +17,7 @@ from typing import Any
 
 from .config import Features, Native, Op, Shadow
 from .errors import EngineError
+from .fills import Fills
 from .machine import VM
 from .unicorn_boot import load_multiboot
 from .unicorn_cpu import (
@@ -90,29 +92,53 @@ class Machine(Instructions):
         engine, private = self.p.uc, self.p.private
         for i in range(N_WINDOWS):
             engine.mmio_map(private + WINDOWS + (i << 12), 4096, self._window_read, i, self._window_write, i)
-        engine.hook_add(uc.UC_HOOK_TLB_FILL, self._fill)
+        registers = (x86.UC_X86_REG_CS, x86.UC_X86_REG_EFLAGS, x86.UC_X86_REG_GDTR)
+        read = self.p.function("uc_reg_read")
+        address = 0 if read is None else ctypes.cast(read, ctypes.c_void_p).value or 0
+        self._fills = Fills(self.cpu, address, registers, self._fill, self._is_plain, self._flush)
+        if not address or not self.p.hook_fills(self._fills.function, self._fills.data):
+            engine.hook_add(uc.UC_HOOK_TLB_FILL, self._fill_entry)
         engine.hook_add(uc.UC_HOOK_INSN, self._in, None, 1, 0, x86.UC_X86_INS_IN)
         engine.hook_add(uc.UC_HOOK_INSN, self._out, None, 1, 0, x86.UC_X86_INS_OUT)
         engine.hook_add(uc.UC_HOOK_INSN, self._on_syscall, None, 1, 0, x86.UC_X86_INS_SYSCALL)
 
     # -------------------------------------------------------------------------------------------------- way "fills"
 
-    def _fill(self, _uc: Any, va: int, access: int, entry: Any, _data: Any) -> bool:
+    def _is_plain(self) -> bool:
+        """Misses may be served by accesses alone."""
+        busy = self.p.entering or self._stepping or self._step or self._fault is not None or self._error is not None
+        return not busy and self.recording is None
+
+    def _flush(self) -> None:
+        """The MMU asked for a flush during a fill: now, not at the next exit, before which the guest may store to what has
+        just become a shadowed table."""
+        self._flushes = self.vm.stats.tlb_flush
+        self._flush_wanted = False
+        self.p.flush()
+
+    def _fill_entry(self, _uc: Any, va: int, access: int, entry: Any, _data: Any) -> bool:
+        found = self._fill(va, access)
+        if found is None:
+            return False
+        entry.paddr, entry.perms = found
+        return True
+
+    def _fill(self, va: int, access: int) -> tuple[int, int] | None:
         try:
-            return self._filled(va & PAGE, access, entry)
+            return self._filled(va & PAGE, access)
         except BaseException as error:  # carried out of emu_start by run()
             if self._error is None:
                 self._error = error
-            return False
+            return None
 
-    def _filled(self, page: int, access: int, entry: Any) -> bool:
+    def _filled(self, page: int, access: int) -> tuple[int, int] | None:
+        """What Unicorn's TLB gets for a miss: address in its physical space, and rights."""
         if self.p.entering:
             self.p.entering = False
             if page == self.p.private:
-                entry.paddr, entry.perms = page, uc.UC_PROT_ALL
-                return True
+                return page, int(uc.UC_PROT_ALL)
         if self._error is not None or self._fault is not None:
-            return False
+            return None
         kind = {16: Op.READ, 17: Op.WRITE}.get(access, Op.FETCH)
         user = self.p.cpl == 3
         if user and kind == Op.READ:
@@ -125,23 +151,16 @@ class Machine(Instructions):
                 gpa = self._resolve(page, kind, user)
         except Fault as fault:
             self._fault, self._page = fault, page
-            return False
+            return None
         if self._flush_wanted:
-            # Now, not at the next exit: the guest may go on to store to what has just become a shadowed table.
-            self.p.flush()
-            self._flush_wanted = False
+            self._flush()
         if gpa is None:
             if not self._stepping:
                 self._step, self._page = True, page
-                return False
-            entry.paddr = self._window(page, user)
-            entry.perms = uc.UC_PROT_READ | uc.UC_PROT_WRITE
-            return True
-        entry.paddr = self._host(gpa)
-        entry.perms = {Op.READ: uc.UC_PROT_READ, Op.WRITE: uc.UC_PROT_READ | uc.UC_PROT_WRITE}.get(
-            kind, uc.UC_PROT_EXEC
-        )
-        return True
+                return None
+            return self._window(page, user), uc.UC_PROT_READ | uc.UC_PROT_WRITE
+        rights = {Op.READ: uc.UC_PROT_READ, Op.WRITE: uc.UC_PROT_READ | uc.UC_PROT_WRITE}
+        return self._host(gpa), int(rights.get(kind, uc.UC_PROT_EXEC))
 
     # ----------------------------------------------------------- one instruction whose accesses we make: a step
 
@@ -246,6 +265,7 @@ class Machine(Instructions):
 
     def _go(self) -> int | None:
         """Run to the next exit. None: something that self says."""
+        self._fills.begin()
         try:
             reason = self.p.run()
         except uc.UcError as error:
@@ -257,9 +277,11 @@ class Machine(Instructions):
                     self._step = True  # native: Unicorn's walker came to an address without memory, a device
                     return None
                 raise EngineError(f"unicorn: {error}, RIP {self.p.rip:#x}") from error
-        if self._error is not None:
-            error_, self._error = self._error, None
-            raise error_
+        for where, name in ((self, "_error"), (self._fills, "error")):
+            raised = getattr(where, name)
+            if raised is not None:
+                setattr(where, name, None)
+                raise raised
         return reason
 
     def run(self, seconds: float | None = None) -> int | None:

@@ -89,6 +89,26 @@ class Processor:
         self.fault_address = int.from_bytes(self.pages[VMCB + 0x80 : VMCB + 0x88].tobytes(), "little")  # EXITINFO2
         engine.emu_stop()
 
+    @staticmethod
+    def function(name: str) -> Any:
+        """A function of the C library behind the module; None if this release does not show it."""
+        try:
+            return getattr(importlib.import_module("unicorn.unicorn_py3.unicorn").uclib, name)
+        except (ImportError, AttributeError):
+            return None
+
+    def hook_fills(self, function: int, data: int) -> bool:
+        """Have the C function at that address serve misses of the TLB; False if this release does not let us."""
+        add, engine = self.function("uc_hook_add"), getattr(self.uc, "_uch", None)
+        if add is None or engine is None:
+            return False
+        number, everywhere = ctypes.c_size_t(), (ctypes.c_uint64(1), ctypes.c_uint64(0))
+        pointers = ctypes.c_void_p(function), ctypes.c_void_p(data)
+        status = add(engine, ctypes.byref(number), uc.UC_HOOK_TLB_FILL, *pointers, *everywhere)
+        if status != uc.UC_ERR_OK:
+            raise uc.UcError(status)
+        return True
+
     def put(self, offset: int, data: bytes) -> None:
         """Bytes into the private pages."""
         self.pages[offset : offset + len(data)] = np.frombuffer(data, dtype=np.uint8)

@@ -14,6 +14,7 @@ import shadowcore as sc
 
 pytest.importorskip("unicorn", minversion="2.1", reason="the extra 'unicorn' is not installed")
 from shadowcore import unicorn as su
+from shadowcore import unicorn_cpu
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples" / "unicorn"
 if not EXAMPLES.is_dir():
@@ -70,6 +71,25 @@ def test_both_ways_take_the_same_exits(mmu):
         found.append({name: value for name, value in counters(machine.vm).items() if name not in OF_SUCCESS})
     assert found[0] == found[1]
     assert found[0]["pf_guest"] == 142
+
+
+@pytest.mark.parametrize("image", ["kernel.elf", "corners.elf"])
+@pytest.mark.parametrize("mmu", ["native", "flush", "cached"])
+def test_fills_without_python_are_those_by_python(mmu, image, monkeypatch):
+    """Served by the function in C; by Python, since all is recorded; by Python, since Unicorn hides its library."""
+    found, asked = [], []
+    for record, hidden in ((False, False), (True, False), (False, True)):
+        if hidden:
+            monkeypatch.setattr(unicorn_cpu.Processor, "function", staticmethod(lambda name: None))
+        machine = su.boot(EXAMPLES / image, mmu=mmu, way="fills", record=record)
+        filled, count = machine._filled, []
+        monkeypatch.setattr(machine, "_filled", lambda *miss, to=filled, count=count: count.append(miss) or to(*miss))
+        assert machine.run(seconds=60) == 0
+        assert machine.vm.audit(strict=True).ok
+        found.append((counters(machine.vm), bytes(machine.serial), machine.exits))
+        asked.append(len(count))
+    assert found[0] == found[1] == found[2]
+    assert asked[0] < asked[1] == asked[2]
 
 
 @pytest.mark.parametrize("way", su.WAYS)

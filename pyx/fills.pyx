@@ -1,0 +1,175 @@
+"""The function that Unicorn calls where its TLB misses, for `shadowcore.unicorn` with way "fills".
+
+Most misses are plain: the access that missed is one that the tables allow, or takes a plain fault, and nothing else is
+under way. They are served here, without Python. All others are handed to a method of the machine, with nothing changed.
+"""
+from libc.string cimport memset
+
+from shadowcore.access cimport OP_FETCH, OP_READ, OP_WRITE, access_fault, access_glance, sc_op, sc_result
+from shadowcore.bits cimport CR4_SMAP
+from shadowcore.memory cimport mem_frame, mem_frame_hpa, sc_no_frame
+from shadowcore.mmu cimport Mmu
+from shadowcore.state cimport linear_address, sc_mmu, sc_vcpu
+from shadowcore.types cimport ACC_W, MODE_OFF, PF_U, PF_W, RC_OK, u8, u16, u32, u64
+from shadowcore.vcpu cimport VCpu
+from shadowcore.walker cimport probe_walk, sc_walk
+
+cdef enum:
+    # uc_mem_type of the hook, and UC_PROT_*, by unicorn.h.
+    FILL_READ = 16
+    FILL_WRITE = 17
+    PROT_READ = 1
+    PROT_WRITE = 2
+    PROT_EXEC = 4
+    FLAG_AC = 1 << 18
+
+cdef struct sc_fill_entry:          # uc_tlb_entry
+    u64 paddr
+    u32 perms
+
+cdef struct sc_fill_table:          # uc_x86_mmr
+    u16 selector
+    u64 base
+    u32 limit
+    u32 flags
+
+ctypedef int (*sc_register_read)(void *uc, int register, void *value) noexcept nogil
+
+cdef struct sc_fills:
+    sc_mmu *mmu
+    sc_vcpu *v
+    sc_register_read read           # uc_reg_read
+    int cs, flags, gdtr             # numbers of registers
+    bint plain                      # nothing but fills is under way
+    void *owner                     # Fills
+
+
+cdef inline bint _is_plain_store(const sc_mmu *mmu, const sc_vcpu *v, u64 va, bint user) noexcept nogil:
+    """A store that the processor is allowed to make by itself: not one to a guest table, nor one that only CR0.WP = 0
+    allows. Where the guest's walk fails there is no frame to go to, and the fault tells."""
+    cdef sc_walk w
+    cdef u64 frame
+    if not mmu.shadow:
+        return True
+    if probe_walk(mmu.mem, &v.guest, va, PF_W | (PF_U if user else 0), &w) != RC_OK:
+        return True
+    frame = mem_frame(mmu.mem, w.gpa >> 12)
+    return frame == sc_no_frame() or (not mmu.frames[frame].shadowed
+                                      and (v.guest.mode == MODE_OFF or w.access & ACC_W))
+
+
+cdef bint _serve(const sc_fills *f, void *uc, u64 page, int kind, sc_fill_entry *entry) noexcept nogil:
+    cdef sc_mmu *mmu = f.mmu
+    cdef sc_vcpu *v = f.v
+    cdef sc_op op
+    cdef sc_result r
+    cdef sc_fill_table gdt
+    cdef u64 selector = 0
+    cdef u64 flags = 0
+    cdef u64 frame
+    if mmu.events or mmu.audit_points or v.tlb != NULL:
+        return False
+    f.read(uc, f.cs, &selector)
+    if v.cr4 & CR4_SMAP:
+        f.read(uc, f.flags, &flags)
+        if ((flags & FLAG_AC) != 0) != (v.guest.ac != 0):
+            return False
+    memset(&op, 0, sizeof(op))
+    op.op = OP_READ if kind == FILL_READ else OP_WRITE if kind == FILL_WRITE else OP_FETCH
+    op.size = 1
+    op.addr = page
+    op.user = (selector & 3) == 3
+    if op.user and op.op == OP_READ:
+        # Descriptors are read as the supervisor does.
+        memset(&gdt, 0, sizeof(gdt))
+        f.read(uc, f.gdtr, &gdt)
+        if (gdt.base & ~<u64>4095) <= page <= gdt.base + gdt.limit:
+            return False
+    if op.op == OP_WRITE and not _is_plain_store(mmu, v, linear_address(v, page), op.user):
+        return False
+    if not access_glance(mmu, v, &op, False, &r) and not access_fault(mmu, v, &op, False, &r):
+        return False
+    if mmu.shadow:
+        frame = mem_frame(mmu.mem, r.gpa >> 12)
+        entry.paddr = mem_frame_hpa(mmu.mem, frame)
+    else:
+        entry.paddr = r.gpa & ~<u64>4095
+    entry.perms = PROT_READ if op.op == OP_READ else PROT_READ | PROT_WRITE if op.op == OP_WRITE else PROT_EXEC
+    return True
+
+
+cdef void _flush(Fills fills) noexcept with gil:
+    """The MMU asked for a flush, as it made a table's shadow: translations that Unicorn holds may allow too much."""
+    try:
+        fills.flush()
+    except BaseException as error:
+        fills.error = error
+
+
+cdef bint _ask(Fills fills, u64 address, int kind, sc_fill_entry *entry) noexcept with gil:
+    """All other misses: by the method, which returns (paddr, perms), or None for a miss that is not to be filled."""
+    try:
+        found = fills.other(address, kind)
+        fills.c.plain = fills.is_plain()
+        if found is None:
+            return False
+        entry.paddr, entry.perms = found[0], found[1]
+        return True
+    except BaseException as error:
+        fills.error = error
+        fills.c.plain = False
+        return False
+
+
+cdef bint _fill(void *uc, u64 address, int kind, sc_fill_entry *entry, void *data) noexcept nogil:
+    cdef sc_fills *f = <sc_fills *>data
+    cdef u64 flushes = f.mmu.stats.tlb_flush
+    cdef bint served
+    if f.plain and not f.mmu.mem.busy:
+        f.mmu.mem.busy = True
+        served = _serve(f, uc, address & ~<u64>4095, kind, entry)
+        f.mmu.mem.busy = False
+        if served:
+            if f.mmu.stats.tlb_flush != flushes:
+                _flush(<Fills>f.owner)
+            return True
+    return _ask(<Fills>f.owner, address, kind, entry)
+
+
+cdef class Fills:
+    """Serves the misses of one machine.
+
+    cpu: whose accesses they are. read: address of uc_reg_read. registers: Unicorn's numbers of CS, EFLAGS and GDTR.
+    other(address, kind): serves what is not plain, returns (paddr, perms) or None. is_plain(): is nothing else under
+    way? flush(): has Unicorn drop all translations. error: what one of them raised, or None.
+    """
+    cdef sc_fills c
+    cdef object cpu
+    cdef object other
+    cdef object is_plain
+    cdef object flush
+    cdef public object error
+
+    def __init__(self, VCpu cpu not None, size_t read, tuple registers, other, is_plain, flush):
+        cdef Mmu mmu = cpu.mmu
+        self.cpu = cpu
+        self.other, self.is_plain, self.flush = other, is_plain, flush
+        self.c.mmu = &mmu.c
+        self.c.v = &cpu.c
+        self.c.read = <sc_register_read>read
+        self.c.cs, self.c.flags, self.c.gdtr = registers
+        self.c.owner = <void *>self
+
+    def begin(self) -> None:
+        """Before each run of Unicorn: ask anew what is under way."""
+        self.c.plain = self.is_plain()
+
+    @property
+    def function(self) -> int:
+        """Address of the hook (uc_cb_tlbevent_t)."""
+        return <size_t>&_fill
+
+    @property
+    def data(self) -> int:
+        """Its user data. Good for as long as this object lives."""
+        return <size_t>&self.c

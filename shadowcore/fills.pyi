@@ -1,0 +1,22 @@
+from collections.abc import Callable
+from typing import final
+
+from .vcpu import VCpu
+
+@final
+class Fills:
+    error: BaseException | None
+    def __init__(
+        self,
+        cpu: VCpu,
+        read: int,
+        registers: tuple[int, int, int],
+        other: Callable[[int, int], tuple[int, int] | None],
+        is_plain: Callable[[], bool],
+        flush: Callable[[], None],
+    ) -> None: ...
+    def begin(self) -> None: ...
+    @property
+    def function(self) -> int: ...
+    @property
+    def data(self) -> int: ...
