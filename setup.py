@@ -140,7 +140,6 @@ class BuildExt(build_ext):
             self.build_lib = str(BUILD / "inplace")
 
     def build_extensions(self):
-        check_host(abi3=stable_abi(os.environ))
         directives, arguments = flavour(os.environ)
         if self.compiler.compiler_type == "msvc":
             macros = [macro for macro in arguments["define_macros"] if macro[0] != "CYTHON_INLINE"]
@@ -171,6 +170,7 @@ class BuildExt(build_ext):
 
 if __name__ == "__main__":
     abi3 = stable_abi(os.environ)
+    check_host(abi3=abi3)  # before pip turns to the dependencies, which it may have to build
     setup(
         cmdclass={"build_ext": BuildExt},
         ext_modules=[

@@ -893,7 +893,7 @@ cdef int _device(sc_vm vm, u64 gpa, const u8 *data, u64 size, bint there) noexce
             part = <u32>min(size, 4096 - (gpa & 4095))
             _place_of(p.mmu.mem, gpa, &o)
             # A copy, for `data` may be guest memory itself.
-            memcpy(copy, o.host if there else data, part)
+            memcpy(copy, <const u8 *>o.host if there else data, part)
             device_store(p.mmu, gpa, copy, part)
             gpa += part
             size -= part
