@@ -392,8 +392,9 @@ switch: cmp qword ptr [children], 0
 1:      xor eax, eax
         iretq
 
-# The user program, on a page of its own, in whatever address space: r14 rounds left, r15 who it is.
-        .balign 4096
+# The user program, on a page of its own, in whatever address space: r14 rounds left, r15 who it is. Filled with int3, for
+# assemblers differ in the NOPs that they fill code with.
+        .balign 4096, 0xCC
 user_program:
         syscall
         xor ecx, ecx
@@ -438,7 +439,7 @@ user_program:
         jnz 4b
         mov eax, 3
         int 0x80
-        .balign 4096
+        .balign 4096, 0xCC
 
         .data
         .balign 16
