@@ -10,7 +10,7 @@ from shadowcore.bits cimport CR4_SMAP
 from shadowcore.memory cimport mem_frame, mem_frame_hpa, sc_no_frame
 from shadowcore.mmu cimport Mmu
 from shadowcore.state cimport linear_address, sc_mmu, sc_vcpu
-from shadowcore.types cimport ACC_W, MODE_OFF, PF_U, PF_W, RC_OK, u8, u16, u32, u64
+from shadowcore.types cimport ACC_W, MODE_OFF, PF_U, PF_W, RC_OK, u16, u32, u64
 from shadowcore.vcpu cimport VCpu
 from shadowcore.walker cimport probe_walk, sc_walk
 

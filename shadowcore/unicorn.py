@@ -110,7 +110,7 @@ class Machine(Instructions):
         return not busy and self.recording is None
 
     def _flush(self) -> None:
-        """The MMU asked for a flush during a fill: now, not at the next exit, before which the guest may store to what has
+        """The MMU asked for a flush during a fill. The next exit would be late: before it the guest may store to what has
         just become a shadowed table."""
         self._flushes = self.vm.stats.tlb_flush
         self._flush_wanted = False
@@ -302,7 +302,9 @@ class Machine(Instructions):
         try:
             while self.exit_code is None and not self.halted and not over.is_set():
                 self._sync()
-                self._handle(self._go())
+                reason = self._go()
+                if self.exit_code is None:  # else an exit of what came behind the OUT, in the same block of code
+                    self._handle(reason)
         finally:
             if timer is not None:
                 timer.cancel()

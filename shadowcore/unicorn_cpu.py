@@ -83,6 +83,10 @@ class Processor:
         self.virtual = False
         self._context: Any = None
         self.uc.hook_add(uc.UC_HOOK_INTR, self._on_exit)
+        # The way through the module takes ten times as long.
+        self._word = ctypes.c_uint64()
+        self._read, self._write = self.function("uc_reg_read"), self.function("uc_reg_write")
+        self._engine = getattr(self.uc, "_uch", None)
 
     def _on_exit(self, engine: Any, number: int, _data: Any) -> None:
         self.exit = number
@@ -137,14 +141,14 @@ class Processor:
             at = self._saved() + _layout[0].segments - FLAGS_BEFORE
             ctypes.c_uint32.from_address(at).value &= ~3
             self.uc.context_restore(self._context)
-        write = self.uc.reg_write
+        write = self.set_word
         write(x86.UC_X86_REG_EFLAGS, 2)
         write(x86.UC_X86_REG_CR0, 0x10)
         write(x86.UC_X86_REG_CR4, 0)
         write(x86.UC_X86_REG_CS, 0)
         write(x86.UC_X86_REG_CR0, 0x11)
         self.set_efer(0)
-        write(x86.UC_X86_REG_MSR, (HSAVE, self.private + HOST))
+        self.uc.reg_write(x86.UC_X86_REG_MSR, (HSAVE, self.private + HOST))
         write(x86.UC_X86_REG_RAX, self.private + VMCB)
         write(x86.UC_X86_REG_RIP, self.private + ENTRY)
         self.entering = True
@@ -177,31 +181,51 @@ class Processor:
             self.virtual = on
         self.flush()
 
+    def word(self, register: int) -> int:
+        """A register of at most 64 bits."""
+        if self._read is None or self._engine is None:
+            return int(self.uc.reg_read(register))
+        self._word.value = 0
+        status = self._read(self._engine, register, ctypes.byref(self._word))
+        if status != uc.UC_ERR_OK:
+            raise uc.UcError(status)
+        return self._word.value
+
+    def set_word(self, register: int, value: int) -> None:
+        """Load a register of at most 64 bits."""
+        if self._write is None or self._engine is None:
+            self.uc.reg_write(register, value)
+            return
+        self._word.value = value
+        status = self._write(self._engine, register, ctypes.byref(self._word))
+        if status != uc.UC_ERR_OK:
+            raise uc.UcError(status)
+
     @property
     def rip(self) -> int:
-        return int(self.uc.reg_read(x86.UC_X86_REG_RIP))
+        return self.word(x86.UC_X86_REG_RIP)
 
     @rip.setter
     def rip(self, value: int) -> None:
-        self.uc.reg_write(x86.UC_X86_REG_RIP, value)
+        self.set_word(x86.UC_X86_REG_RIP, value)
 
     @property
     def rflags(self) -> int:
-        return int(self.uc.reg_read(x86.UC_X86_REG_EFLAGS))
+        return self.word(x86.UC_X86_REG_EFLAGS)
 
     @rflags.setter
     def rflags(self, value: int) -> None:
-        self.uc.reg_write(x86.UC_X86_REG_EFLAGS, value)
+        self.set_word(x86.UC_X86_REG_EFLAGS, value)
 
     @property
     def cpl(self) -> int:
-        return int(self.uc.reg_read(x86.UC_X86_REG_CS)) & 3
+        return self.word(x86.UC_X86_REG_CS) & 3
 
     def gpr(self, number: int) -> int:
-        return int(self.uc.reg_read(GPRS[number]))
+        return self.word(GPRS[number])
 
     def set_gpr(self, number: int, value: int) -> None:
-        self.uc.reg_write(GPRS[number], value)
+        self.set_word(GPRS[number], value)
 
     def table(self, name: str) -> tuple[int, int]:
         """Base and limit of "GDTR", "IDTR" or "TR"."""

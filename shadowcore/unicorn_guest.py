@@ -240,7 +240,7 @@ class Guest:
             if changed or (wanted["efer"] ^ had["efer"]) & (EFER_LMA | EFER_LME):
                 self._load(self.p.segments(), self.p.rip, self.p.gpr(4), self.p.rflags)
                 return
-            write = self.p.uc.reg_write
+            write = self.p.set_word
             if wanted["efer"] != had["efer"]:
                 self.p.set_efer(wanted["efer"])
             for name, register in (

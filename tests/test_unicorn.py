@@ -160,6 +160,14 @@ def test_committed_guests_are_what_their_sources_give():
 
 @pytest.mark.parametrize("way", su.WAYS)
 @pytest.mark.parametrize("mmu", DESIGNS)
+def test_nothing_comes_after_the_exit_port(mmu, way):
+    machine = bare(bytes.fromhex("b003 e6f4 0f0b"), mmu, way)  # mov $3, %al; out %al, $0xf4; ud2, without an IDT
+    assert machine.run(seconds=10) == 3
+    assert machine.run(seconds=10) == 3
+
+
+@pytest.mark.parametrize("way", su.WAYS)
+@pytest.mark.parametrize("mmu", DESIGNS)
 def test_triple_fault_is_an_error_that_tells_the_story(mmu, way):
     machine = bare(b"\x0f\x0b", mmu, way)  # ud2, without an IDT
     with pytest.raises(su.TripleFault, match=r"RIP 0x1000: vector 6.*; then vector 13.*; then vector 8"):
