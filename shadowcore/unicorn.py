@@ -110,8 +110,8 @@ class Machine(Instructions):
         return not busy and self.recording is None
 
     def _flush(self) -> None:
-        """The MMU asked for a flush during a fill. The next exit would be late: before it the guest may store to what has
-        just become a shadowed table."""
+        """The MMU asked for a flush during a fill. The next exit would be late: before it the guest may store to what
+        has just become a shadowed table."""
         self._flushes = self.vm.stats.tlb_flush
         self._flush_wanted = False
         self.p.flush()
