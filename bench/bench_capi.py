@@ -61,7 +61,7 @@ def structs(vm: sc.VM) -> tuple[int, int]:
 
 
 @pytest.mark.benchmark(group="capi")
-@pytest.mark.parametrize("what", ["all", "brief"])
+@pytest.mark.parametrize("what", ["all", "brief", "priced"])
 @pytest.mark.parametrize("pages", SIZES.values(), ids=SIZES)
 @pytest.mark.parametrize("design", ["cached", "native"])
 def test_access(side_by_side, loops, design, pages, what):
@@ -74,7 +74,9 @@ def test_access(side_by_side, loops, design, pages, what):
     n = ctypes.c_uint64(OPERATIONS)
     function = ctypes.c_void_p(pointer(access, "vcpu_access"))
     mmu, cpu = map(ctypes.c_void_p, structs(guest.vm))
-    flags = 2 if what == "brief" else 0
+    flags = 0 if what == "all" else 2
+    if what == "priced":
+        assert loops.price(api, vm) == 0
 
     def check(rc: int) -> None:
         assert rc == 0

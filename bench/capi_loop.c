@@ -63,6 +63,13 @@ int engine_loop(void *function, void *mmu, void *vcpu, const uint64_t *gva, uint
     return 0;
 }
 
+int price(const sc_api *api, sc_vm vm);
+int price(const sc_api *api, sc_vm vm) {
+    sc_prices prices;
+    SC_INIT(&prices);
+    return api->prices("modern", &prices) == SC_OK ? api->set_prices(vm, &prices) : -1;
+}
+
 /* An event is counted, and that is all. */
 static void counted(void *context, const sc_event *event) {
     (void)event;

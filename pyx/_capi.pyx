@@ -30,7 +30,7 @@ from shadowcore.memo cimport (
 )
 from shadowcore.memory cimport mem_frame, mem_frame_hpa, mem_gfn, mem_mark_dirty, sc_mem, sc_no_frame
 from shadowcore.mmu cimport Mmu, mmu_resolve
-from shadowcore.prices cimport prices_are_sane, prices_cycles, prices_of, sc_prices
+from shadowcore.prices cimport prices_are_sane, prices_cycles, prices_of, prices_translation, sc_prices
 from shadowcore.registers cimport load_ac
 from shadowcore.state cimport EVENT_COUNT, linear_address, linear_exists, marked_table, memo_drop, sc_mmu, sc_vcpu
 from shadowcore.types cimport (
@@ -627,12 +627,20 @@ cdef int _slow(sc_mmu *mmu, sc_vcpu *v, const sc_access *a, sc_outcome *o) noexc
 
 cdef int _priced(sc_place *p, sc_vcpu *v, const sc_access *a, sc_outcome *o) noexcept nogil:
     """An access, and what it cost."""
-    cdef sc_stats before = p.mmu.stats[0]
-    cdef double cycles
+    cdef const sc_prices *prices = &_price_lists[p - _places]
+    cdef const sc_stats *now = p.mmu.stats
+    cdef sc_stats before = now[0]
+    cdef double cycles = 0.5
+    cdef u64 misses
     cdef int rc
     _nothing_yet(o)
     rc = _slow(p.mmu, v, a, o)
-    cycles = prices_cycles(&_price_lists[p - _places], &before, p.mmu.stats) + 0.5
+    if o.exits:
+        cycles += prices_cycles(prices, &before, now)
+    else:
+        # Nothing but walks.
+        misses = now.tlb_misses - before.tlb_misses if v.tlb != NULL else now.accesses - before.accesses
+        cycles += prices_translation(prices, misses, o.references)
     o.cycles = <u32>cycles if cycles < <double>SC_NONE else SC_NONE
     return rc
 

@@ -29,16 +29,15 @@ cdef double prices_cycles(const sc_prices *p, const sc_stats *before, const sc_s
     cdef sc_stats n = after[0]
     cdef const u64 *old = <const u64 *>before
     cdef u64 *new = <u64 *>&n
-    cdef u64 misses, leaves, faults, loads
+    cdef u64 misses, faults, loads
     cdef size_t i
     if before != NULL:
         for i in range(sizeof(sc_stats) // sizeof(u64)):
             new[i] -= old[i]
     misses = n.tlb_misses if n.tlb_hits or n.tlb_misses else n.accesses
-    leaves = min(misses, n.walk_references)
     faults = n.exits[EXIT_FILL] + n.exits[EXIT_WRITE] + n.exits[EXIT_EMULATE] + n.exits[EXIT_GUEST] + n.exits[EXIT_MMIO]
     loads = n.exits[EXIT_CR0] + n.exits[EXIT_CR3] + n.exits[EXIT_CR4] + n.exits[EXIT_EFER]
-    return (misses * p.tlb_miss + (n.walk_references - leaves) * p.upper_reference + leaves * p.leaf_reference
+    return (prices_translation(p, misses, n.walk_references)
             + faults * p.exit_fault + loads * p.exit_register + n.exits[EXIT_INVLPG] * p.exit_invlpg
             + (faults + loads + n.exits[EXIT_INVLPG]) * p.dispatch
             + n.exits[EXIT_FILL] * p.fill + n.exits[EXIT_WRITE] * p.rights + n.exits[EXIT_GUEST] * p.inject

@@ -2,6 +2,7 @@
 from libc.stdint cimport uint32_t
 
 from shadowcore.events cimport sc_stats
+from shadowcore.types cimport u64
 
 cdef extern from "shadowcore.h" nogil:
     ctypedef struct sc_prices:
@@ -10,6 +11,11 @@ cdef extern from "shadowcore.h" nogil:
         double exit_fault, exit_register, exit_invlpg, dispatch
         double fill, rights, inject, mmio, emulate, load, flush_page
         double guest_reference, page_new, page_zap, entry
+
+# Cycles of the processor's walks: `references` entries read at `misses` misses, one of each the last of its walk.
+cdef inline double prices_translation(const sc_prices *p, u64 misses, u64 references) noexcept nogil:
+    cdef u64 leaves = misses if misses < references else references
+    return misses * p.tlb_miss + (references - leaves) * p.upper_reference + leaves * p.leaf_reference
 
 cdef bint prices_are_sane(const sc_prices *p) noexcept nogil
 # Cycles of what happened between two states of the counters of a VM; before NULL: of all that `after` counts.
