@@ -177,5 +177,6 @@ if __name__ == "__main__":
             Extension(f"shadowcore.{source.stem}", [source.as_posix()], py_limited_api=abi3)
             for source in sorted(Path("pyx").glob("*.pyx"))
         ],
-        options={"bdist_wheel": {"py_limited_api": "cp312"}} if abi3 else {},
+        # A directory of its own: a wheel holds all that lies in there, whatever flavour it was built for.
+        options={"bdist_wheel": {"py_limited_api": "cp312"}, "build": {"build_base": "build/abi3"}} if abi3 else {},
     )

@@ -83,7 +83,7 @@ cdef bint _serve(const sc_fills *f, void *uc, u64 page, int kind, sc_fill_entry 
         # Descriptors are read as the supervisor does.
         memset(&gdt, 0, sizeof(gdt))
         f.read(uc, f.gdtr, &gdt)
-        if (gdt.base & ~<u64>4095) <= page <= gdt.base + gdt.limit:
+        if page - (gdt.base & ~<u64>4095) <= gdt.limit + (gdt.base & 4095):
             return False
     if op.op == OP_WRITE and not _is_plain_store(mmu, v, linear_address(v, page), op.user):
         return False
@@ -98,12 +98,16 @@ cdef bint _serve(const sc_fills *f, void *uc, u64 page, int kind, sc_fill_entry 
     return True
 
 
-cdef void _flush(Fills fills) noexcept with gil:
-    """The MMU asked for a flush, as it made a table's shadow: translations that Unicorn holds may allow too much."""
+cdef bint _flush(Fills fills) noexcept with gil:
+    """The MMU asked for a flush, as it made a table's shadow: translations that Unicorn holds may allow too much, and
+    the guest must not go on with them."""
     try:
         fills.flush()
+        return True
     except BaseException as error:
         fills.error = error
+        fills.c.plain = False
+        return False
 
 
 cdef bint _ask(Fills fills, u64 address, int kind, sc_fill_entry *entry) noexcept with gil:
@@ -130,9 +134,7 @@ cdef bint _fill(void *uc, u64 address, int kind, sc_fill_entry *entry, void *dat
         served = _serve(f, uc, address & ~<u64>4095, kind, entry)
         f.mmu.mem.busy = False
         if served:
-            if f.mmu.stats.tlb_flush != flushes:
-                _flush(<Fills>f.owner)
-            return True
+            return f.mmu.stats.tlb_flush == flushes or _flush(<Fills>f.owner)
     return _ask(<Fills>f.owner, address, kind, entry)
 
 

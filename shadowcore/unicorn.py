@@ -8,7 +8,6 @@ multiboot image. docs/unicorn.md says what happens in which case, and what the l
 
 from __future__ import annotations
 
-import ctypes
 import os
 import struct
 import threading
@@ -93,10 +92,8 @@ class Machine(Instructions):
         for i in range(N_WINDOWS):
             engine.mmio_map(private + WINDOWS + (i << 12), 4096, self._window_read, i, self._window_write, i)
         registers = (x86.UC_X86_REG_CS, x86.UC_X86_REG_EFLAGS, x86.UC_X86_REG_GDTR)
-        read = self.p.function("uc_reg_read")
-        address = 0 if read is None else ctypes.cast(read, ctypes.c_void_p).value or 0
-        self._fills = Fills(self.cpu, address, registers, self._fill, self._is_plain, self._flush)
-        if not address or not self.p.hook_fills(self._fills.function, self._fills.data):
+        self._fills = Fills(self.cpu, self.p.reader or 0, registers, self._fill, self._is_plain, self._flush)
+        if not self.p.reader or not self.p.hook_fills(self._fills.function, self._fills.data):
             engine.hook_add(uc.UC_HOOK_TLB_FILL, self._fill_entry)
         engine.hook_add(uc.UC_HOOK_INSN, self._in, None, 1, 0, x86.UC_X86_INS_IN)
         engine.hook_add(uc.UC_HOOK_INSN, self._out, None, 1, 0, x86.UC_X86_INS_OUT)
@@ -270,18 +267,18 @@ class Machine(Instructions):
             reason = self.p.run()
         except uc.UcError as error:
             reason = None
-            if self._error is None and self._fault is None and not self._step:
+            quiet = self._error is None and self._fills.error is None and self._fault is None
+            if quiet and not self._step:
                 if error.errno == uc.UC_ERR_FETCH_UNMAPPED:
                     raise Unsupported(f"code in a device, RIP {self.p.rip:#x}") from error
                 if error.errno in (uc.UC_ERR_READ_UNMAPPED, uc.UC_ERR_WRITE_UNMAPPED) and not self._stepping:
                     self._step = True  # native: Unicorn's walker came to an address without memory, a device
                     return None
                 raise EngineError(f"unicorn: {error}, RIP {self.p.rip:#x}") from error
-        for where, name in ((self, "_error"), (self._fills, "error")):
-            raised = getattr(where, name)
-            if raised is not None:
-                setattr(where, name, None)
-                raise raised
+        raised = self._error or self._fills.error
+        self._error = self._fills.error = None
+        if raised is not None:
+            raise raised
         return reason
 
     def run(self, seconds: float | None = None) -> int | None:

@@ -87,6 +87,7 @@ class Processor:
         self._word = ctypes.c_uint64()
         self._read, self._write = self.function("uc_reg_read"), self.function("uc_reg_write")
         self._engine = getattr(self.uc, "_uch", None)
+        self.reader = ctypes.cast(self._read, ctypes.c_void_p).value if self._read is not None else None
 
     def _on_exit(self, engine: Any, number: int, _data: Any) -> None:
         self.exit = number
@@ -103,12 +104,12 @@ class Processor:
 
     def hook_fills(self, function: int, data: int) -> bool:
         """Have the C function at that address serve misses of the TLB; False if this release does not let us."""
-        add, engine = self.function("uc_hook_add"), getattr(self.uc, "_uch", None)
-        if add is None or engine is None:
+        add = self.function("uc_hook_add")
+        if add is None or self._engine is None:
             return False
         number, everywhere = ctypes.c_size_t(), (ctypes.c_uint64(1), ctypes.c_uint64(0))
         pointers = ctypes.c_void_p(function), ctypes.c_void_p(data)
-        status = add(engine, ctypes.byref(number), uc.UC_HOOK_TLB_FILL, *pointers, *everywhere)
+        status = add(self._engine, ctypes.byref(number), uc.UC_HOOK_TLB_FILL, *pointers, *everywhere)
         if status != uc.UC_ERR_OK:
             raise uc.UcError(status)
         return True

@@ -92,6 +92,26 @@ def test_fills_without_python_are_those_by_python(mmu, image, monkeypatch):
     assert asked[0] < asked[1] == asked[2]
 
 
+@pytest.mark.parametrize("at", [1, 60, 96])
+def test_what_is_raised_where_a_miss_comes_to_python_ends_the_run(at, monkeypatch):
+    """As by a signal's handler, which runs before the first line of the method; the guest can go on."""
+    fill, misses = su.Machine._fill, []
+
+    def interrupted(*miss):
+        misses.append(miss)
+        if len(misses) == at:
+            raise KeyboardInterrupt
+        return fill(*miss)
+
+    monkeypatch.setattr(su.Machine, "_fill", interrupted)
+    machine = su.boot(EXAMPLES / "kernel.elf", mmu="cached", way="fills")
+    with pytest.raises(KeyboardInterrupt):
+        machine.run(seconds=60)
+    assert machine.run(seconds=60) == 0
+    assert machine.serial.decode().strip() == guest.guest_model()
+    assert machine.vm.audit(strict=True).ok
+
+
 @pytest.mark.parametrize("way", su.WAYS)
 @pytest.mark.parametrize("pages", [12, 40])
 def test_small_pools_change_nothing_for_the_guest(way, pages):

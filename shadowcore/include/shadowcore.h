@@ -193,7 +193,7 @@ typedef struct sc_outcome {
     uint32_t exits;        /* page-fault exits it took */
     uint32_t references;   /* table entries that the processor's walks read */
     uint32_t guest_references; /* guest table entries that the shadow MMU read */
-    uint32_t cycles;       /* at the prices of the VM (set_prices); 0 if it has none */
+    uint32_t cycles;       /* at the prices of the handle (set_prices); 0 if it has none */
     uint8_t outcome;       /* SC_OK, SC_PAGE_FAULT, SC_GENERAL_PROTECTION or SC_MMIO */
     uint8_t emulated;      /* stores that the emulator did */
     uint8_t page_shift;    /* log2 of the guest's page size */
@@ -356,9 +356,10 @@ typedef struct sc_api {
 
     /* A preset of shadowcore.Costs by its name: "core2007", "modern", "pvm", "nested". Takes the GIL. */
     int (*prices)(const char *preset, sc_prices *prices);
-    /* From now on accesses say what they cost; each takes the engine's general path for that. NULL: no more. */
+    /* From now on accesses by this handle say what they cost; they take the engine's general path. NULL: no more. */
     int (*set_prices)(sc_vm vm, const sc_prices *prices);
-    /* What all counters of the VM come to, at its prices. A difference is what a batch or a register load cost. */
+    /* What all counters of the VM come to, at the prices of the handle. While paging is on, a difference is what came
+     * between; of all entries read, as many as there were misses count as the last ones of their walks. */
     int (*cycles)(sc_vm vm, double *cycles);
 } sc_api;
 
