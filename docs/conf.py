@@ -14,7 +14,6 @@ copyright = author
 version = release = shadowcore.__version__
 
 extensions = ["myst_parser", "sphinx.ext.autodoc"]
-exclude_patterns = ["*.py"]
 suppress_warnings = ["myst.xref_missing"]  # links to files of the repository that are no pages
 myst_heading_anchors = 3
 html_theme = "furo"

@@ -216,7 +216,7 @@ cdef struct sc_place:
     void *context
 
 cdef sc_place _places[MAX_VMS]
-cdef sc_prices _price_lists[MAX_VMS]  # of the VM in the same place, in force if it is `priced`
+cdef sc_prices _price_lists[MAX_VMS]  # of the handle in the same place, in force if it is `priced`
 cdef int _shifts[4]
 _shifts[0], _shifts[1], _shifts[2], _shifts[3] = 12, 21, 22, 30
 

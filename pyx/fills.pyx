@@ -9,7 +9,7 @@ from shadowcore.access cimport OP_FETCH, OP_READ, OP_WRITE, access_fault, access
 from shadowcore.bits cimport CR4_SMAP
 from shadowcore.memory cimport mem_frame, mem_frame_hpa, sc_no_frame
 from shadowcore.mmu cimport Mmu
-from shadowcore.state cimport linear_address, sc_mmu, sc_vcpu
+from shadowcore.state cimport linear_address, linear_exists, sc_mmu, sc_vcpu
 from shadowcore.types cimport ACC_W, MODE_OFF, PF_U, PF_W, RC_OK, u16, u32, u64
 from shadowcore.vcpu cimport VCpu
 from shadowcore.walker cimport probe_walk, sc_walk
@@ -49,13 +49,19 @@ cdef inline bint _is_plain_store(const sc_mmu *mmu, const sc_vcpu *v, u64 va, bi
     allows. Where the guest's walk fails there is no frame to go to, and the fault tells."""
     cdef sc_walk w
     cdef u64 frame
-    if not mmu.shadow:
+    va = linear_address(v, va)
+    if not mmu.shadow or not linear_exists(v, va):
         return True
     if probe_walk(mmu.mem, &v.guest, va, PF_W | (PF_U if user else 0), &w) != RC_OK:
         return True
     frame = mem_frame(mmu.mem, w.gpa >> 12)
     return frame == sc_no_frame() or (not mmu.frames[frame].shadowed
                                       and (v.guest.mode == MODE_OFF or w.access & ACC_W))
+
+
+def is_plain_store(VCpu cpu not None, u64 gva, bint user) -> bool:
+    """The processor may make a store of `cpu` to `gva` by itself. If not, the emulator has to, or may have to."""
+    return _is_plain_store(&cpu.mmu.c, &cpu.c, gva, user)
 
 
 cdef bint _serve(const sc_fills *f, void *uc, u64 page, int kind, sc_fill_entry *entry) noexcept nogil:
@@ -85,7 +91,7 @@ cdef bint _serve(const sc_fills *f, void *uc, u64 page, int kind, sc_fill_entry 
         f.read(uc, f.gdtr, &gdt)
         if page - (gdt.base & ~<u64>4095) <= gdt.limit + (gdt.base & 4095):
             return False
-    if op.op == OP_WRITE and not _is_plain_store(mmu, v, linear_address(v, page), op.user):
+    if op.op == OP_WRITE and not _is_plain_store(mmu, v, page, op.user):
         return False
     if not access_glance(mmu, v, &op, False, &r) and not access_fault(mmu, v, &op, False, &r):
         return False

@@ -3,6 +3,8 @@ from typing import final
 
 from .vcpu import VCpu
 
+def is_plain_store(cpu: VCpu, gva: int, user: bool) -> bool: ...
+
 @final
 class Fills:
     error: BaseException | None

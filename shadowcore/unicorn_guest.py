@@ -11,6 +11,7 @@ import numpy as np
 from .batch import OP_DTYPE
 from .config import Op, Shadow
 from .errors import ConfigError, EngineError, ShadowcoreError
+from .fills import is_plain_store
 from .machine import VM
 from .unicorn_cpu import FLAT_CODE, FLAT_DATA, PDPT, PRIVATE_SIZE, Processor, address_of, flat, layout, uc, x86
 from .unicorn_recording import Recording
@@ -159,24 +160,10 @@ class Guest:
             if on != self.cpu.ac:
                 self._op(Op.AC, value=on)
 
-    def _needs_emulation(self, va: int, user: bool) -> bool:
-        """A store to `va` is one that the emulator has to make, or may have to."""
-        if self._frames is None:
-            return False
-        try:
-            found = self.cpu.translate(va, "w", user)
-        except ShadowcoreError:
-            return False
-        index = self._ram(found.gpa)
-        if index is None:
-            return False
-        # The second case: the store of a supervisor with CR0.WP clear, which the processor, with WP set, refuses.
-        return bool(self._frames[index >> 12]) or (not found.writable and self.cpu.mode != "off")
-
     def _resolve(self, va: int, kind: int, user: bool) -> int | None:
         """Have an access handled that the processor could not make: the gpa, or None if it has to be stepped."""
         self._sync_ac()
-        if kind == Op.WRITE and self._needs_emulation(va, user):
+        if kind == Op.WRITE and not is_plain_store(self.cpu, va & WORD, user):
             return None
         result = self._op(kind, va, user=user)
         outcome = int(result.outcome[0])

@@ -11,8 +11,8 @@ import shadowcore as sc
 
 HEADER = Path(sc.get_include()) / "shadowcore.h"
 TEXT = re.sub(r"/\*.*?\*/", "", HEADER.read_text("utf-8"), flags=re.S)
-TYPES = {"uint8_t": c_uint8, "uint16_t": c_uint16, "uint32_t": c_uint32, "uint64_t": c_uint64, "sc_vm": c_uint64}
-TYPES["double"] = c_double
+TYPES = {"uint8_t": c_uint8, "uint16_t": c_uint16, "uint32_t": c_uint32, "uint64_t": c_uint64, "double": c_double}
+TYPES["sc_vm"] = c_uint64
 
 
 def constants():

@@ -697,9 +697,8 @@ def virtualization(costs, stats):
 @pytest.mark.parametrize("design", DESIGNS)
 def test_cycles_are_those_of_costs(design, tlb, preset):
     """The sum of what accesses cost is the cost of what they counted; with and without prices the same is counted."""
-    config = (
-        {"tlb_entries": (ctypes.c_uint32 * 3)(64, 32, 4), "tlb_ways": (ctypes.c_uint32 * 3)(4, 4, 4)} if tlb else {}
-    )
+    three = ctypes.c_uint32 * 3
+    config = {"tlb_entries": three(64, 32, 4), "tlb_ways": three(4, 4, 4)} if tlb else {}
     guest, free = (Guest(design, **config) for _ in range(2))
     priced(guest, preset.encode())
     began, total = spent(guest), 0
@@ -713,9 +712,8 @@ def test_cycles_are_those_of_costs(design, tlb, preset):
                 assert API.register_load(machine.vm, 0, C["SC_CR3"], value) == 0
             began += spent(guest) - before
             assert (spent(guest) > before) == (design != "native")
-        gva = (
-            0x40_0000 + int(random.integers(0, 300)) * 4096 if i % 3 else 0x80_0000 + int(random.integers(0, 48)) * 4096
-        )
+        page = random.integers(0x400, 0x52C) if i % 3 else random.integers(0x800, 0x830)
+        gva = int(page) * 4096
         kind, size = int(random.integers(0, 2)), 8
         rc, outcome = guest.access(kind, gva, size, value=0)
         assert free.access(kind, gva, size, value=0)[0] == rc
