@@ -258,13 +258,13 @@ cdef class Mmu:
         self.c.free_head = self.c.young = self.c.old = SC_NONE
         self._arrays = []
         self._vcpus = []
+        self.c.quirks = int(design.quirks)
         if not isinstance(design, Shadow):
             self.c.marks = <u64 *>self._array(sizeof(u64) * memory.mem.nframes)
             return
         memory.attach_pool(design.pool_pages)
         self.c.shadow = True
         self.c.keep = design.keep
-        self.c.quirks = int(design.quirks)
         self.c.pool_pages = design.pool_pages
         self.c.min_free = design.min_free
         self.c.refill = design.refill

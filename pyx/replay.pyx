@@ -8,6 +8,7 @@ and the emulation that a write-protected frame costs.
 from libc.string cimport memcpy, memset
 
 from shadowcore.access cimport OP_INVLPG, OP_READ, OP_WRITE, access_shortest, op_is_access, sc_op, sc_result, vcpu_op
+from shadowcore.bits cimport cr0_kept
 from shadowcore.emulate cimport emulate_store
 from shadowcore.events cimport EXIT_EMULATE
 from shadowcore.memory cimport mem_frame, mem_guest_frame, mem_mark_dirty, sc_no_frame
@@ -164,7 +165,7 @@ cdef int _record(sc_mmu *mmu, sc_vcpu *v, sc_replay *t, u64 i) noexcept nogil:
     elif kind == LOAD_CR3:
         rc = load_cr3(mmu, v, addr)
     elif kind == LOAD_CR:
-        if v.cr0 != addr:
+        if v.cr0 != cr0_kept(addr):
             rc = load_cr0(mmu, v, addr)
         if rc == RC_OK and v.cr4 != t.value[i]:
             rc = load_cr4(mmu, v, t.value[i])

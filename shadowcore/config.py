@@ -25,7 +25,7 @@ class Op(IntEnum):
     EFER = 6
     INVLPG = 7
     PKRU = 8
-    """Load PKRU with `value`."""
+    """Load PKRU with the low 32 bits of `value`."""
     AC = 9
     """Set EFLAGS.AC to bit 0 of `value` (SMAP)."""
     CMPXCHG = 10
@@ -79,7 +79,11 @@ class Quirk(IntFlag):
     exit flushes anyway, and so it does here."""
     GLOBAL_WITHOUT_PGE = 1 << 14
     """Design `flush`: tables of leaves with G survive CR3 loads although CR4.PGE is off (2.6.20-rc3)."""
-    KVM_2007 = (1 << 15) - 1
+    IGNORED_BITS_REFUSED = 1 << 15
+    """Loads of CR0 and CR3 that set bits which processors ignore are #GP: bits 6 to 15, 17 and 19 to 28 of CR0, bits
+    11:5 of CR3 in 4- and 5-level paging without PCIDs, bits 2:0 elsewhere. The series' own checks did so; KVM has long
+    given them up. `Native` takes this quirk as well: it is the guest's processor that is different."""
+    KVM_2007 = (1 << 16) - 1
     """All of them: the series as it was."""
 
 
@@ -161,9 +165,16 @@ class TLB:
 
 @dataclass(frozen=True)
 class Native:
-    """No virtualization: the processor walks the guest's own tables."""
+    """No virtualization: the processor walks the guest's own tables.
+
+    quirks: NONE, or IGNORED_BITS_REFUSED; the others are of a shadow MMU.
+    """
 
     name: str = field(default="native", init=False)
+    quirks: Quirk = Quirk.NONE
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "quirks", _quirks(self.quirks, Quirk.IGNORED_BITS_REFUSED))
 
 
 @dataclass(frozen=True)
@@ -197,9 +208,7 @@ class Shadow:
         check_int("refill", self.refill, self.min_free, 1 << 22)
         if self.flood_threshold is not None:
             check_int("flood_threshold", self.flood_threshold, 1, 1 << 31)
-        if not isinstance(self.quirks, int) or int(self.quirks) & ~int(Quirk.KVM_2007):
-            raise ConfigError(f"quirks: {self.quirks!r} is not a combination of members of shadowcore.Quirk")
-        object.__setattr__(self, "quirks", Quirk(self.quirks))
+        object.__setattr__(self, "quirks", _quirks(self.quirks, Quirk.KVM_2007))
 
     @classmethod
     def cached(cls, **settings: Any) -> Shadow:
@@ -238,6 +247,14 @@ def design(mmu: str | Native | Shadow, **settings: Any) -> Native | Shadow:
         raise ConfigError(f"mmu: {mmu!r} is not one of {', '.join(DESIGNS)}, or a Native or Shadow object")
     made: Native | Shadow = DESIGNS[mmu](**settings)
     return made
+
+
+def _quirks(quirks: object, allowed: Quirk) -> Quirk:
+    if not isinstance(quirks, int) or int(quirks) & ~int(Quirk.KVM_2007):
+        raise ConfigError(f"quirks: {quirks!r} is not a combination of members of shadowcore.Quirk")
+    if int(quirks) & ~int(allowed):
+        raise ConfigError(f"quirks: of these {Quirk(quirks)!r} native has only {allowed!r}")
+    return Quirk(quirks)
 
 
 def check_int(name: str, value: object, low: int, high: int) -> int:

@@ -130,7 +130,8 @@ def _machine(state: dict[str, Any], memory: NDArray[np.uint8] | None) -> VM:
 
     design = dict(state["design"])
     kind = design.pop("kind")
-    mmu: Native | Shadow = Native() if kind == "Native" else Shadow(**{**design, "quirks": Quirk(design["quirks"])})
+    quirks = Quirk(design.pop("quirks", 0))
+    mmu: Native | Shadow = Native(quirks) if kind == "Native" else Shadow(**design, quirks=quirks)
     slots = [
         MemorySlot(gpa, size, dirty_log=number in state["logged"]) for number, (gpa, size) in enumerate(state["slots"])
     ]
