@@ -261,7 +261,8 @@ cdef class VCpu:
     def cr0(self) -> int:
         """CR0; assignment checks it (#GP: SDM volume 3, 2.5), may change the paging mode, puts other roots in place.
 
-        Reserved bits below bit 32 stay clear and ET stays set, whatever is assigned (volume 2, MOV to control registers).
+        Reserved bits below bit 32 stay clear and ET stays set, whatever is assigned (volume 2, MOV to control
+        registers).
         """
         return self.c.cr0
 
@@ -283,8 +284,8 @@ cdef class VCpu:
     def cr3(self) -> int:
         """CR3; assignment is a context switch. In PAE mode it loads the PDPTEs (#GP: SDM volume 3, 4.4.1).
 
-        In long mode bits from MAXPHYADDR on are #GP, but for bit 63 with CR4.PCIDE; elsewhere only bits 31:0 are loaded, as
-        the operand has 32. Bits that the mode ignores are kept and read back (tables 4-3, 4-7, 4-12).
+        In long mode bits from MAXPHYADDR on are #GP, but for bit 63 with CR4.PCIDE; elsewhere only bits 31:0 are
+        loaded, as the operand has 32. Bits that the mode ignores are kept and read back (tables 4-3, 4-7, 4-12).
         """
         return self.c.cr3
 

@@ -22,6 +22,29 @@ if TYPE_CHECKING:
     from .events import Stats
 
 
+CR4_PCIDE, EFER_LMA = 1 << 17, 1 << 10
+
+
+def set_registers(vm: VM, cpu: VCpu, *, cr0: int, cr3: int, cr4: int, efer: int) -> None:
+    """Bring a processor of a new VM to registers that another was seen with, by loads that lead there.
+
+    GeneralProtection if a load is refused. What only long mode can hold, PCIDs and a root above 4 GiB, comes after
+    paging is on (SDM volume 2, MOV to control registers).
+    """
+    cpu.efer = efer & ~EFER_LMA
+    cpu.cr4 = cr4 & ~CR4_PCIDE
+    cpu.cr3 = cr3
+    cpu.cr0 = cr0
+    if cr4 & CR4_PCIDE:
+        cpu.cr3 &= ~0xFFF
+        cpu.cr4 = cr4
+    if cpu.efer & EFER_LMA and cpu.cr3 != cr3:
+        on_the_way = cpu.cr3
+        cpu.cr3 = cr3
+        if (cpu.cr3 ^ on_the_way) >> 12 and isinstance(vm.mmu.design, Shadow):
+            vm.mmu.zap_all()  # what was the root before is no table of the guest's
+
+
 class VM:
     """A machine with guest RAM, an MMU and `vcpus` processors.
 

@@ -825,7 +825,7 @@ class Reader:
     def machine(self, mmu: str | Native | Shadow = "cached") -> VM:
         """The virtual machine that a recording of operations starts on, under a design."""
         from .errors import GeneralProtection
-        from .machine import VM
+        from .machine import VM, set_registers
 
         if self.stream != OPERATIONS or "machine" not in self.header:
             raise TraceError(self.path, None, "a recording of operations with the machine that they start on expected")
@@ -841,10 +841,7 @@ class Reader:
             vm.memory.words[columns["word"]] = columns["value"]
         for cpu in vm.vcpus:
             try:
-                cpu.efer = state["efer"] & ~(1 << 10)
-                cpu.cr4 = state["cr4"]
-                cpu.cr3 = state["cr3"]
-                cpu.cr0 = state["cr0"]
+                set_registers(vm, cpu, **{name: state[name] for name in ("cr0", "cr3", "cr4", "efer")})
                 cpu.pkru, cpu.cr2, cpu.cpl, cpu.ac = state["pkru"], state["cr2"], state["cpl"], bool(state["ac"])
             except GeneralProtection:
                 raise TraceError(self.path, None, "registers that a processor can have expected") from None

@@ -156,7 +156,7 @@ typedef struct sc_config {
     uint32_t min_free;
     uint32_t refill;
     uint32_t flood_threshold;
-    uint32_t quirks;       /* bits of shadowcore.Quirk */
+    uint32_t quirks;       /* bits of shadowcore.Quirk; of them SC_NATIVE has IGNORED_BITS_REFUSED */
     /* Of the processors. */
     uint32_t features;     /* SC_FEATURE_*; 0: all */
     uint32_t maxphyaddr;   /* 0: 46 */
