@@ -315,7 +315,8 @@ cdef class VCpu:
 
     @property
     def ac(self) -> bool:
-        """EFLAGS.AC: supervisor accesses to user pages are allowed under SMAP (SDM volume 3, 4.6.1)."""
+        """EFLAGS.AC: supervisor accesses to user pages are allowed under SMAP (SDM volume 3, 4.6.1). It does not count
+        for implicit ones, those of the processor to the IDT, GDT, LDT and TSS at any CPL: make them with AC clear."""
         return bool(self.c.guest.ac)
 
     @ac.setter
