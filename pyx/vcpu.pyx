@@ -81,9 +81,21 @@ cdef class Translation:
     def levels(self) -> list:
         return [] if self.mode == MODE_OFF else _levels(&self.w)
 
+    def __reduce__(self):
+        return _pickled_translation, (self.mode, self.w)
+
     def __repr__(self):
         rights = "r" + "-w"[self.writable] + "-x"[self.executable] + "-u"[self.user]
         return f"Translation(gpa={self.gpa:#x}, page_size={self.page_size}, rights={rights})"
+
+
+def _pickled_translation(int mode, sc_walk w):
+    """A Translation of these fields. ConfigError for what is none."""
+    cdef Translation made = Translation.__new__(Translation)
+    if not 0 <= w.level <= w.top <= 5 or w.pte_size not in (4, 8):
+        raise ConfigError("Translation: a pickle of a walk that cannot be")
+    made.mode, made.w = mode, w
+    return made
 
 
 cdef list _levels(const sc_walk *w):
@@ -323,7 +335,8 @@ cdef class VCpu:
 
     @property
     def ac(self) -> bool:
-        """EFLAGS.AC: supervisor accesses to user pages are allowed under SMAP (SDM volume 3, 4.6.1)."""
+        """EFLAGS.AC: supervisor accesses to user pages are allowed under SMAP (SDM volume 3, 4.6.1). It does not count
+        for implicit ones, those of the processor to the IDT, GDT, LDT and TSS at any CPL: make them with AC clear."""
         return bool(self.c.guest.ac)
 
     @ac.setter

@@ -27,7 +27,8 @@ class Op(IntEnum):
     PKRU = 8
     """Load PKRU with the low 32 bits of `value`."""
     AC = 9
-    """Set EFLAGS.AC to bit 0 of `value` (SMAP)."""
+    """Set EFLAGS.AC to bit 0 of `value` (SMAP). Implicit supervisor accesses, to descriptors and the TSS, are made with
+    AC clear (SDM volume 3, 4.6.1)."""
     CMPXCHG = 10
     """Store `value` if `expected` is there; the result's value is what was there."""
     XCHG = 11

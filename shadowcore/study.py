@@ -18,7 +18,7 @@ from . import costs as prices
 from . import notebook, settings, trace, workload
 from .config import Features, Native, Shadow, check_int, design
 from .costs import CostBreakdown, Costs
-from .errors import ConfigError
+from .errors import ConfigError, ShadowcoreError
 from .machine import VM
 from .recording import Recording, RecordingFile
 from .recordings import SUFFIX
@@ -193,6 +193,8 @@ class StudyInterrupted(KeyboardInterrupt):
     def __init__(self, study: Study) -> None:
         super().__init__("interrupted")
         self.study = study
+
+    __reduce__ = ShadowcoreError.__reduce__
 
 
 def study(

@@ -81,7 +81,7 @@ enum {
     SC_CR4 = 3,
     SC_EFER = 4,
     SC_PKRU = 5,
-    SC_AC = 6, /* EFLAGS.AC: 0 or 1 */
+    SC_AC = 6, /* EFLAGS.AC: 0 or 1. Accesses to the IDT, GDT, LDT and TSS are made with 0 (SDM vol. 3, 4.6.1) */
     SC_CPL = 7 /* 0 or 3 */
 };
 
