@@ -37,7 +37,7 @@ cdef class _Held:
         self.held = True
         while isinstance(array, np.ndarray):
             self.owners.append(weakref.ref(array))
-            array = array.base
+            array = np.ndarray.base.__get__(array)
 
     def __dealloc__(self):
         if self.held:

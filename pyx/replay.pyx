@@ -5,6 +5,8 @@ protection is met as in life: through the address of the access that carried it 
 the direct map. Where the guest's tables do not (yet) map the direct map, the store is made at its gpa, with the exit
 and the emulation that a write-protected frame costs.
 """
+import numpy as np
+
 from libc.string cimport memcpy, memset
 
 from shadowcore.access cimport OP_INVLPG, OP_READ, OP_WRITE, access_shortest, op_is_access, sc_op, sc_result, vcpu_op
@@ -177,8 +179,9 @@ cdef int _record(sc_mmu *mmu, sc_vcpu *v, sc_replay *t, u64 i) noexcept nogil:
 
 
 cdef const void *_data(dict arrays, name, dtype) except NULL:
-    array = arrays[name]
-    if array.dtype != dtype or array.ndim != 1 or not array.flags.c_contiguous or len(array) != len(arrays["kind"]):
+    array = np.asarray(arrays[name])
+    if (array is not arrays[name] or array.dtype != dtype or array.ndim != 1 or not array.flags.c_contiguous
+            or len(array) != len(arrays["kind"])):
         raise ValueError(f"{name}: a contiguous array of {dtype}, of the length of 'kind', is needed")
     return <const void *><size_t>array.ctypes.data
 

@@ -26,7 +26,7 @@ from shadowcore.types cimport (
 )
 from shadowcore.walker cimport probe_walk, sc_walk, walk_index
 
-from shadowcore.config import check_int
+from shadowcore.config import TLB, Features, check_int, taken
 from shadowcore.errors import ConfigError, GeneralProtection, MMIOAccess, PageFault
 from shadowcore.memory import allocate
 
@@ -107,6 +107,7 @@ cdef list _levels(const sc_walk *w):
     return found
 
 
+cdef object _ARRAY = np.ndarray
 _READ = "r"
 cdef dict _ACCESS = {_READ: 0, "w": PF_W, "x": PF_I}
 cdef dict _MODIFY = {"xchg": OP_XCHG, "add": OP_ADD, "and": OP_AND, "or": OP_OR, "xor": OP_XOR}
@@ -159,6 +160,10 @@ cdef class VCpu:
     """
 
     def __cinit__(self, Mmu mmu, features, tlb=None):
+        mmu.idle()
+        features = taken(Features, features, "features")
+        if tlb is not None:
+            tlb = taken(TLB, tlb, "tlb")
         if mmu.c.n_vcpus == SC_MAX_VCPUS:
             raise ConfigError(f"vcpus: at most {SC_MAX_VCPUS}")
         memset(&self.c, 0, sizeof(self.c))
@@ -175,9 +180,9 @@ cdef class VCpu:
         else:
             self._memo = allocate(sizeof(sc_memo))
             self.c.memo = <sc_memo *><size_t>self._memo.ctypes.data
+        mmu._vcpus.append(self)
         mmu.c.vcpus[mmu.c.n_vcpus] = &self.c
         mmu.c.n_vcpus += 1
-        mmu._vcpus.append(self)
         vcpu_init(&mmu.c, &self.c)
 
     def export_state(self) -> dict:
@@ -235,7 +240,7 @@ cdef class VCpu:
         self._tlb = [allocate(sizeof(sc_tlb))]
         self.c.tlb = <sc_tlb *><size_t>self._tlb[0].ctypes.data
         self.c.tlb.epoch = 1        # a zeroed entry is not valid
-        for i, (entries, ways) in enumerate(tlb.geometry):
+        for i, (entries, ways) in enumerate(tlb.geometry):      # of a TLB that was checked: see __cinit__
             array = allocate(max(1, entries) * sizeof(sc_tlb_entry))
             self._tlb.append(array)
             self.c.tlb.entry[i] = <sc_tlb_entry *><size_t>array.ctypes.data
@@ -351,10 +356,11 @@ cdef class VCpu:
 
     @cpl.setter
     def cpl(self, value):
-        if value not in (0, 3):
+        level = check_int("cpl", int(value) if isinstance(value, bool) else value, 0, 3)
+        if level not in (0, 3):
             raise ConfigError(f"cpl: {value!r} is not 0 or 3")
         self.mmu.idle()
-        self.c.cpl = value
+        self.c.cpl = level
 
     @property
     def pdptes(self) -> tuple:
@@ -374,6 +380,7 @@ cdef class VCpu:
 
     cdef int _access(self, u32 op, object gva, object size, object user, object value, object expected,
                      sc_result *r) except -1:
+        """Returns the size."""
         cdef sc_op o
         cdef int rc
         memset(&o, 0, sizeof(o))
@@ -396,7 +403,7 @@ cdef class VCpu:
         if self.mmu.c.audit_found:
             rc = RC_AUDIT
         if rc == RC_OK:
-            return 0
+            return o.size
         if rc == RC_PF:
             raise PageFault(self.c.cr2, r.error_code)
         if rc == RC_GP:
@@ -408,8 +415,9 @@ cdef class VCpu:
     def read(self, gva, size=8, user=None) -> int:
         """Load `size` bytes, little endian."""
         cdef sc_result r
-        self._access(OP_READ, gva, size, user, 0, 0, &r)
-        return r.value[0] if size < 16 else _wide(&r)
+        if self._access(OP_READ, gva, size, user, 0, 0, &r) < 16:
+            return r.value[0]
+        return _wide(&r)
 
     def write(self, gva, value, size=8, user=None) -> None:
         """Store the low `size` bytes of `value`."""
@@ -422,8 +430,9 @@ cdef class VCpu:
         As on hardware the page must be writable, and the destination is stored to, either way.
         """
         cdef sc_result r
-        self._access(OP_CMPXCHG, gva, size, user, value, expected, &r)
-        return _wide(&r) == expected & ((1 << (8 * size)) - 1)
+        expected = check_int("expected", expected, 0, _WIDE)
+        cdef u32 n = self._access(OP_CMPXCHG, gva, size, user, value, expected, &r)
+        return _wide(&r) == expected & (_WIDE >> (8 * (16 - n)))
 
     def modify(self, gva, operation, value, size=8, user=None) -> int:
         """A locked read-modify-write, `operation` "xchg", "add", "and", "or" or "xor"; returns what was there."""
@@ -431,7 +440,7 @@ cdef class VCpu:
         cdef object op = _MODIFY.get(operation)
         if op is None:
             raise ConfigError(f"operation: {operation!r} is not one of {', '.join(_MODIFY)}")
-        if size == 16:
+        if _size(size) == 16:
             raise ConfigError("size: 16 is not 1, 2, 4 or 8")
         self._access(op, gva, size, user, value, 0, &r)
         return r.value[0]
@@ -504,6 +513,8 @@ cdef class VCpu:
         Returns RunResult. Ctrl-C raises Interrupted, and a host-side error its own exception, with `.result` for
         the operations that were done. The GIL is released.
         """
+        if type(ops) is not _ARRAY and isinstance(ops, _ARRAY):
+            ops = np.asarray(ops)       # without what a subclass says of itself
         return run_batch(self.mmu, self.c.number, ops, data)
 
     def __repr__(self):

@@ -9,8 +9,8 @@ import numpy as np
 
 from . import notebook, snapshot
 from .audit import AuditPoints, audit
-from .config import TLB, Features, MemorySlot, Native, Shadow, check_int, design
-from .errors import AuditError, ConfigError
+from .config import TLB, Features, MemorySlot, Native, Shadow, check_int, design, taken
+from .errors import AuditError
 from .memory import Memory
 from .mmu import Mmu
 from .vcpu import VCpu
@@ -67,12 +67,9 @@ class VM:
     ) -> None:
         chosen = design(mmu)
         count = check_int("vcpus", vcpus, 1, 64)
-        if features is None:
-            features = Features()
-        if not isinstance(features, Features):
-            raise ConfigError(f"features: a Features object is needed, not {features!r}")
-        if tlb is not None and not isinstance(tlb, TLB):
-            raise ConfigError(f"tlb: a TLB object or None is needed, not {tlb!r}")
+        features = Features() if features is None else taken(Features, features, "features")
+        if tlb is not None:
+            tlb = taken(TLB, tlb, "tlb")
         self.features = features
         self.tlb = tlb
         self.memory = Memory(memory, slots)

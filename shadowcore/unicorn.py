@@ -14,7 +14,7 @@ import threading
 from collections import Counter
 from typing import Any
 
-from .config import Features, Native, Op, Shadow
+from .config import Features, Native, Op, Shadow, check_path
 from .errors import EngineError
 from .fills import Fills
 from .machine import VM
@@ -434,7 +434,7 @@ def boot(
     """
     if vm is None:
         vm = VM(memory, mmu, features=features or Features(maxphyaddr=40, pku=False, pcid=False))
-    with open(path, "rb") as file:
+    with open(check_path(path), "rb") as file:
         image = file.read()
     entry, info = load_multiboot(vm, image, command_line)
     machine = Machine(vm, way, record=record)
