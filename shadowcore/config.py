@@ -10,6 +10,8 @@ from typing import Any
 from .errors import ConfigError
 
 PAGE_SIZE = 4096
+POOL_MAX = (1 << 22) - 1
+"""Pages of a shadow pool at most: the number of an spte, plus one, has 31 bits, as lists of sptes need it."""
 _UNITS = {"": 1, "b": 1, "kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30, "tib": 1 << 40}
 
 
@@ -192,9 +194,9 @@ class Shadow:
     quirks: Quirk = Quirk.NONE
 
     def __post_init__(self) -> None:
-        check_int("pool_pages", self.pool_pages, 4, 1 << 22)
-        check_int("min_free", self.min_free, 0, 1 << 22)
-        check_int("refill", self.refill, self.min_free, 1 << 22)
+        check_int("pool_pages", self.pool_pages, 4, POOL_MAX)
+        check_int("min_free", self.min_free, 0, POOL_MAX)
+        check_int("refill", self.refill, self.min_free, POOL_MAX)
         if self.flood_threshold is not None:
             check_int("flood_threshold", self.flood_threshold, 1, 1 << 31)
         if not isinstance(self.quirks, int) or int(self.quirks) & ~int(Quirk.KVM_2007):
