@@ -253,6 +253,13 @@ def check_int(name: str, value: object, low: int, high: int) -> int:
     return int(number)
 
 
+def check_ints(name: str, values: object, count: int, high: int) -> list[int]:
+    """`values`, a list or tuple, as `count` ints within [0, high], or ConfigError that names the field."""
+    if not isinstance(values, (list, tuple)) or len(values) != count:
+        raise ConfigError(f"{name}: a list of {count} numbers is needed, not {values!r:.60}")
+    return [check_int(name, value, 0, high) for value in values]
+
+
 def parse_size(size: object, name: str = "memory") -> int:
     """Bytes from an int or a text such as "64MiB"; a positive multiple of 4096."""
     if isinstance(size, str):
