@@ -38,6 +38,7 @@ from numpy.typing import NDArray
 from .config import check_int
 from .errors import TraceError
 from .recordings import GUEST, SUFFIX, Reader, Writer, check_methods, is_recording
+from .replacing import Replacement
 
 BUNDLED = "linux-fork"
 """The recording that ships with the package: Debian's 6.1 kernel, boot and 60 shell pipelines."""
@@ -268,7 +269,9 @@ class Recording:
                 writer.write(**self.arrays)
             return
         scalars = {name: np.uint64(getattr(self, name)) for name in _SCALARS}
-        np.savez_compressed(path, **self.arrays, **scalars)  # type: ignore[arg-type]
+        name = os.fspath(path)
+        with Replacement(name if name.endswith(".npz") else f"{name}.npz") as file:
+            np.savez_compressed(file, **self.arrays, **scalars)  # type: ignore[call-overload]
 
     def __repr__(self) -> str:
         return f"Recording({self.name!r}, {self.operations} records, {self.instructions} instructions)"

@@ -29,6 +29,7 @@ from numpy.typing import NDArray
 from . import columns as pages_of
 from ._version import __version__
 from .errors import ConfigError, TraceError
+from .replacing import Replacement
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -272,41 +273,6 @@ def _from_npy(data: bytes) -> NDArray[Any]:
 # -- writing ---------------------------------------------------------------------------------------------
 
 
-class _Output(io.RawIOBase):
-    """A file whose `write` writes all or raises: without a buffer, it is known what stands in it after a failure."""
-
-    def __init__(self, path: Path_) -> None:
-        super().__init__()
-        self._raw = io.FileIO(os.fspath(path), "w+")
-
-    def write(self, data: Any, /) -> int:
-        view = memoryview(data).cast("B")
-        done = 0
-        while done < len(view):
-            done += self._raw.write(view[done:]) or 0
-        return len(view)
-
-    def writable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return self._raw.seekable()
-
-    def seek(self, offset: int, whence: int = 0, /) -> int:
-        return self._raw.seek(offset, whence)
-
-    def tell(self) -> int:
-        return self._raw.tell()
-
-    def truncate(self, size: int | None = None, /) -> int:
-        return self._raw.truncate(size)
-
-    def close(self) -> None:
-        if hasattr(self, "_raw"):  # else the path could not be opened
-            self._raw.close()
-        super().close()
-
-
 class Writer:
     """Writes a recording: a context manager, whose end completes the file.
 
@@ -369,10 +335,8 @@ class Writer:
             header["machine"] = {key: int(getattr(cpu, key)) for key in MACHINE}
             header["machine"] |= {"memory": len(vm.memory.bytes), "vcpus": len(vm.vcpus)}
         text = json.dumps(header, indent=1)
-        self._replaces = not self.path.exists() or self.path.is_file()
-        self._partial = self.path.with_name(self.path.name + ".partial") if self._replaces else self.path
         try:
-            self._file = _Output(self._partial)
+            self._file = Replacement(path, fixed=True)
         except OSError as error:
             raise TraceError(path, None, f"a file that can be written expected: {error.strerror}") from None
         try:
@@ -525,9 +489,7 @@ class Writer:
 
     def _finish(self, complete: bool) -> None:
         self._zip.close()
-        self._file.close()
-        if self._replaces:
-            os.replace(self._partial, self.path)
+        self._file.commit()
         self.closed = True
         self.complete = complete
 
@@ -582,9 +544,7 @@ class Writer:
     def _discard(self) -> None:
         self.records = 0
         self._zip.fp = None  # the archive is closed without an index of its own
-        self._file.close()
-        if self._replaces:
-            self._partial.unlink(missing_ok=True)
+        self._file.discard()
 
 
 # -- reading ---------------------------------------------------------------------------------------------

@@ -22,6 +22,7 @@ from .errors import SnapshotError
 from .memory import checked_slots
 from .mmu import FRAME_DTYPE, LINK_DTYPE, PAGE_DTYPE
 from .recordings import check_methods
+from .replacing import Replacement
 from .vcpu import tlb_sizes
 
 if TYPE_CHECKING:
@@ -49,7 +50,8 @@ RAM_MAX = 1 << 46
 
 
 def save(vm: VM, path: str | os.PathLike[str]) -> None:
-    """Write the state of `vm` to `path`, by way of a file beside it, so that a failure leaves an older one alone."""
+    """Write the state of `vm` to `path`, by way of a file beside it, so that a failure leaves an older one alone. OSError
+    where it cannot be written, or the disk is full."""
     members = _members(vm)
     state: dict[str, Any] = {
         "format": FORMAT,
@@ -65,15 +67,9 @@ def save(vm: VM, path: str | os.PathLike[str]) -> None:
         "vcpus": [cpu.export_state() for cpu in vm.vcpus],
     }
     text = json.dumps(state, sort_keys=True)
-    beside = f"{os.fspath(path)}.{os.getpid()}.part"
-    try:
-        with open(beside, "wb") as file:
-            members |= {"state": np.array(text), "digest": np.array(_digest(text, members))}
-            np.savez_compressed(file, **members)  # type: ignore[arg-type]
-        os.replace(beside, path)
-    finally:
-        if os.path.exists(beside):
-            os.remove(beside)
+    members |= {"state": np.array(text), "digest": np.array(_digest(text, members))}
+    with Replacement(path) as file:
+        np.savez_compressed(file, **members)  # type: ignore[call-overload]
 
 
 def load(path: str | os.PathLike[str], memory: NDArray[np.uint8] | None = None) -> VM:
@@ -187,7 +183,9 @@ def _member(archive: zipfile.ZipFile, info: zipfile.ZipInfo, expected: tuple[Any
         if expected is not None:
             wanted = tuple(n if w is None else w for n, w in zip(shape, expected[1], strict=False))
             if dtype != expected[0] or shape != wanted or len(shape) != len(expected[1]):
-                raise ValueError(f"{info.filename}: {expected[0]}{list(expected[1])} expected, not {dtype}{list(shape)}")
+                raise ValueError(
+                    f"{info.filename}: {expected[0]}{list(expected[1])} expected, not {dtype}{list(shape)}"
+                )
         nbytes = dtype.itemsize * math.prod(shape)
         if nbytes != info.file_size - file.tell():
             raise ValueError(f"{info.filename}: {nbytes} bytes of data expected")

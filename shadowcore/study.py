@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import io
 import os
 import shlex
 from collections.abc import Callable, Iterable, Mapping
@@ -22,6 +23,7 @@ from .errors import ConfigError
 from .machine import VM
 from .recording import Recording, RecordingFile
 from .recordings import SUFFIX
+from .replacing import replace
 
 DEFAULT_DESIGNS = ("native", "flush", "cached")
 OPERATIONS = 1_000_000
@@ -460,10 +462,11 @@ def _counters(result: trace.ReplayResult | workload.WorkloadResult) -> dict[str,
 def write_csv(path: str | os.PathLike[str], rows: list[dict[str, Any]]) -> None:
     """Rows with one header line; fields that a row has not are left empty."""
     names = list(dict.fromkeys(name for row in rows for name in row))
-    with open(path, "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, names)
-        writer.writeheader()
-        writer.writerows(rows)
+    file = io.StringIO(newline="")
+    writer = csv.DictWriter(file, names)
+    writer.writeheader()
+    writer.writerows(rows)
+    replace(path, file.getvalue().encode("utf-8"))
 
 
 def _flat(plain: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
