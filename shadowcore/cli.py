@@ -5,6 +5,7 @@ Exit status: 0 done, 1 an audit found violations, 2 an error (one line says whic
 
 from __future__ import annotations
 
+import os
 import sys
 from typing import Any
 
@@ -27,6 +28,7 @@ class Commands(click.Group):
     def main(self, *args: Any, **kwargs: Any) -> Any:
         try:
             status = super().main(*args, **{**kwargs, "standalone_mode": False})
+            sys.stdout.flush()
         except click.Abort:
             _fail("interrupted", 130)
         except click.ClickException as error:
@@ -35,6 +37,12 @@ class Commands(click.Group):
             _fail(error.format_message().rstrip(".") + hint, 2)
         except (ShadowcoreError, MemoryError) as error:
             _fail(str(error) or type(error).__name__, 2)
+        except OSError as error:
+            # Files have errors of their own: this is standard output, which is not tried again when Python ends.
+            sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+            if isinstance(error, BrokenPipeError):
+                sys.exit(1)  # who read it has seen enough
+            _fail(f"{error.filename or 'standard output'}: it cannot be written: {error.strerror or error}", 2)
         sys.exit(status if isinstance(status, int) else 0)
 
 

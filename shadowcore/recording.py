@@ -271,7 +271,7 @@ class Recording:
         scalars = {name: np.uint64(getattr(self, name)) for name in _SCALARS}
         name = os.fspath(path)
         with Replacement(name if name.endswith(".npz") else f"{name}.npz") as file:
-            np.savez_compressed(file, **self.arrays, **scalars)  # type: ignore[call-overload]
+            np.savez_compressed(file, **self.arrays, **scalars)  # type: ignore[arg-type]
 
     def __repr__(self) -> str:
         return f"Recording({self.name!r}, {self.operations} records, {self.instructions} instructions)"

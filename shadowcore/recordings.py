@@ -310,6 +310,7 @@ class Writer:
         self.records = 0
         self.complete = False
         self.closed = False
+        self._failed: TraceError | None = None  # why there is no more room: what is written afterwards fails by it too
         self._block = block
         self._dtypes = {column: np.dtype(code) for column, code in STREAMS[stream].items()}
         self._pending: dict[str, list[NDArray[Any]]] = {column: [] for column in self._dtypes}
@@ -463,6 +464,8 @@ class Writer:
         self._began = self._process
 
     def _check_open(self) -> None:
+        if self._failed is not None:
+            raise self._failed
         if self.closed:
             raise ConfigError(f"{self.path}: the recording is closed")
 
@@ -497,7 +500,8 @@ class Writer:
         """Keep the blocks that were written whole, in a file marked as incomplete, and raise."""
         self.closed = True
         kept = False
-        while self._good and self._good[-1][2] and not kept:
+        # An archive that is closed, and could not be put in place, cannot be made shorter either.
+        while self._zip.fp is not None and self._good and self._good[-1][2] and not kept:
             offset, members, self.records = self._good[-1]
             del self._blocks[len(self._good) - 1 :]
             # The archive as it was then: the members after it are forgotten, the index comes in their place.
@@ -522,7 +526,8 @@ class Writer:
         if isinstance(error, OSError):
             what = f"{self.records:,} records are kept, marked as incomplete" if kept else "nothing is kept"
             expected = f"room for the recording expected: {error.strerror or error}; {what}"
-            raise TraceError(self.path, self.records + self._waiting, expected) from None
+            self._failed = TraceError(self.path, self.records + self._waiting, expected)
+            raise self._failed from None
         raise error
 
     def __enter__(self) -> Writer:

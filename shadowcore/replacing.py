@@ -9,14 +9,13 @@ import os
 import re
 import secrets
 import stat
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-try:
+if sys.platform != "win32":  # there a file that is open cannot be removed
     import fcntl
-except ImportError:  # Windows, where a file that is open cannot be removed
-    fcntl = None  # type: ignore[assignment]
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -120,7 +119,7 @@ class Replacement(io.RawIOBase):
         with self._named():
             if self.beside is not None:
                 os.fsync(self._raw.fileno())
-            if os.name == "nt":
+            if sys.platform == "win32":
                 self._raw.close()  # an open file has no other name there
             if self.beside is not None:
                 os.replace(self.beside, self._target)
@@ -130,7 +129,7 @@ class Replacement(io.RawIOBase):
 
     def discard(self) -> None:
         """Leave what was there as it is."""
-        if os.name == "nt":
+        if sys.platform == "win32":
             self.close()
         if self.beside is not None:
             self.beside.unlink(missing_ok=True)
@@ -162,7 +161,7 @@ def replace(path: str | os.PathLike[str], data: bytes) -> None:
 
 def _lock(raw: io.FileIO) -> bool | None:
     """Lock a file for as long as it is open; False if another one has it, None where there are no locks."""
-    if fcntl is None:
+    if sys.platform == "win32":
         return None
     try:
         fcntl.flock(raw.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -176,7 +175,7 @@ def _lock(raw: io.FileIO) -> bool | None:
 def _remove_left(path: Path) -> None:
     """Remove a file that nobody writes any more: one that is written is locked or, on Windows, cannot be removed."""
     with contextlib.suppress(OSError):
-        if fcntl is None:
+        if sys.platform == "win32":
             path.unlink()
             return
         with io.FileIO(path, "r+") as raw:
@@ -186,7 +185,7 @@ def _remove_left(path: Path) -> None:
 
 def _sync_directory(path: Path) -> None:
     """A name in a directory is durable when the directory is. Not every system can say so."""
-    if os.name == "nt":
+    if sys.platform == "win32":
         return
     with contextlib.suppress(OSError):
         handle = os.open(path, os.O_RDONLY)

@@ -50,8 +50,10 @@ RAM_MAX = 1 << 46
 
 
 def save(vm: VM, path: str | os.PathLike[str]) -> None:
-    """Write the state of `vm` to `path`, by way of a file beside it, so that a failure leaves an older one alone. OSError
-    where it cannot be written, or the disk is full."""
+    """Write the state of `vm` to `path`, by way of a file beside it, so that a failure leaves an older one alone.
+
+    OSError where it cannot be written, or the disk is full.
+    """
     members = _members(vm)
     state: dict[str, Any] = {
         "format": FORMAT,
@@ -69,7 +71,7 @@ def save(vm: VM, path: str | os.PathLike[str]) -> None:
     text = json.dumps(state, sort_keys=True)
     members |= {"state": np.array(text), "digest": np.array(_digest(text, members))}
     with Replacement(path) as file:
-        np.savez_compressed(file, **members)  # type: ignore[call-overload]
+        np.savez_compressed(file, **members)  # type: ignore[arg-type]
 
 
 def load(path: str | os.PathLike[str], memory: NDArray[np.uint8] | None = None) -> VM:

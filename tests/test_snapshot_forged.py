@@ -16,6 +16,7 @@ def loads(name, first, step):
     done = subprocess.run(command, capture_output=True, text=True, timeout=1800)
     lines = done.stdout.splitlines()
     assert lines, done.stderr
+    assert "without its file" not in lines[-1]
     assert lines[-1].startswith("done "), f"{lines[-1]}: status {done.returncode}, {done.stderr[-2000:]}"
     return lines
 
