@@ -92,12 +92,12 @@ cdef int boot_tables(sc_guest *g, int large_level, bint global_) noexcept nogil:
             return RC_NOMEM
     g.boot_end = g.fresh
     g.n_free = g.nframes - g.fresh
-    gpa = g.all_frames - (guest_span(g, 2) >> 12)
-    while gpa >= g.nframes:         # the lowest is given first
+    gpa = g.all_frames
+    while gpa > g.nframes:          # what is above are whole large pages; the lowest is given first
+        gpa -= guest_span(g, 2) >> 12
         g.next_free[gpa] = <u32>g.large_head
         g.large_head = gpa
         g.n_large += 1
-        gpa -= guest_span(g, 2) >> 12
     g.current = NO_PROCESS
     return RC_OK
 

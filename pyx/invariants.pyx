@@ -224,13 +224,13 @@ cdef void check_write_protection(sc_mmu *mmu, sc_audit *a) noexcept nogil:
 
 
 cdef inline bint _listed(const sc_mmu *mmu, u32 head, u32 spte) noexcept nogil:
-    """The list holds `spte`, with neighbours that agree."""
+    """The list holds `spte`, with neighbours that agree; one member stands in the head itself."""
     cdef u32 prev, next_
     if not head & LIST_MANY:
         return head == spte + 1
     prev = mmu.links[spte].prev
     next_ = mmu.links[spte].next
-    if prev > mmu.pool_pages * 512 or next_ > mmu.pool_pages * 512:
+    if prev > mmu.pool_pages * 512 or next_ > mmu.pool_pages * 512 or not (prev or next_):
         return False
     if prev:
         if mmu.links[prev - 1].next != spte + 1:

@@ -65,7 +65,7 @@ cdef class Memory:
                 raise ConfigError("slots: given twice, in memory and in slots")
             slots, memory = memory, None
         if slots is not None:
-            slots = _checked_slots(slots)
+            slots = checked_slots(slots)
             if memory is None:
                 memory = sum(slot.size for slot in slots)
         if isinstance(memory, np.ndarray):
@@ -205,7 +205,8 @@ cdef list _owners(object array):
     return found
 
 
-cdef tuple _checked_slots(object slots):
+def checked_slots(slots):
+    """The slots as a tuple; ConfigError unless they are MemorySlots that ascend, and no two overlap."""
     cdef list checked = []
     slots = tuple(slots)
     if not 1 <= len(slots) <= SC_MAX_SLOTS:

@@ -24,7 +24,7 @@ from shadowcore.types cimport (
 )
 from shadowcore.walker cimport guest_walk, rights_fault, sc_walk, shadow_walk
 
-from shadowcore.config import Shadow, check_int, design as checked_design
+from shadowcore.config import Shadow, check_int, check_ints, design as checked_design
 from shadowcore.errors import ConfigError, EngineError, PoolExhausted
 from shadowcore.memory import allocate
 
@@ -208,6 +208,9 @@ cdef void mmu_protect_slot(sc_mmu *mmu, int slot) noexcept nogil:
         request_flush(mmu, FLUSH_LOG)
 
 
+_COUNTS = ("n_free", "n_active", "n_pte4", "n_pte8")
+_LISTS = ("free_head", "young", "old")
+cdef object _WORD = 0xFFFFFFFFFFFFFFFF
 FLUSHES = ("protect", "zap", "zap_upper", "store", "withheld", "leaf", "link", "log", "cr3", "context", "invlpg")
 
 
@@ -517,17 +520,27 @@ cdef class Mmu:
         return state
 
     def import_state(self, dict state) -> None:
-        """Put back what export_state gave; the arrays and vcpus have to be put back with it."""
+        """Put back what export_state gave; the arrays and vcpus have to be put back with it.
+
+        ConfigError, and nothing changed, where a value is missing, or is none that the field can have. That the values
+        agree with each other and with the arrays is for `audit` to say.
+        """
         self.idle()
         cdef sc_mmu *c = &self.c
         cdef u64 *counters = <u64 *>&self.counters
-        cdef u64 number
-        (c.n_free, c.n_active, c.free_head, c.young, c.old, c.n_pte4, c.n_pte8, c.flush_epoch, c.spte_base) = [
-            state[name] for name in ("n_free", "n_active", "free_head", "young", "old", "n_pte4", "n_pte8",
-                                     "flush_epoch", "spte_base")]
-        if len(state["counters"]) != sizeof(sc_stats) // sizeof(u64):
-            raise ConfigError(f"counters: {len(state['counters'])} of them, not {sizeof(sc_stats) // sizeof(u64)}")
-        for i, number in enumerate(state["counters"]):
+        cdef list counted = check_ints("counters", state.get("counters"), sizeof(sc_stats) // sizeof(u64), _WORD)
+        cdef u32 none = SC_NONE
+        pages = [check_int(name, state.get(name), 0, c.pool_pages) for name in _COUNTS]
+        cdef list lists = []
+        for name in _LISTS:
+            page = state.get(name)
+            lists.append(none if page == none else check_int(name, page, 0, max(1, c.pool_pages) - 1))
+        words = [check_int(name, state.get(name), 0, _WORD) for name in ("flush_epoch", "spte_base")]
+        c.n_free, c.n_active, c.n_pte4, c.n_pte8 = pages
+        c.free_head, c.young, c.old = lists
+        c.flush_epoch, c.spte_base = words
+        memo_drop(c)
+        for i, number in enumerate(counted):
             counters[i] = number
 
     def protect_slot(self, slot) -> None:

@@ -12,8 +12,8 @@ from shadowcore.bits cimport (
     CR0_CD, CR0_NW, CR0_PE, CR0_WP, CR4_FSGSBASE, CR4_LA57, CR4_OSXSAVE, CR4_PAE, CR4_PCIDE, CR4_PGE, CR4_PKE, CR4_PSE,
     CR4_SMAP, CR4_SMEP, CR4_UMIP, EFER_LMA, EFER_LME, EFER_NXE, EFER_SCE, cr0_ignored, cr0_kept, cr0_pg, pte_addr,
 )
-from shadowcore.events cimport EXIT_CR0, EXIT_CR3, EXIT_CR4, EXIT_EFER
-from shadowcore.memory cimport mem_guest_frame
+from shadowcore.events cimport EXIT_CR0, EXIT_CR3, EXIT_CR4, EXIT_EFER, sc_stats
+from shadowcore.memory cimport mem_guest_frame, sc_mem
 from shadowcore.mmu cimport mmu_new_cr3, mmu_reset
 from shadowcore.state cimport (
     FEAT_FSGSBASE, FEAT_GBPAGES, FEAT_LA57, FEAT_NX, FEAT_PCID, FEAT_PKU, FEAT_PSE36, FEAT_SMAP, FEAT_SMEP, FEAT_UMIP,
@@ -99,6 +99,30 @@ cdef void vcpu_init(sc_mmu *mmu, sc_vcpu *v) noexcept nogil:
         v.roots[slot] = SC_NONE
     vcpu_apply(v)
     mmu_reset(mmu, v)
+
+
+cdef bint registers_possible(const sc_vcpu *v) noexcept nogil:
+    """Loads of registers can lead to what `v` has in them: they are made, on a processor without memory."""
+    cdef sc_mmu mmu
+    cdef sc_mem mem
+    cdef sc_stats stats
+    cdef sc_vcpu other
+    memset(&mmu, 0, sizeof(mmu))
+    memset(&mem, 0, sizeof(mem))
+    memset(&stats, 0, sizeof(stats))
+    memset(&other, 0, sizeof(other))
+    mmu.mem = &mem
+    mmu.stats = &stats
+    other.features = v.features
+    other.maxphyaddr = v.maxphyaddr
+    vcpu_init(&mmu, &other)
+    # What is in CR3, and in the PAE root entries, may be from another mode.
+    if v.cr3 >> v.maxphyaddr or not pdptes_valid(v.guest.pdpte, v.maxphyaddr):
+        return False
+    if (load_efer(&mmu, &other, v.efer) != RC_OK or load_cr4(&mmu, &other, v.cr4 & ~<u64>CR4_PCIDE) != RC_OK
+            or load_cr0(&mmu, &other, v.cr0) != RC_OK or load_cr4(&mmu, &other, v.cr4) != RC_OK):
+        return False
+    return other.cr0 == v.cr0 and other.cr4 == v.cr4 and other.efer == v.efer
 
 
 cdef int load_cr0(sc_mmu *mmu, sc_vcpu *v, u64 value) noexcept nogil:

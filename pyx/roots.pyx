@@ -57,20 +57,35 @@ cdef bint root_wanted(const sc_mmu *mmu, const sc_vcpu *v, int slot) noexcept no
             or mmu.quirks & QUIRK_ABSENT_PDPTES)
 
 
-cdef u32 root_load(sc_mmu *mmu, sc_vcpu *v, int slot) noexcept nogil:
-    """Put root number `slot` in place and pin it; SC_NONE when the pool has no page left for it."""
+cdef inline u32 _root_key(const sc_mmu *mmu, const sc_vcpu *v, int slot, u64 *gfn) noexcept nogil:
+    """The key of the page that root number `slot` has to be, by the registers: its role, and its gfn."""
     cdef const sc_paging *g = &v.guest
     cdef u64 va = <u64>slot << 30
     cdef int level = g.mode if g.mode >= MODE_64 else 2
-    cdef u32 page
     if not mmu.keep:
-        page = pool_get(mmu, linear_gfn(v, va, level), make_role(mmu, v, va, level, True, ACC_ALL))
+        gfn[0] = linear_gfn(v, va, level)
     elif g.mode == MODE_OFF:
-        page = pool_get(mmu, 0, make_role(mmu, v, va, level, True, ACC_ALL))
+        gfn[0] = 0
     elif g.mode == MODE_PAE:
-        page = pool_get(mmu, (g.pdpte[slot] & pte_addr()) >> 12, make_role(mmu, v, va, level, False, ACC_ALL))
+        gfn[0] = (g.pdpte[slot] & pte_addr()) >> 12
     else:
-        page = pool_get(mmu, g.root >> 12, make_role(mmu, v, va, level, False, ACC_ALL))
+        gfn[0] = g.root >> 12
+    return make_role(mmu, v, va, level, not mmu.keep or g.mode == MODE_OFF, ACC_ALL)
+
+
+cdef bint root_fits(const sc_mmu *mmu, const sc_vcpu *v, int slot, u32 page) noexcept nogil:
+    """`page`, which exists, is what the registers ask for as root number `slot`."""
+    cdef u64 gfn
+    cdef u32 role = _root_key(mmu, v, slot, &gfn)
+    return (root_wanted(mmu, v, slot) and mmu.pages[page].active and mmu.pages[page].gfn == gfn
+            and mmu.pages[page].role == role)
+
+
+cdef u32 root_load(sc_mmu *mmu, sc_vcpu *v, int slot) noexcept nogil:
+    """Put root number `slot` in place and pin it; SC_NONE when the pool has no page left for it."""
+    cdef u64 gfn
+    cdef u32 role = _root_key(mmu, v, slot, &gfn)
+    cdef u32 page = pool_get(mmu, gfn, role)
     if page == SC_NONE:
         return SC_NONE
     mmu.pages[page].root_count += 1

@@ -14,19 +14,22 @@ from shadowcore.bits cimport PTE_P, is_canonical
 from shadowcore.memo cimport sc_memo
 from shadowcore.memory cimport mem_pool_hpa
 from shadowcore.mmu cimport Mmu
-from shadowcore.registers cimport load_ac, load_cr0, load_cr3, load_cr4, load_efer, load_pkru, vcpu_apply, vcpu_init
+from shadowcore.registers cimport (
+    load_ac, load_cr0, load_cr3, load_cr4, load_efer, load_pkru, registers_possible, vcpu_apply, vcpu_init,
+)
+from shadowcore.roots cimport root_fits
 from shadowcore.state cimport (
     FEAT_FSGSBASE, FEAT_GBPAGES, FEAT_LA57, FEAT_NX, FEAT_PCID, FEAT_PKU, FEAT_PSE36, FEAT_SMAP, FEAT_SMEP, FEAT_UMIP,
     FEAT_XSAVE, SC_MAX_VCPUS, memo_drop, sc_mmu, sc_vcpu,
 )
 from shadowcore.tlb cimport TLB_PAGES, TLB_SIZES, sc_tlb, sc_tlb_entry, tlb_valid
 from shadowcore.types cimport (
-    ACC_U, ACC_W, ACC_X, MODE_32, MODE_64, MODE_LA57, MODE_OFF, PF_I, PF_U, PF_W, RC_AUDIT, RC_GP, RC_MMIO, RC_OK,
-    RC_PF, SC_NONE, u32, u64,
+    ACC_ALL, ACC_U, ACC_W, ACC_X, MODE_32, MODE_64, MODE_LA57, MODE_OFF, PF_I, PF_U, PF_W, RC_AUDIT, RC_GP, RC_MMIO,
+    RC_OK, RC_PF, SC_NONE, u32, u64,
 )
 from shadowcore.walker cimport probe_walk, sc_walk, walk_index
 
-from shadowcore.config import TLB, Features, check_int, taken
+from shadowcore.config import TLB, Features, check_int, check_ints, taken
 from shadowcore.errors import ConfigError, GeneralProtection, MMIOAccess, PageFault
 from shadowcore.memory import allocate
 
@@ -151,6 +154,29 @@ cdef u32 _size(object size) except 0:
     raise ConfigError(f"size: {size!r} is not 1, 2, 4, 8 or 16")
 
 
+cdef tuple _SHIFTS = ((12,), (21, 22), (30,))      # by class of sc_tlb.entry
+
+
+cdef u32 _held(const sc_mmu *mmu, const sc_vcpu *own, u32 page) noexcept nogil:
+    """Root slots that hold `page`, if the vcpu of that number has those of `own`."""
+    cdef const sc_vcpu *v
+    cdef u32 i, slot
+    cdef u32 held = 0
+    for i in range(mmu.n_vcpus):
+        v = own if i == own.number else mmu.vcpus[i]
+        for slot in range(4):
+            held += v.roots[slot] == page
+    return held
+
+
+def tlb_sizes(tlb) -> list:
+    """Bytes of each of VCpu.tlb_arrays, for a TLB of these settings (None: there are none)."""
+    if tlb is None:
+        return []
+    header = sizeof(sc_tlb) - <size_t>&(<sc_tlb *>NULL).clock
+    return [header, *[max(1, entries) * sizeof(sc_tlb_entry) for entries, _ in tlb.geometry]]
+
+
 cdef class VCpu:
     """A virtual processor. Assigning a register is the instruction that loads it, with its exits and faults.
 
@@ -194,22 +220,50 @@ cdef class VCpu:
                 "roots": [c.roots[i] for i in range(4)], "flood_gfn": c.flood_gfn, "flood_count": c.flood_count}
 
     def import_state(self, dict state) -> None:
-        """Put back what export_state gave, without the side effects of register loads."""
-        cdef sc_vcpu *c = &self.c
+        """Put back what export_state gave, without the side effects of register loads.
+
+        ConfigError, and nothing changed, where a value is missing or is none that the register can have, where no loads
+        lead to these registers, or where a root is not the page that they ask for, or no page that is held as a root.
+        """
+        cdef sc_vcpu c = self.c
+        cdef u32 none = SC_NONE
+        cdef u32 page
+        cdef bint ac
         self.mmu.idle()
-        (c.cr0, c.cr2, c.cr3, c.cr4, c.efer, c.guest.pkru, c.cpl, c.flood_gfn, c.flood_count) = [
-            state[name] for name in ("cr0", "cr2", "cr3", "cr4", "efer", "pkru", "cpl", "flood_gfn", "flood_count")]
-        c.guest.ac = bool(state["ac"])
-        for i in range(4):
-            c.guest.pdpte[i] = state["pdptes"][i]
-            c.roots[i] = state["roots"][i]
-        vcpu_apply(c)
-        memo_drop(&self.mmu.c)
+        c.cr0, c.cr2, c.cr3, c.cr4, c.efer, c.flood_gfn = [
+            check_int(name, state.get(name), 0, _WORD) for name in ("cr0", "cr2", "cr3", "cr4", "efer", "flood_gfn")]
+        c.guest.pkru, c.flood_count = [
+            check_int(name, state.get(name), 0, 0xFFFFFFFF) for name in ("pkru", "flood_count")]
+        cpl = check_int("cpl", state.get("cpl"), 0, 3)
+        if cpl not in (0, 3):
+            raise ConfigError(f"cpl: {cpl} is not 0 or 3")
+        c.cpl = cpl
+        if not isinstance(state.get("ac"), bool):
+            raise ConfigError(f"ac: a bool is needed, not {state.get('ac')!r:.60}")
+        ac = state["ac"]
+        c.guest.ac = ac
+        for i, value in enumerate(check_ints("pdptes", state.get("pdptes"), 4, _WORD)):
+            c.guest.pdpte[i] = value
+        for i, value in enumerate(check_ints("roots", state.get("roots"), 4, none)):
+            c.roots[i] = value
+        if not registers_possible(&c):
+            raise ConfigError(f"cr0, cr3, cr4, efer, pdptes: no loads lead to cr0={c.cr0:#x}, cr3={c.cr3:#x}, "
+                              f"cr4={c.cr4:#x}, efer={c.efer:#x}, pdptes={state['pdptes']}")
+        vcpu_apply(&c)
         c.hw.root = 0
         for i in range(4):
-            c.hw.pdpte[i] = 0 if c.roots[i] == SC_NONE else mem_pool_hpa(c.roots[i]) | PTE_P
-            if c.roots[i] != SC_NONE:
-                c.hw.root = mem_pool_hpa(c.roots[i])
+            page = c.roots[i]
+            c.hw.pdpte[i] = 0
+            if page == SC_NONE:
+                continue
+            if page >= self.mmu.c.pool_pages or not root_fits(&self.mmu.c, &c, i, page):
+                raise ConfigError(f"roots: page {page} is not the root that the registers ask for")
+            if _held(&self.mmu.c, &c, page) > self.mmu.c.pages[page].root_count:
+                raise ConfigError(f"roots: page {page} is not held as a root so often")
+            c.hw.pdpte[i] = mem_pool_hpa(page) | PTE_P
+            c.hw.root = mem_pool_hpa(page)
+        self.c = c
+        memo_drop(&self.mmu.c)
 
     @property
     def tlb_arrays(self) -> list:
@@ -222,7 +276,7 @@ cdef class VCpu:
         return [self._tlb[0][<size_t>&t.clock - <size_t>t:], *self._tlb[1:]]
 
     def tlb_is_sane(self) -> bool:
-        """Every number in the TLB that is used as one (page size, PCID, position) is one that exists."""
+        """Every number in the TLB that is used as one (page size, PCID, rights, key, position) is one that exists."""
         cdef sc_tlb *t = self.c.tlb
         cdef sc_tlb_entry *e
         cdef u64 i
@@ -231,7 +285,7 @@ cdef class VCpu:
         for size in range(TLB_SIZES):
             for i in range(<u64>t.sets[size] * t.ways[size]):
                 e = &t.entry[size][i]
-                if e.page & 1 and (e.shift not in (12, 21, 22, 30) or e.pcid > 4095):
+                if e.page & 1 and (e.shift not in _SHIFTS[size] or e.pcid > 4095 or e.access > ACC_ALL or e.pkey > 15):
                     return False
         return t.due_next < TLB_PAGES
 

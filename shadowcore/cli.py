@@ -30,6 +30,7 @@ class Commands(click.Group):
     def main(self, *args: Any, **kwargs: Any) -> Any:
         try:
             status = super().main(*args, **{**kwargs, "standalone_mode": False})
+            sys.stdout.flush()
         except click.Abort:
             _fail("interrupted", 130)
         except click.ClickException as error:

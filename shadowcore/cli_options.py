@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 import click
 
 from . import settings
-from .config import DESIGNS
+from .config import DESIGNS, POOL_MAX
 from .costs import PRESETS
 from .errors import ConfigError
 
@@ -179,7 +179,7 @@ JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON instead 
 RECORDING = click.argument("recording", required=False, metavar="[RECORDING]")
 POOL = click.option(
     "--pool",
-    type=click.IntRange(4, 1 << 22),
+    type=click.IntRange(4, POOL_MAX),
     metavar="N",
     help="Shadow pages in the pool, 4096 bytes each; native has none.  [default: 256]",
 )

@@ -9,6 +9,7 @@ import click
 
 from .cli_options import JSON, Output, apart, command
 from .errors import ConfigError
+from .replacing import replace
 
 
 @command()
@@ -30,7 +31,7 @@ def reproduce(write: str | None, check: str | None, as_json: bool) -> None:
     text = reproduction.page(found)
     try:
         if write is not None:
-            Path(write).write_text(text, "utf-8")
+            replace(write, text.encode("utf-8"))
         if check is not None and Path(check).read_text("utf-8") != text:
             raise ConfigError(f"{check}: it is not what `shadowcore reproduce --write {check}` makes today")
     except OSError as error:

@@ -15,6 +15,8 @@ from .errors import ConfigError
 
 PAGE_SIZE = 4096
 T = TypeVar("T")
+POOL_MAX = (1 << 22) - 1
+"""Pages of a shadow pool at most: the number of an spte, plus one, has 31 bits, as lists of sptes need it."""
 _UNITS = {"": 1, "b": 1, "kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30, "tib": 1 << 40}
 
 
@@ -217,14 +219,14 @@ class Shadow:
     quirks: Quirk = Quirk.NONE
 
     def __post_init__(self) -> None:
-        min_free, threshold = check_int("min_free", self.min_free, 0, 1 << 22), self.flood_threshold
+        min_free, threshold = check_int("min_free", self.min_free, 0, POOL_MAX), self.flood_threshold
         _plain(
             self,
             name=_check_name(self.name),
             keep=check_bool("keep", self.keep),
-            pool_pages=check_int("pool_pages", self.pool_pages, 4, 1 << 22),
+            pool_pages=check_int("pool_pages", self.pool_pages, 4, POOL_MAX),
             min_free=min_free,
-            refill=check_int("refill", self.refill, min_free, 1 << 22),
+            refill=check_int("refill", self.refill, min_free, POOL_MAX),
             flood_threshold=None if threshold is None else check_int("flood_threshold", threshold, 1, 1 << 31),
             flood_reset=check_bool("flood_reset", self.flood_reset),
             quirks=_quirks(self.quirks, Quirk.KVM_2007),
@@ -333,6 +335,13 @@ def _check_name(value: object) -> str:
     if not isinstance(value, str):
         raise ConfigError(f"name: a text is needed, not {value!r:.60}")
     return str.__str__(value)
+
+
+def check_ints(name: str, values: object, count: int, high: int) -> list[int]:
+    """`values`, a list or tuple, as `count` ints within [0, high], or ConfigError that names the field."""
+    if not isinstance(values, (list, tuple)) or len(values) != count:
+        raise ConfigError(f"{name}: a list of {count} numbers is needed, not {values!r:.60}")
+    return [check_int(name, value, 0, high) for value in values]
 
 
 def parse_size(size: object, name: str = "memory") -> int:

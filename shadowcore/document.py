@@ -1,49 +1,20 @@
-"""A study in plain types, as reports write it; and files that are replaced as a whole."""
+"""A study in plain types, as reports write it."""
 
 from __future__ import annotations
 
 import math
-import os
-import tempfile
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ._version import __version__
-from .config import check_path
 
 WINDOWS = 320
 """Windows of a design that a file holds, at most: neighbours are added up until there are no more."""
 ROWS = 32
 """Address spaces that have a row of their own: those with most accesses."""
-
-
-def replace(path: str | os.PathLike[str], data: bytes) -> None:
-    """Write a file by way of one beside it: what was there stays if anything fails. OSError names `path`."""
-    target = Path(check_path(path))
-    beside: str | None = None
-    try:
-        if target.exists() and not target.is_file():
-            # A terminal, a pipe, /dev/stdout: nothing to keep; a directory refuses.
-            target.write_bytes(data)
-            return
-        target = target.resolve()  # through a link, to what it stands for
-        handle, beside = tempfile.mkstemp(prefix=f".{target.name[:80]}.", suffix=".partial", dir=target.parent)
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-            mask = os.umask(0)
-            os.umask(mask)
-            os.fchmod(file.fileno(), 0o666 & ~mask)
-        os.replace(beside, target)
-        beside = None
-    except OSError as error:
-        raise type(error)(error.errno, error.strerror, os.fspath(path)) from None
-    finally:
-        if beside is not None:
-            Path(beside).unlink(missing_ok=True)
 
 
 def document(study: Any, windows: int = WINDOWS, heat: Mapping[str, Any] | None = None) -> dict[str, Any]:

@@ -17,11 +17,12 @@ from numpy.typing import NDArray
 
 from . import plots
 from ._version import __version__
-from .document import WINDOWS, document, edges, replace
+from .document import WINDOWS, document, edges
 from .errors import ConfigError
 from .heat import heat, of_workload
 from .recording import Recording, RecordingFile
 from .recordings import INCOMPLETE
+from .replacing import replace
 
 __all__ = ["LARGEST", "heat", "of_workload", "write"]
 

@@ -8,6 +8,7 @@ from typing_extensions import disjoint_base
 from .config import MemorySlot
 
 def allocate(nbytes: int, huge: bool = False) -> NDArray[np.uint8]: ...
+def checked_slots(slots: Sequence[MemorySlot]) -> tuple[MemorySlot, ...]: ...
 
 @disjoint_base
 class Memory:

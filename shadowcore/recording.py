@@ -36,6 +36,7 @@ from . import npy
 from .config import check_int, check_path
 from .errors import TraceError
 from .recordings import GUEST, SUFFIX, Reader, Writer, is_recording
+from .replacing import Replacement
 
 BUNDLED = "linux-fork"
 """The recording that ships with the package: Debian's 6.1 kernel, boot and 60 shell pipelines."""
@@ -258,7 +259,9 @@ class Recording:
         scalars: dict[str, Any] = {name: np.uint64(getattr(self, name)) for name in _SCALARS}
         if not self.complete:
             scalars["complete"] = np.bool_(False)
-        np.savez_compressed(path, **self.arrays, **scalars)  # type: ignore[arg-type]
+        name = os.fspath(path)
+        with Replacement(name if name.endswith(".npz") else f"{name}.npz") as file:
+            np.savez_compressed(file, **self.arrays, **scalars)  # type: ignore[arg-type]
 
     def __repr__(self) -> str:
         return f"Recording({self.name!r}, {self.operations} records, {self.instructions} instructions)"

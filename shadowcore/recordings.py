@@ -30,6 +30,7 @@ from . import npy
 from ._version import __version__
 from .config import Features, check_path
 from .errors import ConfigError, TraceError
+from .replacing import Replacement
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -250,41 +251,6 @@ def _from_npy(data: bytes) -> NDArray[Any]:
 # -- writing ---------------------------------------------------------------------------------------------
 
 
-class _Output(io.RawIOBase):
-    """A file whose `write` writes all or raises: without a buffer, it is known what stands in it after a failure."""
-
-    def __init__(self, path: Path_) -> None:
-        super().__init__()
-        self._raw = io.FileIO(check_path(path), "w+")
-
-    def write(self, data: Any, /) -> int:
-        view = memoryview(data).cast("B")
-        done = 0
-        while done < len(view):
-            done += self._raw.write(view[done:]) or 0
-        return len(view)
-
-    def writable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return self._raw.seekable()
-
-    def seek(self, offset: int, whence: int = 0, /) -> int:
-        return self._raw.seek(offset, whence)
-
-    def tell(self) -> int:
-        return self._raw.tell()
-
-    def truncate(self, size: int | None = None, /) -> int:
-        return self._raw.truncate(size)
-
-    def close(self) -> None:
-        if hasattr(self, "_raw"):  # else the path could not be opened
-            self._raw.close()
-        super().close()
-
-
 class Writer:
     """Writes a recording: a context manager, whose end completes the file.
 
@@ -324,6 +290,7 @@ class Writer:
         self.records = 0
         self.complete = False
         self.closed = False
+        self._failed: TraceError | None = None  # why there is no more room: what is written afterwards fails by it too
         self._block = block
         self._dtypes = {column: np.dtype(code) for column, code in STREAMS[stream].items()}
         self._pending: dict[str, list[NDArray[Any]]] = {column: [] for column in self._dtypes}
@@ -350,10 +317,8 @@ class Writer:
             header["machine"] = {key: int(getattr(cpu, key)) for key in MACHINE}
             header["machine"] |= {"memory": len(vm.memory.bytes), "vcpus": len(vm.vcpus)}
         text = json.dumps(header, indent=1)
-        self._replaces = not self.path.exists() or self.path.is_file()
-        self._partial = self.path.with_name(self.path.name + ".partial") if self._replaces else self.path
         try:
-            self._file = _Output(self._partial)
+            self._file = Replacement(path, fixed=True)
         except OSError as error:
             raise TraceError(path, None, f"a file that can be written expected: {error.strerror}") from None
         try:
@@ -481,6 +446,8 @@ class Writer:
         self._began = self._process
 
     def _check_open(self) -> None:
+        if self._failed is not None:
+            raise self._failed
         if self.closed:
             raise ConfigError(f"{self.path}: the recording is closed")
 
@@ -509,9 +476,7 @@ class Writer:
 
     def _finish(self, complete: bool) -> None:
         self._zip.close()
-        self._file.close()
-        if self._replaces:
-            os.replace(self._partial, self.path)
+        self._file.commit()
         self.closed = True
         self.complete = complete
 
@@ -519,7 +484,8 @@ class Writer:
         """Keep the blocks that were written whole, in a file marked as incomplete, and raise."""
         self.closed = True
         kept = False
-        while self._good and self._good[-1][2] and not kept:
+        # An archive that is closed, and could not be put in place, cannot be made shorter either.
+        while self._zip.fp is not None and self._good and self._good[-1][2] and not kept:
             offset, members, self.records = self._good[-1]
             del self._blocks[len(self._good) - 1 :]
             # The archive as it was then: the members after it are forgotten, the index comes in their place.
@@ -544,7 +510,8 @@ class Writer:
         if isinstance(error, OSError):
             what = f"{self.records:,} records are kept, marked as incomplete" if kept else "nothing is kept"
             expected = f"room for the recording expected: {error.strerror or error}; {what}"
-            raise TraceError(self.path, self.records + self._waiting, expected) from None
+            self._failed = TraceError(self.path, self.records + self._waiting, expected)
+            raise self._failed from None
         raise error
 
     def __enter__(self) -> Writer:
@@ -566,9 +533,7 @@ class Writer:
     def _discard(self) -> None:
         self.records = 0
         self._zip.fp = None  # the archive is closed without an index of its own
-        self._file.close()
-        if self._replaces:
-            self._partial.unlink(missing_ok=True)
+        self._file.discard()
 
 
 def _check_machine(vm: VM) -> None:

@@ -4,6 +4,7 @@ from shadowcore.types cimport u64
 
 cdef void vcpu_apply(sc_vcpu *v) noexcept nogil
 cdef void vcpu_init(sc_mmu *mmu, sc_vcpu *v) noexcept nogil
+cdef bint registers_possible(const sc_vcpu *v) noexcept nogil
 cdef int load_cr0(sc_mmu *mmu, sc_vcpu *v, u64 value) noexcept nogil
 cdef int load_cr3(sc_mmu *mmu, sc_vcpu *v, u64 value) noexcept nogil
 cdef int load_cr4(sc_mmu *mmu, sc_vcpu *v, u64 value) noexcept nogil

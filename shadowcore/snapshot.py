@@ -10,17 +10,25 @@ import dataclasses
 import hashlib
 import json
 import os
-from typing import TYPE_CHECKING, Any
+import zipfile
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
+from . import npy
 from .config import TLB, Features, MemorySlot, Native, Quirk, Shadow, check_path
 from .errors import SnapshotError
+from .memory import checked_slots
+from .mmu import FRAME_DTYPE, LINK_DTYPE, PAGE_DTYPE
+from .replacing import Replacement
+from .vcpu import tlb_sizes
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from .machine import VM
+
+T = TypeVar("T")
 
 FORMAT = "shadowcore VM"
 VERSION = 1
@@ -28,14 +36,22 @@ VERSION = 1
 NONE = 0xFFFFFFFF
 LIST_MANY = 0x80000000
 _ARRAYS = ("table", "pages", "frames", "links", "hash")
-_RAM_MAX = 1 << 47
-"""Bytes that a process of a 64-bit host can have at most: no VM with more was saved."""
 _UNFIT = (KeyError, ValueError, TypeError, OverflowError, IndexError, AttributeError)
 """What making a VM of a state raises that does not fit together."""
+_STRUCTURAL = ("I3", "I4", "I5", "I6", "I7")
+"""Invariants that the engine relies on wherever it follows an index. The others depend on the guest's tables, which
+somebody may have written behind its back."""
+RATIO = 1100
+"""Bytes that one byte of an archive can unpack to, and a little more: deflate reaches 1032."""
+RAM_MAX = 1 << 46
+"""Bytes of RAM of a VM: more than any host maps for a process."""
 
 
 def save(vm: VM, path: str | os.PathLike[str]) -> None:
-    """Write the state of `vm` to `path`, by way of a file beside it, so that a failure leaves an older one alone."""
+    """Write the state of `vm` to `path`, by way of a file beside it, so that a failure leaves an older one alone.
+
+    OSError where it cannot be written, or the disk is full.
+    """
     path = check_path(path)
     members = _members(vm)
     state: dict[str, Any] = {
@@ -47,40 +63,53 @@ def save(vm: VM, path: str | os.PathLike[str]) -> None:
         "design": {"kind": type(vm.mmu.design).__name__, **dataclasses.asdict(vm.mmu.design)},
         "features": dataclasses.asdict(vm.features),
         "tlb": None if vm.tlb is None else dataclasses.asdict(vm.tlb),
+        "violations": vm.audit().count,
         "mmu": vm.mmu.export_state(),
         "vcpus": [cpu.export_state() for cpu in vm.vcpus],
     }
     text = json.dumps(state, sort_keys=True)
-    beside = f"{os.fspath(path)}.{os.getpid()}.part"
-    try:
-        with open(beside, "wb") as file:
-            members |= {"state": np.array(text), "digest": np.array(_digest(text, members))}
-            np.savez_compressed(file, **members)  # type: ignore[arg-type]
-        os.replace(beside, path)
-    finally:
-        if os.path.exists(beside):
-            os.remove(beside)
+    members |= {"state": np.array(text), "digest": np.array(_digest(text, members))}
+    with Replacement(path) as file:
+        np.savez_compressed(file, **members)  # type: ignore[arg-type]
 
 
 def load(path: str | os.PathLike[str], memory: NDArray[np.uint8] | None = None) -> VM:
     """A VM that continues bit for bit as the saved one would. SnapshotError for a file that is not whole and sound.
 
-    memory: an array of the right size for its RAM, which is overwritten. ConfigError if it is none.
+    memory: an array of the right size for its RAM, which is overwritten. ConfigError if it is none. MemoryError where
+    the host has no room. What the file makes it do is bounded by the size of the file.
     """
+    from .machine import VM
+
     path = check_path(path)
-    state, members = _read(path)
     try:
-        vm = _machine(state, memory)
+        state, members = _read(path)
+        slots, mmu, features, tlb, vcpus = _settings(state)
+    except _UNFIT as error:
+        raise _unfit(path, error) from None
+    if memory is None:
+        vm = VM(slots, mmu, vcpus, tlb, features=features)
+    else:
+        vm = VM(memory, mmu, vcpus, tlb, features=features, slots=slots)
+    try:
         _restore(vm, state, members, memory is None)
     except _UNFIT as error:
-        if isinstance(error, SnapshotError):
-            raise SnapshotError(path, error.expected) from None
-        raise SnapshotError(path, f"a state that a VM can have expected: {error}") from None
+        raise _unfit(path, error) from None
     report = vm.audit()
-    structural = [v for v in report.violations if v.invariant in ("I4", "I5", "I6", "I7")]
+    structural = [v for v in report.violations if v.invariant in _STRUCTURAL]
     if structural:
         raise SnapshotError(path, f"a sound shadow structure expected: {structural[0]}")
+    if report.count != state.get("violations", 0):
+        first = f": {report.violations[0]}" if report.violations else ""
+        expected = f"as many violations of invariants as the file says expected, there are {report.count}{first}"
+        raise SnapshotError(path, expected)
     return vm
+
+
+def _unfit(path: str | os.PathLike[str], error: Exception) -> SnapshotError:
+    if isinstance(error, SnapshotError):
+        return SnapshotError(path, error.expected)
+    return SnapshotError(path, f"a state that a VM can have expected: {error}")
 
 
 def _members(vm: VM) -> dict[str, NDArray[Any]]:
@@ -111,88 +140,135 @@ def _digest(text: str, members: dict[str, NDArray[Any]]) -> str:
 
 
 def _read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, NDArray[Any]]]:
+    """The state, and the arrays that it asks for. Types and sizes are compared before an array is read: no file makes
+    more memory needed than its own bytes can unpack to."""
     try:
-        with np.load(path, allow_pickle=False) as archive:
-            members = {name: archive[name] for name in archive.files}
-        text, digest = str(members.pop("state")), str(members.pop("digest"))
-        state = json.loads(text)
+        with open(path, "rb") as file, zipfile.ZipFile(file) as archive:
+            npy.check_members(archive)
+            infos = {info.filename.removesuffix(".npy"): info for info in archive.infolist()}
+            for info in infos.values():
+                if info.file_size > RATIO * info.compress_size:
+                    raise ValueError(f"{info.filename} cannot hold {info.file_size} bytes")
+            texts = [str(_member(archive, infos.pop(name))) for name in ("state", "digest")]
+            state = json.loads(texts[0])
+            if not isinstance(state, dict) or state.get("format") != FORMAT:
+                raise SnapshotError(path, "a saved VM expected, this is something else")
+            if state.get("version") != VERSION:
+                raise SnapshotError(path, f"version {VERSION} of the format expected, not {state.get('version')!r}")
+            expected = _expected(state)
+            if set(infos) != set(expected):
+                raise SnapshotError(path, f"arrays {sorted(expected)} expected, not {sorted(infos)}")
+            members = {name: _member(archive, info, expected[name]) for name, info in infos.items()}
+    except SnapshotError:
+        raise
     except MemoryError:
         raise
-    except FileNotFoundError as error:
-        raise SnapshotError(path, f"a readable file expected: {error.strerror}") from None
+    except OSError as error:
+        raise SnapshotError(path, f"a readable file expected: {error.strerror or error}") from None
     except Exception as error:  # numpy and zipfile raise a dozen kinds for a damaged file
         raise SnapshotError(path, f"a saved VM expected: {error}") from None
-    if not isinstance(state, dict) or state.get("format") != FORMAT:
-        raise SnapshotError(path, "a saved VM expected, this is something else")
-    if state.get("version") != VERSION:
-        raise SnapshotError(path, f"version {VERSION} of the format expected, not {state.get('version')!r}")
-    if _digest(text, members) != digest:
+    if _digest(texts[0], members) != texts[1]:
         raise SnapshotError(path, "the file was altered: its digest is not that of its contents")
     return state, members
 
 
-def _machine(state: dict[str, Any], memory: NDArray[np.uint8] | None) -> VM:
-    from .machine import VM
+def _member(archive: zipfile.ZipFile, info: zipfile.ZipInfo, expected: tuple[Any, ...] | None = None) -> NDArray[Any]:
+    """An array. expected: its type and shape, where None stands for any number."""
+    array = npy.parse(archive.read(info))
+    if expected is not None:
+        wanted = tuple(n if w is None else w for n, w in zip(array.shape, expected[1], strict=False))
+        if array.dtype != expected[0] or array.shape != wanted or array.ndim != len(expected[1]):
+            raise ValueError(
+                f"{info.filename}: {expected[0]}{list(expected[1])} expected, not {array.dtype}{list(array.shape)}"
+            )
+    return array
 
+
+def _plain(cls: type[T], given: Any, **found: Any) -> T:
+    """Settings of class `cls` from a dict of plain values of the same types as its defaults."""
+    defaults = {field.name: field.default for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    for name, value in given.items():
+        kind = type(defaults[name])
+        if name not in found and type(value) is not kind and not (value is None and name == "flood_threshold"):
+            raise ValueError(f"{name}: {kind.__name__} expected, not {value!r:.60}")
+    return cls(**{**given, **found})
+
+
+def _settings(state: dict[str, Any]) -> tuple[list[MemorySlot], Native | Shadow, Features, TLB | None, int]:
+    """What a VM is made of. _UNFIT for what cannot be."""
     design = dict(state["design"])
-    kind = design.pop("kind")
-    quirks = Quirk(design.pop("quirks", 0))
-    mmu: Native | Shadow = Native(quirks) if kind == "Native" else Shadow(**design, quirks=quirks)
-    slots = [
-        MemorySlot(gpa, size, dirty_log=number in state["logged"]) for number, (gpa, size) in enumerate(state["slots"])
-    ]
-    if sum(int(slot.size) for slot in slots) > _RAM_MAX:  # less, where the host has no room, is its MemoryError
-        raise SnapshotError("", f"RAM of {_RAM_MAX:#x} bytes at most expected")
-    tlb = None if state["tlb"] is None else TLB(**state["tlb"])
-    features = Features(**state["features"])
-    if memory is None:
-        return VM(slots, mmu, len(state["vcpus"]), tlb, features=features)
-    return VM(memory, mmu, len(state["vcpus"]), tlb, features=features, slots=slots)
+    kind, quirks = design.pop("kind"), Quirk(design.get("quirks", 0))
+    mmu: Native | Shadow = Native(quirks) if kind == "Native" else _plain(Shadow, design, quirks=quirks)
+    if kind not in ("Native", "Shadow") or (
+        kind == "Native" and {**design, "quirks": quirks} != dataclasses.asdict(mmu)
+    ):
+        raise ValueError(f"design: Native or Shadow expected, not {state['design']!r:.60}")
+    logged = state["logged"]
+    slots = [MemorySlot(gpa, size, dirty_log=number in logged) for number, (gpa, size) in enumerate(state["slots"])]
+    if not all(type(number) is int for number in logged) or logged != [n for n, s in enumerate(slots) if s.dirty_log]:
+        raise ValueError(f"logged: numbers of slots expected, not {logged!r:.60}")
+    total = sum(int(slot.size) for slot in slots)
+    if state["memory"] != total or total > RAM_MAX:
+        raise ValueError(f"memory: {total} bytes, those of the slots, and {RAM_MAX} at most expected")
+    checked_slots(slots)
+    tlb = None if state["tlb"] is None else _plain(TLB, state["tlb"])
+    if not isinstance(state["vcpus"], list) or not 1 <= len(state["vcpus"]) <= 64:
+        raise ValueError("vcpus: a list of 1 to 64 expected")
+    return slots, mmu, _plain(Features, state["features"]), tlb, len(state["vcpus"])
+
+
+def _expected(state: dict[str, Any]) -> dict[str, tuple[Any, ...]]:
+    """Type and shape of each array of a file with this state."""
+    slots, mmu, _, tlb, vcpus = _settings(state)
+    word, byte = np.dtype(np.uint64), np.dtype(np.uint8)
+    found: dict[str, tuple[Any, ...]] = {"ram_frame": (word, (None,)), "ram": (word, (None, 512))}
+    for number in state["logged"]:
+        found[f"log_{number}"] = word, (-(-int(slots[number].size) >> 18),)
+    for number in range(vcpus):
+        for part, size in enumerate(tlb_sizes(tlb)):
+            found[f"tlb_{number}_{part}"] = byte, (size,)
+    if isinstance(mmu, Shadow):
+        pages = mmu.pool_pages
+        found["mmu_table"] = byte, (pages, 4096)
+        found["mmu_pages"] = byte, (pages, PAGE_DTYPE.itemsize)
+        found["mmu_frames"] = byte, (state["memory"] >> 12, FRAME_DTYPE.itemsize)
+        found["mmu_links"] = byte, (512 * pages, LINK_DTYPE.itemsize)
+        found["mmu_hash"] = byte, (max(4, 1 << (pages - 1).bit_length()), 4)
+    return found
 
 
 def _restore(vm: VM, state: dict[str, Any], members: dict[str, NDArray[Any]], fresh: bool) -> None:
-    expected = set(_members(vm))
-    if set(members) != expected:
-        raise SnapshotError("", f"arrays {sorted(expected)} expected, not {sorted(members)}")
     ram = vm.memory.words.reshape(-1, 512)
     frames = members["ram_frame"]
-    if frames.dtype != np.uint64 or (len(frames) and int(frames.max()) >= len(ram)):
-        raise SnapshotError("", "frames of RAM within its size expected")
-    _put(ram[:0], members["ram"][:0])
+    if len(frames) != len(members["ram"]) or np.any(frames >= len(ram)) or np.any(frames[1:] <= frames[:-1]):
+        raise SnapshotError("", "frames of RAM within its size, in order, expected")
     if not fresh:
         ram[:] = 0
     ram[frames] = members["ram"]
     for slot in state["logged"]:
-        _put(vm.memory.dirty_words(slot), members[f"log_{slot}"])
+        vm.memory.dirty_words(slot)[:] = members[f"log_{slot}"]
     if isinstance(vm.mmu.design, Shadow):
         arrays = vm.mmu.arrays
-        saved = {name: members[f"mmu_{name}"] for name in _ARRAYS}
-        loose = {name: np.zeros(arrays[name].shape, arrays[name].dtype) for name in _ARRAYS}
-        for name in _ARRAYS:
-            _put(loose[name].view(np.uint8).reshape(len(loose[name]), -1), saved[name])
-        _check_shadow(vm, state, loose)
+        saved = {name: members[f"mmu_{name}"].reshape(-1) for name in _ARRAYS}
+        _check_shadow(vm, {name: saved[name].view(arrays[name].dtype).reshape(arrays[name].shape) for name in _ARRAYS})
+        for cpu in vm.vcpus:
+            cpu.import_state(cpu.export_state() | {"roots": [NONE] * 4})
         for name in _ARRAYS:
             # Only what is not zero is touched: the large arrays are committed by the host page by page.
-            flat, source = arrays[name].view(np.uint8).reshape(-1), saved[name].reshape(-1)
+            flat, source = arrays[name].view(np.uint8).reshape(-1), saved[name]
             touched = np.flatnonzero(source)
             flat[:] = 0
             flat[touched] = source[touched]
     vm.mmu.import_state(state["mmu"])
     for cpu, registers in zip(vm.vcpus, state["vcpus"], strict=True):
         for part, array in enumerate(cpu.tlb_arrays):
-            _put(array, members[f"tlb_{cpu.number}_{part}"])
+            array[:] = members[f"tlb_{cpu.number}_{part}"]
         cpu.import_state(registers)
         if not cpu.tlb_is_sane():
-            raise SnapshotError("", "a TLB with sizes and PCIDs that exist expected")
+            raise SnapshotError("", "a TLB with sizes, rights, keys and PCIDs that exist expected")
 
 
-def _put(target: NDArray[Any], source: NDArray[Any]) -> None:
-    if source.dtype != target.dtype or source.shape != target.shape:
-        raise SnapshotError("", f"{target.dtype}{list(target.shape)} expected, not {source.dtype}{list(source.shape)}")
-    target[...] = source
-
-
-def _check_shadow(vm: VM, state: dict[str, Any], arrays: dict[str, Any]) -> None:
+def _check_shadow(vm: VM, arrays: dict[str, Any]) -> None:
     """Every index that the engine follows stays within its array; the audit sees to what they mean."""
     pool = len(arrays["pages"])
     sptes = pool * 512
@@ -209,12 +285,10 @@ def _check_shadow(vm: VM, state: dict[str, Any], arrays: dict[str, Any]) -> None
     within(arrays["hash"], pool, "hash")
     for values in (pages["parents"], arrays["frames"]["rmap"]):
         within(values & ~np.uint32(LIST_MANY), sptes + 1, "list heads", none=False)
+        if np.any(values == LIST_MANY):
+            raise SnapshotError("", "lists of many sptes that have a first one expected")
     for name in ("prev", "next"):
         within(arrays["links"][name], sptes + 1, f"links.{name}", none=False)
-    for name in ("free_head", "young", "old"):
-        within(np.array([state["mmu"][name]]), pool, name)
-    for registers in state["vcpus"]:
-        within(np.array(registers["roots"]), pool, "roots")
     level = (pages["role"] >> 4) & 15
     within(level[pages["active"] != 0] - np.uint32(1), 5, "levels", none=False)
     address = (table & np.uint64(0x000FFFFFFFFFF000)) >> np.uint64(12)

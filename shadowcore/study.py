@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import io
 import os
 import shlex
 from collections.abc import Callable, Iterable, Mapping
@@ -16,12 +17,13 @@ from numpy.typing import NDArray
 
 from . import costs as prices
 from . import notebook, settings, trace, workload
-from .config import Features, Native, Shadow, check_int, check_path, design
+from .config import Features, Native, Shadow, check_int, design
 from .costs import CostBreakdown, Costs
 from .errors import ConfigError, ShadowcoreError
 from .machine import VM
 from .recording import Recording, RecordingFile
 from .recordings import INCOMPLETE, SUFFIX
+from .replacing import replace
 
 DEFAULT_DESIGNS = ("native", "flush", "cached")
 OPERATIONS = 1_000_000
@@ -475,10 +477,11 @@ def _counters(result: trace.ReplayResult | workload.WorkloadResult) -> dict[str,
 def write_csv(path: str | os.PathLike[str], rows: list[dict[str, Any]]) -> None:
     """Rows with one header line; fields that a row has not are left empty."""
     names = list(dict.fromkeys(name for row in rows for name in row))
-    with open(check_path(path), "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, names)
-        writer.writeheader()
-        writer.writerows(rows)
+    file = io.StringIO(newline="")
+    writer = csv.DictWriter(file, names)
+    writer.writeheader()
+    writer.writerows(rows)
+    replace(path, file.getvalue().encode("utf-8"))
 
 
 def _flat(plain: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -15,8 +15,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ._version import __version__
-from .document import edges, replace
+from .document import edges
 from .errors import ConfigError
+from .replacing import replace
 
 TIMES = ("operations", "microseconds")
 

@@ -10,6 +10,8 @@ from .results import RunResult
 
 TLB_DTYPE: Final[np.dtype[np.void]]
 
+def tlb_sizes(tlb: TLB | None) -> list[int]: ...
+
 @disjoint_base
 class Translation:
     @property

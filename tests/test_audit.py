@@ -5,6 +5,7 @@ without a store, by registers and counters put back other than they were, by flu
 audited before it is broken, so that what is reported is what was done to it.
 """
 
+import contextlib
 import random
 import subprocess
 import sys
@@ -955,9 +956,13 @@ def ruins(name, seed):
                 else:
                     key = rng.choice([key for key in state if key != "counters"])
                     ruined = {key: rng.choice([rng.getrandbits(32), rng.randrange(POOL + 2), NONE])}
-                    vm.mmu.import_state(vm.mmu.export_state() | ruined)
                     roots = [rng.choice([NONE, POOL, rng.randrange(POOL), rng.getrandbits(32)]) for _ in range(4)]
-                    vm.vcpus[0].import_state(registers | {"roots": roots})
+                    for target, other in (
+                        (vm.mmu, vm.mmu.export_state() | ruined),
+                        (vm.vcpus[0], registers | {"roots": roots}),
+                    ):
+                        with contextlib.suppress(sc.ConfigError):  # what does not exist is refused
+                            target.import_state(other)
                     what = f"{ruined} {roots}"
                 print(mode, name, what, flush=True)
             str(vm.audit())

@@ -278,6 +278,7 @@ def test_settings_of_a_vm_that_cannot_be(settings):
         {"pool_pages": 0},
         {"pool_pages": -5},
         {"pool_pages": 2.5},
+        {"pool_pages": 1 << 22},
         {"pool_pages": 1 << 60},
         {"flood_threshold": 0},
         {"flood_threshold": -1},

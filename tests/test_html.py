@@ -16,7 +16,7 @@ import pytest
 import studies
 
 import shadowcore as sc
-from shadowcore import document, trace, workload
+from shadowcore import document, replacing, trace, workload
 from shadowcore.heat import heat, of_workload
 
 pytest.importorskip("matplotlib", reason="matplotlib is not installed: pip install 'shadowcore[report]'")
@@ -345,13 +345,13 @@ def test_disk_trouble_is_an_oserror_and_nothing_is_lost(tmp_path, study, monkeyp
 def test_replace_goes_through_links_and_keeps_the_usual_rights(tmp_path):
     (tmp_path / "real.html").write_text("older")
     (tmp_path / "link.html").symlink_to("real.html")
-    document.replace(tmp_path / "link.html", b"newer")
+    replacing.replace(tmp_path / "link.html", b"newer")
     assert (tmp_path / "link.html").is_symlink()
     assert (tmp_path / "real.html").read_bytes() == b"newer"
     (tmp_path / "plain").write_bytes(b"")
     assert (tmp_path / "real.html").stat().st_mode == (tmp_path / "plain").stat().st_mode
     with pytest.raises(IsADirectoryError):
-        document.replace(tmp_path, b"")
+        replacing.replace(tmp_path, b"")
 
 
 def test_the_same_study_gives_the_same_page(tmp_path, study, text):

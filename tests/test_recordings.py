@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 import shadowcore as sc
 from shadowcore import columns, recordings, trace
 from shadowcore.recordings import EVENT_DTYPE, GUEST, OPERATIONS, PROGRAM, STREAMS, Event, Reader, Writer
+from shadowcore.replacing import Replacement
 
 # Where the package is imported from by this process, and its children.
 ENVIRONMENT = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
@@ -407,7 +408,7 @@ def test_a_path_that_cannot_be_leaves_nothing_to_finalize(tmp_path):
     """Newer versions of Python report what is raised while an object goes."""
     output = None
     try:
-        output = recordings._Output(tmp_path / "none" / "a")
+        output = Replacement(tmp_path / "none" / "a")
     except FileNotFoundError as error:
         output = error.__traceback__.tb_next.tb_frame.f_locals["self"]
     output.close()
