@@ -9,8 +9,8 @@ from shadowcore.memory cimport mem_frame, mem_guest_frame, mem_mark_dirty, sc_no
 from shadowcore.pool cimport hash_bucket, pool_zap
 from shadowcore.spte cimport spte_drop
 from shadowcore.state cimport (
-    FLUSH_STORE, POINT_POST_WRITE, POINT_PRE_WRITE, QUIRK_EXIT_FLUSHES, QUIRK_PDE_WRITE, ROLE_QUADRANT, audit_point,
-    request_flush, role_direct, role_field, role_level, role_pte_size, sc_mmu, sc_page, sc_vcpu,
+    FLUSH_STORE, POINT_POST_WRITE, POINT_PRE_WRITE, QUIRK_PDE_WRITE, ROLE_QUADRANT, audit_point, entry_flush,
+    role_direct, role_field, role_level, role_pte_size, sc_mmu, sc_page, sc_vcpu,
 )
 from shadowcore.types cimport MODE_32, SC_NONE, u8, u32, u64
 from shadowcore.walker cimport sc_walk, walk_index
@@ -21,8 +21,8 @@ cdef inline void _drop_entry(sc_mmu *mmu, u32 number, u32 index) noexcept nogil:
     if mmu.table[spte]:
         if role_level(mmu.pages[number].role) > 1:
             mmu.stats.mmu_pde_zapped += 1
-        if mmu.table[spte] & PTE_P and not mmu.quirks & QUIRK_EXIT_FLUSHES:
-            request_flush(mmu, FLUSH_STORE)
+        if mmu.table[spte] & PTE_P:
+            entry_flush(mmu, FLUSH_STORE)
         spte_drop(mmu, spte)
 
 
