@@ -98,19 +98,18 @@ cdef void device_store(sc_mmu *mmu, u64 gpa, const u8 *data, u32 nbytes) noexcep
 
 
 cdef void walk_updated(sc_mmu *mmu, const sc_vcpu *v, const sc_walk *w) noexcept nogil:
-    """The walk set A or D bits. Where the same frame is also shadowed as a table of the other entry size, those
-    bits are something else there (an address, say): drop what was made from them.
-
-    Shadows of the same entry size need nothing: A and D only ever add what a later fault would find.
+    """The walk set A or D bits: bits 5 and 6 of an entry, in both formats. In shadows of the same frame they only ever
+    add what a later fault would find, with one exception: every second entry of a table of 4 bytes is the upper half of
+    one of 8 bytes, in which they are bits 37 and 38 of the address. What was made of that one is dropped.
     """
     cdef int level
-    cdef u32 size = 4 if v.guest.mode == MODE_32 else 8
-    cdef u32 number, following
+    cdef u32 number, following, index
     cdef u64 frame
-    if not (mmu.n_pte4 and mmu.n_pte8):
+    if v.guest.mode != MODE_32 or not mmu.n_pte8:
         return
     for level in range(1, w.top + 1):
-        if not w.updated >> level & 1:
+        index = walk_index(w, level)
+        if not (w.updated >> level & 1 and index & 1):
             continue
         frame = mem_frame(mmu.mem, w.table[level])
         if frame == sc_no_frame() or mmu.frames[frame].shadowed == 0:
@@ -119,6 +118,6 @@ cdef void walk_updated(sc_mmu *mmu, const sc_vcpu *v, const sc_walk *w) noexcept
         while number != SC_NONE:
             following = mmu.pages[number].hash_next
             if (mmu.pages[number].gfn == w.table[level] and not role_direct(mmu.pages[number].role)
-                    and role_pte_size(mmu.pages[number].role) != size):
-                _drop_gpte(mmu, number, walk_index(w, level) * size)
+                    and role_pte_size(mmu.pages[number].role) == 8):
+                _drop_entry(mmu, number, index >> 1)
             number = following
