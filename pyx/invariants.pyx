@@ -463,8 +463,8 @@ cdef void check_counters(sc_mmu *mmu, sc_audit *a) noexcept nogil:
 
 
 cdef bint _in_shadow(const sc_mmu *mmu, const sc_tlb_entry *e) noexcept nogil:
-    """From the root at which its walk began, the entry's page still leads to the same frame, by a leaf that has W if the
-    entry has. (Of other rights, a TLB may remember more than a leaf that was refreshed has, until INVLPG.)"""
+    """From the root at which its walk began, the entry's page still leads to the same frame, by a leaf that has W if
+    the entry has. (Of other rights, a TLB may remember more than a leaf that was refreshed has, until INVLPG.)"""
     cdef u64 va = e.page
     cdef u64 frame = mem_frame(mmu.mem, e.gpa >> 12)
     cdef u64 value
@@ -507,7 +507,7 @@ cdef void check_tlb(sc_mmu *mmu, sc_audit *a) noexcept nogil:
                 if not mmu.shadow:
                     continue
                 if not _in_shadow(mmu, e):
-                    _report(a, 8, S_TLB_SHADOW, e.root, n, e.page >> 12)
+                    _report(a, 8, S_TLB_SHADOW, SC_NONE, n, e.page >> 12)
                 if not (e.access & ACC_W and e.dirty):
                     continue
                 frame = mem_frame(mmu.mem, e.gpa >> 12)

@@ -144,9 +144,7 @@ class LazyCpu(oracle.Cpu):
     def faulted(self, address):
         """A page fault at `address`."""
         at = self._linear(address)
-        gone = {
-            t for t in self.held if t.page <= at < t.page + t.page_size and (t.is_global or t.pcid == self.pcid)
-        }
+        gone = {t for t in self.held if t.page <= at < t.page + t.page_size and (t.is_global or t.pcid == self.pcid)}
         self.held -= gone
         if not self.rereads:
             return

@@ -75,8 +75,8 @@ def test_a_store_ends_a_group_of_walks(mode, aligned, between):
 @pytest.mark.parametrize("aligned", [False, True])
 @pytest.mark.parametrize("mode", MODES)
 def test_a_store_that_the_memo_knows_comes_before_the_next_walk(mode, aligned):
-    """The frame is that of no table so far as the memo knows, which lets stores reach it: their bytes have not moved yet
-    when the first access comes that is walked through it."""
+    """The frame is that of no table so far as the memo knows, which lets stores reach it: their bytes have not moved
+    yet when the first access comes that is walked through it."""
     guest = Guest(mode, aligned)
     assert guest.run(guest.turn(FRAMES[1]), guest.turn(FRAMES[2]), READ)[-1] == FRAMES[2]
     assert guest.run(guest.turn(FRAMES[0]), READ, guest.turn(FRAMES[1]), READ, READ)[1::2] == [FRAMES[0], FRAMES[1]]
