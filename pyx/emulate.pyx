@@ -9,8 +9,8 @@ from shadowcore.memory cimport mem_frame, mem_guest_frame, mem_mark_dirty, sc_no
 from shadowcore.pool cimport hash_bucket, pool_zap
 from shadowcore.spte cimport spte_drop
 from shadowcore.state cimport (
-    FLUSH_STORE, POINT_POST_WRITE, POINT_PRE_WRITE, QUIRK_EXIT_FLUSHES, QUIRK_PDE_WRITE, ROLE_QUADRANT, audit_point,
-    request_flush, role_direct, role_field, role_level, role_pte_size, sc_mmu, sc_page, sc_vcpu,
+    FLUSH_STORE, POINT_POST_WRITE, POINT_PRE_WRITE, QUIRK_PDE_WRITE, ROLE_QUADRANT, audit_point, entry_flush,
+    role_direct, role_field, role_level, role_pte_size, sc_mmu, sc_page, sc_vcpu,
 )
 from shadowcore.types cimport MODE_32, SC_NONE, u8, u32, u64
 from shadowcore.walker cimport sc_walk, walk_index
@@ -21,8 +21,8 @@ cdef inline void _drop_entry(sc_mmu *mmu, u32 number, u32 index) noexcept nogil:
     if mmu.table[spte]:
         if role_level(mmu.pages[number].role) > 1:
             mmu.stats.mmu_pde_zapped += 1
-        if mmu.table[spte] & PTE_P and not mmu.quirks & QUIRK_EXIT_FLUSHES:
-            request_flush(mmu, FLUSH_STORE)
+        if mmu.table[spte] & PTE_P:
+            entry_flush(mmu, FLUSH_STORE)
         spte_drop(mmu, spte)
 
 
@@ -98,19 +98,18 @@ cdef void device_store(sc_mmu *mmu, u64 gpa, const u8 *data, u32 nbytes) noexcep
 
 
 cdef void walk_updated(sc_mmu *mmu, const sc_vcpu *v, const sc_walk *w) noexcept nogil:
-    """The walk set A or D bits. Where the same frame is also shadowed as a table of the other entry size, those
-    bits are something else there (an address, say): drop what was made from them.
-
-    Shadows of the same entry size need nothing: A and D only ever add what a later fault would find.
+    """The walk set A or D bits: bits 5 and 6 of an entry, in both formats. In shadows of the same frame they only ever
+    add what a later fault would find, with one exception: every second entry of a table of 4 bytes is the upper half of
+    one of 8 bytes, in which they are bits 37 and 38 of the address. What was made of that one is dropped.
     """
     cdef int level
-    cdef u32 size = 4 if v.guest.mode == MODE_32 else 8
-    cdef u32 number, following
+    cdef u32 number, following, index
     cdef u64 frame
-    if not (mmu.n_pte4 and mmu.n_pte8):
+    if v.guest.mode != MODE_32 or not mmu.n_pte8:
         return
     for level in range(1, w.top + 1):
-        if not w.updated >> level & 1:
+        index = walk_index(w, level)
+        if not (w.updated >> level & 1 and index & 1):
             continue
         frame = mem_frame(mmu.mem, w.table[level])
         if frame == sc_no_frame() or mmu.frames[frame].shadowed == 0:
@@ -119,6 +118,6 @@ cdef void walk_updated(sc_mmu *mmu, const sc_vcpu *v, const sc_walk *w) noexcept
         while number != SC_NONE:
             following = mmu.pages[number].hash_next
             if (mmu.pages[number].gfn == w.table[level] and not role_direct(mmu.pages[number].role)
-                    and role_pte_size(mmu.pages[number].role) != size):
-                _drop_gpte(mmu, number, walk_index(w, level) * size)
+                    and role_pte_size(mmu.pages[number].role) == 8):
+                _drop_entry(mmu, number, index >> 1)
             number = following

@@ -3,6 +3,7 @@ from shadowcore.bits cimport PTE_A, PTE_D, pte_pkey, pte_rights
 from shadowcore.emulate cimport walk_updated
 from shadowcore.events cimport EXIT_EMULATE, EXIT_FILL, EXIT_GUEST, EXIT_MMIO, EXIT_WRITE
 from shadowcore.fetch cimport fetch, sc_leaf
+from shadowcore.invalidate cimport invalidate_fault
 from shadowcore.memory cimport mem_frame, sc_no_frame
 from shadowcore.pool cimport pool_has, pool_recycle, pool_zap_all
 from shadowcore.roots cimport root_load, root_release, root_slots, root_wanted
@@ -21,6 +22,7 @@ cdef inline int _inject(sc_mmu *mmu, sc_vcpu *v, u64 va, u32 code, sc_walk *w) n
     v.cr2 = va
     w.error_code = code
     mmu.stats.pf_guest += 1
+    invalidate_fault(mmu, v, va)
     count_exit(mmu, v.number, EXIT_GUEST, va)
     if mmu.flood_reset:
         v.flood_count = 0

@@ -6,8 +6,7 @@ is seen), less W while the frame is a shadowed guest table (so that every store 
 from libc.string cimport memset
 
 from shadowcore.bits cimport (
-    PTE_A, PTE_D, PTE_G, PTE_P, PTE_U, PTE_W, SPTE_GUEST_U, SPTE_GUEST_W, SPTE_MARK, level_index, level_mask, pte_addr,
-    pte_nx, pte_rights,
+    PTE_A, PTE_D, PTE_G, PTE_P, PTE_U, PTE_W, SPTE_MARK, level_index, level_mask, pte_addr, pte_nx, pte_rights,
 )
 from shadowcore.fetch cimport leaf_install, leaf_replace, sc_leaf
 from shadowcore.memory cimport (
@@ -15,7 +14,7 @@ from shadowcore.memory cimport (
 )
 from shadowcore.pool cimport pool_get, pool_unprotect
 from shadowcore.roots cimport linear_gfn, make_role, root_load, wp0_leaves
-from shadowcore.spte cimport leaf_spte, spte_drop, spte_link
+from shadowcore.spte cimport leaf_remembers, leaf_spte, spte_drop, spte_link
 from shadowcore.state cimport (
     FLUSH_LINK, FLUSH_WITHHELD, QUIRK_DIRTY_LOST, QUIRK_NX_LEAF_ONLY, QUIRK_PAGING_OFF_UNPROTECTED,
     QUIRK_ROLE_WITHOUT_ACCESS, QUIRK_ROLE_WITHOUT_MODE, ROLE_DIRTY, ROLE_GLOBAL, ROLE_PKEY, request_flush, sc_mmu,
@@ -112,12 +111,6 @@ cdef inline u64 _kept_bits(const sc_walk *w, int mode) noexcept nogil:
     return (w.entry[w.level] & (PTE_A | PTE_D | PTE_G)) | (<u64>w.pkey << 59 if mode >= MODE_64 else 0)
 
 
-cdef inline u32 _remembered(u64 spte) noexcept nogil:
-    """Rights that the guest's tables gave when the leaf was made."""
-    return ((ACC_W if spte & SPTE_GUEST_W else 0) | (ACC_U if spte & SPTE_GUEST_U else 0)
-            | (0 if spte & pte_nx() else ACC_X))
-
-
 cdef inline u8 *_leaf_byte(sc_mmu *mmu, const sc_walk *w) noexcept nogil:
     """The low byte, with A and D, of the guest's leaf."""
     return mem_guest_frame(mmu.mem, w.table[w.level] << 12) + walk_index(w, w.level) * w.pte_size
@@ -172,7 +165,7 @@ cdef int fetch(sc_mmu *mmu, sc_vcpu *v, u32 access, bint refused, const sc_walk 
     if old and mmu.quirks & QUIRK_ROLE_WITHOUT_ACCESS and mode != MODE_OFF:
         # A leaf that is there is taken as it is, whatever the guest's tables say by now.
         taken = True
-        guest = _remembered(old)
+        guest = leaf_remembers(old)
         kept = old & (PTE_A | PTE_D | PTE_G)
         write = access & PF_W
         if rights_fault(&v.guest, guest, 0, access) and (write or not guest & ACC_U or old & PTE_U):

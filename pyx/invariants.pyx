@@ -6,12 +6,12 @@ load, as a TLB does, so I1 and I2 do not apply.
 """
 from libc.string cimport memset
 
-from shadowcore.bits cimport PTE_D, PTE_G, PTE_P, PTE_PS, level_mask, pte_addr, pte_pkey, pte_rights
+from shadowcore.bits cimport PTE_D, PTE_G, PTE_P, PTE_PS, level_index, level_mask, pte_addr, pte_pkey, pte_rights
 from shadowcore.events cimport EXIT_MMIO
 from shadowcore.invariants cimport SC_MAX_FINDINGS, sc_audit, sc_finding
 from shadowcore.memory cimport (
-    mem_frame, mem_gfn, mem_guest_frame, mem_leaf_frame, mem_pool_hpa, mem_pool_page, mem_slot, mem_unlogged,
-    sc_no_frame,
+    mem_frame, mem_frame_hpa, mem_gfn, mem_guest_frame, mem_leaf_frame, mem_pool_hpa, mem_pool_page, mem_slot,
+    mem_unlogged, sc_no_frame,
 )
 from shadowcore.pool cimport hash_bucket
 from shadowcore.rmap cimport LIST_MANY, list_first, list_next
@@ -53,6 +53,7 @@ SENTENCES = (
     "a TLB entry outlives a flush that covers it",
     "a TLB entry lets stores reach a shadowed guest table unseen",
     "a TLB entry lets stores reach a frame whose dirty log does not show it",
+    "a TLB entry leads where the shadow that it was made of does not lead any more, or allows stores that it does not",
 )
 
 cdef enum:
@@ -84,6 +85,7 @@ cdef enum:
     S_TLB_STALE
     S_TLB_TABLE
     S_TLB_LOG
+    S_TLB_SHADOW
 
 
 cdef inline void _report(sc_audit *a, int invariant, int what, u32 page, u32 index, u64 gfn) noexcept nogil:
@@ -460,9 +462,32 @@ cdef void check_counters(sc_mmu *mmu, sc_audit *a) noexcept nogil:
         _report(a, 9, S_SPTES, SC_NONE, 0, 0)
 
 
+cdef bint _in_shadow(const sc_mmu *mmu, const sc_tlb_entry *e) noexcept nogil:
+    """From the root at which its walk began, the entry's page still leads to the same frame, by a leaf that has W if
+    the entry has. (Of other rights, a TLB may remember more than a leaf that was refreshed has, until INVLPG.)"""
+    cdef u64 va = e.page
+    cdef u64 frame = mem_frame(mmu.mem, e.gpa >> 12)
+    cdef u64 value
+    cdef u32 page = e.root
+    cdef int level = 0
+    if page < mmu.pool_pages:
+        level = role_level(mmu.pages[page].role)
+    while page < mmu.pool_pages and mmu.pages[page].active and role_level(mmu.pages[page].role) == level and level > 0:
+        value = mmu.table[page * 512 + level_index(va, level)]
+        if not value & PTE_P:
+            return False
+        if level == 1:
+            return (frame != sc_no_frame() and value & pte_addr() == mem_frame_hpa(mmu.mem, frame)
+                    and not e.access & ~pte_rights(value) & ACC_W)
+        page = mem_pool_page(value)
+        level -= 1
+    return False
+
+
 cdef void check_tlb(sc_mmu *mmu, sc_audit *a) noexcept nogil:
     """I8: no TLB entry grants more than the guest's tables did at some moment since the last flush that covers it: it
-    was filled after that flush. And none lets a store pass that the shadow MMU has to see."""
+    was filled after that flush. Under a shadow MMU the shadow still leads where it leads: what is withdrawn there is
+    flushed. And none lets a store pass that the shadow MMU has to see."""
     cdef u32 i, n
     cdef int size
     cdef const sc_tlb *t
@@ -479,7 +504,11 @@ cdef void check_tlb(sc_mmu *mmu, sc_audit *a) noexcept nogil:
                     continue
                 if tlb_overdue(t, e):
                     _report(a, 8, S_TLB_STALE, SC_NONE, n, e.page >> 12)
-                if not mmu.shadow or not (e.access & ACC_W and e.dirty):
+                if not mmu.shadow:
+                    continue
+                if not _in_shadow(mmu, e):
+                    _report(a, 8, S_TLB_SHADOW, SC_NONE, n, e.page >> 12)
+                if not (e.access & ACC_W and e.dirty):
                     continue
                 frame = mem_frame(mmu.mem, e.gpa >> 12)
                 if frame == sc_no_frame():

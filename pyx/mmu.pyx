@@ -3,21 +3,22 @@ import numpy as np
 
 from libc.string cimport memset
 
-from shadowcore.bits cimport CR4_PGE, PTE_D, PTE_G, PTE_P, PTE_W, SPTE_MARK, level_index, pte_addr
+from shadowcore.bits cimport CR4_PGE, PTE_D, PTE_G, PTE_W, SPTE_MARK, pte_addr
 from shadowcore.emulate cimport device_store
 from shadowcore.events cimport Stats, sc_stats
 from shadowcore.fault cimport page_fault
-from shadowcore.memory cimport SC_POOL_HFN, Memory, mem_frame, mem_gfn, mem_guest_frame, mem_pool_page, sc_no_frame
-from shadowcore.pool cimport pool_init, pool_recycle, pool_unprotect, pool_zap, pool_zap_all, pool_zap_nonglobal
+from shadowcore.invalidate cimport invalidate_fault, invalidate_leaves
+from shadowcore.memory cimport SC_POOL_HFN, Memory, mem_frame, mem_gfn, mem_guest_frame, sc_no_frame
+from shadowcore.pool cimport pool_init, pool_recycle, pool_unprotect, pool_zap_all, pool_zap_nonglobal
 from shadowcore.rmap cimport list_first, list_next, rmap_remove
 from shadowcore.roots cimport root_slots, roots_load, roots_release
-from shadowcore.spte cimport spte_drop, spte_is_writable
+from shadowcore.spte cimport spte_is_writable
 from shadowcore.state cimport (
-    FLUSH_INVLPG, FLUSH_LOG, POINT_COUNT, QUIRK_NO_REFILL_AT_CR3, QUIRK_ROOT_EMPTIED, ROLE_ACCESS, ROLE_DIRECT,
+    FLUSH_LOG, POINT_COUNT, QUIRK_NO_REFILL_AT_CR3, QUIRK_ROOT_EMPTIED, ROLE_ACCESS, ROLE_DIRECT,
     ROLE_GLEVELS, ROLE_GLOBAL, ROLE_NXE, ROLE_PKEY, ROLE_PSE, ROLE_QUADRANT, ROLE_WP0, exit_flush, memo_drop,
     request_flush, role_direct, role_field, role_level, sc_frame, sc_link, sc_mmu, sc_page, sc_vcpu, vcpu_pcid,
 )
-from shadowcore.tlb cimport sc_tlb_entry, tlb_fill, tlb_find
+from shadowcore.tlb cimport sc_tlb_entry, tlb_enter, tlb_find
 from shadowcore.types cimport (
     MODE_32, MODE_64, MODE_OFF, PF_W, RC_AUDIT, RC_EXHAUSTED, RC_HOOK, RC_LIVELOCK, RC_MMIO, RC_OK, RC_PF, RC_RETRY,
     RC_UNHANDLED, SC_NONE, u8, u32, u64,
@@ -68,8 +69,11 @@ cdef inline int _guest_shift(const sc_mmu *mmu, const sc_vcpu *v, const sc_walk 
 
 cdef inline void _tlb_fill(sc_mmu *mmu, sc_vcpu *v, u64 va, const sc_walk *w, int shift, int guest) noexcept nogil:
     cdef u64 leaf = w.entry[w.level]
-    tlb_fill(v.tlb, va, w.gpa, shift, guest, vcpu_pcid(v), w.access, w.pkey, leaf & PTE_D != 0,
-             leaf & PTE_G != 0 and v.cr4 & CR4_PGE != 0, mmu.flush_epoch)
+    cdef u32 root = SC_NONE
+    if mmu.shadow:
+        root = v.roots[0 if root_slots(v) == 1 else <int>(va >> 30) & 3]
+    tlb_enter(v.tlb, va, w.gpa, shift, guest, vcpu_pcid(v), w.access, w.pkey, leaf & PTE_D != 0,
+              leaf & PTE_G != 0 and v.cr4 & CR4_PGE != 0, mmu.flush_epoch, root)
 
 
 cdef int mmu_resolve(sc_mmu *mmu, sc_vcpu *v, u64 va, u32 access, sc_walk *w) noexcept nogil:
@@ -90,6 +94,7 @@ cdef int mmu_resolve(sc_mmu *mmu, sc_vcpu *v, u64 va, u32 access, sc_walk *w) no
         if rc == RC_PF:
             v.cr2 = va
             mmu.stats.pf_guest += 1
+            invalidate_fault(mmu, v, va)
         elif mem_frame(mmu.mem, w.gpa >> 12) == sc_no_frame():
             rc = RC_MMIO
         elif v.tlb != NULL and v.guest.mode != MODE_OFF:
@@ -143,50 +148,11 @@ cdef void mmu_reset(sc_mmu *mmu, sc_vcpu *v) noexcept nogil:
     roots_load(mmu, v)
 
 
-cdef void _zap_subtree(sc_mmu *mmu, u32 page) noexcept nogil:
-    """Zap a page of design `flush` and all below it: its pages belong to addresses and must not outlive a link."""
-    cdef u32 spte
-    if role_level(mmu.pages[page].role) > 1:
-        for spte in range(page * 512, page * 512 + 512):
-            if mmu.table[spte] & PTE_P:
-                _zap_subtree(mmu, mem_pool_page(mmu.table[spte]))
-    pool_zap(mmu, page)
-
-
-cdef bint _zap_marked(sc_mmu *mmu, u32 spte) noexcept nogil:
-    """Zap what an upper entry leads to if that stands for a large page of the guest."""
-    if not mmu.table[spte] & SPTE_MARK:
-        return False
-    _zap_subtree(mmu, mem_pool_page(mmu.table[spte]))
-    return True
-
-
 cdef void mmu_invlpg(sc_mmu *mmu, sc_vcpu *v, u64 va) noexcept nogil:
-    """INVLPG. Shadows that follow every store to a guest table need nothing (patch 18); `flush` drops the leaf, or
-    all leaves of the large page."""
-    cdef int level = v.hw.mode if v.hw.mode >= MODE_64 else 2
-    cdef u32 page, spte
-    cdef bint marked
-    if not mmu.shadow or mmu.keep:
-        return
-    exit_flush(mmu)
-    page = v.roots[0 if level > 2 else <int>(va >> 30) & 3]
-    while page != SC_NONE:
-        spte = page * 512 + level_index(va, level)
-        if level == 1:
-            if mmu.table[spte]:
-                spte_drop(mmu, spte)
-            return
-        marked = _zap_marked(mmu, spte)
-        if v.guest.mode == MODE_32 and level == 2:
-            marked = _zap_marked(mmu, spte ^ 1) or marked       # the other half of a 4 MiB page
-        if marked:
-            request_flush(mmu, FLUSH_INVLPG)
-            return
-        if not mmu.table[spte]:
-            return
-        page = mem_pool_page(mmu.table[spte])
-        level -= 1
+    """INVLPG, as far as the MMU is asked. Shadows that follow every store to a guest table need nothing (patch 18)."""
+    if mmu.shadow and not mmu.keep:
+        exit_flush(mmu)
+        invalidate_leaves(mmu, v, va)
 
 
 cdef void mmu_protect_slot(sc_mmu *mmu, int slot) noexcept nogil:
@@ -211,7 +177,8 @@ cdef void mmu_protect_slot(sc_mmu *mmu, int slot) noexcept nogil:
 _COUNTS = ("n_free", "n_active", "n_pte4", "n_pte8")
 _LISTS = ("free_head", "young", "old")
 cdef object _WORD = 0xFFFFFFFFFFFFFFFF
-FLUSHES = ("protect", "zap", "zap_upper", "store", "withheld", "leaf", "link", "log", "cr3", "context", "invlpg")
+FLUSHES = ("protect", "zap", "zap_upper", "store", "withheld", "leaf", "link", "log", "cr3", "context", "invlpg",
+           "fault")
 
 
 cdef int _ask_can_emulate(void *hook, u64 gva, u64 gpa, u32 nbytes) noexcept with gil:

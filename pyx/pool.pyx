@@ -11,7 +11,7 @@ from shadowcore.pool cimport hash_bucket
 from shadowcore.rmap cimport list_first, list_remove, rmap_write_protect
 from shadowcore.spte cimport spte_is_writable, spte_wipe
 from shadowcore.state cimport (
-    EVENT_ZAP, FLUSH_ZAP, FLUSH_ZAP_UPPER, QUIRK_EXIT_FLUSHES, QUIRK_ROOT_EMPTIED, event, memo_drop, request_flush,
+    EVENT_ZAP, FLUSH_ZAP, FLUSH_ZAP_UPPER, QUIRK_ROOT_EMPTIED, entry_flush, event, memo_drop, request_flush,
     role_direct, role_level, role_pte_size, sc_frame, sc_mmu, sc_page,
 )
 from shadowcore.types cimport SC_NONE, u32, u64
@@ -233,8 +233,8 @@ cdef inline void _empty(sc_mmu *mmu, u32 number) noexcept nogil:
         request_flush(mmu, FLUSH_ZAP)
     else:
         mmu.stats.spte_removed += _empty_upper_table(mmu, page, number)
-        if page.present and not mmu.quirks & QUIRK_EXIT_FLUSHES:
-            request_flush(mmu, FLUSH_ZAP_UPPER)
+        if page.present:
+            entry_flush(mmu, FLUSH_ZAP_UPPER)
     page.present = 0
 
 

@@ -276,7 +276,8 @@ cdef class VCpu:
         return [self._tlb[0][<size_t>&t.clock - <size_t>t:], *self._tlb[1:]]
 
     def tlb_is_sane(self) -> bool:
-        """Every number in the TLB that is used as one (page size, PCID, rights, key, position) is one that exists."""
+        """Every number in the TLB that is used as one (page size, PCID, rights, key, position, shadow page) is one that
+        exists."""
         cdef sc_tlb *t = self.c.tlb
         cdef sc_tlb_entry *e
         cdef u64 i
@@ -285,7 +286,8 @@ cdef class VCpu:
         for size in range(TLB_SIZES):
             for i in range(<u64>t.sets[size] * t.ways[size]):
                 e = &t.entry[size][i]
-                if e.page & 1 and (e.shift not in _SHIFTS[size] or e.pcid > 4095 or e.access > ACC_ALL or e.pkey > 15):
+                if e.page & 1 and (e.shift not in _SHIFTS[size] or e.pcid > 4095 or e.access > ACC_ALL or e.pkey > 15
+                                   or (e.root != SC_NONE and e.root >= self.mmu.c.pool_pages)):
                     return False
         return t.due_next < TLB_PAGES
 

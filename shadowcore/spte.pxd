@@ -1,5 +1,5 @@
 """One shadow entry: how its value is made, and how it comes and goes with the books kept right."""
-from shadowcore.bits cimport PTE_A, PTE_P, PTE_U, PTE_W
+from shadowcore.bits cimport PTE_A, PTE_P, PTE_U, PTE_W, SPTE_GUEST_U, SPTE_GUEST_W, pte_nx
 from shadowcore.memory cimport mem_pool_hpa, mem_pool_page
 from shadowcore.rmap cimport list_add, list_remove, rmap_add, rmap_remove
 from shadowcore.state cimport memo_drop, role_level, sc_mmu, sc_page
@@ -14,6 +14,11 @@ cdef inline u64 leaf_spte(u64 hpa, u32 guest, u32 granted, u64 kept) noexcept no
     # ACC_W and ACC_U are the bits of an entry; SPTE_GUEST_W and SPTE_GUEST_U lie 9 above them.
     return (hpa | kept | PTE_P | (granted & (ACC_W | ACC_U)) | <u64>(guest & (ACC_W | ACC_U)) << 9
             | (~<u64>granted & ACC_X) << 63)
+
+cdef inline u32 leaf_remembers(u64 spte) noexcept nogil:
+    """Rights that the guest's tables gave when the leaf was made."""
+    return ((ACC_W if spte & SPTE_GUEST_W else 0) | (ACC_U if spte & SPTE_GUEST_U else 0)
+            | (0 if spte & pte_nx() else ACC_X))
 
 cdef inline void spte_put(sc_mmu *mmu, u32 spte, u64 value) noexcept nogil:
     """Fill an entry that was 0."""

@@ -239,6 +239,7 @@ cdef enum:
     FLUSH_CR3 = 8                   # the guest loaded CR3
     FLUSH_CONTEXT = 9               # the guest loaded CR0, CR4 or EFER
     FLUSH_INVLPG = 10               # the guest's INVLPG
+    FLUSH_FAULT = 11                # a page fault of the guest
 
 cdef inline bint flush_lost(const sc_mmu *mmu, int why) noexcept nogil:
     return mmu.lost_flushes >> why & 1
@@ -256,3 +257,10 @@ cdef inline void request_flush(sc_mmu *mmu, int why) noexcept nogil:
     if not flush_lost(mmu, why):
         mmu.flush_epoch += 1
     event(mmu, EVENT_FLUSH, why, SC_NONE, 0)
+
+cdef inline void entry_flush(sc_mmu *mmu, int why) noexcept nogil:
+    """request_flush for an entry that was dropped; with the quirk EXIT_FLUSHES the flush that the exit is anyway."""
+    if mmu.quirks & QUIRK_EXIT_FLUSHES:
+        exit_flush(mmu)
+    else:
+        request_flush(mmu, why)

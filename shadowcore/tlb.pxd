@@ -8,7 +8,8 @@ from shadowcore.types cimport u8, u16, u32, u64
 
 cdef enum:
     TLB_SIZES = 3                   # 4 KiB; 2 or 4 MiB; 1 GiB
-    TLB_PAGES = 64                  # INVLPGs that the audit remembers
+    TLB_PAGES = 64                  # INVLPGs and page faults that the audit remembers
+    TLB_ANY_PCID = 0xFFFF           # in the place of a PCID: each of them
 
 cdef struct sc_tlb_entry:
     u64 page                        # linear address of the page, | 1 while the entry was ever filled
@@ -25,6 +26,7 @@ cdef struct sc_tlb_entry:
     u8 is_global                    # G was set and CR4.PGE on
     u8 shift                        # log2 of the page size
     u8 guest_shift                  # log2 of the guest's page size, of which this may be a fragment
+    u32 root                        # shadow page from which the walk started; native: SC_NONE
 
 cdef struct sc_tlb:
     sc_tlb_entry *entry[TLB_SIZES]  # sets * ways of each size, a set in one piece
@@ -37,9 +39,10 @@ cdef struct sc_tlb:
     # What the guest's instructions made stale, kept apart from the flushing itself, for the audit (I8).
     u64 due_all                     # clock of the last load that drops everything
     u64 due_pcid[4096]              # clock of the last CR3 load that drops a PCID
-    u64 due_page[TLB_PAGES]         # addresses of the last INVLPGs ...
-    u64 due_page_at[TLB_PAGES]      # ... and their clocks
-    u32 due_next                    # slot of the next INVLPG
+    u64 due_page[TLB_PAGES]         # addresses of the last INVLPGs and page faults, ...
+    u64 due_page_at[TLB_PAGES]      # ... their clocks, ...
+    u16 due_page_pcid[TLB_PAGES]    # ... and the PCID of which entries go, besides global ones, or TLB_ANY_PCID
+    u32 due_next                    # slot of the next of them
 
 cdef inline bint tlb_valid(const sc_tlb *t, const sc_tlb_entry *e, u64 mmu_epoch) noexcept nogil:
     return (e.page & 1 and e.mmu_epoch == mmu_epoch and e.epoch == t.epoch
@@ -48,7 +51,10 @@ cdef inline bint tlb_valid(const sc_tlb *t, const sc_tlb_entry *e, u64 mmu_epoch
 cdef sc_tlb_entry *tlb_find(sc_tlb *t, u64 va, u16 pcid, u64 mmu_epoch) noexcept nogil
 cdef void tlb_fill(sc_tlb *t, u64 va, u64 gpa, int shift, int guest_shift, u16 pcid, u32 access, u32 pkey,
                    bint dirty, bint is_global, u64 mmu_epoch) noexcept nogil
+cdef void tlb_enter(sc_tlb *t, u64 va, u64 gpa, int shift, int guest_shift, u16 pcid, u32 access, u32 pkey,
+                    bint dirty, bint is_global, u64 mmu_epoch, u32 root) noexcept nogil
 cdef void tlb_flush_all(sc_tlb *t, bint lost) noexcept nogil
 cdef void tlb_flush_pcid(sc_tlb *t, u16 pcid, bint lost) noexcept nogil
 cdef void tlb_flush_page(sc_tlb *t, u64 va, bint lost) noexcept nogil
+cdef void tlb_flush_fault(sc_tlb *t, u64 va, u16 pcid, bint lost) noexcept nogil
 cdef bint tlb_overdue(const sc_tlb *t, const sc_tlb_entry *e) noexcept nogil

@@ -123,7 +123,8 @@ class Guest:
             if self._frames is not None and self._frames[index >> 12]:
                 assert self.recording is not None
                 self.recording.follow(table)
-        if self.vm.stats.tlb_flush != self._flushes:
+        if self.vm.stats.tlb_flush != self._flushes or result.outcome[0] == 1:
+            # A page fault of the guest: Unicorn may hold what the tables said of the page before (SDM 4.10.4.1).
             self._flushes = self.vm.stats.tlb_flush
             self._flush_wanted = True
         return result

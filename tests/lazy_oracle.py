@@ -11,6 +11,7 @@ global (G with CR4.PGE=1).  It may forget at any time, and it must forget:
   and of global ones; more may go, and this project promises all).
 - A load of CR3: what is not global and has the PCID that is loaded, unless bit 63 is set with CR4.PCIDE=1.
 - A change of CR0.PG, CR0.WP, CR4.PGE, PAE, SMEP, of CR4.PCIDE to 0, or of EFER.NXE: everything.
+- A page fault (4.10.4.1): what translates the faulting address, of the current PCID or global.
 
 Translations that are not present, and ones that lead to no memory, are not held.  Rights are judged by the
 registers as they are at the access; where what is held forbids an access, or is not dirty and the access is a
@@ -97,13 +98,14 @@ class LazyCpu(oracle.Cpu):
     """See the module's head.
 
     early: faulting walks may set A in the entries that they met.  keeps_refused: a translation that refused an
-    access may be held as well.  (Two habits of the code of 2007 before the series.)  holds: False for a processor
-    without a TLB.
+    access may be held as well.  (Two habits of the code of 2007 before the series.)  rereads: what a page fault drops
+    may be held again at once, as far as it is what the tables say at that moment (4.10.2.3: a processor may read ahead
+    of the code, with what has A in every entry).  holds: False for a processor without a TLB.
     """
 
-    def __init__(self, memory, early=False, keeps_refused=False, holds=True):
+    def __init__(self, memory, early=False, keeps_refused=False, rereads=False, holds=True):
         super().__init__(memory)
-        self.early, self.keeps_refused, self.holds = early, keeps_refused, holds
+        self.early, self.keeps_refused, self.rereads, self.holds = early, keeps_refused, rereads, holds
         self.held = set()
 
     @property
@@ -138,6 +140,21 @@ class LazyCpu(oracle.Cpu):
     def invlpg(self, address):
         address = self._linear(address)
         self.held = {t for t in self.held if not t.page <= address < t.page + t.page_size}
+
+    def faulted(self, address):
+        """A page fault at `address`."""
+        at = self._linear(address)
+        gone = {t for t in self.held if t.page <= at < t.page + t.page_size and (t.is_global or t.pcid == self.pcid)}
+        self.held -= gone
+        if not self.rereads:
+            return
+        try:
+            now = self.translate(address)
+        except oracle.PageFault:
+            return
+        if all(entry & A for _, _, entry in now.levels):
+            read = self._holding(now, address)
+            self.held |= {t for t in gone if t in (read._replace(pcid=t.pcid), read._replace(pcid=t.pcid, dirty=False))}
 
     # -- what an access may come to --------------------------------------------------------------------------
 
@@ -209,5 +226,6 @@ class LazyCpu(oracle.Cpu):
             self.memory.write(*outcome.store)
         if outcome.result[0] == PAGE_FAULT:
             self.cr2 = self._linear(address)
+            self.faulted(address)
         if outcome.held and self.holds:
             self.held.add(outcome.held)

@@ -244,7 +244,7 @@ def test_commands_whose_output_cannot_be_written(arguments):
     with open("/dev/full", "w") as full:
         done = subprocess.run(command, env=ENVIRONMENT, stdout=full, stderr=subprocess.PIPE, text=True, timeout=60)
     assert done.returncode == 2
-    assert done.stderr == "shadowcore: standard output: it cannot be written: No space left on device\n"
+    assert done.stderr == "shadowcore: standard output: No space left on device\n"
 
 
 def test_a_reader_that_has_seen_enough_is_no_error():

@@ -37,10 +37,10 @@ DESIGNS = {
     "native": [("native", {})],
     "cached": [(sc.Shadow.cached(pool_pages=32), {}), (sc.Shadow.cached(pool_pages=8), {})],
     "flush": [
-        (sc.Shadow.flush(quirks=0, pool_pages=32), {}),
+        (sc.Shadow.flush(quirks=0, pool_pages=32), {"rereads": True}),
         (
             sc.Shadow.flush(quirks=sc.Quirk.TWO_EXITS | sc.Quirk.ACCESSED_EARLY, pool_pages=32),
-            {"early": True, "keeps_refused": True},
+            {"early": True, "keeps_refused": True, "rereads": True},
         ),
     ],
 }
@@ -84,7 +84,7 @@ def test_long_programs(mode, design):
 @pytest.mark.parametrize(
     ("design", "lost"),
     [
-        *[("native", name) for name in ("cr3", "context", "invlpg")],
+        *[("native", name) for name in ("cr3", "context", "invlpg", "fault")],
         *[("cached", name) for name in ("cr3", "protect")],
         ("flush", "invlpg"),
     ],
@@ -94,7 +94,8 @@ def test_a_lost_flush_is_noticed(design, lost):
     right one by what it reads or writes."""
 
     def parts_from_the_model(tlb, program):
-        together = Together([MODES["64"]], DESIGNS[design][0][0], tlb)
+        mmu, habits = DESIGNS[design][0]
+        together = Together([MODES["64"]], mmu, tlb, **habits)
         together.vm.mmu.lose_flushes(lost)
         try:
             for number in program:

@@ -2,6 +2,7 @@
 
 import importlib.util
 import shutil
+import struct
 import subprocess
 import sys
 import textwrap
@@ -286,6 +287,40 @@ def test_smap_follows_the_flag(mmu, way):
     other = fresh(mmu)
     machine.recording.replay(other)
     assert counters(other) == counters(vm)
+
+
+@pytest.mark.parametrize("way", su.WAYS)
+@pytest.mark.parametrize("mmu", DESIGNS[:3])
+def test_a_page_fault_drops_what_unicorn_holds_of_the_page(mmu, way):
+    """An entry is edited without INVLPG; a store to the page faults; the load after it reads the new frame (SDM
+    4.10.4.1)."""
+    vm = fresh(mmu)
+    tables = sc.PageTables(vm.memory, mode="32", allocate=range(256, 512))
+    tables.map(0, 0, 0x10000, "rwx")
+    tables.map(0x400000, 0x20000, 0x1000, "rwx")
+    entry = tables.entry(0x400000).gpa
+    tables.map(0x800000, entry & ~0xFFF, 0x1000, "rwx")
+    gate = struct.pack("<HHHH", 0x2000, 8, 0x8E00, 0)
+    for gpa, data in (
+        (0x3000, struct.pack("<HI10xHI", 23, 0x3100, 15 * 8 - 1, 0x3200)),
+        (0x3100, bytes(8) + bytes.fromhex("ffff0000009acf00 ffff00000092cf00")),
+        (0x3200 + 14 * 8, gate),
+        (0x20000, b"\x11"),
+        (0x21000, b"\x22"),
+        (0x2000, bytes.fromhex("83c404 c7042400180000 cf")),  # add esp, 4; mov dword ptr [esp], 0x1800; iret
+        (0x1800, bytes.fromhex("a000004000 e6f4 f4")),  # mov al, [0x400000]; out 0xf4, al; hlt
+    ):
+        vm.write_physical(gpa, data)
+    code = bytes.fromhex("0f011500300000 0f011d10300000")  # lgdt [0x3000]; lidt [0x3010]
+    for register, load, more in (("cr4", "0f22e0", 0), ("cr3", "0f22d8", 0), ("cr0", "0f22c0", 1 << 16)):
+        code += b"\xb8" + (tables.registers[register] | more).to_bytes(4, "little") + bytes.fromhex(load)
+    # mov al, [0x400000]; mov dword ptr [entry], 0x21021; mov dword ptr [0x400004], 1
+    edit = b"\xc7\x05" + struct.pack("<II", 0x800000 + (entry & 0xFFF), 0x21021)
+    vm.write_physical(0x1000, code + bytes.fromhex("a000004000") + edit + bytes.fromhex("c7050400400001000000"))
+    machine = su.Machine(vm, way)
+    machine.start(0x1000, rsp=0x8000)
+    assert machine.run(seconds=10) == 0x22
+    assert vm.stats.pf_guest == 1
 
 
 @pytest.mark.parametrize("way", su.WAYS)

@@ -124,7 +124,7 @@ enum {
     SC_EVENT_ZAP = 1,     /* a shadow page goes. detail: its number; address: its gfn */
     SC_EVENT_PROTECT = 2, /* a shadow entry lost W: its frame became a guest table. detail: entry; address: gfn */
     SC_EVENT_FLUSH = 3,   /* TLBs have to be flushed. detail: why (0 a frame became a table, 1 and 2 zap, 3 a store,
-                             4 W withheld, 5 leaf, 6 link, 7 dirty log, 10 INVLPG) */
+                             4 W withheld, 5 leaf, 6 link, 7 dirty log, 10 INVLPG, 11 a fault of the guest) */
     SC_EVENTS = 4
 };
 #define SC_EVENT_MASK(kind) (1u << (kind))
