@@ -14,8 +14,9 @@ from shadowcore.roots cimport root_slots, roots_load, roots_release
 from shadowcore.spte cimport spte_drop, spte_is_writable
 from shadowcore.state cimport (
     FLUSH_INVLPG, FLUSH_LOG, POINT_COUNT, QUIRK_NO_REFILL_AT_CR3, QUIRK_ROOT_EMPTIED, ROLE_ACCESS, ROLE_DIRECT,
-    ROLE_GLEVELS, ROLE_GLOBAL, ROLE_NXE, ROLE_PKEY, ROLE_PSE, ROLE_QUADRANT, ROLE_WP0, exit_flush, memo_drop,
-    request_flush, role_direct, role_field, role_level, sc_frame, sc_link, sc_mmu, sc_page, sc_vcpu, vcpu_pcid,
+    ROLE_GLEVELS, ROLE_GLOBAL, ROLE_NXE, ROLE_PKEY, ROLE_PSE, ROLE_QUADRANT, ROLE_WP0, exit_flush, linear_exists,
+    memo_drop, request_flush, role_direct, role_field, role_level, sc_frame, sc_link, sc_mmu, sc_page, sc_vcpu,
+    vcpu_pcid,
 )
 from shadowcore.tlb cimport sc_tlb_entry, tlb_fill, tlb_find
 from shadowcore.types cimport (
@@ -163,11 +164,11 @@ cdef bint _zap_marked(sc_mmu *mmu, u32 spte) noexcept nogil:
 
 cdef void mmu_invlpg(sc_mmu *mmu, sc_vcpu *v, u64 va) noexcept nogil:
     """INVLPG. Shadows that follow every store to a guest table need nothing (patch 18); `flush` drops the leaf, or
-    all leaves of the large page."""
+    all leaves of the large page. With an address that is not canonical it does nothing (SDM volume 2, INVLPG)."""
     cdef int level = v.hw.mode if v.hw.mode >= MODE_64 else 2
     cdef u32 page, spte
     cdef bint marked
-    if not mmu.shadow or mmu.keep:
+    if not mmu.shadow or mmu.keep or not linear_exists(v, va):
         return
     exit_flush(mmu)
     page = v.roots[0 if level > 2 else <int>(va >> 30) & 3]

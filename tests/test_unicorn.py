@@ -330,3 +330,15 @@ def test_without_unicorn_the_error_says_how_to_install_it():
 def test_the_example_runs():
     out = subprocess.run([sys.executable, EXAMPLES / "guest.py"], capture_output=True, text=True, check=True)
     assert out.stdout.count(guest.guest_model()) == 8
+
+
+def test_recording_of_an_address_that_is_not_canonical():
+    """No table is read for it."""
+    machine = bare(b"\x90", record=True)
+    machine.vm.vcpus[0].run(np.zeros(0, sc.OP_DTYPE))
+    tables = sc.PageTables(machine.vm.memory, "64", allocate=range(2048, 2100))
+    tables.map(0x400000, 0x200000, 4096, "rwx")
+    for name, value in tables.registers.items():
+        setattr(machine.cpu, name, value)
+    assert machine._op(sc.Op.READ, 1 << 60).outcome.tolist() == [2]
+    assert machine._op(sc.Op.READ, 0x400000).outcome.tolist() == [0]
