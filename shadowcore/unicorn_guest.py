@@ -242,6 +242,7 @@ class Guest:
                     write(register, wanted[name])
             self._hardware = wanted
             self._flush_wanted = True
-        if self._flush_wanted:
+        if self._flush_wanted or self.vm.stats.tlb_flush != self._flushes:  # one may come from outside: a dirty log
+            self._flushes = self.vm.stats.tlb_flush
             self.p.flush()
             self._flush_wanted = False

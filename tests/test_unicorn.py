@@ -332,6 +332,23 @@ def test_the_example_runs():
     assert out.stdout.count(guest.guest_model()) == 8
 
 
+@pytest.mark.parametrize("way", su.WAYS)
+@pytest.mark.parametrize("mmu", ["flush", "cached"])
+def test_stores_after_a_dirty_log_was_cleared_between_runs(mmu, way):
+    """Clearing it asks for a flush, and Unicorn's own translations of before would let the next stores pass unseen."""
+    store = bytes.fromhex("c60500300000")  # mov byte [0x3000], ...
+    out = bytes.fromhex("e6f4eb00")  # OUT ends the run with its block of code, which ends at the jump
+    machine = bare(store + b"\1" + out + store + b"\2" + out + store + b"\3" + out, mmu, way)
+    memory = machine.vm.memory
+    memory.start_dirty_log()
+    for number in (1, 2, 3):
+        machine.exit_code = None
+        machine.run(seconds=30)
+        assert memory.bytes[0x3000] == number
+        assert np.flatnonzero(memory.dirty_log()).tolist() == [3]
+        memory.clear_dirty_log()
+
+
 def test_recording_of_an_address_that_is_not_canonical():
     """No table is read for it."""
     machine = bare(b"\x90", record=True)
