@@ -14,13 +14,15 @@ from shadowcore.memo cimport (
     memo_region, memo_region_tag, memo_spill, memo_tag, sc_memo, sc_memo_entry,
 )
 from shadowcore.memory cimport mem_frame, mem_gfn, mem_guest_frame, mem_host_frame, sc_mem, sc_no_frame
-from shadowcore.quick cimport PACKED, element_word, load_op, load_plain, sc_batch
+from shadowcore.quick cimport HITS, PACKED, element_word, load_op, load_plain, op_stands, sc_batch, words_odd
 from shadowcore.results cimport sc_row
 from shadowcore.state cimport MARK_STORED, MARK_TABLE, marked_table, memo_drop, sc_mmu, sc_vcpu
 from shadowcore.types cimport (
-    MODE_32, MODE_64, MODE_LA57, MODE_OFF, MODE_PAE, PF_I, PF_U, PF_W, RC_AUDIT, RC_OK, i64, u8, u16, u32, u64,
+    MODE_32, MODE_64, MODE_LA57, MODE_OFF, MODE_PAE, PF_I, PF_U, PF_W, RC_AUDIT, RC_BAD_OP, RC_OK, i64, u8, u16, u32,
+    u64,
 )
 from shadowcore.walker cimport glance_body, probe_walk, sc_paging, sc_walk, table_index
+from shadowcore.watch cimport watch_due
 
 cdef extern from *:
     """
@@ -35,22 +37,22 @@ cdef extern from *:
 
 cdef enum:
     STREAK = 2                      # exits in a row after which the next operation is taken to need one as well
-    HITS = 800                      # operations that the loop over hits does in one go
     PROMOTED = 4                    # one of so many hits in the spill of the memo moves the page out of it
     AHEAD = 32                      # operations whose bytes are fetched into the cache ahead of their use
+    LOOK = 64                       # operations done the long way between two looks at the clock
 
 # By what an operation is: its code, | 256 in user mode.
-cdef u64 _mask[272]                 # memo_mask of the kind
-cdef u64 _loads[272]                # bits that come back as the value: of a store none, of a fetch a byte
-cdef u32 _access[272]               # PF_*
-cdef u8 _kind[272]                  # KIND_*, KIND_NONE where it is no load, store or fetch
+cdef u64 _mask[512]                 # memo_mask of the kind
+cdef u64 _loads[512]                # bits that come back as the value: of a store none, of a fetch a byte
+cdef u32 _access[512]               # PF_*
+cdef u8 _kind[512]                  # KIND_*, KIND_NONE where it is no load, store or fetch
 
-cdef u64 _bytes[9]                  # by size: the bits of so many bytes
+cdef u64 _bytes[256]                # by size: the bits of so many bytes; 0: not a size that is met here
 
 
 cdef void _fill_tables() noexcept nogil:
     cdef u32 op, user, i
-    for i in range(272):
+    for i in range(512):
         _kind[i] = KIND_NONE
         _mask[i] = memo_mask(KIND_NONE)
         _loads[i] = _access[i] = 0
@@ -61,8 +63,8 @@ cdef void _fill_tables() noexcept nogil:
             _mask[i] = memo_mask(_kind[i])
             _loads[i] = 0 if op == OP_WRITE else 0xFF if op == OP_FETCH else ~<u64>0
             _access[i] = (PF_U if user else 0) | (PF_W if op == OP_WRITE else PF_I if op == OP_FETCH else 0)
-    for i in range(9):
-        _bytes[i] = ~<u64>0 if i == 8 else (<u64>1 << (8 * i)) - 1
+    for i in range(4):
+        _bytes[1 << i] = ~<u64>0 >> (64 - (8 << i))
 
 
 _fill_tables()
@@ -73,15 +75,24 @@ cdef inline u64 _width(const sc_vcpu *v) noexcept nogil:
     return ~<u64>0 if v.guest.mode >= MODE_64 else 0xFFFFFFFF
 
 
-cdef inline u32 _code(const sc_batch *b, const u8 *element, u32 *size, bint plain) noexcept nogil:
-    """What the operation is, as an index into the tables of sc_batch; size[0]: its bytes."""
+cdef inline u32 _word(const sc_batch *b, const u8 *element, bint plain) noexcept nogil:
+    """What the operation is, see words_odd. The caller's array may change while it is read (it may lie in guest memory,
+    or belong to another thread as well), so each word is read once, judged, and kept as long as it is needed."""
     cdef u32 word
     if plain:
         memcpy(&word, element, 4)
-        size[0] = (word >> 16) & 0xFF
-        return word & 0x10F
-    size[0] = element[b.ops.at[2]]
-    return (element[b.ops.at[0]] & 15) | (element[b.ops.at[1]] != 0) << 8
+        return word
+    word = element[b.ops.at[0]]     # a fetch is of one byte, whatever it says
+    return word | (element[b.ops.at[1]] != 0) << 8 | (1 if word == OP_FETCH else element[b.ops.at[2]]) << 16
+
+
+cdef inline u32 _code(u32 word) noexcept nogil:
+    """The index of the operation in the tables above."""
+    return word & 0x1FF
+
+
+cdef inline u32 _size(u32 word) noexcept nogil:
+    return (word >> 16) & 0xFF
 
 
 cdef inline void _move(sc_batch *b, u64 i, u64 value, u8 *at, u32 code, u32 size) noexcept nogil:
@@ -102,9 +113,9 @@ cdef inline void _move(sc_batch *b, u64 i, u64 value, u8 *at, u32 code, u32 size
         at[0] = <u8>value
 
 
-cdef void _mark_tables(sc_mmu *mmu, sc_vcpu *v, u64 va) noexcept nogil:
+cdef bint _mark_tables(sc_mmu *mmu, sc_vcpu *v, u64 va) noexcept nogil:
     """Native: the frames of the tables that lead to `va` are known to be such. If a store to one is remembered, all is
-    forgotten."""
+    forgotten. False: nothing is to be remembered of `va`."""
     cdef sc_walk w
     cdef int level
     cdef u64 frame
@@ -112,6 +123,8 @@ cdef void _mark_tables(sc_mmu *mmu, sc_vcpu *v, u64 va) noexcept nogil:
     level = w.level
     while level <= w.top:
         frame = mem_frame(mmu.mem, w.table[level])
+        if frame == sc_no_frame():
+            return False            # somebody else writes to the tables at this moment
         if mmu.marks[frame] >> 2 != mmu.memo_epoch:
             mmu.marks[frame] = mmu.memo_epoch << 2
         if mmu.marks[frame] & MARK_STORED:
@@ -121,24 +134,23 @@ cdef void _mark_tables(sc_mmu *mmu, sc_vcpu *v, u64 va) noexcept nogil:
         mmu.marks[frame] |= MARK_TABLE
         mmu.marked_epoch = mmu.memo_epoch
         level += 1
+    return True
 
 
-cdef u64 _remember(sc_mmu *mmu, sc_batch *b, sc_vcpu *v, u64 i, bint plain) noexcept nogil:
-    """Put what a glance found of operation i into the memo; returns the context, which may be another by then.
+cdef u64 _remember(sc_mmu *mmu, sc_batch *b, sc_vcpu *v) noexcept nogil:
+    """Put what the last glance found into the memo; returns the context, which may be another by then.
 
     Native, nothing tells of stores to tables but the stores themselves: frames of tables are marked, and no store to
     one is remembered.
     """
-    cdef const u8 *element = b.ops.base + <i64>i * b.ops.stride
-    cdef u64 va, frame, context
-    cdef u32 size
-    cdef u32 code = _code(b, element, &size, plain)
-    memcpy(&va, element + b.ops.at[3], 8)
-    va &= _width(v)
+    cdef u64 va = b.va
+    cdef u32 code = _code(b.word)
+    cdef u64 frame, context
     if not mmu.shadow and v.guest.mode != MODE_OFF:
         context = memo_context(v.memo, mmu.memo_epoch)
         if v.memo.marked[memo_region(va)] != memo_region_tag(va, context):
-            _mark_tables(mmu, v, va)
+            if not _mark_tables(mmu, v, va):
+                return memo_context(v.memo, mmu.memo_epoch)
             context = memo_context(v.memo, mmu.memo_epoch)
             v.memo.marked[memo_region(va)] = memo_region_tag(va, context)
     if not mmu.shadow and _access[code] & PF_W:
@@ -150,10 +162,18 @@ cdef u64 _remember(sc_mmu *mmu, sc_batch *b, sc_vcpu *v, u64 i, bint plain) noex
     return memo_context(v.memo, mmu.memo_epoch)
 
 
-cdef inline u64 _hits(sc_mmu *mmu, sc_batch *b, const sc_vcpu *v, u64 context, u64 i, u64 stop,
+cdef u64 _first_odd(const u32 *words) noexcept nogil:
+    """Number of the first odd one; there is one."""
+    cdef u64 i = 0
+    while not words_odd(words + i, 1):
+        i += 1
+    return i
+
+
+cdef inline u64 _hits(sc_mmu *mmu, sc_batch *b, const sc_vcpu *v, u64 context, u64 i, u64 stop, u32 *words,
                       bint plain) noexcept nogil:
     """Where operations from number i on lead that are in the memo, up to the first that is not; returns its number.
-    The loop is kept this small for everything in it to have a register.
+    The loop is kept this small for everything in it to have a register. words: what the operations are.
 
     At most HITS operations: so many numbers of entries read, each at most 5, add up to less than 4096."""
     cdef const u8 *element = b.ops.base + <i64>i * b.ops.stride
@@ -168,45 +188,54 @@ cdef inline u64 _hits(sc_mmu *mmu, sc_batch *b, const sc_vcpu *v, u64 context, u
     cdef u64 references = 0
     cdef u64 first = i
     cdef u64 va, offset, target
-    cdef u32 code, size
-    stop = min(stop, i + HITS)
-    while i < stop:
-        code = _code(b, element, &size, plain)
-        memcpy(&va, element + (3 if plain else b.ops.at[3]), 8)
-        va &= width
-        offset = va & 4095
-        e = memo_entry(memo, va)
-        if (e.tag ^ memo_tag(va, context)) & mask[code] or offset > 4088 or (not plain and size > 8):
+    cdef u32 word
+    while True:
+        while i < stop:
+            word = _word(b, element, plain)
+            memcpy(&va, element + (3 if plain else b.ops.at[3]), 8)
+            va &= width
+            offset = va & 4095
+            e = memo_entry(memo, va)
+            if ((e.tag ^ memo_tag(va, context)) & mask[_code(word)] or offset > 4088
+                    or (not plain and _bytes[_size(word)] == 0)):
+                break
+            words[i - first] = word
+            target = e.target
+            references += target    # of which the low bits count, in the end
+            target = (target & pte_addr()) | offset
+            gpa[i] = target
+            if data:
+                sc_prefetch(ram + target)           # only a hint where gpas are not offsets in RAM
+            i += 1
+            element += stride
+        if not words_odd(words, i - first):
             break
-        target = e.target
-        references += target        # of which the low bits count, in the end
-        target = (target & pte_addr()) | offset
-        gpa[i] = target
-        if data:
-            sc_prefetch(ram + target)               # only a hint where gpas are not offsets in RAM
-        i += 1
-        element += stride
+        # The array has changed since the batch began. Nothing but `gpa` has been written so far: once more, up to there.
+        stop = first + _first_odd(words)
+        element = b.ops.base + <i64>first * b.ops.stride
+        references = 0
+        i = first
     mmu.stats.walk_references += references & 4095
     b.hits += i - first
     return i
 
 
-cdef inline void _moves(sc_mmu *mmu, sc_batch *b, u64 i, u64 stop, bint plain) noexcept nogil:
-    """Move the bytes of operations of which gpas are known."""
+cdef inline void _moves(sc_mmu *mmu, sc_batch *b, u64 i, u64 stop, const u32 *words, bint plain) noexcept nogil:
+    """Move the bytes of operations of which gpas are known. words: what they are, from number i on."""
     cdef const u8 *element = b.ops.base + <i64>i * b.ops.stride
-    cdef u32 code, size
     while i < stop:
-        code = _code(b, element, &size, plain)
         _move(b, i, element_word(element, 11 if plain else b.ops.at[4]),
-              mem_guest_frame(mmu.mem, b.gpa[i]) + (b.gpa[i] & 4095), code, size)
+              mem_guest_frame(mmu.mem, b.gpa[i]) + (b.gpa[i] & 4095), _code(words[0]), _size(words[0]))
         i += 1
+        words += 1
         element += PACKED if plain else b.ops.stride
 
 
-cdef inline u64 _glances(sc_mmu *mmu, sc_batch *b, sc_vcpu *v, u64 context, u64 i, u64 stop, bint plain,
+cdef inline u64 _glances(sc_mmu *mmu, sc_batch *b, sc_vcpu *v, u64 context, u64 i, u64 stop, u32 *words, bint plain,
                          sc_gmode g) noexcept nogil:
     """Where operations from number i on lead that are plain accesses, which the tables allow as they are, up to the
-    first that is none; returns its number. b.target: what the memo would say of the last."""
+    first that is none; returns its number. words: what the operations are. b.target: what the memo would say of the
+    last, and b.va, b.word of which access, if it was the only one that was asked for."""
     cdef const u8 *element = b.ops.base + <i64>i * b.ops.stride
     cdef i64 stride = PACKED if plain else b.ops.stride
     cdef const sc_mem *m = mmu.mem
@@ -224,16 +253,20 @@ cdef inline u64 _glances(sc_mmu *mmu, sc_batch *b, sc_vcpu *v, u64 context, u64 
     cdef bint note = b.note
     cdef bint data = b.data
     cdef u64 *gpa = b.gpa
-    cdef u64 va, offset, frame
+    cdef u64 offset, frame
+    cdef u64 va = 0
     cdef u64 target = 0
-    cdef u32 code, size
+    cdef u32 word = 0
+    cdef u32 code
     cdef int read = 0
     while i < stop:
-        code = _code(b, element, &size, plain)
+        word = _word(b, element, plain)
+        code = _code(word)
         memcpy(&va, element + (3 if plain else b.ops.at[3]), 8)
         va &= width
         offset = va & 4095
-        if offset > 4088 or size > 8 or _kind[code] == KIND_NONE or not is_canonical(va, canonical):
+        if (offset > 4088 or _bytes[_size(word)] == 0 or _kind[code] == KIND_NONE or not is_canonical(va, canonical)
+                or (plain and word & 0xFE00)):
             break                   # it may reach into the next page, or is no plain access
         read = glance_body(m, p, va, _access[code], &target, g)
         if read < 0:
@@ -258,6 +291,7 @@ cdef inline u64 _glances(sc_mmu *mmu, sc_batch *b, sc_vcpu *v, u64 context, u64 
             repeats += memo_is(e, memo_tag(va, context))
             memo_note(e, memo_tag(va, context))
         references += read
+        words[i - first] = word
         gpa[i] = target | offset
         if data:
             sc_prefetch(mem_guest_frame(m, target) + offset)
@@ -270,6 +304,8 @@ cdef inline u64 _glances(sc_mmu *mmu, sc_batch *b, sc_vcpu *v, u64 context, u64 
     b.repeats += repeats
     b.regions += new
     b.target = target | <u64>read
+    b.va = va
+    b.word = word
     return i
 
 
@@ -329,36 +365,37 @@ cdef inline void _fetch_ahead(sc_mmu *mmu, sc_batch *b, sc_vcpu *v, u64 i, u64 s
         _fetch_tables(mmu, b, v, i, stop, plain, gmode_la57(False, True))
 
 
-cdef inline u64 _glance(sc_mmu *mmu, sc_batch *b, sc_vcpu *v, u64 context, u64 i, u64 stop, bint plain) noexcept nogil:
+cdef inline u64 _glance(sc_mmu *mmu, sc_batch *b, sc_vcpu *v, u64 context, u64 i, u64 stop, u32 *words,
+                        bint plain) noexcept nogil:
     """_glances, for the tables that the processor walks."""
     if mmu.shadow:
         if v.hw.mode == MODE_64:
-            return _glances(mmu, b, v, context, i, stop, plain, gmode_64(True, True))
+            return _glances(mmu, b, v, context, i, stop, words, plain, gmode_64(True, True))
         if v.hw.mode == MODE_PAE:
-            return _glances(mmu, b, v, context, i, stop, plain, gmode_pae(True, True))
-        return _glances(mmu, b, v, context, i, stop, plain, gmode_la57(True, True))
+            return _glances(mmu, b, v, context, i, stop, words, plain, gmode_pae(True, True))
+        return _glances(mmu, b, v, context, i, stop, words, plain, gmode_la57(True, True))
     if v.guest.mode == MODE_64:
-        return _glances(mmu, b, v, context, i, stop, plain, gmode_64(False, True))
+        return _glances(mmu, b, v, context, i, stop, words, plain, gmode_64(False, True))
     if v.guest.mode == MODE_PAE:
-        return _glances(mmu, b, v, context, i, stop, plain, gmode_pae(False, True))
+        return _glances(mmu, b, v, context, i, stop, words, plain, gmode_pae(False, True))
     if v.guest.mode == MODE_32:
-        return _glances(mmu, b, v, context, i, stop, plain, gmode_32(False, True))
+        return _glances(mmu, b, v, context, i, stop, words, plain, gmode_32(False, True))
     if v.guest.mode == MODE_LA57:
-        return _glances(mmu, b, v, context, i, stop, plain, gmode_la57(False, True))
+        return _glances(mmu, b, v, context, i, stop, words, plain, gmode_la57(False, True))
     return i
 
 
-cdef u64 _spilled(sc_mmu *mmu, sc_batch *b, sc_vcpu *v, u64 context, u64 i, bint plain) noexcept nogil:
-    """Operation i if the second part of the memo has it: i + 1, else i."""
+cdef u64 _spilled(sc_mmu *mmu, sc_batch *b, sc_vcpu *v, u64 context, u64 i, u32 *words, bint plain) noexcept nogil:
+    """Operation i if the second part of the memo has it: i + 1, else i. words[0]: what it is."""
     cdef const u8 *element = b.ops.base + <i64>i * b.ops.stride
     cdef sc_memo_entry *e
     cdef u64 va
-    cdef u32 size
-    cdef u32 code = _code(b, element, &size, plain)
+    words[0] = _word(b, element, plain)
     memcpy(&va, element + b.ops.at[3], 8)
     va &= _width(v)
     e = memo_spill(v.memo, va)
-    if (e.tag ^ memo_tag(va, context)) & _mask[code] or (va & 4095) > 4088 or size > 8:
+    if ((e.tag ^ memo_tag(va, context)) & _mask[_code(words[0])] or (va & 4095) > 4088
+            or _bytes[_size(words[0])] == 0 or (plain and words[0] & 0xFE00)):
         return i
     b.hits += 1
     b.gpa[i] = (e.target & pte_addr()) | (va & 4095)
@@ -373,36 +410,38 @@ cdef inline u64 _quick(sc_mmu *mmu, sc_batch *b, u64 i, u64 stop, bint plain) no
     returns its number. In groups: while the bytes of one are on their way to the cache, more are looked at."""
     cdef u64 first = i
     cdef sc_vcpu *v = mmu.vcpus[b.number]
-    cdef u64 context, group, begin, after
+    cdef u64 context, group, begin, start, after
+    cdef u32 words[HITS]            # what the operations of a group are: as judged, so moved
     if v.memo == NULL or b.ops.at[5] != <u64>-1:
         return i                    # a modelled TLB; operations of several vcpus
     context = memo_context(v.memo, mmu.memo_epoch)
     while i < stop:
-        begin = i
-        group = min(i + AHEAD, stop) if b.data or (b.far and not b.remember) else stop
+        begin = start = i
+        group = min(i + (AHEAD if b.data or (b.far and not b.remember) else HITS), stop)
         while i < group:
             if b.remember:
-                after = _hits(mmu, b, v, context, i, group, plain)
+                after = _hits(mmu, b, v, context, i, group, words + (i - start), plain)
                 if after > i:
                     i = after
                     continue
-                after = _spilled(mmu, b, v, context, i, plain)
+                after = _spilled(mmu, b, v, context, i, words + (i - start), plain)
                 if after > i:
                     i = after
                     continue
             if b.data and not mmu.shadow:
-                _moves(mmu, b, begin, i, plain)         # stores come before the walks that follow them
+                # Stores come before the walks that follow them.
+                _moves(mmu, b, begin, i, words + (begin - start), plain)
                 begin = i
             if b.far and not b.remember and i == begin:
                 _fetch_ahead(mmu, b, v, i, group, plain)
-            after = _glance(mmu, b, v, context, i, i + 1 if b.remember else group, plain)
+            after = _glance(mmu, b, v, context, i, i + 1 if b.remember else group, words + (i - start), plain)
             if after == i:
                 break
             if b.remember:
-                context = _remember(mmu, b, v, i, plain)
+                context = _remember(mmu, b, v)
             i = after
         if b.data:
-            _moves(mmu, b, begin, i, plain)
+            _moves(mmu, b, begin, i, words + (begin - start), plain)
         if i < group:
             break
     mmu.stats.accesses += i - first
@@ -418,12 +457,14 @@ cdef u64 _quick_other(sc_mmu *mmu, sc_batch *b, u64 i, u64 stop) noexcept nogil:
 
 
 cdef int quick_chunk(sc_mmu *mmu, sc_batch *b, u64 *done, u64 stop) noexcept nogil:
-    """Operations done[0] to stop; done[0] tells how far it came. RC_OK or the negative code of the one that failed."""
+    """Operations done[0] to stop; done[0] tells how far it came: to where b.watch is due, at the latest. RC_OK or the
+    negative code of the one that failed; RC_BAD_OP: by now it is none, see b.bad."""
     cdef sc_op o
     cdef sc_result r
     cdef sc_row *row
     cdef u64 i = done[0]
     cdef u64 before
+    cdef u32 looked = 0             # operations done the long way since the last look at the clock
     cdef u32 exits = 0              # operations in a row that took one: it is the rule then, and no glance is worth it
     cdef int rc = RC_OK
     memset(&o, 0, sizeof(o))
@@ -440,6 +481,10 @@ cdef int quick_chunk(sc_mmu *mmu, sc_batch *b, u64 *done, u64 stop) noexcept nog
             load_plain(&o, b, i)
         else:
             load_op(&o, &b.ops, i, b.number)
+        if not op_stands(&o, mmu.n_vcpus, b.last, b.high != NULL):
+            b.bad = o
+            rc = RC_BAD_OP
+            break
         if o.op > OP_FETCH:
             rc = vcpu_op(mmu, mmu.vcpus[o.vcpu], &o, b.data, &r)
         elif not access_fault(mmu, mmu.vcpus[o.vcpu], &o, b.data, &r):
@@ -465,5 +510,10 @@ cdef int quick_chunk(sc_mmu *mmu, sc_batch *b, u64 *done, u64 stop) noexcept nog
         if mmu.audit_found:
             rc = RC_AUDIT
             break
+        looked += 1
+        if looked == LOOK:
+            looked = 0
+            if watch_due(b.watch):
+                break
     done[0] = i
     return rc

@@ -1,14 +1,16 @@
 """Operations of a batch, done by the shortest way that each has."""
 from libc.string cimport memcpy
 
-from shadowcore.access cimport sc_op
+from shadowcore.access cimport OP_CMPXCHG, OP_FETCH, op_is_access, sc_op
 from shadowcore.results cimport sc_row
 from shadowcore.state cimport sc_mmu
 from shadowcore.types cimport i64, u8, u32, u64
+from shadowcore.watch cimport sc_watch
 
 cdef enum:
     CHUNK = 4096                    # operations that are made in one go
     FIELDS = 9                      # of an operation, required and optional: see sc_layout
+    HITS = 800                      # operations that the loop over hits does in one go
     PACKED = 19                     # bytes of an element of OP_DTYPE
 
 cdef struct sc_layout:
@@ -22,7 +24,12 @@ cdef struct sc_batch:
     u32 number                      # vcpu of operations that name none
     bint data                       # bytes move
     bint far                        # tables are far more than caches hold
-    bint plain                      # laid out as OP_DTYPE, `user` is 0 or 1, and no size is above 8
+    # Laid out as OP_DTYPE, and nothing but loads, stores and fetches of 1, 2, 4 or 8 bytes, or operations that have
+    # these sizes by chance; `user` is 0 or 1. So it was when the batch began; the fast loops see that it still is.
+    bint plain
+    u32 last                        # highest code that an operation may have
+    sc_op bad                       # after RC_BAD_OP: the operation that was refused
+    sc_watch *watch                 # when it is due, a chunk may end early; NULL: it does not
     u64 *gpa                        # results: per operation
     u64 *value                      # ... if data
     u64 *high                       # ... if some size is 16
@@ -35,6 +42,8 @@ cdef struct sc_batch:
     u64 repeats                     # ... of a page that the memo had a note of
     u64 regions                     # ... of 2 MiB, that had not been met lately
     u64 target                      # of the last glance: gpa of the page | entries read
+    u64 va                          # ... its linear address
+    u32 word                        # ... and what the operation was, see words_odd
     u64 nowhere                     # where loads store to
 
 cdef inline u64 element_word(const u8 *element, u64 at) noexcept nogil:
@@ -64,6 +73,29 @@ cdef inline void load_op(sc_op *o, const sc_layout *layout, u64 i, u32 vcpu) noe
     o.value[1] = element_word(element, layout.at[6])
     o.expected[0] = element_word(element, layout.at[7])
     o.expected[1] = element_word(element, layout.at[8])
+
+cdef inline u32 words_odd(const u32 *words, u64 n) noexcept nogil:
+    """0 if none of these operations is odd. The word of an operation is its code, user << 8, its size << 16 and in the
+    uppermost byte anything; it is odd with a code above 3, a user above 1 or a size that is not 1, 2, 4 or 8. (That 3
+    is no access is seen by all who look for accesses.)"""
+    cdef u32 odd = 0
+    cdef u32 size, word
+    cdef u64 i
+    for i in range(n):
+        word = words[i]
+        size = (word >> 16) & 0xFF
+        odd |= (word & 0xF0FEFC) | ((size - 1) & (size | <u32>1 << 31))
+    return odd
+
+cdef inline bint op_stands(const sc_op *o, u32 vcpus, u32 last, bint wide) noexcept nogil:
+    """There is such an operation, of such a size, and such a vcpu. wide: accesses of 16 bytes are welcome."""
+    if o.op > last or o.vcpu >= vcpus:
+        return False
+    if not op_is_access(o.op) or o.op == OP_FETCH:
+        return True
+    if o.size == 16:                # for loads, stores and CMPXCHG
+        return wide and o.op <= OP_CMPXCHG
+    return o.size != 0 and o.size <= 8 and o.size & (o.size - 1) == 0
 
 cdef inline void quick_learn(sc_batch *b, u64 n) noexcept nogil:
     """After a chunk of n operations. Where accesses do not repeat, the memo only costs; where they lead to ever new
