@@ -67,6 +67,7 @@ cdef class Kernel(KernelBase):
 
         ConfigError, before anything is done, for an operation that cannot be whatever the state; for one that the
         state forbids (a process that has ended), or GuestOutOfMemory, when its turn comes: those before it are done.
+        Ctrl-C raises Interrupted. Errors that come in the middle have `.result`: the results of those that were done.
         """
         if not isinstance(calls, np.ndarray) or calls.dtype != CALL_DTYPE or calls.ndim != 1:
             raise ConfigError(f"calls: a one-dimensional array of CALL_DTYPE is needed, not {calls!r:.60}")

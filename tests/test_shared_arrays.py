@@ -1,5 +1,6 @@
 """Arrays that somebody else writes to, or would resize, while the engine reads them: guest memory, other threads."""
 
+import contextlib
 import ctypes
 import gc
 import threading
@@ -176,7 +177,7 @@ def test_the_guest_stores_over_the_columns_and_results_of_a_c_call(design):
 
 
 def test_an_array_that_another_thread_writes():
-    """Whatever comes of it: an error with a result, or none, and a machine whose audit is clean."""
+    """Whatever comes of it: ConfigError or none, and a machine whose audit is clean."""
     rng = np.random.default_rng(5)
     for design in ("native", "cached"):
         vm = guest(design)
@@ -195,10 +196,8 @@ def test_an_array_that_another_thread_writes():
         thread.start()
         try:
             for _ in range(30):
-                try:
+                with contextlib.suppress(sc.ConfigError):
                     assert len(vm.vcpus[0].run(ops)) == len(ops)
-                except sc.ShadowcoreError as error:
-                    assert len(getattr(error, "result", ())) < len(ops)
         finally:
             stop.set()
             thread.join()

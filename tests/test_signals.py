@@ -109,7 +109,7 @@ def test_a_batch_of_quick_operations():
 
 def test_a_handler_that_does_not_raise():
     """It runs in the middle of the batch, which goes on."""
-    vm = guest(points=EVERYWHERE)
+    vm = guest(sc.Shadow.cached(pool_pages=64), EVERYWHERE)
     seen = []
 
     def handler(*_):
