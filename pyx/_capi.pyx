@@ -243,8 +243,8 @@ cdef int _fail_rc(const sc_mmu *mmu, int rc) noexcept nogil:
                  mmu.exhausted, mmu.pool_pages)
         return SC_E_POOL
     if rc == RC_BAD_OP:
-        return _fail(SC_E_ARGUMENT, "the next is no load, store or fetch of 1, 2, 4 or 8 bytes any more: somebody wrote "
-                     "to the arrays since the call began")
+        return _fail(SC_E_ARGUMENT, "the next is no load, store or fetch of 1, 2, 4 or 8 bytes any more: somebody "
+                     "wrote to the arrays since the call began")
     if rc == RC_HOOK or rc == RC_AUDIT:
         return _fail(SC_E_CALLBACK, "a callback in Python raised, or an audit at a named point found something")
     if rc == RC_UNHANDLED:

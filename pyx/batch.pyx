@@ -9,7 +9,7 @@ from shadowcore.batch cimport sc_columns, sc_columns_out
 from shadowcore.held cimport Held
 from shadowcore.mmu cimport Mmu
 from shadowcore.quick cimport (
-    CHUNK, FIELDS, PACKED, load_op, op_stands, quick_chunk, quick_learn, sc_batch, sc_layout, words_odd,
+    CHUNK, FIELDS, PACKED, load_op, op_stands, quick_chunk, quick_learn, quick_usual, sc_batch, sc_layout,
 )
 from shadowcore.results cimport Block, RunResult, block_new, sc_row
 from shadowcore.state cimport memo_drop, sc_mmu
@@ -26,7 +26,6 @@ _OPTIONAL = (("vcpu", np.dtype("u1")), ("value_high", np.dtype("<u8")), ("expect
              ("expected_high", np.dtype("<u8")))
 
 cdef enum:
-    BLOCK = 64                      # operations that are judged at once
     FEW = 4                         # rows that need no block of their own: as many as RunResult.few has
     NOTES = 8                       # without use for the memo, one chunk of so many looks whether there is one now
 
@@ -89,26 +88,12 @@ cdef int _check_values(sc_batch *b, u64 n, u32 vcpus) except -1:
     cdef const u8 *element = layout.base
     cdef bint packed = (layout.stride == PACKED and layout.at[0] == 0 and layout.at[1] == 1 and layout.at[2] == 2
                         and layout.at[3] == 3 and layout.at[4] == 11)
-    cdef u32 odd = layout.at[5] != <u64>-1
-    cdef u32 words[BLOCK]
-    cdef u64 k, part
+    cdef u8 odd = layout.at[5] != <u64>-1
     with nogil:
         # Loads, stores and fetches of 1, 2, 4 or 8 bytes are the bulk; only where there are others, each is looked at.
-        i = 0
-        while packed and not odd and i < n:
-            part = min(n - i, <u64>BLOCK)
-            for k in range(part // 4):
-                memcpy(&words[4 * k], element, 4)
-                memcpy(&words[4 * k + 1], element + PACKED, 4)
-                memcpy(&words[4 * k + 2], element + 2 * PACKED, 4)
-                memcpy(&words[4 * k + 3], element + 3 * PACKED, 4)
-                element += 4 * PACKED
-            for k in range(part & ~<u64>3, part):
-                memcpy(&words[k], element, 4)
-                element += PACKED
-            odd = words_odd(words, part)
-            i += part
-        if not packed:
+        if packed:
+            odd |= not quick_usual(element, n)
+        else:
             for _ in range(n):
                 odd |= _odd_op[element[layout.at[0]]] | _odd_size[element[layout.at[2]]]
                 element += layout.stride

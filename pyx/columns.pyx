@@ -34,7 +34,8 @@ def split_pages(const u64[::1] addr, u64[::1] pages, u16[::1] index, u16[::1] of
     cdef u64 last = 1               # pages << 12 | 1 is the address of no page
     cdef u32 number = 0
     cdef u32 *table                 # of numbers of pages, plus 1
-    cdef list owners = [held_owners(array.base) for array in (addr, pages, index, offset)]
+    cdef list _owners = (held_owners(addr.base) + held_owners(pages.base)
+                         + held_owners(index.base) + held_owners(offset.base))
     if index.shape[0] != n or offset.shape[0] != n:
         raise ValueError("addr, index and offset: arrays of one length are needed")
     table = <u32 *>calloc(BUCKETS, sizeof(u32))
@@ -72,7 +73,8 @@ def join_pages(const u64[::1] pages, const index_t[::1] index, const u16[::1] of
     cdef u64 at
     cdef Py_ssize_t i
     cdef Py_ssize_t done = n
-    cdef list owners = [held_owners(array.base) for array in (pages, index, offset, addr)]
+    cdef list _owners = (held_owners(pages.base) + held_owners(index.base)
+                         + held_owners(offset.base) + held_owners(addr.base))
     if index.shape[0] != n or offset.shape[0] != n:
         raise ValueError("index, offset and addr: arrays of one length are needed")
     with nogil:

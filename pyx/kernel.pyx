@@ -8,7 +8,7 @@ import numpy as np
 from libc.string cimport memcpy
 
 from shadowcore.guest cimport (
-    FILE_DISK, FILE_LARGE, FILE_ZERO, NO_PROCESS, PROCESS_ALIVE, PROCESS_ENDED, PROCESS_NONE, RC_SEGV, guest_span,
+    FILE_DISK, FILE_LARGE, FILE_ZERO, NO_PROCESS, PROCESS_ALIVE, PROCESS_ENDED, PROCESS_NONE, guest_span,
     sc_gproc, sc_gprogram, sc_gvma, vmas_of,
 )
 from shadowcore.guest_call cimport (

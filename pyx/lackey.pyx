@@ -106,7 +106,8 @@ def parse(const u8[::1] text, Py_ssize_t start, Py_ssize_t stop, u8[::1] kind, u
     cdef const u8 *end
     cdef int length = 0
     cdef int what = C_MORE
-    cdef list owners = [held_owners(array.base) for array in (text, kind, size, addr)]
+    cdef list _owners = (held_owners(text.base) + held_owners(kind.base)
+                         + held_owners(size.base) + held_owners(addr.base))
     if not 0 <= start <= stop <= text.shape[0]:
         raise ValueError(f"bytes {start} to {stop} of {text.shape[0]}")
     if size.shape[0] != room or addr.shape[0] != room or not 0 <= filled <= room:

@@ -299,7 +299,7 @@ cdef class Mmu:
         self.c.watch = NULL
 
     cdef object stopped(self):
-        """Between operations of such work: why it has to end, an exception, or None. Looks for signals if it is time."""
+        """Between operations of such work: why it has to end, or None. Looks for signals if it is time."""
         if self.c.audit_found:
             return self.failure(RC_AUDIT)
         if watch_due(self.c.watch) and watch_look(self.c.watch):

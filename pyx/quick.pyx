@@ -14,7 +14,7 @@ from shadowcore.memo cimport (
     memo_region, memo_region_tag, memo_spill, memo_tag, sc_memo, sc_memo_entry,
 )
 from shadowcore.memory cimport mem_frame, mem_gfn, mem_guest_frame, mem_host_frame, sc_mem, sc_no_frame
-from shadowcore.quick cimport HITS, PACKED, element_word, load_op, load_plain, op_stands, sc_batch, words_odd
+from shadowcore.quick cimport PACKED, element_word, load_op, load_plain, op_stands, sc_batch
 from shadowcore.results cimport sc_row
 from shadowcore.state cimport MARK_STORED, MARK_TABLE, marked_table, memo_drop, sc_mmu, sc_vcpu
 from shadowcore.types cimport (
@@ -37,34 +37,41 @@ cdef extern from *:
 
 cdef enum:
     STREAK = 2                      # exits in a row after which the next operation is taken to need one as well
+    HITS = 800                      # operations that the loop over hits does in one go
     PROMOTED = 4                    # one of so many hits in the spill of the memo moves the page out of it
     AHEAD = 32                      # operations whose bytes are fetched into the cache ahead of their use
-    LOOK = 64                       # operations done the long way between two looks at the clock
+    LOOK = 256                      # operations done the long way between two looks at the clock
 
-# By what an operation is: its code, | 256 in user mode.
-cdef u64 _mask[512]                 # memo_mask of the kind
-cdef u64 _loads[512]                # bits that come back as the value: of a store none, of a fetch a byte
-cdef u32 _access[512]               # PF_*
-cdef u8 _kind[512]                  # KIND_*, KIND_NONE where it is no load, store or fetch
+# By `user | size << 8`, as they lie in an element of OP_DTYPE: (user + 1) << 8 | size << 16 if user is 0 or 1 and the
+# size 1, 2, 4 or 8; else 0. That plus the code of the operation is its word.
+cdef u32 _usual[1 << 16]
 
-cdef u64 _bytes[256]                # by size: the bits of so many bytes; 0: not a size that is met here
+# By the lower half of the word of an operation. The first 256 are of those that are not usual.
+cdef u64 _mask[768]                 # memo_mask of the kind
+cdef u64 _loads[768]                # bits that come back as the value: of a store none, of a fetch a byte
+cdef u32 _access[768]               # PF_*
+cdef u8 _kind[768]                  # KIND_*, KIND_NONE where it is no load, store or fetch, or not usual
+
+cdef u64 _bytes[9]                  # by size: the bits of so many bytes
 
 
 cdef void _fill_tables() noexcept nogil:
     cdef u32 op, user, i
-    for i in range(512):
+    for i in range(768):
         _kind[i] = KIND_NONE
         _mask[i] = memo_mask(KIND_NONE)
         _loads[i] = _access[i] = 0
     for user in range(2):
         for op in range(OP_FETCH + 1):
-            i = op | user << 8
+            i = op | (user + 1) << 8
             _kind[i] = op + KIND_USER * user    # OP_READ, OP_WRITE, OP_FETCH are 0, KIND_STORE, KIND_FETCH
             _mask[i] = memo_mask(_kind[i])
             _loads[i] = 0 if op == OP_WRITE else 0xFF if op == OP_FETCH else ~<u64>0
             _access[i] = (PF_U if user else 0) | (PF_W if op == OP_WRITE else PF_I if op == OP_FETCH else 0)
     for i in range(4):
         _bytes[1 << i] = ~<u64>0 >> (64 - (8 << i))
+        for user in range(2):
+            _usual[user | 256 << i] = (user + 1) << 8 | 65536 << i
 
 
 _fill_tables()
@@ -76,23 +83,41 @@ cdef inline u64 _width(const sc_vcpu *v) noexcept nogil:
 
 
 cdef inline u32 _word(const sc_batch *b, const u8 *element, bint plain) noexcept nogil:
-    """What the operation is, see words_odd. The caller's array may change while it is read (it may lie in guest memory,
-    or belong to another thread as well), so each word is read once, judged, and kept as long as it is needed."""
-    cdef u32 word
+    """What the operation is: its index in the tables above, and its size << 16. The caller's array may change while it
+    is read (it may lie in guest memory, or another thread may write to it), so each byte of an operation is read once,
+    judged by the tables, and the word kept as long as it is needed."""
+    cdef u16 both = 0
+    cdef u32 op
     if plain:
-        memcpy(&word, element, 4)
-        return word
-    word = element[b.ops.at[0]]     # a fetch is of one byte, whatever it says
-    return word | (element[b.ops.at[1]] != 0) << 8 | (1 if word == OP_FETCH else element[b.ops.at[2]]) << 16
+        memcpy(&both, element + 1, 2)
+        return element[0] + _usual[both]
+    op = element[b.ops.at[0]]       # a fetch is of one byte, whatever it says
+    return op + _usual[(element[b.ops.at[1]] != 0) | (1 if op == OP_FETCH else element[b.ops.at[2]]) << 8]
 
 
 cdef inline u32 _code(u32 word) noexcept nogil:
-    """The index of the operation in the tables above."""
-    return word & 0x1FF
+    return word & 0xFFFF
 
 
-cdef inline u32 _size(u32 word) noexcept nogil:
-    return (word >> 16) & 0xFF
+cdef bint quick_usual(const u8 *element, u64 n) noexcept nogil:
+    """Of an array laid out as OP_DTYPE, all are operations with a code of at most 3, of usual sizes, `user` 0 or 1."""
+    cdef u32 odd = 0                # 0 - 1 has the topmost bit
+    cdef u8 op = 0
+    cdef u16 both = 0
+    cdef u64 i
+    cdef int k
+    for i in range(n // 4):
+        for k in range(4):
+            memcpy(&both, element + k * PACKED + 1, 2)
+            op |= element[k * PACKED]
+            odd |= _usual[both] - 1
+        element += 4 * PACKED
+    for i in range(n % 4):
+        memcpy(&both, element + 1, 2)
+        op |= element[0]
+        odd |= _usual[both] - 1
+        element += PACKED
+    return op <= 3 and not odd >> 31
 
 
 cdef inline void _move(sc_batch *b, u64 i, u64 value, u8 *at, u32 code, u32 size) noexcept nogil:
@@ -162,18 +187,11 @@ cdef u64 _remember(sc_mmu *mmu, sc_batch *b, sc_vcpu *v) noexcept nogil:
     return memo_context(v.memo, mmu.memo_epoch)
 
 
-cdef u64 _first_odd(const u32 *words) noexcept nogil:
-    """Number of the first odd one; there is one."""
-    cdef u64 i = 0
-    while not words_odd(words + i, 1):
-        i += 1
-    return i
-
-
 cdef inline u64 _hits(sc_mmu *mmu, sc_batch *b, const sc_vcpu *v, u64 context, u64 i, u64 stop, u32 *words,
                       bint plain) noexcept nogil:
     """Where operations from number i on lead that are in the memo, up to the first that is not; returns its number.
-    The loop is kept this small for everything in it to have a register. words: what the operations are.
+    The loop is kept this small for everything in it to have a register. words[i]: what
+    operation i is, if bytes move.
 
     At most HITS operations: so many numbers of entries read, each at most 5, add up to less than 4096."""
     cdef const u8 *element = b.ops.base + <i64>i * b.ops.stride
@@ -189,52 +207,43 @@ cdef inline u64 _hits(sc_mmu *mmu, sc_batch *b, const sc_vcpu *v, u64 context, u
     cdef u64 first = i
     cdef u64 va, offset, target
     cdef u32 word
-    while True:
-        while i < stop:
-            word = _word(b, element, plain)
-            memcpy(&va, element + (3 if plain else b.ops.at[3]), 8)
-            va &= width
-            offset = va & 4095
-            e = memo_entry(memo, va)
-            if ((e.tag ^ memo_tag(va, context)) & mask[_code(word)] or offset > 4088
-                    or (not plain and _bytes[_size(word)] == 0)):
-                break
-            words[i - first] = word
-            target = e.target
-            references += target    # of which the low bits count, in the end
-            target = (target & pte_addr()) | offset
-            gpa[i] = target
-            if data:
-                sc_prefetch(ram + target)           # only a hint where gpas are not offsets in RAM
-            i += 1
-            element += stride
-        if not words_odd(words, i - first):
+    stop = min(stop, i + HITS)
+    while i < stop:
+        word = _word(b, element, plain)
+        memcpy(&va, element + (3 if plain else b.ops.at[3]), 8)
+        va &= width
+        offset = va & 4095
+        e = memo_entry(memo, va)
+        if (e.tag ^ memo_tag(va, context)) & mask[_code(word)] or offset > 4088:
             break
-        # The array has changed since the batch began. Nothing but `gpa` has been written so far: once more, up to there.
-        stop = first + _first_odd(words)
-        element = b.ops.base + <i64>first * b.ops.stride
-        references = 0
-        i = first
+        target = e.target
+        references += target        # of which the low bits count, in the end
+        target = (target & pte_addr()) | offset
+        gpa[i] = target
+        if data:
+            words[i] = word
+            sc_prefetch(ram + target)               # only a hint where gpas are not offsets in RAM
+        i += 1
+        element += stride
     mmu.stats.walk_references += references & 4095
     b.hits += i - first
     return i
 
 
 cdef inline void _moves(sc_mmu *mmu, sc_batch *b, u64 i, u64 stop, const u32 *words, bint plain) noexcept nogil:
-    """Move the bytes of operations of which gpas are known. words: what they are, from number i on."""
+    """Move the bytes of operations of which gpas are known. words[i]: what operation i is."""
     cdef const u8 *element = b.ops.base + <i64>i * b.ops.stride
     while i < stop:
         _move(b, i, element_word(element, 11 if plain else b.ops.at[4]),
-              mem_guest_frame(mmu.mem, b.gpa[i]) + (b.gpa[i] & 4095), _code(words[0]), _size(words[0]))
+              mem_guest_frame(mmu.mem, b.gpa[i]) + (b.gpa[i] & 4095), _code(words[i]), words[i] >> 16)
         i += 1
-        words += 1
         element += PACKED if plain else b.ops.stride
 
 
 cdef inline u64 _glances(sc_mmu *mmu, sc_batch *b, sc_vcpu *v, u64 context, u64 i, u64 stop, u32 *words, bint plain,
                          sc_gmode g) noexcept nogil:
     """Where operations from number i on lead that are plain accesses, which the tables allow as they are, up to the
-    first that is none; returns its number. words: what the operations are. b.target: what the memo would say of the
+    first that is none; returns its number. words[i]: what operation i is, if bytes move. b.target: what the memo would say of the
     last, and b.va, b.word of which access, if it was the only one that was asked for."""
     cdef const u8 *element = b.ops.base + <i64>i * b.ops.stride
     cdef i64 stride = PACKED if plain else b.ops.stride
@@ -265,8 +274,7 @@ cdef inline u64 _glances(sc_mmu *mmu, sc_batch *b, sc_vcpu *v, u64 context, u64 
         memcpy(&va, element + (3 if plain else b.ops.at[3]), 8)
         va &= width
         offset = va & 4095
-        if (offset > 4088 or _bytes[_size(word)] == 0 or _kind[code] == KIND_NONE or not is_canonical(va, canonical)
-                or (plain and word & 0xFE00)):
+        if offset > 4088 or _kind[code] == KIND_NONE or not is_canonical(va, canonical):
             break                   # it may reach into the next page, or is no plain access
         read = glance_body(m, p, va, _access[code], &target, g)
         if read < 0:
@@ -291,9 +299,9 @@ cdef inline u64 _glances(sc_mmu *mmu, sc_batch *b, sc_vcpu *v, u64 context, u64 
             repeats += memo_is(e, memo_tag(va, context))
             memo_note(e, memo_tag(va, context))
         references += read
-        words[i - first] = word
         gpa[i] = target | offset
         if data:
+            words[i] = word
             sc_prefetch(mem_guest_frame(m, target) + offset)
         i += 1
         element += stride
@@ -386,17 +394,18 @@ cdef inline u64 _glance(sc_mmu *mmu, sc_batch *b, sc_vcpu *v, u64 context, u64 i
 
 
 cdef u64 _spilled(sc_mmu *mmu, sc_batch *b, sc_vcpu *v, u64 context, u64 i, u32 *words, bint plain) noexcept nogil:
-    """Operation i if the second part of the memo has it: i + 1, else i. words[0]: what it is."""
+    """Operation i if the second part of the memo has it: i + 1, else i. words[i]: what it is, if bytes move."""
     cdef const u8 *element = b.ops.base + <i64>i * b.ops.stride
     cdef sc_memo_entry *e
     cdef u64 va
-    words[0] = _word(b, element, plain)
+    cdef u32 word = _word(b, element, plain)
     memcpy(&va, element + b.ops.at[3], 8)
     va &= _width(v)
     e = memo_spill(v.memo, va)
-    if ((e.tag ^ memo_tag(va, context)) & _mask[_code(words[0])] or (va & 4095) > 4088
-            or _bytes[_size(words[0])] == 0 or (plain and words[0] & 0xFE00)):
+    if (e.tag ^ memo_tag(va, context)) & _mask[_code(word)] or (va & 4095) > 4088:
         return i
+    if b.data:
+        words[i] = word
     b.hits += 1
     b.gpa[i] = (e.target & pte_addr()) | (va & 4095)
     mmu.stats.walk_references += e.target & 15
@@ -410,38 +419,40 @@ cdef inline u64 _quick(sc_mmu *mmu, sc_batch *b, u64 i, u64 stop, bint plain) no
     returns its number. In groups: while the bytes of one are on their way to the cache, more are looked at."""
     cdef u64 first = i
     cdef sc_vcpu *v = mmu.vcpus[b.number]
-    cdef u64 context, group, begin, start, after
-    cdef u32 words[HITS]            # what the operations of a group are: as judged, so moved
+    cdef u64 context, group, begin, after
+    cdef u32 room[AHEAD]            # what the operations of a group are, if bytes move: as judged, so moved
+    cdef u32 *words                 # ... by their numbers
     if v.memo == NULL or b.ops.at[5] != <u64>-1:
         return i                    # a modelled TLB; operations of several vcpus
     context = memo_context(v.memo, mmu.memo_epoch)
     while i < stop:
-        begin = start = i
-        group = min(i + (AHEAD if b.data or (b.far and not b.remember) else HITS), stop)
+        begin = i
+        words = <u32 *>(<size_t>room - i * sizeof(u32))
+        group = min(i + AHEAD, stop) if b.data or (b.far and not b.remember) else stop
         while i < group:
             if b.remember:
-                after = _hits(mmu, b, v, context, i, group, words + (i - start), plain)
+                after = _hits(mmu, b, v, context, i, group, words, plain)
                 if after > i:
                     i = after
                     continue
-                after = _spilled(mmu, b, v, context, i, words + (i - start), plain)
+                after = _spilled(mmu, b, v, context, i, words, plain)
                 if after > i:
                     i = after
                     continue
             if b.data and not mmu.shadow:
                 # Stores come before the walks that follow them.
-                _moves(mmu, b, begin, i, words + (begin - start), plain)
+                _moves(mmu, b, begin, i, words, plain)
                 begin = i
             if b.far and not b.remember and i == begin:
                 _fetch_ahead(mmu, b, v, i, group, plain)
-            after = _glance(mmu, b, v, context, i, i + 1 if b.remember else group, words + (i - start), plain)
+            after = _glance(mmu, b, v, context, i, i + 1 if b.remember else group, words, plain)
             if after == i:
                 break
             if b.remember:
                 context = _remember(mmu, b, v)
             i = after
         if b.data:
-            _moves(mmu, b, begin, i, words + (begin - start), plain)
+            _moves(mmu, b, begin, i, words, plain)
         if i < group:
             break
     mmu.stats.accesses += i - first
@@ -464,7 +475,8 @@ cdef int quick_chunk(sc_mmu *mmu, sc_batch *b, u64 *done, u64 stop) noexcept nog
     cdef sc_row *row
     cdef u64 i = done[0]
     cdef u64 before
-    cdef u32 looked = 0             # operations done the long way since the last look at the clock
+    cdef u32 left = LOOK            # operations to be done the long way before the next look at the clock
+    cdef u32 both
     cdef u32 exits = 0              # operations in a row that took one: it is the rule then, and no glance is worth it
     cdef int rc = RC_OK
     memset(&o, 0, sizeof(o))
@@ -477,11 +489,13 @@ cdef int quick_chunk(sc_mmu *mmu, sc_batch *b, u64 *done, u64 stop) noexcept nog
                 exits = 0
         if i == stop:
             break
+        both = 0                    # not usual: to be judged
         if b.plain:
             load_plain(&o, b, i)
+            both = o.user | o.size << 8
         else:
             load_op(&o, &b.ops, i, b.number)
-        if not op_stands(&o, mmu.n_vcpus, b.last, b.high != NULL):
+        if (not _usual[both] or o.op > OP_FETCH) and not op_stands(&o, mmu.n_vcpus, b.last, b.high != NULL):
             b.bad = o
             rc = RC_BAD_OP
             break
@@ -510,9 +524,9 @@ cdef int quick_chunk(sc_mmu *mmu, sc_batch *b, u64 *done, u64 stop) noexcept nog
         if mmu.audit_found:
             rc = RC_AUDIT
             break
-        looked += 1
-        if looked == LOOK:
-            looked = 0
+        left -= 1
+        if left == 0:
+            left = LOOK
             if watch_due(b.watch):
                 break
     done[0] = i

@@ -81,7 +81,7 @@ cdef class PageSet:
         cdef Py_ssize_t n = op.shape[0]
         cdef list pages = []
         cdef list flags = []
-        cdef list owners = [held_owners(array.base) for array in (op, size, addr)]
+        cdef list _owners = held_owners(op.base) + held_owners(size.base) + held_owners(addr.base)
         if size.shape[0] != n or addr.shape[0] != n:
             raise ValueError("op, size and addr: arrays of one length are needed")
         self._enter()

@@ -10,7 +10,6 @@ from shadowcore.watch cimport sc_watch
 cdef enum:
     CHUNK = 4096                    # operations that are made in one go
     FIELDS = 9                      # of an operation, required and optional: see sc_layout
-    HITS = 800                      # operations that the loop over hits does in one go
     PACKED = 19                     # bytes of an element of OP_DTYPE
 
 cdef struct sc_layout:
@@ -43,7 +42,7 @@ cdef struct sc_batch:
     u64 regions                     # ... of 2 MiB, that had not been met lately
     u64 target                      # of the last glance: gpa of the page | entries read
     u64 va                          # ... its linear address
-    u32 word                        # ... and what the operation was, see words_odd
+    u32 word                        # ... and what the operation was, see quick._word
     u64 nowhere                     # where loads store to
 
 cdef inline u64 element_word(const u8 *element, u64 at) noexcept nogil:
@@ -74,19 +73,6 @@ cdef inline void load_op(sc_op *o, const sc_layout *layout, u64 i, u32 vcpu) noe
     o.expected[0] = element_word(element, layout.at[7])
     o.expected[1] = element_word(element, layout.at[8])
 
-cdef inline u32 words_odd(const u32 *words, u64 n) noexcept nogil:
-    """0 if none of these operations is odd. The word of an operation is its code, user << 8, its size << 16 and in the
-    uppermost byte anything; it is odd with a code above 3, a user above 1 or a size that is not 1, 2, 4 or 8. (That 3
-    is no access is seen by all who look for accesses.)"""
-    cdef u32 odd = 0
-    cdef u32 size, word
-    cdef u64 i
-    for i in range(n):
-        word = words[i]
-        size = (word >> 16) & 0xFF
-        odd |= (word & 0xF0FEFC) | ((size - 1) & (size | <u32>1 << 31))
-    return odd
-
 cdef inline bint op_stands(const sc_op *o, u32 vcpus, u32 last, bint wide) noexcept nogil:
     """There is such an operation, of such a size, and such a vcpu. wide: accesses of 16 bytes are welcome."""
     if o.op > last or o.vcpu >= vcpus:
@@ -104,4 +90,5 @@ cdef inline void quick_learn(sc_batch *b, u64 n) noexcept nogil:
         b.far = b.note and b.regions * 2 > n or (b.far and not b.note)
         b.remember = (b.hits + b.repeats) * 2 > n
 
+cdef bint quick_usual(const u8 *element, u64 n) noexcept nogil
 cdef int quick_chunk(sc_mmu *mmu, sc_batch *b, u64 *done, u64 stop) noexcept nogil
