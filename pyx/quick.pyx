@@ -38,32 +38,33 @@ cdef extern from *:
 cdef enum:
     STREAK = 2                      # exits in a row after which the next operation is taken to need one as well
     HITS = 800                      # operations that the loop over hits does in one go
+    USUAL = 1 << 8                  # of a word: the operation is a usual one
     PROMOTED = 4                    # one of so many hits in the spill of the memo moves the page out of it
     AHEAD = 32                      # operations whose bytes are fetched into the cache ahead of their use
     LOOK = 256                      # operations done the long way between two looks at the clock
 
-# By `user | size << 8`, as they lie in an element of OP_DTYPE: (user + 1) << 8 | size << 16 if user is 0 or 1 and the
+# By `user | size << 8`, as they lie in an element of OP_DTYPE: USUAL | user << 9 | size << 16 if user is 0 or 1 and the
 # size 1, 2, 4 or 8; else 0. That plus the code of the operation is its word.
 cdef u32 _usual[1 << 16]
 
 # By the lower half of the word of an operation. The first 256 are of those that are not usual.
-cdef u64 _mask[768]                 # memo_mask of the kind
-cdef u64 _loads[768]                # bits that come back as the value: of a store none, of a fetch a byte
-cdef u32 _access[768]               # PF_*
-cdef u8 _kind[768]                  # KIND_*, KIND_NONE where it is no load, store or fetch, or not usual
+cdef u64 _mask[1024]                 # memo_mask of the kind
+cdef u64 _loads[1024]                # bits that come back as the value: of a store none, of a fetch a byte
+cdef u32 _access[1024]               # PF_*
+cdef u8 _kind[1024]                  # KIND_*, KIND_NONE where it is no load, store or fetch, or not usual
 
 cdef u64 _bytes[9]                  # by size: the bits of so many bytes
 
 
 cdef void _fill_tables() noexcept nogil:
     cdef u32 op, user, i
-    for i in range(768):
+    for i in range(1024):
         _kind[i] = KIND_NONE
         _mask[i] = memo_mask(KIND_NONE)
         _loads[i] = _access[i] = 0
     for user in range(2):
         for op in range(OP_FETCH + 1):
-            i = op | (user + 1) << 8
+            i = op | USUAL | user << 9
             _kind[i] = op + KIND_USER * user    # OP_READ, OP_WRITE, OP_FETCH are 0, KIND_STORE, KIND_FETCH
             _mask[i] = memo_mask(_kind[i])
             _loads[i] = 0 if op == OP_WRITE else 0xFF if op == OP_FETCH else ~<u64>0
@@ -71,7 +72,7 @@ cdef void _fill_tables() noexcept nogil:
     for i in range(4):
         _bytes[1 << i] = ~<u64>0 >> (64 - (8 << i))
         for user in range(2):
-            _usual[user | 256 << i] = (user + 1) << 8 | 65536 << i
+            _usual[user | 256 << i] = USUAL | user << 9 | 65536 << i
 
 
 _fill_tables()
@@ -101,23 +102,22 @@ cdef inline u32 _code(u32 word) noexcept nogil:
 
 cdef bint quick_usual(const u8 *element, u64 n) noexcept nogil:
     """Of an array laid out as OP_DTYPE, all are operations with a code of at most 3, of usual sizes, `user` 0 or 1."""
-    cdef u32 odd = 0                # 0 - 1 has the topmost bit
+    cdef u32 usual = USUAL
     cdef u8 op = 0
     cdef u16 both = 0
-    cdef u64 i
     cdef int k
-    for i in range(n // 4):
+    for _ in range(n // 4):
         for k in range(4):
             memcpy(&both, element + k * PACKED + 1, 2)
             op |= element[k * PACKED]
-            odd |= _usual[both] - 1
+            usual &= _usual[both]
         element += 4 * PACKED
-    for i in range(n % 4):
+    for _ in range(n % 4):
         memcpy(&both, element + 1, 2)
         op |= element[0]
-        odd |= _usual[both] - 1
+        usual &= _usual[both]
         element += PACKED
-    return op <= 3 and not odd >> 31
+    return op <= 3 and usual
 
 
 cdef inline void _move(sc_batch *b, u64 i, u64 value, u8 *at, u32 code, u32 size) noexcept nogil:
@@ -144,12 +144,11 @@ cdef bint _mark_tables(sc_mmu *mmu, sc_vcpu *v, u64 va) noexcept nogil:
     cdef sc_walk w
     cdef int level
     cdef u64 frame
-    probe_walk(mmu.mem, &v.guest, va, 0, &w)
+    if probe_walk(mmu.mem, &v.guest, va, 0, &w) != RC_OK and mem_frame(mmu.mem, w.table[w.level]) == sc_no_frame():
+        return False                # somebody else writes to the tables at this moment
     level = w.level
     while level <= w.top:
         frame = mem_frame(mmu.mem, w.table[level])
-        if frame == sc_no_frame():
-            return False            # somebody else writes to the tables at this moment
         if mmu.marks[frame] >> 2 != mmu.memo_epoch:
             mmu.marks[frame] = mmu.memo_epoch << 2
         if mmu.marks[frame] & MARK_STORED:
@@ -190,8 +189,8 @@ cdef u64 _remember(sc_mmu *mmu, sc_batch *b, sc_vcpu *v) noexcept nogil:
 cdef inline u64 _hits(sc_mmu *mmu, sc_batch *b, const sc_vcpu *v, u64 context, u64 i, u64 stop, u32 *words,
                       bint plain) noexcept nogil:
     """Where operations from number i on lead that are in the memo, up to the first that is not; returns its number.
-    The loop is kept this small for everything in it to have a register. words[i]: what
-    operation i is, if bytes move.
+    The loop is kept this small for everything in it to have a register. words: what
+    the operations are, if bytes move.
 
     At most HITS operations: so many numbers of entries read, each at most 5, add up to less than 4096."""
     cdef const u8 *element = b.ops.base + <i64>i * b.ops.stride
@@ -221,7 +220,7 @@ cdef inline u64 _hits(sc_mmu *mmu, sc_batch *b, const sc_vcpu *v, u64 context, u
         target = (target & pte_addr()) | offset
         gpa[i] = target
         if data:
-            words[i] = word
+            words[i - first] = word
             sc_prefetch(ram + target)               # only a hint where gpas are not offsets in RAM
         i += 1
         element += stride
@@ -243,8 +242,8 @@ cdef inline void _moves(sc_mmu *mmu, sc_batch *b, u64 i, u64 stop, const u32 *wo
 cdef inline u64 _glances(sc_mmu *mmu, sc_batch *b, sc_vcpu *v, u64 context, u64 i, u64 stop, u32 *words, bint plain,
                          sc_gmode g) noexcept nogil:
     """Where operations from number i on lead that are plain accesses, which the tables allow as they are, up to the
-    first that is none; returns its number. words[i]: what operation i is, if bytes move. b.target: what the memo would say of the
-    last, and b.va, b.word of which access, if it was the only one that was asked for."""
+    first that is none; returns its number. words[i]: what operation i is, if bytes move. b.target: what the memo would
+    say of the last, and b.va, b.word of which access, if it was the only one that was asked for."""
     cdef const u8 *element = b.ops.base + <i64>i * b.ops.stride
     cdef i64 stride = PACKED if plain else b.ops.stride
     cdef const sc_mem *m = mmu.mem
@@ -393,8 +392,8 @@ cdef inline u64 _glance(sc_mmu *mmu, sc_batch *b, sc_vcpu *v, u64 context, u64 i
     return i
 
 
-cdef u64 _spilled(sc_mmu *mmu, sc_batch *b, sc_vcpu *v, u64 context, u64 i, u32 *words, bint plain) noexcept nogil:
-    """Operation i if the second part of the memo has it: i + 1, else i. words[i]: what it is, if bytes move."""
+cdef u64 _spilled(sc_mmu *mmu, sc_batch *b, sc_vcpu *v, u64 context, u64 i, bint plain) noexcept nogil:
+    """Operation i if the second part of the memo has it: i + 1, else i. b.word: what it is."""
     cdef const u8 *element = b.ops.base + <i64>i * b.ops.stride
     cdef sc_memo_entry *e
     cdef u64 va
@@ -404,8 +403,7 @@ cdef u64 _spilled(sc_mmu *mmu, sc_batch *b, sc_vcpu *v, u64 context, u64 i, u32 
     e = memo_spill(v.memo, va)
     if (e.tag ^ memo_tag(va, context)) & _mask[_code(word)] or (va & 4095) > 4088:
         return i
-    if b.data:
-        words[i] = word
+    b.word = word
     b.hits += 1
     b.gpa[i] = (e.target & pte_addr()) | (va & 4095)
     mmu.stats.walk_references += e.target & 15
@@ -431,12 +429,14 @@ cdef inline u64 _quick(sc_mmu *mmu, sc_batch *b, u64 i, u64 stop, bint plain) no
         group = min(i + AHEAD, stop) if b.data or (b.far and not b.remember) else stop
         while i < group:
             if b.remember:
-                after = _hits(mmu, b, v, context, i, group, words, plain)
+                after = _hits(mmu, b, v, context, i, group, words + i, plain)
                 if after > i:
                     i = after
                     continue
-                after = _spilled(mmu, b, v, context, i, words, plain)
+                after = _spilled(mmu, b, v, context, i, plain)
                 if after > i:
+                    if b.data:
+                        words[i] = b.word
                     i = after
                     continue
             if b.data and not mmu.shadow:

@@ -42,7 +42,7 @@ cdef struct sc_batch:
     u64 regions                     # ... of 2 MiB, that had not been met lately
     u64 target                      # of the last glance: gpa of the page | entries read
     u64 va                          # ... its linear address
-    u32 word                        # ... and what the operation was, see quick._word
+    u32 word                        # ... what the operation was, see quick._word; also of the last that the spill had
     u64 nowhere                     # where loads store to
 
 cdef inline u64 element_word(const u8 *element, u64 at) noexcept nogil:
