@@ -375,8 +375,9 @@ cdef object _make(const sc_config *c):
         if sum(slot.size for slot in slots) != c.memory_size:
             raise ConfigError(f"slots: they do not hold {c.memory_size} bytes")
         memory, slots = slots, None
-    return VM(memory, named_design(names[c.design], **({} if c.design == 0 else settings)), c.vcpus or 1, tlb,
-              features=made, slots=slots)
+    if c.design == 0:
+        settings = {"quirks": settings.get("quirks", Quirk.NONE) & Quirk.IGNORED_BITS_REFUSED}
+    return VM(memory, named_design(names[c.design], **settings), c.vcpus or 1, tlb, features=made, slots=slots)
 
 
 cdef int _create_with_gil(const sc_config *config, sc_vm *vm) noexcept with gil:

@@ -65,6 +65,10 @@ cdef class Stats:
         import numpy as np
         return np.frombuffer((<char *>self.c)[:sizeof(sc_stats)], dtype="<u8").copy()
 
+    def __reduce__(self):
+        # By name: a later version may have more of them. What comes back is no VM's.
+        return _pickled_stats, (self.exits, {name: (<u64 *>self.c)[<int>index] for name, index in _INDEX.items()})
+
     def reset(self) -> None:
         """Set every counter to zero."""
         if self.owner is not None:
@@ -78,6 +82,17 @@ cdef class Stats:
     def __repr__(self):
         shown = {k: v for k, v in self.as_dict().items() if v}
         return f"Stats({shown})"
+
+
+def _pickled_stats(dict exits, dict counters):
+    """Stats that no VM is behind, with these counts; what is not named is 0."""
+    cdef Stats made = Stats()
+    cdef u64 *c = <u64 *>made.c
+    for i, name in enumerate(EXIT_REASONS):
+        c[i] = exits.get(name, 0)
+    for name, index in _INDEX.items():
+        c[<int>index] = counters.get(name, 0)
+    return made
 
 
 cdef Stats stats_between(const sc_stats *before, const sc_stats *after):

@@ -39,7 +39,8 @@ cdef struct sc_fills:
     sc_mmu *mmu
     sc_vcpu *v
     sc_register_read read           # uc_reg_read
-    int cs, flags, gdtr             # numbers of registers
+    int cs, flags                   # numbers of registers
+    int tables[3]                   # of GDTR, LDTR, TR
     bint plain                      # nothing but fills is under way
     void *owner                     # Fills
 
@@ -64,33 +65,44 @@ def is_plain_store(VCpu cpu not None, u64 gva, bint user) -> bool:
     return _is_plain_store(&cpu.mmu.c, &cpu.c, gva, user)
 
 
+cdef bint _in_table(const sc_fills *f, void *uc, u64 page) noexcept nogil:
+    """Some of the GDT, the LDT or the TSS lies in `page`."""
+    cdef sc_fill_table table
+    cdef int i
+    for i in range(3):
+        memset(&table, 0, sizeof(table))
+        f.read(uc, f.tables[i], &table)
+        if table.limit and page - (table.base & ~<u64>4095) <= table.limit + (table.base & 4095):
+            return True
+    return False
+
+
 cdef bint _serve(const sc_fills *f, void *uc, u64 page, int kind, sc_fill_entry *entry) noexcept nogil:
     cdef sc_mmu *mmu = f.mmu
     cdef sc_vcpu *v = f.v
     cdef sc_op op
     cdef sc_result r
-    cdef sc_fill_table gdt
     cdef u64 selector = 0
     cdef u64 flags = 0
     cdef u64 frame
     if mmu.events or mmu.audit_points or v.tlb != NULL:
         return False
     f.read(uc, f.cs, &selector)
-    if v.cr4 & CR4_SMAP:
-        f.read(uc, f.flags, &flags)
-        if ((flags & FLAG_AC) != 0) != (v.guest.ac != 0):
-            return False
     memset(&op, 0, sizeof(op))
     op.op = OP_READ if kind == FILL_READ else OP_WRITE if kind == FILL_WRITE else OP_FETCH
     op.size = 1
     op.addr = page
     op.user = (selector & 3) == 3
-    if op.user and op.op == OP_READ:
-        # Descriptors are read as the supervisor does.
-        memset(&gdt, 0, sizeof(gdt))
-        f.read(uc, f.gdtr, &gdt)
-        if page - (gdt.base & ~<u64>4095) <= gdt.limit + (gdt.base & 4095):
-            return False
+    if v.cr4 & CR4_SMAP:
+        # For user code, too, descriptors are read as the supervisor does: SMAP alone may refuse that where user code is
+        # allowed. What user code is not allowed is not served here at all.
+        if op.user:
+            if op.op != OP_FETCH and _in_table(f, uc, page):
+                return False
+        else:
+            f.read(uc, f.flags, &flags)
+            if ((flags & FLAG_AC) != 0) != (v.guest.ac != 0):
+                return False
     if op.op == OP_WRITE and not _is_plain_store(mmu, v, page, op.user):
         return False
     if not access_glance(mmu, v, &op, False, &r) and not access_fault(mmu, v, &op, False, &r):
@@ -147,7 +159,8 @@ cdef bint _fill(void *uc, u64 address, int kind, sc_fill_entry *entry, void *dat
 cdef class Fills:
     """Serves the misses of one machine.
 
-    cpu: whose accesses they are. read: address of uc_reg_read. registers: Unicorn's numbers of CS, EFLAGS and GDTR.
+    cpu: whose accesses they are. read: address of uc_reg_read. registers: Unicorn's numbers of CS, EFLAGS, GDTR, LDTR
+    and TR.
     other(address, kind): serves what is not plain, returns (paddr, perms) or None. is_plain(): is nothing else under
     way? flush(): has Unicorn drop all translations. error: what one of them raised, or None.
     """
@@ -165,7 +178,7 @@ cdef class Fills:
         self.c.mmu = &mmu.c
         self.c.v = &cpu.c
         self.c.read = <sc_register_read>read
-        self.c.cs, self.c.flags, self.c.gdtr = registers
+        self.c.cs, self.c.flags, self.c.tables[0], self.c.tables[1], self.c.tables[2] = registers
         self.c.owner = <void *>self
 
     def begin(self) -> None:

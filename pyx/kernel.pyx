@@ -69,6 +69,8 @@ cdef class Kernel(KernelBase):
         state forbids (a process that has ended), or GuestOutOfMemory, when its turn comes: those before it are done.
         Ctrl-C raises Interrupted. Errors that come in the middle have `.result`: the results of those that were done.
         """
+        if isinstance(calls, np.ndarray):
+            calls = np.asarray(calls)       # without what a subclass says of itself
         if not isinstance(calls, np.ndarray) or calls.dtype != CALL_DTYPE or calls.ndim != 1:
             raise ConfigError(f"calls: a one-dimensional array of CALL_DTYPE is needed, not {calls!r:.60}")
         # A copy: what was checked is what is done, whatever another thread does to the array meanwhile.
@@ -148,7 +150,9 @@ cdef class Kernel(KernelBase):
             return NO_PROGRAM       # NO_PROCESS in calls
         if not isinstance(program, Program):
             raise ConfigError(f"program: a Program or None is needed, not {program!r:.60}")
-        return check_int("program", program.number, 0, max(0, <int>self.g.n_programs - 1))
+        if not self.g.n_programs:
+            raise ConfigError(f"program: a Program of this kernel is needed, not {program!r:.60}")
+        return check_int("program: number", program.number, 0, <int>self.g.n_programs - 1)
 
     def switch(self, process) -> None:
         """Schedule a process; None: nobody runs, and the root that is loaded stays (lazy TLB)."""
@@ -185,11 +189,11 @@ cdef class Kernel(KernelBase):
     def discard(self, file) -> int:
         """Free the cached pages of a file that nobody maps; what was written to them is lost. How many there were."""
         self._ready()
-        self._file(file)
-        cdef u64 first = self.g.file_first[file.number]
+        cdef u32 number = self._file(file)
+        cdef u64 first = self.g.file_first[number]
         cdef u64 i
         freed = 0
-        for i in range(first, first + self.g.file_pages[file.number]):
+        for i in range(first, first + self.g.file_pages[number]):
             if self.g.cache[i] and self.g.count[self.g.cache[i]] == 1:
                 frame_put(&self.g, self.g.cache[i])
                 self.g.cache[i] = 0
@@ -197,9 +201,9 @@ cdef class Kernel(KernelBase):
         return freed
 
     def _file(self, file):
-        if not isinstance(file, File) or not 0 <= file.number < self.g.n_files:
+        if not isinstance(file, File) or not self.g.n_files:
             raise ConfigError(f"file: a File of this kernel is needed, not {file!r:.60}")
-        return file.number
+        return check_int("file: number", file.number, 0, <int>self.g.n_files - 1)
 
     def program(self, text=64, data=16, bss=16, library=None):
         """A program: pages of code, of initialized data, of zeroed data; library: another program, mapped as well."""
@@ -208,7 +212,7 @@ cdef class Kernel(KernelBase):
         initialized = check_int("data", data, 0, 1 << 14)
         zeroed = check_int("bss", bss, 0, 1 << 14)
         if library is not None:
-            self._program(library)
+            library = self._program(library)
         if self.g.n_programs == self.g.max_programs:
             raise ConfigError(f"max_programs: there are {self.g.max_programs} programs already")
         cdef sc_gprogram *made = &self.g.programs[self.g.n_programs]
@@ -220,7 +224,7 @@ cdef class Kernel(KernelBase):
         made.bss_pages = zeroed
         made.library = 0
         if library is not None:
-            shared = &self.g.programs[<u32>library.number]
+            shared = &self.g.programs[<u32>library]
             made.library = shared.text
             made.library_pages = shared.text_pages
             made.library_data = shared.data_pages
@@ -270,7 +274,8 @@ cdef class Kernel(KernelBase):
         cdef u32 p = check_int("process", number, 0, self.g.max_procs - 1)
         addr = _words("addresses", addresses, None)
         cdef u64 n = len(addr)
-        if size not in (1, 2, 4, 8):
+        cdef u32 c_size = check_int("size", size, 1, 8)
+        if c_size not in (1, 2, 4, 8):
             raise ConfigError(f"size: {size!r} is not 1, 2, 4 or 8")
         self._ready()
         if self.g.procs[p].state != PROCESS_ALIVE:
@@ -303,7 +308,6 @@ cdef class Kernel(KernelBase):
         cdef const u64 *c_addr = <const u64 *><size_t>addr.ctypes.data
         cdef u64 at = 0
         cdef u64 refused = 0
-        cdef u32 c_size = size
         cdef int rc
         error = None
         self._cpu.mmu.enter()

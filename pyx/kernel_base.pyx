@@ -9,12 +9,14 @@ from shadowcore.guest cimport (
     sc_gpipe, sc_gproc, sc_gprogram, sc_gvma,
 )
 from shadowcore.guest_boot cimport boot_registers, boot_tables
+from shadowcore.memory cimport sc_mem
 from shadowcore.types cimport (
     MODE_32, MODE_64, MODE_LA57, MODE_OFF, MODE_PAE, RC_BAD_OP, RC_GP, RC_OK, u8, u32, u64,
 )
 from shadowcore.vcpu cimport VCpu
 
 from shadowcore.batch import OP_DTYPE as _OP_DTYPE
+from shadowcore.config import Features, MemorySlot, taken
 from shadowcore.errors import ConfigError, GuestOutOfMemory, GuestPanic
 from shadowcore.guest_options import DIRECT_MAPS as _DIRECT_MAPS, SLOPPY as _SLOPPY, KernelOptions
 from shadowcore.memory import allocate
@@ -42,15 +44,14 @@ cdef class KernelBase:
         self._arrays = []
         if options is None:
             options = KernelOptions()
-        if not isinstance(options, KernelOptions):
-            raise ConfigError(f"options: KernelOptions are needed, not {options!r:.60}")
+        options = taken(KernelOptions, options, "options")
         if not hasattr(vm, "vcpus") or not isinstance(vm.vcpus[0], VCpu):
             raise ConfigError(f"vm: a VM is needed, not {vm!r:.60}")
         self.vm = vm
         self.options = options
         self._cpu = vm.vcpus[0]
         self._cpu.mmu.idle()
-        self._settings(options, vm.features)
+        self._settings(options, taken(Features, vm.features, "vm: features"))
         self._layout(options)
         self._tables(options)
         self._boot(options)
@@ -66,7 +67,8 @@ cdef class KernelBase:
     def _settings(self, options, features):
         cdef u64 lowmem = 896 << 20
         cdef u64 high
-        slot = self.vm.memory.slots[0]
+        cdef sc_mem *m = self._cpu.mmu.c.mem
+        slot = MemorySlot(m.slots[0].base_gfn << 12, m.slots[0].npages << 12)
         if slot.gpa:
             raise ConfigError(f"vm: its memory starts at gpa {slot.gpa:#x}, RAM from 0 is needed")
         if self._cpu.c.guest.mode != MODE_OFF:

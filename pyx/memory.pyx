@@ -13,9 +13,9 @@ from shadowcore.held cimport held_owners
 from shadowcore.memory cimport (
     SC_MAX_SLOTS, SC_POOL_HFN, SC_RAM_ALIGN, mem_frame, sc_no_frame,
 )
-from shadowcore.types cimport u8, u64
+from shadowcore.types cimport u8, u32, u64
 
-from shadowcore.config import MemorySlot, check_int, parse_size
+from shadowcore.config import MemorySlot, check_int, parse_size, taken
 from shadowcore.errors import ConfigError, EngineError
 
 
@@ -92,7 +92,7 @@ cdef class Memory:
             if memory is None:
                 memory = sum(slot.size for slot in slots)
         if isinstance(memory, np.ndarray):
-            ram = _checked_array(memory)
+            ram = _checked_array(np.asarray(memory))    # without what a subclass says of itself
         elif isinstance(memory, (int, str, np.integer)) and not isinstance(memory, bool):
             ram = allocate(parse_size(memory))
         else:
@@ -162,9 +162,9 @@ cdef class Memory:
     def start_dirty_log(self, slot=0) -> None:
         """Log, from now on, the frames of `slot` that are written (by the guest, its walks, or devices)."""
         self._idle()
-        index = check_int("slot", slot, 0, len(self.slots) - 1)
+        index = check_int("slot", slot, 0, <int>self.mem.nslots - 1)
         if index not in self._logs:
-            log = allocate(((self.slots[index].size + (1 << 18) - 1) >> 18) * 8).view(np.uint64)
+            log = allocate(((self.mem.slots[<u32>index].npages + 63) >> 6) * 8).view(np.uint64)
             self._logs[index] = log
             self.mem.slots[index].dirty = <u64 *>_pointer(log)
             self.mem.logging = True
@@ -181,7 +181,7 @@ cdef class Memory:
         """bool[frames of the slot]: True for each frame written since the log was started or cleared."""
         index = self._logged(slot)
         bits = np.unpackbits(self._logs[index].view(np.uint8), bitorder="little")
-        return bits[: self.slots[index].size >> 12].astype(bool)
+        return bits[: self.mem.slots[<u32>index].npages].astype(bool)
 
     def clear_dirty_log(self, slot=0) -> None:
         """Clear the log of `slot`; its frames are write-protected again so that the next store is seen."""
@@ -204,12 +204,14 @@ cdef class Memory:
 
     def _logged(self, slot):
         self._idle()
-        index = check_int("slot", slot, 0, len(self.slots) - 1)
+        index = check_int("slot", slot, 0, <int>self.mem.nslots - 1)
         if index not in self._logs:
             raise ConfigError(f"slot: {index} is not logged; start_dirty_log({index}) starts a log")
         return index
 
-    def _changed(self, index):
+    def _changed(self, slot):
+        """The dirty log of `slot` begins, or is cleared."""
+        index = check_int("slot", slot, 0, <int>self.mem.nslots - 1)
         if self.on_log is not None:
             self.on_log(index)
 
@@ -219,12 +221,12 @@ cdef class Memory:
 
 cdef tuple _checked_slots(object slots):
     cdef list checked = []
+    slots = tuple(slots)
     if not 1 <= len(slots) <= SC_MAX_SLOTS:
         raise ConfigError(f"memory slots: 1 to {SC_MAX_SLOTS} are allowed, not {len(slots)}")
     end = 0
     for slot in slots:
-        if not isinstance(slot, MemorySlot):
-            raise ConfigError(f"memory slots: a MemorySlot is needed, not {slot!r}")
+        slot = taken(MemorySlot, slot, "memory slots")
         if slot.gpa < end:
             raise ConfigError(f"memory slots: the slot at {slot.gpa:#x} overlaps or precedes the one before it")
         end = slot.gpa + slot.size

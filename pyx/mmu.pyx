@@ -25,7 +25,7 @@ from shadowcore.types cimport (
 from shadowcore.walker cimport guest_walk, rights_fault, sc_walk, shadow_walk
 from shadowcore.watch cimport watch_due, watch_look, watch_raised
 
-from shadowcore.config import Shadow, check_int
+from shadowcore.config import Shadow, check_int, design as checked_design
 from shadowcore.errors import ConfigError, EngineError, PoolExhausted
 from shadowcore.memory import allocate
 
@@ -250,6 +250,7 @@ cdef class Mmu:
         cdef u64 buckets = 4
         memset(&self.c, 0, sizeof(self.c))
         memset(&self.counters, 0, sizeof(self.counters))
+        design = checked_design(design)
         self.memory = memory
         self.design = design
         self.stats = Stats(self)
@@ -260,13 +261,13 @@ cdef class Mmu:
         self.c.free_head = self.c.young = self.c.old = SC_NONE
         self._arrays = []
         self._vcpus = []
+        self.c.quirks = int(design.quirks)
         if not isinstance(design, Shadow):
             self.c.marks = <u64 *>self._array(sizeof(u64) * memory.mem.nframes)
             return
         memory.attach_pool(design.pool_pages)
         self.c.shadow = True
         self.c.keep = design.keep
-        self.c.quirks = int(design.quirks)
         self.c.pool_pages = design.pool_pages
         self.c.min_free = design.min_free
         self.c.refill = design.refill
@@ -502,9 +503,9 @@ cdef class Mmu:
 
     def read_physical(self, gpa, size) -> bytes:
         """Bytes of guest physical memory; see VM.read_physical."""
-        cdef u64 address = self._range(gpa, check_int("size", size, 0, 1 << 48))
+        cdef u64 left = check_int("size", size, 0, 1 << 48)
+        cdef u64 address = self._range(gpa, left)
         cdef list parts = []
-        cdef u64 left = size
         cdef u64 part
         while left:
             part = min(left, 4096 - (address & 4095))
@@ -553,8 +554,9 @@ cdef class Mmu:
     def protect_slot(self, slot) -> None:
         """Write-protect the frames of memory slot `slot`, for its dirty log."""
         self.idle()
+        cdef int index = check_int("slot", slot, 0, <int>self.c.mem.nslots - 1)
         if self.c.shadow:
-            mmu_protect_slot(&self.c, slot)
+            mmu_protect_slot(&self.c, index)
             self._report()
 
     def _shadow(self, what):

@@ -1,17 +1,24 @@
-"""Loads of CR0, CR3, CR4, EFER, PKRU and EFLAGS.AC: RC_OK, or RC_GP and nothing changed (SDM vol. 3, 2.5, 4.1)."""
+"""Loads of CR0, CR3, CR4, EFER, PKRU and EFLAGS.AC: RC_OK, or RC_GP and nothing changed (SDM vol. 3, 2.5, 4.1).
+
+A bit that is not defined is of one of three kinds. CR4 and EFER refuse all of theirs, CR0 its upper half, CR3 in
+long mode those from MAXPHYADDR on (2.5; vol. 2, MOV to control registers; vol. 4, IA32_EFER). Other reserved bits of
+CR0 stay clear whatever is written (vol. 2). Bits of CR3 that its tables call ignored (4-3, 4-7, 4-12) are kept and
+mean nothing: they read as they were written. Outside of long mode the operand has 32 bits, so that CR3 gets no
+others. The privilege level and CS.L are the caller's business: no load is refused for them.
+"""
 from libc.string cimport memcpy, memset
 
 from shadowcore.bits cimport (
     CR0_CD, CR0_NW, CR0_PE, CR0_WP, CR4_FSGSBASE, CR4_LA57, CR4_OSXSAVE, CR4_PAE, CR4_PCIDE, CR4_PGE, CR4_PKE, CR4_PSE,
-    CR4_SMAP, CR4_SMEP, CR4_UMIP, EFER_LMA, EFER_LME, EFER_NXE, EFER_SCE, cr0_pg, pte_addr,
+    CR4_SMAP, CR4_SMEP, CR4_UMIP, EFER_LMA, EFER_LME, EFER_NXE, EFER_SCE, cr0_ignored, cr0_kept, cr0_pg, pte_addr,
 )
 from shadowcore.events cimport EXIT_CR0, EXIT_CR3, EXIT_CR4, EXIT_EFER
 from shadowcore.memory cimport mem_guest_frame
 from shadowcore.mmu cimport mmu_new_cr3, mmu_reset
 from shadowcore.state cimport (
     FEAT_FSGSBASE, FEAT_GBPAGES, FEAT_LA57, FEAT_NX, FEAT_PCID, FEAT_PKU, FEAT_PSE36, FEAT_SMAP, FEAT_SMEP, FEAT_UMIP,
-    FEAT_XSAVE, FLUSH_CONTEXT, FLUSH_CR3, POINT_POST_CR3, QUIRK_ACCESSED_EARLY, audit_point, count_exit, flush_lost,
-    memo_drop, sc_mmu, sc_vcpu, vcpu_pcid,
+    FEAT_XSAVE, FLUSH_CONTEXT, FLUSH_CR3, POINT_POST_CR3, QUIRK_ACCESSED_EARLY, QUIRK_IGNORED_BITS_REFUSED, audit_point,
+    count_exit, flush_lost, memo_drop, sc_mmu, sc_vcpu, vcpu_pcid,
 )
 from shadowcore.tlb cimport tlb_flush_all, tlb_flush_pcid
 from shadowcore.types cimport MODE_32, MODE_64, MODE_LA57, MODE_OFF, MODE_PAE, RC_GP, RC_OK, SC_NONE, u8, u32, u64
@@ -97,8 +104,11 @@ cdef void vcpu_init(sc_mmu *mmu, sc_vcpu *v) noexcept nogil:
 cdef int load_cr0(sc_mmu *mmu, sc_vcpu *v, u64 value) noexcept nogil:
     cdef u64 pdpte[4]
     cdef bint pg = value & cr0_pg() != 0
-    if value & ~<u64>0xE005003FULL or (value & CR0_NW and not value & CR0_CD) or (pg and not value & CR0_PE):
+    if value >> 32 or (value & CR0_NW and not value & CR0_CD) or (pg and not value & CR0_PE):
         return RC_GP
+    if value & cr0_ignored() and mmu.quirks & QUIRK_IGNORED_BITS_REFUSED:
+        return RC_GP
+    value = cr0_kept(value)
     if pg and v.efer & EFER_LME and not v.cr4 & CR4_PAE:
         return RC_GP
     if not pg and v.cr4 & CR4_PCIDE:
@@ -123,16 +133,19 @@ cdef int load_cr0(sc_mmu *mmu, sc_vcpu *v, u64 value) noexcept nogil:
 
 cdef int load_cr3(sc_mmu *mmu, sc_vcpu *v, u64 value) noexcept nogil:
     cdef u64 pdpte[4]
-    cdef u64 reserved = 7 | ~<u64>0xFFFFFFFFULL
+    cdef u64 reserved = 0
+    cdef u64 ignored = 7
     cdef bint keep = False
     if v.efer & EFER_LMA:
         reserved = ~((<u64>1 << v.maxphyaddr) - 1)
+        ignored = 0xFE0
         if v.cr4 & CR4_PCIDE:
+            ignored = 0
             keep = value >> 63
             value &= ~(<u64>1 << 63)        # bit 63 keeps what the TLB holds for the PCID; it is not stored
-        else:
-            reserved |= 0xFE0
-    if value & reserved:
+    else:
+        value &= 0xFFFFFFFFU
+    if value & reserved or (value & ignored and mmu.quirks & QUIRK_IGNORED_BITS_REFUSED):
         return RC_GP
     if v.guest.mode == MODE_PAE:
         if not _read_pdptes(mmu, v, value, pdpte):

@@ -10,6 +10,7 @@ import numpy as np
 from libc.string cimport memcpy, memset
 
 from shadowcore.access cimport OP_INVLPG, OP_READ, OP_WRITE, access_shortest, op_is_access, sc_op, sc_result, vcpu_op
+from shadowcore.bits cimport cr0_kept
 from shadowcore.emulate cimport emulate_store
 from shadowcore.events cimport EXIT_EMULATE
 from shadowcore.held cimport Held
@@ -201,7 +202,7 @@ cdef int _record(sc_mmu *mmu, sc_vcpu *v, sc_replay *t, u64 i) noexcept nogil:
     elif kind == LOAD_CR3:
         rc = load_cr3(mmu, v, addr)
     elif kind == LOAD_CR:
-        if v.cr0 != addr:
+        if v.cr0 != cr0_kept(addr):
             rc = load_cr0(mmu, v, addr)
         if rc == RC_OK and v.cr4 != e.value:
             rc = load_cr4(mmu, v, e.value)
@@ -215,7 +216,8 @@ cdef int _record(sc_mmu *mmu, sc_vcpu *v, sc_replay *t, u64 i) noexcept nogil:
 cdef Held _column(array, name, dtype, Py_ssize_t length):
     """The array, held; length: that it has to have, -1: any."""
     cdef Held held
-    if array.dtype != dtype or array.ndim != 1 or not array.flags.c_contiguous:
+    given, array = array, np.asarray(array)
+    if array is not given or array.dtype != dtype or array.ndim != 1 or not array.flags.c_contiguous:
         raise ValueError(f"{name}: a contiguous array of {dtype}, of the length of 'kind', is needed")
     held = Held.__new__(Held, array)
     if held.view.ndim != 1 or held.view.itemsize != dtype.itemsize or length not in (-1, held.view.shape[0]):

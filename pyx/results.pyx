@@ -13,6 +13,8 @@ from libc.string cimport memset
 from shadowcore.events cimport Stats, stats_between
 from shadowcore.results cimport sc_row
 
+from shadowcore.errors import ConfigError
+
 cdef enum:
     SPARES = 8                      # blocks kept for the next batch, whose first touch would cost page faults
     SPARE_BYTES = 8 << 20           # the largest that is kept
@@ -143,6 +145,15 @@ cdef class RunResult:
             self.columns["stats"] = stats_between(&self.before, &self.after)
         return self.columns["stats"]
 
+    def __reduce__(self):
+        rows = np.frombuffer((<const char *>self.rows)[:self.n_rows * sizeof(sc_row)], _ROW)
+        words = [self._dense("gpa", 0)]
+        if self.data:
+            words.append(self._dense("value", 1))
+        if self.wide:
+            words.append(self._dense("value_high", 1 + self.data))
+        return _pickled_result, (bool(self.data), bool(self.wide), np.stack(words), rows, self.stats)
+
     def __len__(self):
         return self.n
 
@@ -168,3 +179,23 @@ cdef class RunResult:
             f"RunResult({len(self)} operations, {int(self.exits.sum())} page-fault exits, "
             f"{int(self.emulated.sum())} emulated stores, {faults} guest faults)"
         )
+
+
+def _pickled_result(bint data, bint wide, words, rows, Stats stats not None):
+    """A RunResult of gpas, values where bytes moved, upper halves of wide ones (rows of `words`), and of what else
+    there is to say of some operations. ConfigError for what is none."""
+    cdef RunResult made = RunResult.__new__(RunResult)
+    words, rows = np.array(words, dtype=np.uint64), np.array(rows, dtype=_ROW)      # whatever they were made of
+    if words.ndim != 2 or words.shape[0] != 1 + data + wide or rows.ndim != 1 or (
+            rows.size and rows["number"].max() >= words.shape[1]):
+        raise ConfigError("RunResult: a pickle whose arrays do not fit each other")
+    made.n = made.capacity = words.shape[1]
+    made.data, made.wide = data, wide
+    made.words = block_new(words.nbytes)
+    made.many = block_new(rows.nbytes)
+    made.rows = <sc_row *>made.many.at
+    made.n_rows = rows.size
+    np.ndarray(words.shape, np.uint64, made.words)[...] = words
+    np.ndarray(rows.shape, _ROW, made.many)[...] = rows
+    made.after = stats.c[0]
+    return made

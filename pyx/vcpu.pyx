@@ -26,7 +26,7 @@ from shadowcore.types cimport (
 )
 from shadowcore.walker cimport probe_walk, sc_walk, walk_index
 
-from shadowcore.config import check_int
+from shadowcore.config import TLB, Features, check_int, taken
 from shadowcore.errors import ConfigError, GeneralProtection, MMIOAccess, PageFault
 from shadowcore.memory import allocate
 
@@ -81,9 +81,21 @@ cdef class Translation:
     def levels(self) -> list:
         return [] if self.mode == MODE_OFF else _levels(&self.w)
 
+    def __reduce__(self):
+        return _pickled_translation, (self.mode, self.w)
+
     def __repr__(self):
         rights = "r" + "-w"[self.writable] + "-x"[self.executable] + "-u"[self.user]
         return f"Translation(gpa={self.gpa:#x}, page_size={self.page_size}, rights={rights})"
+
+
+def _pickled_translation(int mode, sc_walk w):
+    """A Translation of these fields. ConfigError for what is none."""
+    cdef Translation made = Translation.__new__(Translation)
+    if not 0 <= w.level <= w.top <= 5 or w.pte_size not in (4, 8):
+        raise ConfigError("Translation: a pickle of a walk that cannot be")
+    made.mode, made.w = mode, w
+    return made
 
 
 cdef list _levels(const sc_walk *w):
@@ -95,6 +107,7 @@ cdef list _levels(const sc_walk *w):
     return found
 
 
+cdef object _ARRAY = np.ndarray
 _READ = "r"
 cdef dict _ACCESS = {_READ: 0, "w": PF_W, "x": PF_I}
 cdef dict _MODIFY = {"xchg": OP_XCHG, "add": OP_ADD, "and": OP_AND, "or": OP_OR, "xor": OP_XOR}
@@ -147,6 +160,10 @@ cdef class VCpu:
     """
 
     def __cinit__(self, Mmu mmu, features, tlb=None):
+        mmu.idle()
+        features = taken(Features, features, "features")
+        if tlb is not None:
+            tlb = taken(TLB, tlb, "tlb")
         if mmu.c.n_vcpus == SC_MAX_VCPUS:
             raise ConfigError(f"vcpus: at most {SC_MAX_VCPUS}")
         memset(&self.c, 0, sizeof(self.c))
@@ -163,9 +180,9 @@ cdef class VCpu:
         else:
             self._memo = allocate(sizeof(sc_memo))
             self.c.memo = <sc_memo *><size_t>self._memo.ctypes.data
+        mmu._vcpus.append(self)
         mmu.c.vcpus[mmu.c.n_vcpus] = &self.c
         mmu.c.n_vcpus += 1
-        mmu._vcpus.append(self)
         vcpu_init(&mmu.c, &self.c)
 
     def export_state(self) -> dict:
@@ -223,7 +240,7 @@ cdef class VCpu:
         self._tlb = [allocate(sizeof(sc_tlb))]
         self.c.tlb = <sc_tlb *><size_t>self._tlb[0].ctypes.data
         self.c.tlb.epoch = 1        # a zeroed entry is not valid
-        for i, (entries, ways) in enumerate(tlb.geometry):
+        for i, (entries, ways) in enumerate(tlb.geometry):      # of a TLB that was checked: see __cinit__
             array = allocate(max(1, entries) * sizeof(sc_tlb_entry))
             self._tlb.append(array)
             self.c.tlb.entry[i] = <sc_tlb_entry *><size_t>array.ctypes.data
@@ -259,7 +276,11 @@ cdef class VCpu:
 
     @property
     def cr0(self) -> int:
-        """CR0; assignment checks it (#GP: SDM volume 3, 2.5), may change the paging mode, puts other roots in place."""
+        """CR0; assignment checks it (#GP: SDM volume 3, 2.5), may change the paging mode, puts other roots in place.
+
+        Reserved bits below bit 32 stay clear and ET stays set, whatever is assigned (volume 2, MOV to control
+        registers).
+        """
         return self.c.cr0
 
     @cr0.setter
@@ -278,7 +299,11 @@ cdef class VCpu:
 
     @property
     def cr3(self) -> int:
-        """CR3; assignment is a context switch. In PAE mode it loads the PDPTEs (#GP: SDM volume 3, 4.4.1)."""
+        """CR3; assignment is a context switch. In PAE mode it loads the PDPTEs (#GP: SDM volume 3, 4.4.1).
+
+        In long mode bits from MAXPHYADDR on are #GP, but for bit 63 with CR4.PCIDE; elsewhere only bits 31:0 are
+        loaded, as the operand has 32. Bits that the mode ignores are kept and read back (tables 4-3, 4-7, 4-12).
+        """
         return self.c.cr3
 
     @cr3.setter
@@ -315,7 +340,8 @@ cdef class VCpu:
 
     @property
     def ac(self) -> bool:
-        """EFLAGS.AC: supervisor accesses to user pages are allowed under SMAP (SDM volume 3, 4.6.1)."""
+        """EFLAGS.AC: supervisor accesses to user pages are allowed under SMAP (SDM volume 3, 4.6.1). It does not count
+        for implicit ones, those of the processor to the IDT, GDT, LDT and TSS at any CPL: make them with AC clear."""
         return bool(self.c.guest.ac)
 
     @ac.setter
@@ -330,10 +356,11 @@ cdef class VCpu:
 
     @cpl.setter
     def cpl(self, value):
-        if value not in (0, 3):
+        level = check_int("cpl", int(value) if isinstance(value, bool) else value, 0, 3)
+        if level not in (0, 3):
             raise ConfigError(f"cpl: {value!r} is not 0 or 3")
         self.mmu.idle()
-        self.c.cpl = value
+        self.c.cpl = level
 
     @property
     def pdptes(self) -> tuple:
@@ -353,6 +380,7 @@ cdef class VCpu:
 
     cdef int _access(self, u32 op, object gva, object size, object user, object value, object expected,
                      sc_result *r) except -1:
+        """Returns the size."""
         cdef sc_op o
         cdef int rc
         memset(&o, 0, sizeof(o))
@@ -375,7 +403,7 @@ cdef class VCpu:
         if self.mmu.c.audit_found:
             rc = RC_AUDIT
         if rc == RC_OK:
-            return 0
+            return o.size
         if rc == RC_PF:
             raise PageFault(self.c.cr2, r.error_code)
         if rc == RC_GP:
@@ -387,8 +415,9 @@ cdef class VCpu:
     def read(self, gva, size=8, user=None) -> int:
         """Load `size` bytes, little endian."""
         cdef sc_result r
-        self._access(OP_READ, gva, size, user, 0, 0, &r)
-        return r.value[0] if size < 16 else _wide(&r)
+        if self._access(OP_READ, gva, size, user, 0, 0, &r) < 16:
+            return r.value[0]
+        return _wide(&r)
 
     def write(self, gva, value, size=8, user=None) -> None:
         """Store the low `size` bytes of `value`."""
@@ -401,8 +430,9 @@ cdef class VCpu:
         As on hardware the page must be writable, and the destination is stored to, either way.
         """
         cdef sc_result r
-        self._access(OP_CMPXCHG, gva, size, user, value, expected, &r)
-        return _wide(&r) == expected & ((1 << (8 * size)) - 1)
+        expected = check_int("expected", expected, 0, _WIDE)
+        cdef u32 n = self._access(OP_CMPXCHG, gva, size, user, value, expected, &r)
+        return _wide(&r) == expected & (_WIDE >> (8 * (16 - n)))
 
     def modify(self, gva, operation, value, size=8, user=None) -> int:
         """A locked read-modify-write, `operation` "xchg", "add", "and", "or" or "xor"; returns what was there."""
@@ -410,7 +440,7 @@ cdef class VCpu:
         cdef object op = _MODIFY.get(operation)
         if op is None:
             raise ConfigError(f"operation: {operation!r} is not one of {', '.join(_MODIFY)}")
-        if size == 16:
+        if _size(size) == 16:
             raise ConfigError("size: 16 is not 1, 2, 4 or 8")
         self._access(op, gva, size, user, value, 0, &r)
         return r.value[0]
@@ -487,6 +517,8 @@ cdef class VCpu:
         ConfigError before anything is done, for an operation that cannot be; and with `.result`, at an operation that
         has become one since, as somebody (the guest, where `ops` lies in its memory) wrote to the array.
         """
+        if type(ops) is not _ARRAY and isinstance(ops, _ARRAY):
+            ops = np.asarray(ops)       # without what a subclass says of itself
         return run_batch(self.mmu, self.c.number, ops, data)
 
     def __repr__(self):

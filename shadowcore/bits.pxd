@@ -15,6 +15,7 @@ cdef enum:
     SPTE_GUEST_U = 1 << 11          # the guest's tables allow user access; bit 2 says what is granted now
 
     CR0_PE = 1 << 0
+    CR0_ET = 1 << 4
     CR0_WP = 1 << 16
     CR0_NW = 1 << 29
     CR0_CD = 1 << 30
@@ -36,6 +37,15 @@ cdef enum:
 
 cdef inline u64 cr0_pg() noexcept nogil:
     return <u64>1 << 31
+
+cdef inline u64 cr0_ignored() noexcept nogil:
+    """Reserved bits of CR0 that a load may try to set, with no effect: 6 to 15, 17 and 19 to 28."""
+    return <u64>0x1FFAFFC0
+
+cdef inline u64 cr0_kept(u64 value) noexcept nogil:
+    """What CR0 holds after a load of `value`: those bits stay clear, ET stays set (SDM vol. 2, MOV to control
+    registers)."""
+    return (value & ~cr0_ignored()) | CR0_ET
 
 cdef inline u64 pte_nx() noexcept nogil:
     return <u64>1 << 63

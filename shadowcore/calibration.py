@@ -40,13 +40,17 @@ PER_MILLION = (
 
 
 class Row(NamedTuple):
-    """A rate: what it is, of what (address space made, or million instructions), in the recording, in the model."""
+    """A rate: what it is, of what (address space made, or million instructions), in the recording, in the model.
+
+    recording_complete: False if the recording ended before its time.
+    """
 
     recording: str
     rate: str
     per: str
     linux: float
     model: float
+    recording_complete: bool = True
 
     @property
     def ratio(self) -> float:
@@ -68,21 +72,15 @@ def rows(recordings: tuple[str | None, ...] = (None,), spaces: int = 120, seed: 
     for path in recordings:
         recording = load(path)
         linux = recording_counts(recording)
+        if not linux["spaces"] or not linux["instructions"]:
+            raise TraceError(recording.name, None, "an address space made after boot, and instructions, expected")
         model = model_counts(linux["instructions"] / linux["spaces"], spaces, seed)
         for key, what in PER_SPACE:
-            table.append(
-                Row(recording.name, what, "address space", linux[key] / linux["spaces"], model[key] / model["spaces"])
-            )
+            rates = linux[key] / linux["spaces"], model[key] / model["spaces"]
+            table.append(Row(recording.name, what, "address space", *rates, recording.complete))
         for key, what in PER_MILLION:
-            table.append(
-                Row(
-                    recording.name,
-                    what,
-                    "million instructions",
-                    1e6 * linux[key] / linux["instructions"],
-                    1e6 * model[key] / model["instructions"],
-                )
-            )
+            rates = 1e6 * linux[key] / linux["instructions"], 1e6 * model[key] / model["instructions"]
+            table.append(Row(recording.name, what, "million instructions", *rates, recording.complete))
     return table
 
 

@@ -5,8 +5,11 @@ Exit status: 0 done, 1 an audit found violations, 2 an error (one line says whic
 
 from __future__ import annotations
 
+import errno
+import os
 import sys
-from typing import Any
+from contextlib import suppress
+from typing import Any, NoReturn
 
 import click
 
@@ -35,11 +38,36 @@ class Commands(click.Group):
             _fail(error.format_message().rstrip(".") + hint, 2)
         except (ShadowcoreError, MemoryError) as error:
             _fail(str(error) or type(error).__name__, 2)
-        sys.exit(status if isinstance(status, int) else 0)
+        except OSError as error:
+            _fail(_cause(error), 2)
+        _finish(status if isinstance(status, int) else 0)
 
 
-def _fail(message: str, status: int) -> None:
-    click.echo(f"shadowcore: {' '.join(message.split())}", err=True)
+def _cause(error: OSError) -> str:
+    return f"{error.filename or 'standard output'}: {error.strerror or error}"
+
+
+def _fail(message: str, status: int) -> NoReturn:
+    with suppress(OSError):
+        click.echo(f"shadowcore: {' '.join(message.split())}", err=True)
+    _finish(status, told=True)
+
+
+def _finish(status: int, told: bool = False) -> NoReturn:
+    """End the process. What standard output still holds back is written here, where a failure can be told, in one line.
+
+    told: a line has been printed. A pipe that nobody reads any more is the reader's wish, and no error.
+    """
+    try:
+        if sys.stdout is not None:  # closed by the caller
+            sys.stdout.flush()
+    except OSError as error:
+        with open(os.devnull, "w") as nowhere:  # or the interpreter tries once more at its end, and complains
+            os.dup2(nowhere.fileno(), sys.stdout.fileno())
+        if error.errno == errno.EPIPE:
+            status = status or 1
+        elif not told:
+            _fail(_cause(error), 2)
     sys.exit(status)
 
 

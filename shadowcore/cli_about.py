@@ -7,12 +7,12 @@ import json
 import click
 from click.shell_completion import get_completion_class
 
-from .cli_options import JSON, Name
+from .cli_options import JSON, Name, command
 
 SHELLS = ("bash", "zsh", "fish")
 
 
-@click.command()
+@command()
 @click.argument("shell", metavar="SHELL", type=Name(SHELLS))
 @JSON
 @click.pass_context

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterable
+from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 import click
@@ -22,6 +25,23 @@ if TYPE_CHECKING:
     _Values: TypeAlias = click.ParamType[tuple[str, tuple[Any, ...]]]
 else:  # generic from click 8.4 on
     _Int = _Text = _Pair = _Values = click.ParamType
+
+
+class Command_(click.Command):
+    """A command whose options of one value are given once: the last of several would win over the others unsaid."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        if not ctx.resilient_parsing:
+            _, _, order = self.make_parser(ctx).parse_args(list(args))
+            single = [p for p in order if isinstance(p, click.Option) and not (p.multiple or p.is_flag or p.count)]
+            for number, option in enumerate(single):
+                if option in single[:number]:
+                    raise click.UsageError(f"{option.opts[0]}: it is given twice, one is allowed", ctx)
+        return super().parse_args(ctx, args)
+
+
+command = partial(click.command, cls=Command_)
+"""Makes a command of `shadowcore`."""
 
 
 class Address(_Int):
@@ -77,6 +97,42 @@ class Source(_Text):
         return [*names, item(incomplete, type="file")]
 
 
+class Output(_Text):
+    """A file that is written. "-" is none: standard output has what the command prints."""
+
+    name = "file"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        if value in ("", "-"):
+            self.fail(f"{value!r} is not the name of a file; what is printed goes to standard output", param, ctx)
+        return str(value)
+
+    def shell_complete(
+        self, ctx: click.Context, param: click.Parameter, incomplete: str
+    ) -> list[click.shell_completion.CompletionItem]:
+        return [click.shell_completion.CompletionItem(incomplete, type="file")]
+
+
+def apart(written: Iterable[tuple[str, str | None]], read: Iterable[str | None] = ()) -> None:
+    """ConfigError where two outputs, (option, file) each, are one file, or where one is a file that is read."""
+    known = [("what is read", file) for file in read if file is not None]
+    for option, file in written:
+        if file is None:
+            continue
+        for other, name in known:
+            if _same(file, name):
+                raise ConfigError(f"{option}: another file than {file} is needed, which is that of {other}")
+        known.append((option, file))
+
+
+def _same(one: str, other: str) -> bool:
+    if any(os.path.exists(name) and not Path(name).is_file() for name in (one, other)):
+        return False  # a device or a pipe takes what it gets
+    if os.path.exists(one) and os.path.exists(other):
+        return os.path.samefile(one, other)
+    return os.path.realpath(one) == os.path.realpath(other)
+
+
 class Assignment(_Pair):
     """NAME=VALUE."""
 
@@ -102,8 +158,8 @@ class Series(_Values):
         if isinstance(value, tuple):
             return value
         name, _, text = str(value).partition("=")
-        values = [part for part in text.split(",") if part.strip()]
-        if not name or not values:
+        values = text.split(",")
+        if not name.strip() or not all(part.strip() for part in values):
             self.fail(f"{value!r} is not NAME=VALUE,VALUE,...", param, ctx)
         parsed = tuple(dict.fromkeys(settings.parse(part) for part in values))
         return name.strip().replace("-", "_"), parsed
@@ -141,14 +197,13 @@ OPERATIONS = click.option(
     "--operations",
     type=click.IntRange(1, 1 << 62),
     metavar="N",
-    help="Operations of a workload's processor, or records of a recording.  [default: 1000000; all records]",
+    help="Operations of a workload's processor, or records of a recording, at most.  [default: 1000000; all records]",
 )
 SEED = click.option(
     "--seed",
     type=click.IntRange(0, (1 << 64) - 1),
-    default=0,
     metavar="N",
-    help="Of everything random in a workload.  [default: 0]",
+    help="Of everything random in a workload; a recording has nothing random.  [default: 0]",
 )
 COSTS = click.option(
     "--costs",

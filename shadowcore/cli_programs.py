@@ -6,11 +6,12 @@ import json
 
 import click
 
+from .cli_options import command
 from .config import DESIGNS
 from .guest_options import MODES
 
 
-@click.command()
+@command()
 @click.argument("recordings", nargs=-1, required=True, metavar="RECORDING...")
 @click.option(
     "--mmu",

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from .cli_options import JSON
+from .cli_options import JSON, Output, command
 from .progress import progress as _progress
 
 if TYPE_CHECKING:
@@ -17,9 +17,11 @@ if TYPE_CHECKING:
 _NAME = click.option("--name", metavar="NAME", help="What reports call the recording.  [default: as the first file]")
 
 
-@click.command("import")
+@command("import")
 @click.argument("files", nargs=-1, required=True, metavar="FILE...")
-@click.option("-o", "--output", "out", required=True, metavar="OUT", help="The recording to write.  [required]")
+@click.option(
+    "-o", "--output", "out", type=Output(), required=True, metavar="OUT", help="The recording to write.  [required]"
+)
 @click.option(
     "--format",
     "form",
@@ -44,9 +46,11 @@ def import_(files: tuple[str, ...], out: str, form: str, name: str | None, as_js
     _written(writer, as_json)
 
 
-@click.command(context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})
+@command(context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})
 @click.argument("command", nargs=-1, required=True, type=click.UNPROCESSED, metavar="-- PROGRAM [ARGUMENT]...")
-@click.option("-o", "--output", "out", metavar="OUT", help="The recording to write.  [default: PROGRAM.screc]")
+@click.option(
+    "-o", "--output", "out", type=Output(), metavar="OUT", help="The recording to write.  [default: PROGRAM.screc]"
+)
 @click.option("--valgrind", default="valgrind", show_default=True, metavar="PATH", help="The Valgrind to run.")
 @_NAME
 @JSON
@@ -81,7 +85,7 @@ def _written(writer: Writer, as_json: bool, err: bool = False) -> None:
         click.echo(f"{writer.path}: {writer.records:,} records of {writer.stream}, {size:,} bytes{each}", err=err)
 
 
-@click.command()
+@command()
 @click.argument("recording", metavar="RECORDING")
 @click.option("--check", is_flag=True, help="Read every block, verify checksums and records, and count.  [default: no]")
 @JSON
@@ -102,6 +106,7 @@ def info(recording: str, check: bool, as_json: bool) -> None:
             "stream": "guest",
             "name": loaded.name,
             "records": loaded.operations,
+            "complete": loaded.complete,
             "bytes": Path(recording).stat().st_size,
             "guest": {key: getattr(loaded, key) for key in ("cr0", "cr4", "efer", "nframes")},
             "counts": loaded.counts,
@@ -153,6 +158,8 @@ def _counts(reader: Reader) -> dict[str, Any]:
         if block.events is not None:
             events += np.bincount(block.events["kind"], minlength=256)
     if reader.stream == recordings.OPERATIONS:
+        if "machine" in reader.header:
+            reader.machine("native")
         names = {int(op): op.name.lower() for op in config.Op}
         return {"counts": {names.get(int(op), str(op)): int(ops[op]) for op in np.flatnonzero(ops)}}
     found = dict(zip(("read", "write", "fetch", "modify"), ops[:4].tolist(), strict=True))

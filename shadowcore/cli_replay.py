@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import json
-import sys
 
 import click
 
-from .cli_options import JSON, POOL, RECORDING, Address, Name
+from .cli_options import JSON, POOL, RECORDING, Address, Name, command
 from .config import DESIGNS
+from .errors import ConfigError
 
 
-@click.command()
+@command()
 @click.argument("image", metavar="IMAGE")
 @click.argument("gva", metavar="VA", type=Address())
 @click.option("--cr3", type=Address(), metavar="X", help="Root to walk from.  [default: CR3 of the image]")
@@ -37,7 +37,7 @@ def walk(image: str, gva: int, cr3: int | None, write: bool, fetch: bool, user: 
         click.echo("\n".join(explanation.lines()))
 
 
-@click.command()
+@command()
 @RECORDING
 @click.option(
     "--every",
@@ -75,20 +75,26 @@ def audit(
     """
     from . import trace
     from .progress import progress
+    from .recordings import INCOMPLETE
 
+    if pool is not None and design == "native":
+        raise ConfigError("--pool: it is no setting of native; a design that has it is needed")
     loaded = trace.open_recording(recording)
     with progress(design, "records") as bar:
         result = trace.replay(loaded, design, audit_every=every, audit_at=points, pool=pool, progress=bar)
     if as_json:
         found = {"workload": loaded.name, "operations": loaded.operations, "design": design, "every": every}
+        found["recording_complete"] = loaded.complete
         click.echo(json.dumps(found | result.as_dict()))
     else:
         for record, violation in result.violations:
             click.echo(f"after record {record:,}: {violation}")
         count = f"{len(result.violations):,} violation(s)" if result.violations else "no violations"
         click.echo(f"{design} on {loaded.name}: {result.whole.records:,} records, {result.audits:,} audits, {count}")
+        if not loaded.complete:
+            click.echo(f"{INCOMPLETE}.")
     if result.violations:
-        sys.exit(1)
+        click.get_current_context().exit(1)
 
 
 COMMANDS = (walk, audit)

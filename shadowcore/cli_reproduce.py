@@ -7,12 +7,12 @@ from pathlib import Path
 
 import click
 
-from .cli_options import JSON
+from .cli_options import JSON, Output, apart, command
 from .errors import ConfigError
 
 
-@click.command()
-@click.option("--write", metavar="FILE", help="Write the page (Markdown) to FILE.  [default: no file]")
+@command()
+@click.option("--write", type=Output(), metavar="FILE", help="Write the page (Markdown) to FILE.  [default: no file]")
 @click.option("--check", metavar="FILE", help="Is the page in FILE current? Exit status 2 if not.  [default: no file]")
 @JSON
 def reproduce(write: str | None, check: str | None, as_json: bool) -> None:
@@ -21,6 +21,7 @@ def reproduce(write: str | None, check: str | None, as_json: bool) -> None:
     Two of nine figures calibrate prices, the others are predicted. Times are in microseconds for a context switch, in
     seconds for hackbench.
     """
+    apart([("--check", check)], [write])
     from . import reproduction
     from .progress import progress
 

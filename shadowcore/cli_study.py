@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from .cli_options import COSTS, JSON, OPERATIONS, POOL, SEED, SET, Series, Source, mmu, together
+from .cli_options import COSTS, JSON, OPERATIONS, POOL, SEED, SET, Output, Series, Source, apart, command, mmu, together
 from .errors import ConfigError
 
 if TYPE_CHECKING:
@@ -30,7 +30,8 @@ _COMPARED = (
         "--over",
         type=Series(),
         metavar="NAME=VALUE,...",
-        help="Sweep one setting (or seed, or operations): all designs with each of these values.  [default: none]",
+        help="Sweep one setting (or seed, or operations): all designs with each of these values. One is allowed.  "
+        "[default: none]",
     ),
     OPERATIONS,
     SEED,
@@ -47,8 +48,12 @@ _COMPARED = (
         metavar="N",
         help="Operations (records) in a window of reports and timelines.  [default: a 200th of all]",
     ),
-    click.option("--csv", "csv_file", metavar="FILE", help="Write one row a design to FILE.  [default: no file]"),
-    click.option("--timeline", metavar="FILE", help="Write a trace for Perfetto to FILE.  [default: no file]"),
+    click.option(
+        "--csv", "csv_file", type=Output(), metavar="FILE", help="Write one row a design to FILE.  [default: no file]"
+    ),
+    click.option(
+        "--timeline", type=Output(), metavar="FILE", help="Write a trace for Perfetto to FILE.  [default: no file]"
+    ),
     JSON,
 )
 
@@ -59,9 +64,9 @@ def _compared(function: Callable[..., None]) -> Callable[..., None]:
     return function
 
 
-@click.command()
+@command()
 @_compared
-@click.option("--html", metavar="FILE", help="Write a report, one page, to FILE.  [default: no file]")
+@click.option("--html", type=Output(), metavar="FILE", help="Write a report, one page, to FILE.  [default: no file]")
 def compare(**options: Any) -> None:
     """Run a workload, or replay a recording, under several designs and print one table of what each costs.
 
@@ -73,9 +78,9 @@ def compare(**options: Any) -> None:
     _compare(**options)
 
 
-@click.command()
+@command()
 @_compared
-@click.option("--html", required=True, metavar="FILE", help="The page to write.  [required]")
+@click.option("--html", type=Output(), required=True, metavar="FILE", help="The page to write.  [required]")
 def report(**options: Any) -> None:
     """Write a report of a comparison: the same as `compare ... --html FILE`."""
     _compare(**options)
@@ -101,20 +106,26 @@ def _compare(
     if over and pages:
         raise ConfigError("--over: it makes several studies; --html and --timeline show one")
     writers = [(_writer(name, module), file) for name, module, file in pages]
-    for file in (html, timeline, csv_file):
+    outputs = (("--html", html), ("--timeline", timeline), ("--csv", csv_file))
+    for _, file in outputs:
         if file is not None:
             _writable(file)
     fixed = together(sets, pool)
     if not writers:
-        windows = 0 if windows is None else windows
+        if windows:
+            raise ConfigError("--windows: a report or a timeline, which shows them, is needed: --html or --timeline")
+        windows = 0
     wanted = tuple(dict.fromkeys(designs or DEFAULT_DESIGNS))
     points: list[tuple[Any, dict[str, Any]]] = [(None, {})]
     if over:
         name, values = over
         if name in fixed:
             raise ConfigError(f"--over: {name} is set by --set or --pool as well")
+        if name in ("seed", "operations") and rest.get(name) is not None:
+            raise ConfigError(f"--over: {name} is set by --{name} as well")
         points = [(value, {name: value}) for value in values]
     opened = Opened.find(source)
+    apart(outputs, [opened.argument if opened.recording is not None else None])
     done: list[tuple[Any, Study]] = []
     interrupted = False
     try:
@@ -208,7 +219,7 @@ def _bar(label: str = "") -> Callable[[str], AbstractContextManager[Callable[[in
     return lambda design: progress(label + design, "operations")
 
 
-@click.command()
+@command()
 @click.argument("workload", metavar="WORKLOAD", type=Source())
 @mmu(("cached",))
 @POOL

@@ -7,10 +7,10 @@ import math
 
 import click
 
-from .cli_options import JSON
+from .cli_options import JSON, command
 
 
-@click.command()
+@command()
 @click.argument("name", required=False, metavar="[NAME]")
 @JSON
 def workloads(name: str | None, as_json: bool) -> None:
@@ -43,7 +43,7 @@ def workloads(name: str | None, as_json: bool) -> None:
         click.echo(f"{w.name:{width}}  {w.summary}")
 
 
-@click.command()
+@command()
 @click.argument("recordings", nargs=-1, metavar="[RECORDING]...")
 @click.option(
     "--spaces",
@@ -62,10 +62,11 @@ def calibration(recordings: tuple[str, ...], spaces: int, seed: int, as_json: bo
     faults, CR3 loads and INVLPGs for each address space made, and for each million instructions.
     """
     from . import workload
+    from .recordings import INCOMPLETE
 
     rows = workload.calibration(recordings or (None,), spaces, seed)
     if as_json:
-        fields = ("recording", "rate", "per", "linux", "model")
+        fields = ("recording", "rate", "per", "linux", "model", "recording_complete")
         plain = [dict(zip(fields, row, strict=True)) for row in rows]
         click.echo(json.dumps(plain))
         return
@@ -75,6 +76,8 @@ def calibration(recordings: tuple[str, ...], spaces: int, seed: int, as_json: bo
         title = f"{row.recording}, per {row.per}"
         if title != head:
             click.echo(title)
+            if not row.recording_complete:
+                click.echo(f"{INCOMPLETE}.")
             head = title
         ratio = "" if math.isnan(row.ratio) else f"{row.ratio:.2f}"
         click.echo(f"  {row.rate:62}{row.linux:10.2f}{row.model:10.2f}{ratio:>8}")

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import operator
+import os
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from enum import IntEnum, IntFlag
-from typing import Any
+from typing import Any, TypeVar
+
+import numpy as np
 
 from .errors import ConfigError
 
 PAGE_SIZE = 4096
+T = TypeVar("T")
 _UNITS = {"": 1, "b": 1, "kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30, "tib": 1 << 40}
 
 
@@ -25,9 +30,10 @@ class Op(IntEnum):
     EFER = 6
     INVLPG = 7
     PKRU = 8
-    """Load PKRU with `value`."""
+    """Load PKRU with the low 32 bits of `value`."""
     AC = 9
-    """Set EFLAGS.AC to bit 0 of `value` (SMAP)."""
+    """Set EFLAGS.AC to bit 0 of `value` (SMAP). Implicit supervisor accesses, to descriptors and the TSS, are made with
+    AC clear (SDM volume 3, 4.6.1)."""
     CMPXCHG = 10
     """Store `value` if `expected` is there; the result's value is what was there."""
     XCHG = 11
@@ -79,7 +85,11 @@ class Quirk(IntFlag):
     exit flushes anyway, and so it does here."""
     GLOBAL_WITHOUT_PGE = 1 << 14
     """Design `flush`: tables of leaves with G survive CR3 loads although CR4.PGE is off (2.6.20-rc3)."""
-    KVM_2007 = (1 << 15) - 1
+    IGNORED_BITS_REFUSED = 1 << 15
+    """Loads of CR0 and CR3 that set bits which processors ignore are #GP: bits 6 to 15, 17 and 19 to 28 of CR0, bits
+    11:5 of CR3 in 4- and 5-level paging without PCIDs, bits 2:0 elsewhere. The series' own checks did so; KVM has long
+    given them up. `Native` takes this quirk as well: it is the guest's processor that is different."""
+    KVM_2007 = (1 << 16) - 1
     """All of them: the series as it was."""
 
 
@@ -105,7 +115,10 @@ class Features:
     xsave: bool = True
 
     def __post_init__(self) -> None:
-        check_int("features.maxphyaddr", self.maxphyaddr, 32, 52)
+        _plain(self, maxphyaddr=check_int("features.maxphyaddr", self.maxphyaddr, 32, 52))
+        for each in fields(self):
+            if each.name != "maxphyaddr":
+                _plain(self, **{each.name: check_bool(f"features.{each.name}", getattr(self, each.name))})
 
 
 @dataclass(frozen=True)
@@ -120,8 +133,12 @@ class MemorySlot:
     dirty_log: bool = False
 
     def __post_init__(self) -> None:
-        check_int("slot.gpa", self.gpa, 0, 1 << 52)
-        object.__setattr__(self, "size", parse_size(self.size, "slot.size"))
+        _plain(
+            self,
+            gpa=check_int("slot.gpa", self.gpa, 0, 1 << 52),
+            size=parse_size(self.size, "slot.size"),
+            dirty_log=check_bool("slot.dirty_log", self.dirty_log),
+        )
         if self.gpa % PAGE_SIZE:
             raise ConfigError(f"slot.gpa: {self.gpa:#x} is not a multiple of 4096")
 
@@ -145,6 +162,7 @@ class TLB:
         for size in ("small", "large", "huge"):
             entries = check_int(f"tlb.{size}_entries", getattr(self, f"{size}_entries"), 0, 1 << 20)
             ways = check_int(f"tlb.{size}_ways", getattr(self, f"{size}_ways"), 1, 1 << 20)
+            _plain(self, **{f"{size}_entries": entries, f"{size}_ways": ways})
             if entries % ways:
                 raise ConfigError(f"tlb.{size}_entries: {entries} is not a multiple of {ways} ways")
 
@@ -161,9 +179,16 @@ class TLB:
 
 @dataclass(frozen=True)
 class Native:
-    """No virtualization: the processor walks the guest's own tables."""
+    """No virtualization: the processor walks the guest's own tables.
+
+    quirks: NONE, or IGNORED_BITS_REFUSED; the others are of a shadow MMU.
+    """
 
     name: str = field(default="native", init=False)
+    quirks: Quirk = Quirk.NONE
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "quirks", _quirks(self.quirks, Quirk.IGNORED_BITS_REFUSED))
 
 
 @dataclass(frozen=True)
@@ -192,14 +217,18 @@ class Shadow:
     quirks: Quirk = Quirk.NONE
 
     def __post_init__(self) -> None:
-        check_int("pool_pages", self.pool_pages, 4, 1 << 22)
-        check_int("min_free", self.min_free, 0, 1 << 22)
-        check_int("refill", self.refill, self.min_free, 1 << 22)
-        if self.flood_threshold is not None:
-            check_int("flood_threshold", self.flood_threshold, 1, 1 << 31)
-        if not isinstance(self.quirks, int) or int(self.quirks) & ~int(Quirk.KVM_2007):
-            raise ConfigError(f"quirks: {self.quirks!r} is not a combination of members of shadowcore.Quirk")
-        object.__setattr__(self, "quirks", Quirk(self.quirks))
+        min_free, threshold = check_int("min_free", self.min_free, 0, 1 << 22), self.flood_threshold
+        _plain(
+            self,
+            name=_check_name(self.name),
+            keep=check_bool("keep", self.keep),
+            pool_pages=check_int("pool_pages", self.pool_pages, 4, 1 << 22),
+            min_free=min_free,
+            refill=check_int("refill", self.refill, min_free, 1 << 22),
+            flood_threshold=None if threshold is None else check_int("flood_threshold", threshold, 1, 1 << 31),
+            flood_reset=check_bool("flood_reset", self.flood_reset),
+            quirks=_quirks(self.quirks, Quirk.KVM_2007),
+        )
 
     @classmethod
     def cached(cls, **settings: Any) -> Shadow:
@@ -233,28 +262,83 @@ DESIGNS: dict[str, Any] = {
 def design(mmu: str | Native | Shadow, **settings: Any) -> Native | Shadow:
     """The design by its name, or the given one; settings apply to names only."""
     if isinstance(mmu, (Native, Shadow)):
-        return mmu
-    if mmu not in DESIGNS:
+        return taken(Native, mmu, "mmu") if isinstance(mmu, Native) else taken(Shadow, mmu, "mmu")
+    if not isinstance(mmu, str) or mmu not in DESIGNS:
         raise ConfigError(f"mmu: {mmu!r} is not one of {', '.join(DESIGNS)}, or a Native or Shadow object")
     made: Native | Shadow = DESIGNS[mmu](**settings)
     return made
 
 
+def _quirks(quirks: object, allowed: Quirk) -> Quirk:
+    bits = operator.index(quirks) if isinstance(quirks, int) else -1
+    if bits & ~int(Quirk.KVM_2007):
+        raise ConfigError(f"quirks: {quirks!r} is not a combination of members of shadowcore.Quirk")
+    if bits & ~int(allowed):
+        raise ConfigError(f"quirks: of these {Quirk(bits)!r} native has only {allowed!r}")
+    return Quirk(bits)
+
+
 def check_int(name: str, value: object, low: int, high: int) -> int:
-    """`value` as an int within [low, high], or ConfigError that names the field."""
+    """`value` as an int within [low, high], or ConfigError that names the field.
+
+    The result is a plain int, read once: whatever methods of its own `value` has, this is what was checked.
+    """
     try:
-        number = value.__index__()  # type: ignore[attr-defined]
-    except (AttributeError, TypeError):
+        number = operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
         raise ConfigError(f"{name}: an integer is needed, not {value!r}") from None
     if isinstance(value, bool) or not low <= number <= high:
         raise ConfigError(f"{name}: {value!r} is not within {low} to {high}")
-    return int(number)
+    return number
+
+
+def check_path(path: object, name: str = "path") -> str:
+    """A path as a text; ConfigError for anything else. An integer is none: to `open` it is a file that is open."""
+    try:
+        text = os.fsdecode(path)  # type: ignore[arg-type]
+        known = os.fsencode(text)
+    except (TypeError, ValueError):
+        raise ConfigError(f"{name}: a path is needed, not {path!r:.60}") from None
+    if not known or 0 in known:
+        raise ConfigError(f"{name}: a path is needed, not {path!r:.60}")
+    return text
+
+
+def taken(kind: type[T], given: object, name: str) -> T:
+    """A settings object of exactly the class `kind`, of the fields of `given`, each read once and checked again;
+    ConfigError if it is none. A subclass, or a frozen object that was changed after all, has no other way in."""
+    if not isinstance(given, kind):
+        raise ConfigError(f"{name}: a {kind.__name__} object is needed, not {given!r:.60}")
+    made: dict[str, Any] = {}
+    for each in fields(kind):  # type: ignore[arg-type]
+        if each.init:
+            made[each.name] = getattr(given, each.name)
+    return kind(**made)
+
+
+def _plain(settings: object, **values: object) -> None:
+    """Put checked values in the place of those that a frozen object was made of."""
+    for name, value in values.items():
+        object.__setattr__(settings, name, value)
+
+
+def check_bool(name: str, value: object) -> bool:
+    """A bool of a bool, of numpy's, or of 0 or 1."""
+    if isinstance(value, np.bool_) or (isinstance(value, int) and operator.index(value) in (0, 1)):
+        return bool(operator.index(value) if isinstance(value, int) else value)
+    raise ConfigError(f"{name}: True or False is needed, not {value!r:.60}")
+
+
+def _check_name(value: object) -> str:
+    if not isinstance(value, str):
+        raise ConfigError(f"name: a text is needed, not {value!r:.60}")
+    return str.__str__(value)
 
 
 def parse_size(size: object, name: str = "memory") -> int:
     """Bytes from an int or a text such as "64MiB"; a positive multiple of 4096."""
     if isinstance(size, str):
-        match = re.fullmatch(r"\s*(\d+)\s*([A-Za-z]*)\s*", size)
+        match = re.fullmatch(r"\s*([0-9]{1,19})\s*([A-Za-z]*)\s*", size)
         unit = None if match is None else _UNITS.get(match[2].lower())
         if match is None or unit is None:
             raise ConfigError(f"{name}: {size!r} is not a size such as 67108864, '64MiB' or '4GiB'")

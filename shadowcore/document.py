@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ._version import __version__
+from .config import check_path
 
 WINDOWS = 320
 """Windows of a design that a file holds, at most: neighbours are added up until there are no more."""
@@ -22,7 +23,7 @@ ROWS = 32
 
 def replace(path: str | os.PathLike[str], data: bytes) -> None:
     """Write a file by way of one beside it: what was there stays if anything fails. OSError names `path`."""
-    target = Path(path)
+    target = Path(check_path(path))
     beside: str | None = None
     try:
         if target.exists() and not target.is_file():
@@ -57,6 +58,7 @@ def document(study: Any, windows: int = WINDOWS, heat: Mapping[str, Any] | None 
         "workload": str(study.workload),
         "operations": int(study.operations),
         "complete": bool(getattr(study, "complete", True)),
+        "recording_complete": bool(getattr(study, "recording_complete", True)),
         "command": str(study.command),
         "settings": {str(name): _plain(value) for name, value in dict(study.settings).items()},
         "designs": designs,

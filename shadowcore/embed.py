@@ -75,6 +75,8 @@ def memory(source: Buffer | NDArray[Any]) -> NDArray[np.uint8]:
     one piece. It has to begin at a multiple of 4096 and to be a multiple of 4096 long. The array, and a VM made of it,
     hold the buffer: until both are gone an mmap or SharedMemory cannot be closed, nor an array resized. ConfigError.
     """
+    if isinstance(source, np.ndarray):
+        source = np.asarray(source)  # without what a subclass says of itself
     try:
         view = memoryview(cast("Buffer", source))
     except (TypeError, ValueError, BufferError) as error:

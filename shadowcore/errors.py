@@ -2,9 +2,23 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+
+def _restored(kind: type[BaseException], args: tuple[object, ...]) -> BaseException:
+    """An error as it was pickled; its attributes follow."""
+    return BaseException.__new__(kind, *args)
+
 
 class ShadowcoreError(Exception):
-    """Base of everything that this package raises by itself."""
+    """Base of everything that this package raises by itself.
+
+    Errors survive pickle and copy with all their attributes, so that they arrive from another process as what they are.
+    """
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Exception would call the class with `args`, which hold the message and not what the class asks for.
+        return _restored, (type(self), self.args), self.__dict__ or None
 
 
 class ConfigError(ShadowcoreError, ValueError):

@@ -16,11 +16,11 @@ from numpy.typing import NDArray
 
 from .config import Features
 from .errors import ConfigError, GeneralProtection, PageFault, TraceError
-from .machine import VM
+from .machine import VM, set_registers
 from .pagetables import FORMATS, NX, PAT, PAT_LARGE, PKEY_SHIFT, PS, A, D, Format, G, P, U, W
 from .recording import read_arrays
 
-CR0_WP, CR4_PSE, CR4_SMAP, EFER_LMA, EFER_NXE = 1 << 16, 1 << 4, 1 << 21, 1 << 10, 1 << 11
+CR0_WP, CR4_PSE, CR4_SMAP, EFER_NXE = 1 << 16, 1 << 4, 1 << 21, 1 << 11
 PWT, PCD = 1 << 3, 1 << 4
 
 Access = Literal["r", "w", "x"]
@@ -74,7 +74,8 @@ class Image:
     def machine(self, cr3: int | None = None) -> VM:
         """A VM without virtualization that stands where the guest stood; cr3: load this one instead."""
         cr3 = self.cr3 if cr3 is None else cr3
-        if cr3 >> 12 not in self.frames:
+        root = cr3 & (0xFFFF_F000 if FORMATS[self.mode].va_bits == 32 else 0x000F_FFFF_FFFF_F000)
+        if root >> 12 not in self.frames:
             roots = ", ".join(hex(root) for root in self.roots)
             raise ConfigError(f"cr3: the image holds no table at {cr3:#x}; its roots are {roots}")
         vm = VM(self.nframes << 12, "native", features=Features(maxphyaddr=52))
@@ -85,10 +86,7 @@ class Image:
             vm.memory.words[first : first + 4] &= np.uint64(~A & (1 << 64) - 1)
         cpu = vm.vcpus[0]
         try:
-            cpu.efer = self.efer & ~EFER_LMA
-            cpu.cr4 = self.cr4
-            cpu.cr3 = cr3
-            cpu.cr0 = self.cr0
+            set_registers(vm, cpu, cr0=self.cr0, cr3=cr3, cr4=self.cr4, efer=self.efer)
         except GeneralProtection:
             raise ConfigError(f"cr3: {cr3:#x} with the other registers of the image is #GP") from None
         if cpu.mode != self.mode:

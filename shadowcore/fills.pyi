@@ -12,7 +12,7 @@ class Fills:
         self,
         cpu: VCpu,
         read: int,
-        registers: tuple[int, int, int],
+        registers: tuple[int, int, int, int, int],
         other: Callable[[int, int], tuple[int, int] | None],
         is_plain: Callable[[], bool],
         flush: Callable[[], None],

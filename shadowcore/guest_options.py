@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import IntEnum, IntFlag
 
-from .config import check_int
+from .config import check_bool, check_int
 from .errors import ConfigError
 
 MODES = ("32", "pae", "64", "la57")
@@ -74,6 +74,24 @@ class Prot(IntFlag):
     EXEC = 4
 
 
+_LIMITS = {
+    "atomic_bytes": (1, 8),
+    "fault_around": (1, 512),
+    "flush_ceiling": (0, 1 << 20),
+    "kernel_work": (0, 1 << 16),
+    "kernel_data": (1, 1 << 20),
+    "swap_pages": (0, (1 << 20) - 2),
+    "large_pages": (0, 1 << 22),
+    "max_processes": (1, 1 << 20),
+    "max_mappings": (8, 1 << 20),
+    "max_files": (1, 1 << 24),
+    "max_file_pages": (1, 1 << 32),
+    "max_programs": (1, 1 << 20),
+    "max_pipes": (1, 1 << 24),
+    "seed": (0, (1 << 64) - 1),
+}
+
+
 @dataclass(frozen=True)
 class KernelOptions:
     """How the guest kernel is built. Defaults: a 64-bit Linux of today without mitigations.
@@ -120,38 +138,29 @@ class KernelOptions:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.mode not in MODES:
-            raise ConfigError(f"mode: {self.mode!r} is not one of {', '.join(MODES)}")
-        if self.direct_map not in DIRECT_MAPS:
-            raise ConfigError(f"direct_map: {self.direct_map!r} is not one of {', '.join(DIRECT_MAPS)}")
+        for name, names in (("mode", MODES), ("direct_map", DIRECT_MAPS)):
+            value = getattr(self, name)
+            if not isinstance(value, str) or value not in names:
+                raise ConfigError(f"{name}: {value!r} is not one of {', '.join(names)}")
+        for name in ("global_", "isolation", "pcid", "age_flush"):
+            object.__setattr__(self, name, check_bool(name, getattr(self, name)))
+        for name, (low, high) in _LIMITS.items():
+            object.__setattr__(self, name, check_int(name, getattr(self, name), low, high))
         if self.direct_map == "huge" and self.mode not in ("64", "la57"):
             raise ConfigError(f"direct_map: 'huge' needs mode '64' or 'la57', not {self.mode!r}")
         if self.isolation and self.mode == "32":
             raise ConfigError("isolation: mode 'pae', '64' or 'la57' is needed, not '32'")
         if self.pcid and self.mode not in ("64", "la57"):
             raise ConfigError(f"pcid: mode '64' or 'la57' is needed, not {self.mode!r}")
-        names = tuple(self.sloppy)
-        for name in names:
+        sloppy = tuple(self.sloppy)
+        for name in sloppy:
             if name not in SLOPPY:
                 raise ConfigError(f"sloppy: a tuple of {', '.join(SLOPPY)} is needed, not {self.sloppy!r}")
-        object.__setattr__(self, "sloppy", names)
+        object.__setattr__(self, "sloppy", sloppy)
         if self.atomic_bytes not in (1, 4, 8):
             raise ConfigError(f"atomic_bytes: {self.atomic_bytes!r} is not 1, 4 or 8")
-        check_int("fault_around", self.fault_around, 1, 512)
         if self.fault_around & (self.fault_around - 1):
             raise ConfigError(f"fault_around: {self.fault_around} is not a power of two")
-        check_int("flush_ceiling", self.flush_ceiling, 0, 1 << 20)
-        check_int("kernel_work", self.kernel_work, 0, 1 << 16)
-        check_int("kernel_data", self.kernel_data, 1, 1 << 20)
-        check_int("swap_pages", self.swap_pages, 0, (1 << 20) - 2)
-        check_int("large_pages", self.large_pages, 0, 1 << 22)
-        check_int("max_processes", self.max_processes, 1, 1 << 20)
-        check_int("max_mappings", self.max_mappings, 8, 1 << 20)
-        check_int("max_files", self.max_files, 1, 1 << 24)
-        check_int("max_file_pages", self.max_file_pages, 1, 1 << 32)
-        check_int("max_programs", self.max_programs, 1, 1 << 20)
-        check_int("max_pipes", self.max_pipes, 1, 1 << 24)
-        check_int("seed", self.seed, 0, (1 << 64) - 1)
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ from .document import WINDOWS, document, edges, replace
 from .errors import ConfigError
 from .heat import heat, of_workload
 from .recording import Recording, RecordingFile
+from .recordings import INCOMPLETE
 
 __all__ = ["LARGEST", "heat", "of_workload", "write"]
 
@@ -137,6 +138,7 @@ def _page(plain: dict[str, Any]) -> str:
 <p>{plain["operations"]:,} operations under {html.escape(_listed(plain["designs"]))}, by shadowcore {__version__}.
 <span class="script" hidden>Pictures show their values under the pointer, or by the arrow keys.</span></p>
 {"" if plain["complete"] else "<p><strong>Incomplete: it was interrupted.</strong></p>"}
+{"" if plain["recording_complete"] else f"<p><strong>{INCOMPLETE}.</strong></p>"}
 {body}
 </main>
 <script type="application/json" id="study">{embedded}</script>

@@ -11,6 +11,7 @@ import io
 import lzma
 import os
 import re
+import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -19,7 +20,8 @@ from typing import Any
 
 import numpy as np
 
-from . import lackey, recording
+from . import lackey, npy, recording
+from .config import check_path
 from .errors import ConfigError, TraceError
 from .recordings import FETCH, GUEST, MODIFY, PROGRAM, READ, WRITE, Event, Writer
 
@@ -54,7 +56,7 @@ class Source:
     """A file's bytes, inflated where it is .gz or .xz (by content, not by name), and how far reading them is."""
 
     def __init__(self, path: str | os.PathLike[str], progress: Progress | None = None, done: int = 0, total: int = 0):
-        self.path = path
+        self.path = path = check_path(path)
         self._progress = progress
         self._before, self._total = done, total
         self.position = 0
@@ -103,29 +105,38 @@ def guess(path: str | os.PathLike[str]) -> str:
     """The format of a file, by its contents; TraceError if it has none of those that are known."""
     with Source(path) as source:
         head = source.read(1 << 16)
-    if head[:4] == b"PK\x03\x04":
+    if head[:4] == b"PK\x03\x04" and _holds_a_guest(path):
         return "linux"
     if re.match(rb"(==\d+== |SYSCALL\[\d+,\d+\]|(I | [LSM]) [0-9a-f]+,\d+\n)", head):
         return "lackey"
     first = head.split(b"\n", 1)[0].decode("utf-8", "replace").strip()
     if "," in first and set(map(str.strip, first.split(","))) <= set(CSV_COLUMNS) and "addr" in first:
         return "csv"
-    if len(head) >= CHAMPSIM_DTYPE.itemsize:
-        rows = np.frombuffer(head[: len(head) // 64 * 64], CHAMPSIM_DTYPE)
-        if (rows["is_branch"] <= 1).all() and (rows["branch_taken"] <= 1).all() and rows["ip"].any():
-            return "champsim"
+    rows = np.frombuffer(head[: len(head) // 64 * 64], CHAMPSIM_DTYPE)
+    if len(rows) and not _odd_instructions(rows).any() and _addresses(rows):
+        return "champsim"
     raise TraceError(path, None, f"a file of one of the formats {', '.join(FORMATS)} expected, this looks like none")
+
+
+def _holds_a_guest(path: str | os.PathLike[str]) -> bool:
+    """A zip archive is a recording: its members are those of one. Others are no input."""
+    try:
+        with zipfile.ZipFile(check_path(path)) as archive:
+            return bool({"kind.npy", "recording.json"} & set(archive.namelist()))
+    except npy.UNREADABLE:
+        return True  # damaged: whoever reads it as a recording says how
 
 
 # -- lackey ----------------------------------------------------------------------------------------------
 
 _CALL = re.compile(
-    rb"SYSCALL\[(?P<pid>\d+),(?P<tid>\d+)\]\(\s*\d+\) (?P<name>(?:sys_|old_)?\w+) ?\((?P<args>.*)$", re.S
+    rb"SYSCALL\[(?P<pid>\d{1,10}),(?P<tid>\d+)\]\(\s*\d+\) (?P<name>(?:sys_|old_)?\w+) ?\((?P<args>.*)$", re.S
 )
 _RESUMED = re.compile(rb"SYSCALL\[(?P<pid>\d+),(?P<tid>\d+)\]\(\s*\d+\) +\.\.\. \[async\] --> (?P<end>.*)$", re.S)
-_CREATED = re.compile(rb"process \d+ created child (\d+)")
-_SUCCESS = re.compile(rb"Success\((0x[0-9a-fA-F]+)\)")
-_BANNER = re.compile(rb"==(?P<pid>\d+)== (?P<text>.*)$")
+_CREATED = re.compile(rb"process \d+ created child (\d{1,10})\b")
+_SUCCESS = re.compile(rb"Success\((0x[0-9a-fA-F]{1,16})\)")
+_FLAGS = re.compile(rb"[\s(]*([0-9a-fA-F]{1,16})\s*[,)]")
+_BANNER = re.compile(rb"==(?P<pid>\d{1,10})== (?P<text>.*)$")
 _MESSAGE = re.compile(rb"(==|--|\*\*)\d+(==|--|\*\*)|SYSCALL\[|\s+--> \[| *--> |\s*$")
 _PATH = re.compile(rb"0x[0-9a-fA-F]+\((.*)\),")
 _NEW_IMAGE = re.compile(rb"==\d+== ")
@@ -150,6 +161,7 @@ class LackeyParser:
         child: Callable[[int], int],
     ) -> None:
         self.lines = 0
+        self.traced = False  # there was an access or a system call: messages alone are what every tool prints
         self.pid: int | None = None
         self._image: str | None = None  # a command whose program may be new
         self._writer, self._number, self._name = writer, number, name
@@ -175,6 +187,7 @@ class LackeyParser:
             if filled:
                 self._settle(False)
                 self.lines += filled
+                self.traced = True
                 self._run(self._number)
                 self._writer.write(op=self._op[:filled], size=self._size[:filled], addr=self._addr[:filled])
             if what == lackey.FULL:
@@ -223,6 +236,7 @@ class LackeyParser:
                 self._result(*pending, match["end"])
         elif match := _CALL.match(call):
             self._of(int(match["pid"]))
+            self.traced = True
             name = match["name"].decode().removeprefix("sys_").removeprefix("old_")
             self._call(name, match["pid"] + b"," + match["tid"], match["args"], match["args"])
 
@@ -273,10 +287,12 @@ class LackeyParser:
         numbers = self._numbers(args)
         if name in ("fork", "vfork", "clone", "clone3"):
             created = _CREATED.search(args) or _CREATED.search(end)
-            flags = int(numbers[0]) if name == "clone" and numbers else 0
+            flags = 0
             if name == "clone":
                 # Valgrind prints the flags in hexadecimal, without the 0x.
-                flags = int(args.strip(b"( ").split(b",")[0] or b"0", 16)
+                if (printed := _FLAGS.match(args)) is None:
+                    raise self._error(f"the flags of clone, a hexadecimal number, expected, not {_shown(args)}")
+                flags = int(printed[1], 16)
             if created is not None:
                 self._event(Event.CLONE, other=self._child(int(created[1])), flags=flags & ~CLONE_VM)
             elif flags & CLONE_VM:
@@ -367,7 +383,7 @@ class Processes:
         return number
 
 
-_FIRST_PID = re.compile(rb"==(\d+)==|SYSCALL\[(\d+),")
+_FIRST_PID = re.compile(rb"==(\d{1,10})==|SYSCALL\[(\d{1,10}),")
 
 
 def import_lackey(paths: Sequence[str | os.PathLike[str]], writer: Writer, *, progress: Progress | None = None) -> None:
@@ -401,6 +417,9 @@ def import_lackey(paths: Sequence[str | os.PathLike[str]], writer: Writer, *, pr
             parser.end()
             if not parser.lines:
                 raise TraceError(path, 1, "a line of lackey's expected, the file is empty", "line")
+            if not parser.traced:
+                expected = "accesses or system calls expected, there are none: lackey prints them with --trace-mem=yes"
+                raise TraceError(path, None, expected)
         done += _size(path)
 
 
@@ -412,7 +431,8 @@ def import_champsim(
 ) -> None:
     """ChampSim's traces, one a process. Each instruction is fetched, then its operands are read, then written.
 
-    The traces have no sizes: fetches and accesses are of one byte. An operand of address 0 is none.
+    The traces have no sizes: fetches and accesses are of one byte. An operand of address 0 is none. Traces of another
+    layout, such as CloudSuite's of 96 bytes an instruction, are told by what can be no instruction.
     """
     processes = Processes(writer)
     total, done = _total(paths), 0
@@ -427,10 +447,15 @@ def import_champsim(
                 whole = len(data) // CHAMPSIM_DTYPE.itemsize
                 rest = data[whole * CHAMPSIM_DTYPE.itemsize :]
                 rows = np.frombuffer(data, CHAMPSIM_DTYPE, whole)
-                bad = np.flatnonzero((rows["is_branch"] > 1) | (rows["branch_taken"] > 1))
+                bad = np.flatnonzero(_odd_instructions(rows))
                 if len(bad):
-                    record = position + int(bad[0])
-                    raise TraceError(path, record, "an instruction of 64 bytes expected, whose branch flags are 0 or 1")
+                    _champsim(rows[: bad[0]], writer)
+                    raise TraceError(
+                        path,
+                        position + int(bad[0]),
+                        "an instruction of 64 bytes expected, whose branch flags are 0 or 1 and whose address is not 0 "
+                        "(CloudSuite's, of 96 bytes, are not read)",
+                    )
                 _champsim(rows, writer)
                 position += whole
             if rest:
@@ -443,6 +468,18 @@ def import_champsim(
 
 
 _CHAMPSIM_OPS = np.array([FETCH] + [READ] * 4 + [WRITE] * 2, dtype=np.uint8)
+
+
+def _odd_instructions(rows: Any) -> Any:
+    """For each row, whether it can be no instruction."""
+    return (rows["is_branch"] > 1) | (rows["branch_taken"] > 1) | (rows["ip"] == 0)
+
+
+def _addresses(rows: Any) -> bool:
+    """What should be addresses may be: none is in the lowest page, where nothing is mapped, but for 0 as no operand."""
+    operands = (rows[name].reshape(-1) for name in ("source_memory", "destination_memory"))
+    addresses = (rows["ip"], *(each[each != 0] for each in operands))
+    return all(bool((each >= 1 << 12).all()) for each in addresses)
 
 
 def _champsim(rows: Any, writer: Writer) -> None:
@@ -470,8 +507,6 @@ def import_csv(paths: Sequence[str | os.PathLike[str]], writer: Writer, *, progr
         with Source(path, progress, done, total) as source:
             _csv(path, source, writer, processes)
         done += _size(path)
-    if not writer.processes:
-        processes.new(None)
 
 
 def _csv(path: Any, source: Source, writer: Writer, processes: Processes) -> None:
@@ -536,6 +571,8 @@ def _csv(path: Any, source: Source, writer: Writer, processes: Processes) -> Non
             else:
                 known = ", ".join([*_CSV_ACCESS, *_CSV_EVENT])
                 raise TraceError(path, record, f"a kind of {known} expected, not {kind!r:.40}", "line")
+        if record == 1:
+            raise TraceError(path, 2, "a line for an access or event expected, there is none", "line")
         flush()
     except csv.Error as error:
         flush()
@@ -576,6 +613,7 @@ def import_linux(path: str | os.PathLike[str], out: str | os.PathLike[str], **op
     guest = {name: getattr(loaded, name) for name in ("cr0", "cr4", "efer", "nframes")}
     with Writer(out, GUEST, guest=guest, **options) as writer:
         writer.write(**loaded.arrays)
+        writer.close(complete=loaded.complete)
     return writer
 
 
@@ -612,11 +650,13 @@ def convert(
     """
     if format not in ("auto", *FORMATS):
         raise ConfigError(f"format: one of auto, {', '.join(FORMATS)} is needed, not {format!r}")
-    if not paths:
-        raise ConfigError("paths: at least one file is needed")
+    if isinstance(paths, (str, bytes, os.PathLike)) or not paths:
+        raise ConfigError("paths: a sequence of at least one file is needed")
+    paths, out = [check_path(path) for path in paths], check_path(out, "out")
     for path in paths:
-        if os.path.exists(out) and os.path.exists(path) and os.path.samefile(path, out):
-            raise ConfigError(f"out: another file than {os.fspath(path)} is needed")
+        for made in (out, f"{out}.partial"):
+            if os.path.exists(made) and os.path.exists(path) and os.path.samefile(path, made):
+                raise ConfigError(f"out: another file than {path} is needed")
     kind = guess(paths[0]) if format == "auto" else format
     title = Path(paths[0]).name.split(".")[0] if name is None else name
     source = {"format": kind, "files": [os.fspath(path) for path in paths]}

@@ -9,8 +9,8 @@ import numpy as np
 
 from . import notebook, snapshot
 from .audit import AuditPoints, audit
-from .config import TLB, Features, MemorySlot, Native, Shadow, check_int, design
-from .errors import AuditError, ConfigError
+from .config import TLB, Features, MemorySlot, Native, Shadow, check_int, design, taken
+from .errors import AuditError
 from .memory import Memory
 from .mmu import Mmu
 from .vcpu import VCpu
@@ -20,6 +20,29 @@ if TYPE_CHECKING:
 
     from .audit import AuditReport
     from .events import Stats
+
+
+CR4_PCIDE, EFER_LMA = 1 << 17, 1 << 10
+
+
+def set_registers(vm: VM, cpu: VCpu, *, cr0: int, cr3: int, cr4: int, efer: int) -> None:
+    """Bring a processor of a new VM to registers that another was seen with, by loads that lead there.
+
+    GeneralProtection if a load is refused. What only long mode can hold, PCIDs and a root above 4 GiB, comes after
+    paging is on (SDM volume 2, MOV to control registers).
+    """
+    cpu.efer = efer & ~EFER_LMA
+    cpu.cr4 = cr4 & ~CR4_PCIDE
+    cpu.cr3 = cr3
+    cpu.cr0 = cr0
+    if cr4 & CR4_PCIDE:
+        cpu.cr3 &= ~0xFFF
+        cpu.cr4 = cr4
+    if cpu.efer & EFER_LMA and cpu.cr3 != cr3:
+        on_the_way = cpu.cr3
+        cpu.cr3 = cr3
+        if (cpu.cr3 ^ on_the_way) >> 12 and isinstance(vm.mmu.design, Shadow):
+            vm.mmu.zap_all()  # what was the root before is no table of the guest's
 
 
 class VM:
@@ -44,12 +67,9 @@ class VM:
     ) -> None:
         chosen = design(mmu)
         count = check_int("vcpus", vcpus, 1, 64)
-        if features is None:
-            features = Features()
-        if not isinstance(features, Features):
-            raise ConfigError(f"features: a Features object is needed, not {features!r}")
-        if tlb is not None and not isinstance(tlb, TLB):
-            raise ConfigError(f"tlb: a TLB object or None is needed, not {tlb!r}")
+        features = Features() if features is None else taken(Features, features, "features")
+        if tlb is not None:
+            tlb = taken(TLB, tlb, "tlb")
         self.features = features
         self.tlb = tlb
         self.memory = Memory(memory, slots)

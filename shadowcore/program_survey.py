@@ -7,13 +7,13 @@ accesses that are outside of every mapping. docs/programs.md says how.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from .config import check_int
+from .config import check_int, check_path
 from .errors import ConfigError, TraceError
 from .guest_options import Prot
 from .program_spaces import Accesses, Area, Follower, Key, Life, Piece, close_all, open_all, walk
@@ -263,7 +263,8 @@ def survey(
     progress: Callable[[int, int], None] | None = None,
 ) -> Survey:
     """Read recordings of programs, as `programs.run` will; what they need. progress: accesses done, and all."""
-    names = [paths] if isinstance(paths, str | os.PathLike) else list(paths)
+    given = paths if isinstance(paths, Iterable) and not isinstance(paths, (str, bytes, os.PathLike)) else [paths]
+    names = [check_path(name, "recordings") for name in given]
     check_int("turn", turn, 1, 1 << 40)
     readers = open_all(names)
     try:

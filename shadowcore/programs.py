@@ -18,7 +18,7 @@ from .kernel import NO_PROGRAM, Kernel
 from .machine import VM
 from .program_spaces import Accesses, Area, Follower, Key, Life, Piece, close_all, open_all, walk
 from .program_survey import TURN, Fold, Survey, check_addresses, folding, survey
-from .recordings import Reader
+from .recordings import INCOMPLETE, Reader
 from .workload import WorkloadResult
 
 __all__ = ["ProgramResult", "Survey", "compare", "run", "survey", "table"]
@@ -37,6 +37,7 @@ class ProgramResult(WorkloadResult):
     refused: of these, by a page fault that the guest kernel does not service: the program would have had a signal.
     ignored: accesses by processes that had ended.
     processes: a dict for each: recording, number, pid, command (None: unknown), accesses, refused, pages touched.
+    recording_complete: False if one of the recordings ended before its time.
     windows: of counters of kernel ("kernel.NAME") and VM, by name; each row counts what happened in accesses
         [start, end). None where none were asked for.
     """
@@ -45,6 +46,7 @@ class ProgramResult(WorkloadResult):
     refused: int = 0
     ignored: int = 0
     processes: tuple[dict[str, Any], ...] = ()
+    recording_complete: bool = True
 
     def as_dict(self) -> dict[str, Any]:
         """All of it in plain types, the windows as lists."""
@@ -377,6 +379,8 @@ def table(results: Sequence[ProgramResult]) -> str:
         lines.append("".join([f"{name:40}", *(f"{result.stats[key]:14,}" for result in results)]))
     per_million = (1e6 * result.stats["exits_total"] / max(result.accesses, 1) for result in results)
     lines.append("".join([f"{'VM exits per million accesses':40}", *(f"{value:14,.1f}" for value in per_million)]))
+    if not first.recording_complete:
+        lines.append(f"{INCOMPLETE}.")
     return "\n".join(lines)
 
 
@@ -416,6 +420,7 @@ def _result(
         refused=runner.refused,
         ignored=runner.ignored,
         processes=tuple(_process(runner, key) for key in sorted(runner.counts)),
+        recording_complete=all(reader.complete for reader in runner.readers),
         windows=None if rows is None else rows.columns(),
     )
 

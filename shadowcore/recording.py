@@ -15,7 +15,7 @@ A recording is an .npz file of what one processor did, in order. Its arrays have
 
 and insns (u4): instructions executed since the record before. Accesses are those that missed a filter. Frames
 that never serve as tables have no contents. Four scalars: cr0, cr4 and efer at the start, and nframes, guest
-RAM in frames of 4096 bytes.
+RAM in frames of 4096 bytes; and, where it is false alone, complete (bool): the recording ended before its time.
 """
 
 from __future__ import annotations
@@ -23,10 +23,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.resources
 import os
-import struct
-import tokenize
 import zipfile
-import zlib
 from collections.abc import Iterable, Iterator
 from functools import cached_property
 from pathlib import Path
@@ -35,9 +32,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .config import check_int
+from . import npy
+from .config import check_int, check_path
 from .errors import TraceError
-from .recordings import GUEST, SUFFIX, Reader, Writer, check_methods, is_recording
+from .recordings import GUEST, SUFFIX, Reader, Writer, is_recording
 
 BUNDLED = "linux-fork"
 """The recording that ships with the package: Debian's 6.1 kernel, boot and 60 shell pipelines."""
@@ -54,19 +52,6 @@ _SCALARS = {"cr0": (1 << 64) - 1, "cr4": (1 << 64) - 1, "efer": (1 << 64) - 1, "
 _OFFSETS_MAX = 1 << 16
 _TABLE_MAX = 1 << 16
 """Records that a piece of a recording may exceed a block by, for the words of a table not to be parted."""
-_UNREADABLE = (
-    ValueError,  # no array, cut short, or an array of objects
-    OSError,
-    EOFError,
-    KeyError,
-    RuntimeError,  # encrypted
-    MemoryError,
-    OverflowError,
-    struct.error,
-    tokenize.TokenError,  # from numpy's reading of an array's header
-    zipfile.BadZipFile,
-    zlib.error,
-)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -77,7 +62,7 @@ class Recording:
     insns: u4, instructions since the record before.
     addr, value: u8: linear addresses, gpas and values, by kind.
     cr0, cr4, efer: registers at the start. nframes: guest RAM in frames of 4096 bytes.
-    name: what reports call it.
+    name: what reports call it. complete: False if it ended before its time.
     """
 
     name: str
@@ -90,6 +75,7 @@ class Recording:
     cr4: int
     efer: int
     nframes: int
+    complete: bool = True
 
     def __post_init__(self) -> None:
         for name, dtype in _ARRAYS.items():
@@ -263,11 +249,15 @@ class Recording:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write a file that `load` reads: a recording by blocks if its name ends in .screc, else an .npz file."""
+        path = check_path(path)
         if Path(path).suffix == SUFFIX:
             with Writer(path, GUEST, name=self.name, guest={name: getattr(self, name) for name in _SCALARS}) as writer:
                 writer.write(**self.arrays)
+                writer.close(complete=self.complete)
             return
-        scalars = {name: np.uint64(getattr(self, name)) for name in _SCALARS}
+        scalars: dict[str, Any] = {name: np.uint64(getattr(self, name)) for name in _SCALARS}
+        if not self.complete:
+            scalars["complete"] = np.bool_(False)
         np.savez_compressed(path, **self.arrays, **scalars)  # type: ignore[arg-type]
 
     def __repr__(self) -> str:
@@ -335,7 +325,7 @@ class RecordingFile:
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        self.path = path
+        self.path = check_path(path)
         with self._open() as reader:
             self.name = reader.name
             self.operations = reader.records
@@ -388,7 +378,7 @@ class RecordingFile:
         scalars = {name: getattr(self, name) for name in _SCALARS}
         members: dict[str, Any] = arrays | scalars
         try:
-            return Recording(name=self.name, **members)
+            return Recording(name=self.name, complete=self.complete, **members)
         except TraceError as error:
             raise TraceError(self.path, begin + (error.record or 0), error.expected) from None
 
@@ -453,40 +443,47 @@ def load(path: str | os.PathLike[str] | None = None) -> Recording:
         with source._open() as reader:
             blocks = [block.columns for block in reader]
         return source._piece(0, {name: np.concatenate([block[name] for block in blocks]) for name in _ARRAYS})
-    members: dict[str, Any] = read_arrays(path, (*_ARRAYS, *_SCALARS))
+    members: dict[str, Any] = read_arrays(path, (*_ARRAYS, *_SCALARS), ("complete",))
+    if "complete" in members:
+        mark = members["complete"]
+        if mark.shape or mark.dtype != np.bool_:
+            raise TraceError(
+                path, None, f"'complete': one truth value expected, not {mark.dtype} of shape {mark.shape}"
+            )
+        members["complete"] = bool(mark)
     try:
         return Recording(name=Path(path).stem, **members)
     except TraceError as error:
         raise TraceError(path, error.record, error.expected) from None
 
 
-def read_arrays(path: str | os.PathLike[str], names: Iterable[str]) -> dict[str, NDArray[Any]]:
-    """The named members of an .npz file; TraceError unless each is there and can be read."""
+def read_arrays(
+    path: str | os.PathLike[str], names: Iterable[str], optional: Iterable[str] = ()
+) -> dict[str, NDArray[Any]]:
+    """The named members of an .npz file, and those of `optional` that are there; TraceError unless each can be read."""
+    path = check_path(path)
     try:
         with open(path, "rb") as file:
             if not zipfile.is_zipfile(file):
                 raise TraceError(path, None, "an .npz file expected: this is none, or it is cut short")
-            file.seek(0)
-            with np.load(file, allow_pickle=False) as archive:
-                check_methods(archive.zip)
-                return {name: _member(path, archive, name) for name in names}
+            with zipfile.ZipFile(file) as archive:
+                npy.check_members(archive)
+                there = {name for name in optional if f"{name}.npy" in archive.NameToInfo}
+                return {name: _member(path, archive, name) for name in (*names, *there)}
     except TraceError:
         raise
-    except _UNREADABLE as error:
+    except npy.UNREADABLE as error:
         reason = getattr(error, "strerror", None) or error
         raise TraceError(path, None, f"a readable .npz file expected: {reason}") from None
 
 
-def _member(path: str | os.PathLike[str], archive: Any, name: str) -> NDArray[Any]:
-    if name not in archive.files:
+def _member(path: str, archive: zipfile.ZipFile, name: str) -> NDArray[Any]:
+    if f"{name}.npy" not in archive.NameToInfo:
         raise TraceError(path, None, f"array {name!r} expected, there is none")
     try:
-        member = archive[name]
-    except _UNREADABLE as error:
+        return npy.parse(archive.read(f"{name}.npy"))
+    except npy.UNREADABLE as error:
         raise TraceError(path, None, f"array {name!r} cannot be read: {error}") from None
-    if not isinstance(member, np.ndarray):
-        raise TraceError(path, None, f"array {name!r} expected, the member is no array")
-    return member
 
 
 def _first(mask: NDArray[np.bool_]) -> int | None:

@@ -12,22 +12,23 @@ import io
 import json
 import os
 import stat
-import threading
 import zipfile
 import zlib
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from enum import IntEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import numpy as np
-from numpy.lib import format as npy
+from numpy.lib import format as npy_format
 from numpy.typing import NDArray
 
 from . import columns as pages_of
+from . import npy
 from ._version import __version__
+from .config import Features, check_path
 from .errors import ConfigError, TraceError
 
 if TYPE_CHECKING:
@@ -47,6 +48,9 @@ BLOCK = 1 << 18
 """Records in a block, as they are written."""
 BLOCK_MAX = 1 << 20
 """Records in a block, as they are read: a limit on memory."""
+
+INCOMPLETE = "The recording is incomplete: it ended before its time"
+"""What figures of such a one are shown with."""
 
 _STRIP = 1 << 13
 
@@ -119,25 +123,6 @@ EVENT_DTYPE = np.dtype(
 _EVENT_MASKS = [(name, (1 << 8 * EVENT_DTYPE[name].itemsize) - 1) for name in EVENT_DTYPE.names or ()]
 _MEMBER_MAX = BLOCK_MAX * EVENT_DTYPE.itemsize + (1 << 16)
 _JSON_MAX = 1 << 28
-_UNREADABLE = (
-    OSError,
-    EOFError,
-    ValueError,
-    KeyError,
-    RuntimeError,  # encrypted
-    MemoryError,
-    OverflowError,
-    zipfile.BadZipFile,
-    zlib.error,
-)
-
-
-def check_methods(archive: zipfile.ZipFile) -> None:
-    """ValueError for a member that is neither stored nor deflated: which other methods there are, and what they raise
-    at damaged data, differs from Python to Python."""
-    for member in archive.infolist():
-        if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-            raise ValueError(f"{member.filename}: stored or deflated data expected, not method {member.compress_type}")
 
 
 Accesses = tuple[int, NDArray[np.uint8], NDArray[np.uint16], NDArray[np.uint64]]
@@ -155,7 +140,8 @@ class Block(NamedTuple):
     def segments(self) -> Iterator[NDArray[np.void] | Accesses]:
         """What a program recording holds, in order: an event (an element of EVENT_DTYPE but for RUN), or accesses that
         nothing interrupts, as (process, op, size, addr)."""
-        assert self.events is not None
+        if self.events is None:
+            raise ConfigError("block: one of a program recording is needed; others have no events")
         op, size, addr = (self.columns[name] for name in ("op", "size", "addr"))
         ends = np.append(self.events["at"], self.records)[1:].tolist()
         process = 0
@@ -247,26 +233,18 @@ class _Packed:
 
 def _npy(array: NDArray[Any]) -> bytes:
     file = io.BytesIO()
-    npy.write_array(file, array, version=(1, 0), allow_pickle=False)
+    npy_format.write_array(file, array, version=(1, 0), allow_pickle=False)
     return file.getvalue()
-
-
-_PARSER = threading.Lock()
-"""numpy reads headers by Python's own parser, which in CPython 3.11 gives SystemError if two threads are in it."""
 
 
 def _from_npy(data: bytes) -> NDArray[Any]:
     """An array of one dimension in the .npy format 1.0; ValueError otherwise."""
-    file = io.BytesIO(data)
-    if npy.read_magic(file) != (1, 0):
+    array = npy.parse(data)
+    if data[6:8] != b"\1\0":
         raise ValueError("version 1.0 of the .npy format expected")
-    with _PARSER:
-        shape, fortran, dtype = npy.read_array_header_1_0(file)
-    if len(shape) != 1 or fortran or dtype.hasobject or dtype.itemsize == 0:
+    if array.ndim != 1:
         raise ValueError("one dimension of plain numbers expected")
-    if len(data) - file.tell() != shape[0] * dtype.itemsize:
-        raise ValueError(f"{shape[0]} elements of {dtype} expected, there are {len(data) - file.tell()} bytes")
-    return np.frombuffer(data, dtype, offset=file.tell())
+    return array
 
 
 # -- writing ---------------------------------------------------------------------------------------------
@@ -277,7 +255,7 @@ class _Output(io.RawIOBase):
 
     def __init__(self, path: Path_) -> None:
         super().__init__()
-        self._raw = io.FileIO(os.fspath(path), "w+")
+        self._raw = io.FileIO(check_path(path), "w+")
 
     def write(self, data: Any, /) -> int:
         view = memoryview(data).cast("B")
@@ -337,9 +315,11 @@ class Writer:
             raise ConfigError(f"block: 1 to {BLOCK_MAX} records, not {block!r}")
         if (stream == GUEST) != (guest is not None):
             raise ConfigError(f"guest: registers and memory are needed for the stream {GUEST!r}, and for it alone")
-        if vm is not None and stream != OPERATIONS:
-            raise ConfigError(f"vm: a machine is for the stream {OPERATIONS!r}")
-        self.path = Path(path)
+        if vm is not None:
+            if stream != OPERATIONS:
+                raise ConfigError(f"vm: a machine is for the stream {OPERATIONS!r}")
+            _check_machine(vm)
+        self.path = Path(check_path(path))
         self.stream = stream
         self.records = 0
         self.complete = False
@@ -352,6 +332,7 @@ class Writer:
         self._process = self._began = 0  # the process that runs, now and where the block begins
         self._files: dict[str, int] = {}
         self._blocks: list[dict[str, Any]] = []
+        self._words: list[int] = []  # of memory at the start, in each part
         self._good: list[tuple[int, int, int]] = []  # after each block: offset, members, records
         self.processes: list[dict[str, Any]] = []
         header: dict[str, Any] = {
@@ -391,6 +372,7 @@ class Writer:
             used = np.flatnonzero(words[first : first + (1 << 24)])
             for begin in range(0, len(used), BLOCK):
                 some = used[begin : begin + BLOCK]
+                self._words.append(len(some))
                 columns = {"word": some.astype(np.uint64) + np.uint64(first), "value": words[first:][some]}
                 for name, column in columns.items():
                     for part, array in pack(name, column).items():
@@ -520,6 +502,8 @@ class Writer:
             "blocks": self._blocks,
             "files": list(self._files),
             "processes": self.processes,
+            "memory": self._words,
+            "checksums": {info.filename: info.CRC for info in self._zip.filelist},
         }
         self._member("index.json", json.dumps(index).encode())
 
@@ -587,6 +571,18 @@ class Writer:
             self._partial.unlink(missing_ok=True)
 
 
+def _check_machine(vm: VM) -> None:
+    """ConfigError for a machine that a header cannot tell: what `Reader.machine` makes of it would be another one."""
+    first, *others = vm.vcpus
+    registers = [tuple(getattr(cpu, key) for key in MACHINE) for cpu in (first, *others)]
+    if any(found != registers[0] for found in registers):
+        raise ConfigError("vm: processors with the same registers are needed; a recording has those of one")
+    if vm.features != Features():
+        raise ConfigError("vm: a machine with the features of Features() is needed")
+    if len(vm.memory.slots) != 1 or vm.memory.slots[0].gpa:
+        raise ConfigError("vm: a machine with one memory slot, at gpa 0, is needed")
+
+
 # -- reading ---------------------------------------------------------------------------------------------
 
 
@@ -606,10 +602,11 @@ class Reader:
     """
 
     def __init__(self, path: Path_, *, ahead: int | None = None) -> None:
-        self.path = Path(path)
+        self.path = Path(check_path(path))
+        self._sums: dict[str, dict[str, Any]] | None = None  # by folder, then by name: checksums of the index
         self._ahead = min(max(_processors() - 1, 1), 3) if ahead is None else ahead
         try:
-            self._file = open(path, "rb")  # noqa: SIM115
+            self._file = open(self.path, "rb")  # noqa: SIM115
         except OSError as error:
             raise TraceError(path, None, f"a readable recording expected: {error.strerror}") from None
         try:
@@ -621,8 +618,8 @@ class Reader:
     def _open(self) -> None:
         try:
             self._zip = zipfile.ZipFile(self._file)
-            check_methods(self._zip)
-        except _UNREADABLE as error:
+            npy.check_members(self._zip)
+        except npy.UNREADABLE as error:
             expected = f"a recording expected: this is none, or it is cut short ({error})"
             raise TraceError(self.path, None, expected) from None
         self.header = self._json("recording.json")
@@ -656,6 +653,44 @@ class Reader:
                 raise TraceError(self.path, self._starts[number], expected)
         if self.stream == GUEST:
             self.guest = {key: self._number("guest", key) for key in ("cr0", "cr4", "efer", "nframes")}
+        self._check_members(index)
+
+    def _check_members(self, index: Mapping[str, Any]) -> None:
+        """The members that the index names are there, and no others: those of blocks are looked at with their block.
+
+        Recordings made before there were checksums in the index have what `_open` compares, and no more.
+        """
+        sums = index.get("checksums")
+        if sums is None:
+            return
+        if not isinstance(sums, dict):
+            raise TraceError(self.path, None, "index.json: an object expected as checksums")
+        self._sums = {}
+        for name, checksum in sums.items():
+            self._sums.setdefault(name.rpartition("/")[0], {})[name] = checksum
+        there = {info.filename for info in self._zip.filelist}
+        folders = {member.info.filename.rpartition("/")[0] for block in self._members for member in block}
+        for name in sorted(there ^ {*sums, "index.json"}):
+            if name.rpartition("/")[0] not in folders:
+                raise self._unlike(name, name in there, None)
+        if index.get("records") != self.records or index.get("memory", []) != self._folders("memory")[1]:
+            raise TraceError(self.path, None, "records and words of memory as many as the index says expected")
+        self._check_sums([self._zip.getinfo("recording.json")], None)
+
+    def _check_sums(self, members: Iterable[zipfile.ZipInfo], record: int | None) -> None:
+        """The members of a folder are those that the index was made for, and not another recording's or block's. Zip
+        checks the contents of each against the checksum that is compared here."""
+        if self._sums is None:
+            return
+        found = {info.filename: info.CRC for info in members}
+        expected = self._sums.get(next(iter(found), "").rpartition("/")[0], {})
+        for name in sorted({*found, *expected} - {"index.json"}):
+            if found.get(name) != expected.get(name):
+                raise self._unlike(name, name in found, record)
+
+    def _unlike(self, name: str, there: bool, record: int | None) -> TraceError:
+        state = "another, or one that is not in it" if there else "it is lost"
+        return TraceError(self.path, record, f"{name}: the member that the index was made for expected: {state}")
 
     def _number(self, group: str, key: str) -> int:
         value = (self.header.get(group) or {}).get(key)
@@ -666,7 +701,7 @@ class Reader:
     def _json(self, name: str) -> dict[str, Any]:
         try:
             value = json.loads(self._read(self._zip.getinfo(name), _JSON_MAX))
-        except (*_UNREADABLE, RecursionError) as error:
+        except (*npy.UNREADABLE, RecursionError) as error:
             raise TraceError(self.path, None, f"a member {name} expected: {error}") from None
         if not isinstance(value, dict):
             raise TraceError(self.path, None, f"an object in {name} expected")
@@ -711,10 +746,10 @@ class Reader:
         """Block `number`, decoded and checked."""
         first, records, arrays = self._load(number)
         columns = self._columns(arrays, self._dtypes, records, first)
-        if self.stream != PROGRAM:
-            return Block(first, records, columns)
-        events = arrays.get("events")
-        self._check_program(columns, events, first, records)
+        events = arrays.get("events") if self.stream == PROGRAM else None
+        if self.stream == PROGRAM:
+            self._check_program(columns, events, first, records)
+        self._check_sums((member.info for member in self._members[number]), first)
         return Block(first, records, columns, events)
 
     def _load(self, number: int) -> tuple[int, int, dict[str, NDArray[Any]]]:
@@ -738,6 +773,7 @@ class Reader:
                     column.fill(array[column.name][begin:end], begin, end)
         except ValueError as error:
             raise TraceError(self.path, first, str(error)) from None
+        self._check_sums((member.info for member in self._members[number]), first)
         return array
 
     def _arrays(self, members: Sequence[_Member], first: int, where: str) -> dict[str, NDArray[Any]]:
@@ -749,7 +785,7 @@ class Reader:
                     raise ValueError(f"unsigned integers expected, not {array.dtype}")
                 if array.dtype.byteorder == ">":
                     array = array.astype(array.dtype.newbyteorder("<"))
-            except _UNREADABLE as error:
+            except npy.UNREADABLE as error:
                 expected = f"{where}, a readable {member.name}.npy expected: {error}"
                 raise TraceError(self.path, first, expected) from None
             arrays[member.name] = array
@@ -822,29 +858,40 @@ class Reader:
     def __iter__(self) -> Iterator[Block]:
         return self.blocks()
 
+    def memory(self) -> Iterator[tuple[NDArray[np.uint64], NDArray[np.uint64]]]:
+        """Memory at the start of a recording of operations, in parts: numbers (gpa / 8) of words, and their values. All
+        others are 0."""
+        if self.stream != OPERATIONS or "machine" not in self.header:
+            raise TraceError(self.path, None, "a recording of operations with the machine that they start on expected")
+        size = self._number("machine", "memory")
+        dtypes = {"word": np.dtype("<u8"), "value": np.dtype("<u8")}
+        members, counts = self._folders("memory")
+        for number, count in enumerate(counts):
+            columns = self._columns(self._arrays(members[number], 0, f"memory {number}"), dtypes, count, 0)
+            if count and int(columns["word"].max()) >= size >> 3:
+                raise TraceError(self.path, None, f"words of {size:#x} bytes of memory expected")
+            self._check_sums((member.info for member in members[number]), None)
+            yield columns["word"], columns["value"]
+
     def machine(self, mmu: str | Native | Shadow = "cached") -> VM:
         """The virtual machine that a recording of operations starts on, under a design."""
+        from .config import design
         from .errors import GeneralProtection
-        from .machine import VM
+        from .machine import VM, set_registers
 
         if self.stream != OPERATIONS or "machine" not in self.header:
             raise TraceError(self.path, None, "a recording of operations with the machine that they start on expected")
         state = {key: self._number("machine", key) for key in (*MACHINE, "memory", "vcpus")}
-        vm = VM(memory=state["memory"], mmu=mmu, vcpus=state["vcpus"])
-        members, counts = self._folders("memory")
-        dtypes = {"word": np.dtype("<u8"), "value": np.dtype("<u8")}
-        for number, count in enumerate(counts):
-            arrays = self._arrays(members[number], 0, f"memory {number}")
-            columns = self._columns(arrays, dtypes, count, 0)
-            if count and int(columns["word"].max()) >= len(vm.memory.words):
-                raise TraceError(self.path, None, f"words of {state['memory']:#x} bytes of memory expected")
-            vm.memory.words[columns["word"]] = columns["value"]
+        made = design(mmu)
+        try:
+            vm = VM(memory=state["memory"], mmu=made, vcpus=state["vcpus"])
+        except ConfigError as error:
+            raise TraceError(self.path, None, f"a machine that can be expected: {error}") from None
+        for words, values in self.memory():
+            vm.memory.words[words] = values
         for cpu in vm.vcpus:
             try:
-                cpu.efer = state["efer"] & ~(1 << 10)
-                cpu.cr4 = state["cr4"]
-                cpu.cr3 = state["cr3"]
-                cpu.cr0 = state["cr0"]
+                set_registers(vm, cpu, **{name: state[name] for name in ("cr0", "cr3", "cr4", "efer")})
                 cpu.pkru, cpu.cr2, cpu.cpl, cpu.ac = state["pkru"], state["cr2"], state["cpl"], bool(state["ac"])
             except GeneralProtection:
                 raise TraceError(self.path, None, "registers that a processor can have expected") from None
@@ -875,7 +922,7 @@ def _list(index: Mapping[str, Any], key: str) -> list[Any]:
 def is_recording(path: Path_) -> bool:
     """Whether the file looks like one of this format: a zip whose first member is recording.json."""
     try:
-        with open(path, "rb") as file:
+        with open(check_path(path), "rb") as file:
             if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
                 return False
             return file.read(44)[30:] == b"recording.json"

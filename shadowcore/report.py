@@ -10,6 +10,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from .costs import COMPONENTS
+from .recordings import INCOMPLETE
 from .reproduction import Reproduction
 from .study import Study, StudyDesign
 from .trace import Phase, ReplayResult
@@ -98,7 +99,7 @@ def _caption(study: Study) -> str:
             f"{n['accesses']:,} accesses of user code, {n['kernel_accesses']:,} of its kernel, {n['cr3_loads']:,} CR3 "
             f"loads, {n['table_stores']:,} stores to tables, {n['faults']:,} faults; setup left out. Seed {first.seed}."
         )
-    return _recording_caption(first)
+    return _recording_caption(first) + ("" if study.recording_complete else f" {INCOMPLETE}.")
 
 
 def _recording_caption(first: ReplayResult) -> str:
@@ -137,6 +138,8 @@ def sweep(over: str, studies: Sequence[tuple[Any, Study]]) -> Table:
     unit = "operations" if first.kind == "workload" else "records"
     title = escape(f"{first.workload}: {first.operations:,} {unit}, over {over}")
     caption = f"pages: shadow pages in use, mean. Cycles are estimated, by prices of {escape(first.costs.name)}."
+    if not first.recording_complete:
+        caption += f" {INCOMPLETE}."
     table = Table(title=title, caption=caption, title_style="bold", caption_justify="left")
     table.add_column("design", no_wrap=True)
     table.add_column(escape(over), justify="right", no_wrap=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from .config import TLB, Native, Shadow, check_int, design, parse_size
@@ -39,6 +39,14 @@ class Split:
     machine: dict[str, Any]
     guest: dict[str, Any]
     parameters: dict[str, Any]
+
+    def check_used(self, designs: Iterable[Native | Shadow]) -> None:
+        """ConfigError for a setting of shadow MMUs that none of the designs has."""
+        chosen = list(designs)
+        for name in self.design:
+            if not any(isinstance(which, Shadow) and (which.keep or name == "pool") for which in chosen):
+                names = ", ".join(which.name for which in chosen)
+                raise ConfigError(f"{name}: it is no setting of {names}; a design that has it is needed")
 
     def made(self, mmu: str | Native | Shadow) -> Native | Shadow:
         """The design with its settings; those of a shadow MMU leave `native` alone."""

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .config import TLB, Features, MemorySlot, Native, Quirk, Shadow
+from .config import TLB, Features, MemorySlot, Native, Quirk, Shadow, check_path
 from .errors import SnapshotError
 
 if TYPE_CHECKING:
@@ -28,12 +28,15 @@ VERSION = 1
 NONE = 0xFFFFFFFF
 LIST_MANY = 0x80000000
 _ARRAYS = ("table", "pages", "frames", "links", "hash")
-_UNFIT = (KeyError, ValueError, TypeError, OverflowError, IndexError, AttributeError, MemoryError)
+_RAM_MAX = 1 << 47
+"""Bytes that a process of a 64-bit host can have at most: no VM with more was saved."""
+_UNFIT = (KeyError, ValueError, TypeError, OverflowError, IndexError, AttributeError)
 """What making a VM of a state raises that does not fit together."""
 
 
 def save(vm: VM, path: str | os.PathLike[str]) -> None:
     """Write the state of `vm` to `path`, by way of a file beside it, so that a failure leaves an older one alone."""
+    path = check_path(path)
     members = _members(vm)
     state: dict[str, Any] = {
         "format": FORMAT,
@@ -64,6 +67,7 @@ def load(path: str | os.PathLike[str], memory: NDArray[np.uint8] | None = None) 
 
     memory: an array of the right size for its RAM, which is overwritten. ConfigError if it is none.
     """
+    path = check_path(path)
     state, members = _read(path)
     try:
         vm = _machine(state, memory)
@@ -112,6 +116,8 @@ def _read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, NDArr
             members = {name: archive[name] for name in archive.files}
         text, digest = str(members.pop("state")), str(members.pop("digest"))
         state = json.loads(text)
+    except MemoryError:
+        raise
     except FileNotFoundError as error:
         raise SnapshotError(path, f"a readable file expected: {error.strerror}") from None
     except Exception as error:  # numpy and zipfile raise a dozen kinds for a damaged file
@@ -130,10 +136,13 @@ def _machine(state: dict[str, Any], memory: NDArray[np.uint8] | None) -> VM:
 
     design = dict(state["design"])
     kind = design.pop("kind")
-    mmu: Native | Shadow = Native() if kind == "Native" else Shadow(**{**design, "quirks": Quirk(design["quirks"])})
+    quirks = Quirk(design.pop("quirks", 0))
+    mmu: Native | Shadow = Native(quirks) if kind == "Native" else Shadow(**design, quirks=quirks)
     slots = [
         MemorySlot(gpa, size, dirty_log=number in state["logged"]) for number, (gpa, size) in enumerate(state["slots"])
     ]
+    if sum(int(slot.size) for slot in slots) > _RAM_MAX:  # less, where the host has no room, is its MemoryError
+        raise SnapshotError("", f"RAM of {_RAM_MAX:#x} bytes at most expected")
     tlb = None if state["tlb"] is None else TLB(**state["tlb"])
     features = Features(**state["features"])
     if memory is None:

@@ -167,6 +167,7 @@ cdef enum:
     QUIRK_PROCESSOR_CODE = 1 << 12
     QUIRK_EXIT_FLUSHES = 1 << 13
     QUIRK_GLOBAL_WITHOUT_PGE = 1 << 14
+    QUIRK_IGNORED_BITS_REFUSED = 1 << 15
 
 cdef enum:
     FEAT_NX = 1 << 0

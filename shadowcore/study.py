@@ -16,12 +16,12 @@ from numpy.typing import NDArray
 
 from . import costs as prices
 from . import notebook, settings, trace, workload
-from .config import Features, Native, Shadow, check_int, design
+from .config import Features, Native, Shadow, check_int, check_path, design
 from .costs import CostBreakdown, Costs
-from .errors import ConfigError
+from .errors import ConfigError, ShadowcoreError
 from .machine import VM
 from .recording import Recording, RecordingFile
-from .recordings import SUFFIX
+from .recordings import INCOMPLETE, SUFFIX
 
 DEFAULT_DESIGNS = ("native", "flush", "cached")
 OPERATIONS = 1_000_000
@@ -123,7 +123,7 @@ class Study:
     designs: by name. costs: the prices. settings: all that were not left out, by name. command: the shell command that
     repeats it. window: operations in a window, 0 if there are none.
     complete: False if it was interrupted; the designs are then those that were done.
-    recording: that was replayed, or None.
+    recording: that was replayed, or None. recording_complete: False if that ended before its time.
     """
 
     workload: str
@@ -137,6 +137,11 @@ class Study:
     complete: bool = True
     recording: Recording | RecordingFile | None = None
 
+    @property
+    def recording_complete(self) -> bool:
+        """What was recorded did not end before its time; True of a workload."""
+        return self.recording is None or self.recording.complete
+
     def as_dict(self) -> dict[str, Any]:
         """All but the windows in plain types, as `shadowcore compare --json` prints it."""
         return {
@@ -147,13 +152,15 @@ class Study:
             "command": self.command,
             "costs": self.costs.as_dict(),
             "complete": self.complete,
+            "recording_complete": self.recording_complete,
             "designs": {name: design.as_dict() for name, design in self.designs.items()},
         }
 
     def rows(self) -> list[dict[str, Any]]:
         """One flat row a design: what `--csv` writes and to_pandas has. Names of nested fields are joined by `_`."""
         return [
-            {"workload": self.workload, "design": name} | _flat(design.as_dict())
+            {"workload": self.workload, "recording_complete": self.recording_complete, "design": name}
+            | _flat(design.as_dict())
             for name, design in self.designs.items()
         ]
 
@@ -181,7 +188,8 @@ class Study:
             ("slow-down", lambda d: "" if d.cost.slow_down is None else f"{d.cost.slow_down:.3f}"),
         ]
         rows = [(label, *(show(self.designs[name]) for name in names)) for label, show in picked]
-        return notebook.table(f"{self.workload}: {self.operations:,} operations", ("", *names), rows)
+        title = f"{self.workload}: {self.operations:,} operations"
+        return notebook.table(title + ("" if self.recording_complete else f". {INCOMPLETE}"), ("", *names), rows)
 
     def __repr__(self) -> str:
         return f"Study({self.workload!r}, {self.operations} operations, {', '.join(self.designs)})"
@@ -194,6 +202,8 @@ class StudyInterrupted(KeyboardInterrupt):
         super().__init__("interrupted")
         self.study = study
 
+    __reduce__ = ShadowcoreError.__reduce__
+
 
 def study(
     source: str | os.PathLike[str] | Recording | RecordingFile | Source | None = None,
@@ -202,7 +212,7 @@ def study(
     costs: Costs | str = "modern",
     windows: int | None = None,
     operations: int | None = None,
-    seed: int = 0,
+    seed: int | None = None,
     skip_boot: bool = False,
     settings: Mapping[str, Any] | None = None,
     progress: Progress | None = None,
@@ -214,12 +224,13 @@ def study(
         Source.find made of one of these, so that several studies open it once.
     designs: names of designs, or Native and Shadow objects. costs: a preset of Costs, by its name, or Costs.
     windows: count by windows of so many operations (records); None: about 200 windows; 0: none.
-    operations: of a workload (None: a million), or records of a recording (None: all).
-    seed: of a workload. skip_boot: replay a recording from its first user-mode access on.
+    operations: of a workload (None: a million), or records of a recording, at most (None: all).
+    seed: of a workload (None: 0). skip_boot: replay a recording from its first user-mode access on.
     parameters, settings: of the workload (WORKLOADS[name].parameters), of the guest kernel (KernelOptions), of shadow
         MMUs (pool, min_free, refill, flood_threshold, flood_reset), and of the machine: memory, tlb (entries for small
         pages, a TLB, or None; a workload has the TLB of the costs unless told otherwise, a recording none, for what it
-        holds are the accesses that missed one). Settings win; they can have any name.
+        holds are the accesses that missed one). Settings win; they can have any name. One that nothing here uses is an
+        error.
     progress: called with the name of each design, gives a context manager whose value, unless None, is called with
         operations done, and all.
 
@@ -281,19 +292,22 @@ class _Job:
         costs: Costs,
         given: Mapping[str, Any],
         operations: int | None,
-        seed: int,
+        seed: int | None,
         skip_boot: bool,
         windows: int | None,
     ) -> None:
         self.source = source
         self.costs = costs
-        self.seed = check_int("seed", seed, 0, (1 << 64) - 1)
+        if seed is not None and not source.workload:
+            raise ConfigError("seed: a workload is needed; a recording has nothing random")
+        self.seed = 0 if seed is None else check_int("seed", seed, 0, (1 << 64) - 1)
         self.split = settings.split(given, source.workload)
         if isinstance(designs, (str, Native, Shadow)):
             designs = (designs,)
         wanted = [(design(which), self.split.made(which)) for which in designs]
         if not wanted:
             raise ConfigError("designs: at least one is needed")
+        self.split.check_used(made for _, made in wanted)
         self.designs: dict[str, Native | Shadow] = {}
         for _, made in wanted:
             if made.name in self.designs and self.designs[made.name] != made:
@@ -312,14 +326,17 @@ class _Job:
             self.memory = self.split.machine.get("memory", source.workload.memory)
         else:
             assert source.recording is not None
-            self.start = (source.recording.first_user or 0) if skip_boot else 0
+            user = source.recording.first_user if skip_boot else 0
+            if user is None:
+                raise ConfigError("skip_boot: a recording with user-mode accesses is needed, this one has none")
+            self.start = user
             self.total = min(source.recording.operations - self.start, limit)
             self.tlb = settings.tlb(self.split.machine.get("tlb"), costs.tlb)
         self.window = max(1, self.total // WINDOWS) if windows is None else check_int("windows", windows, 0, 1 << 62)
-        self.command = self._command(wanted, operations, skip_boot, windows)
+        self.command = self._command(wanted, operations, skip_boot)
 
     def _command(
-        self, wanted: list[tuple[Native | Shadow, Native | Shadow]], operations: int | None, skip: bool, w: int | None
+        self, wanted: list[tuple[Native | Shadow, Native | Shadow]], operations: int | None, skip: bool
     ) -> str:
         words = ["shadowcore", "compare", *([self.source.argument] if self.source.argument else [])]
         for chosen, _ in wanted:
@@ -334,8 +351,6 @@ class _Job:
             words += ["--costs", self.costs.name]
         if skip:
             words += ["--skip-boot"]
-        if w:
-            words += ["--windows", str(w)]
         return shlex.join(words)
 
     def run(self, progress: Progress) -> Study:
@@ -460,7 +475,7 @@ def _counters(result: trace.ReplayResult | workload.WorkloadResult) -> dict[str,
 def write_csv(path: str | os.PathLike[str], rows: list[dict[str, Any]]) -> None:
     """Rows with one header line; fields that a row has not are left empty."""
     names = list(dict.fromkeys(name for row in rows for name in row))
-    with open(path, "w", newline="", encoding="utf-8") as file:
+    with open(check_path(path), "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, names)
         writer.writeheader()
         writer.writerows(rows)

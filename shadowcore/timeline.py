@@ -57,6 +57,7 @@ def events(study: Any, time: str = "operations") -> dict[str, Any]:
             "shadowcore": __version__,
             "workload": str(study.workload),
             "operations": int(study.operations),
+            "recording_complete": bool(getattr(study, "recording_complete", True)),
             "command": str(study.command),
             "settings": json.dumps(study.settings, default=str),
             "time": "operations: 1 us is one" if time == "operations" else "microseconds of the cost model",

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from .config import TLB, Features, Native, Shadow, check_int, design
 from .errors import AuditError, GeneralProtection, TraceError
-from .machine import VM
+from .machine import VM, set_registers
 from .recording import (
     ACCESS,
     BUNDLED,
@@ -60,7 +60,6 @@ __all__ = [
 
 SLICE = 1 << 16
 """Records per call of the engine: progress and Ctrl-C are served in between, many times a second."""
-EFER_LMA = 1 << 10
 
 _MISMATCHES = 10
 """Mismatching records that a result names."""
@@ -324,10 +323,7 @@ def _machine(recording: Recording | RecordingFile, made: Native | Shadow, record
     cpu = vm.vcpus[0]
     cpu.ac = True  # What the guest's kernel did to user pages under SMAP, it did with EFLAGS.AC set.
     try:
-        cpu.efer = recording.efer & ~EFER_LMA
-        cpu.cr4 = cr4
-        cpu.cr3 = cr3
-        cpu.cr0 = cr0
+        set_registers(vm, cpu, cr0=cr0, cr3=cr3, cr4=cr4, efer=recording.efer)
     except GeneralProtection:
         expected = f"registers that a processor can have expected, not cr0 {cr0:#x}, cr4 {cr4:#x}"
         raise TraceError(recording.name, record, f"{expected}, efer {recording.efer:#x}") from None

@@ -14,7 +14,7 @@ import threading
 from collections import Counter
 from typing import Any
 
-from .config import Features, Native, Op, Shadow
+from .config import Features, Native, Op, Shadow, check_path
 from .errors import EngineError
 from .fills import Fills
 from .machine import VM
@@ -37,6 +37,7 @@ from .unicorn_cpu import (
     x86,
 )
 from .unicorn_guest import (
+    CR4_SMAP,
     DB,
     EFER_NXE,
     ERROR_CODES,
@@ -54,7 +55,7 @@ from .unicorn_guest import (
     TripleFault,
     Unsupported,
 )
-from .unicorn_instructions import Instructions
+from .unicorn_instructions import FAR_CALL, FAR_RETURN, Instructions
 from .unicorn_recording import Recording
 
 __all__ = ["WAYS", "Machine", "Recording", "TripleFault", "Unsupported", "boot", "load_multiboot"]
@@ -91,7 +92,8 @@ class Machine(Instructions):
         engine, private = self.p.uc, self.p.private
         for i in range(N_WINDOWS):
             engine.mmio_map(private + WINDOWS + (i << 12), 4096, self._window_read, i, self._window_write, i)
-        registers = (x86.UC_X86_REG_CS, x86.UC_X86_REG_EFLAGS, x86.UC_X86_REG_GDTR)
+        tables = (x86.UC_X86_REG_GDTR, x86.UC_X86_REG_LDTR, x86.UC_X86_REG_TR)
+        registers = (x86.UC_X86_REG_CS, x86.UC_X86_REG_EFLAGS, *tables)
         self._fills = Fills(self.cpu, self.p.reader or 0, registers, self._fill, self._is_plain, self._flush)
         if not self.p.reader or not self.p.hook_fills(self._fills.function, self._fills.data):
             engine.hook_add(uc.UC_HOOK_TLB_FILL, self._fill_entry)
@@ -137,10 +139,7 @@ class Machine(Instructions):
         if self._error is not None or self._fault is not None:
             return None
         kind = {16: Op.READ, 17: Op.WRITE}.get(access, Op.FETCH)
-        user = self.p.cpl == 3
-        if user and kind == Op.READ:
-            gdt, limit = self.p.table("GDTR")
-            user = not gdt & PAGE <= page <= gdt + limit  # descriptors are read as the supervisor does
+        user = self._is_user(page, kind)
         try:
             if self._stepping and self._device is not None and self._device[0] == page:
                 gpa = None
@@ -188,6 +187,8 @@ class Machine(Instructions):
             if kind == "device":
                 self._device_write(gpa + offset, size, value)
                 return
+            if kind != "user":
+                self._set_ac(self.p.cpl != 3)
             result = self._op(Op.WRITE, page + offset, value, size, kind == "user", data=True)
             if result.outcome[0]:
                 raise EngineError(f"unicorn: a store at {page + offset:#x} that was possible is so no longer")
@@ -305,6 +306,9 @@ class Machine(Instructions):
         finally:
             if timer is not None:
                 timer.cancel()
+            if not self.p.pending:  # the vcpu is what its caller looks at now
+                self.cpu.cpl = 3 if self.p.cpl == 3 else 0
+                self._set_ac(explicit=True)
         return self.exit_code
 
     def _handle(self, reason: int | None) -> None:
@@ -312,7 +316,7 @@ class Machine(Instructions):
             fault, self._fault = self._fault, None
             if fault is not None:
                 if fault.vector == PF:
-                    self.cpu.cr2 = self._exact_address(self._page)
+                    self.cpu.cr2 = self._exact_address(self._page, fault.code)
                 self.deliver(fault.vector, fault.code)
             elif self._step:
                 self._step_instruction()
@@ -354,8 +358,11 @@ class Machine(Instructions):
         va, code = self.p.fault_address, self.p.error_code
         kind = Op.WRITE if code & 2 else Op.FETCH if code & 16 or self._is_fetch(va, rip, code) else Op.READ
         self.exits["page fault"] += 1
+        # Unicorn's far returns and calls use the user's stack as the supervisor: SMAP refuses for good what is allowed.
+        user = bool(code & 4) or self._is_user(va & PAGE, kind)
+        refused = user and not code & 4 and self.cpu.cr4 & CR4_SMAP
         try:
-            stepped = self._resolve(va, kind, bool(code & 4)) is None
+            stepped = self._resolve(va, kind, user) is None or refused
         except Fault as fault:
             if fault.vector == PF:
                 self.cpu.cr2 = va
@@ -381,9 +388,11 @@ class Machine(Instructions):
             return False
         return va == rip or (not va & 0xFFF and rip < va < rip + 15)
 
-    def _exact_address(self, page: int) -> int:
+    def _exact_address(self, page: int, refused: int) -> int:
         """Way "fills": the hook is told the page alone. Unicorn's walker, on the same tables, refuses the same
-        access and has all of the address."""
+        access and has all of the address. But for the user's stack in far returns and calls, which is where RSP is."""
+        if refused & 4 and not refused & 16 and self._far() in (FAR_RETURN, FAR_CALL):
+            return self._stack() if self._stack() & PAGE == page else page
         for _ in range(8):
             self._sync()
             self.p.set_virtual(False)
@@ -399,7 +408,7 @@ class Machine(Instructions):
             # Another page of the instruction, whose shadow was recycled meanwhile.
             kind = Op.WRITE if code & 2 else Op.FETCH if code & 16 else Op.READ
             try:
-                if self._resolve(va, kind, bool(code & 4)) is None:
+                if self._resolve(va, kind, bool(code & 4) or self._is_user(va & PAGE, kind)) is None:
                     break
             except Fault:
                 break
@@ -425,7 +434,7 @@ def boot(
     """
     if vm is None:
         vm = VM(memory, mmu, features=features or Features(maxphyaddr=40, pku=False, pcid=False))
-    with open(path, "rb") as file:
+    with open(check_path(path), "rb") as file:
         image = file.read()
     entry, info = load_multiboot(vm, image, command_line)
     machine = Machine(vm, way, record=record)

@@ -155,6 +155,11 @@ class Processor:
         write(x86.UC_X86_REG_RIP, self.private + ENTRY)
         self.entering = True
 
+    @property
+    def pending(self) -> bool:
+        """The VMRUN of `enter` is still to come: registers are not the guest's."""
+        return self.entering and self.rip == self.private
+
     def run(self) -> int | None:
         """Run until an exit: its code, or None if something else stopped the run."""
         self.exit = None

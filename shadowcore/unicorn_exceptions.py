@@ -29,9 +29,13 @@ from .unicorn_guest import (
 class Exceptions(Guest):
     """Delivers exceptions through the guest's IDT."""
 
-    def _push(self, rsp: int, value: int, size: int) -> int:
+    def _push(self, rsp: int, value: int, size: int, cpl: int) -> int:
+        """Store a word of the frame, as the code that `cpl` is the level of would."""
         rsp = (rsp - size) & (WORD if size == 8 else 0xFFFFFFFF)
-        result = self._op(Op.WRITE, rsp, value, size, data=True)
+        user = cpl == 3
+        if not user:
+            self._set_ac(explicit=True)
+        result = self._op(Op.WRITE, rsp, value, size, user, data=True)
         if result.outcome[0]:
             self._own_fault(result)
         return rsp
@@ -45,6 +49,8 @@ class Exceptions(Guest):
         raise Unsupported(f"a frame or a descriptor table in a device (RIP {self.p.rip:#x})")
 
     def _own_read(self, va: int, size: int) -> int:
+        """Read from the IDT, GDT or TSS, as the processor does at any CPL."""
+        self._set_ac(explicit=False)
         result = self._op(Op.READ, va, size=size, data=True)
         if result.outcome[0]:
             self._own_fault(result)
@@ -98,7 +104,7 @@ class Exceptions(Guest):
         if long:
             target |= (self._own_read(base + at + 8, 8) & 0xFFFFFFFF) << 32
         selector = gate >> 16 & 0xFFFC
-        cs = self._descriptor(selector, segments["cs"])
+        cs = self._descriptor(selector)
         new_cpl = cs[1] >> 5 & 3 if not cs[1] & 4 else cpl  # a conforming segment keeps the privilege level
         stack = gate >> 32 & 7 if long else 0
         rsp, ss = self.p.gpr(4), segments["ss"]
@@ -112,7 +118,7 @@ class Exceptions(Guest):
             if long:
                 ss = (new_cpl, FLAT_DATA & ~0x60 | new_cpl << 5, 0xFFFFFFFF, 0)
             else:
-                ss = self._descriptor(self._own_read(task + 8 + 8 * new_cpl, 2), segments["ss"])
+                ss = self._descriptor(self._own_read(task + 8 + 8 * new_cpl, 2))
         rflags = self.p.rflags
         old_rsp = self.p.gpr(4)
         if long:
@@ -123,7 +129,7 @@ class Exceptions(Guest):
         if not software and vector in ERROR_CODES:
             frame.append(code)
         for value in frame:
-            rsp = self._push(rsp, value, width)
+            rsp = self._push(rsp, value, width, new_cpl)
         keep = rflags & ~(TF | FLAG_NT | FLAG_RF | 1 << 17 | (FLAG_IF if kind == 14 else 0))
         cs = ((selector & ~3) | new_cpl, *cs[1:])
         if new_cpl != cpl or cs != segments["cs"]:
@@ -133,12 +139,10 @@ class Exceptions(Guest):
             self.p.rflags = keep
             self.p.rip = target
 
-    def _descriptor(self, selector: int, current: tuple[int, int, int, int]) -> tuple[int, int, int, int]:
+    def _descriptor(self, selector: int) -> tuple[int, int, int, int]:
         """Segment `selector` of the GDT, as cached."""
         if not selector & ~3:
             raise Fault(GP, 0)
-        if selector & ~3 == current[0] & ~3:
-            return current
         base, limit = self.p.table("GDTR")
         if selector & 4 or (selector | 7) > limit:
             raise Fault(GP, selector & ~3)

@@ -154,15 +154,20 @@ class Guest:
                 self.recording.add_entry(gpa, size, entry)
         return list(tables.items())
 
-    def _sync_ac(self) -> None:
+    def _set_ac(self, explicit: bool) -> None:
+        """Before each supervisor access: SMAP lets it go to user pages if EFLAGS.AC is set and it is explicit, as are
+        those that code makes while CPL < 3. Those of the processor to the IDT, GDT, LDT and TSS are implicit: for
+        them the vcpu has AC clear, which is the same rule (SDM vol. 3, 4.6.1)."""
         if self.cpu.cr4 & CR4_SMAP:
-            on = bool(self.p.rflags & FLAG_AC)
+            on = explicit and bool(self.p.rflags & FLAG_AC)
             if on != self.cpu.ac:
                 self._op(Op.AC, value=on)
 
     def _resolve(self, va: int, kind: int, user: bool) -> int | None:
-        """Have an access handled that the processor could not make: the gpa, or None if it has to be stepped."""
-        self._sync_ac()
+        """Have an access handled that the processor could not make: the gpa, or None if it has to be stepped. One by
+        the supervisor while CPL = 3 is implicit."""
+        if not user:
+            self._set_ac(self.p.cpl != 3)
         if kind == Op.WRITE and not is_plain_store(self.cpu, va & WORD, user):
             return None
         result = self._op(kind, va, user=user)
@@ -219,7 +224,7 @@ class Guest:
 
     def _sync(self) -> None:
         """Give the processor what the MMU wants it to run with now."""
-        if self.p.entering and self.p.rip == self.p.private:
+        if self.p.pending:
             return
         wanted, had = self._wanted(), self._hardware
         if wanted != had:

@@ -6,10 +6,30 @@ import struct
 from typing import Any
 
 from .config import Op
-from .errors import ShadowcoreError
+from .errors import GuestFault, ShadowcoreError
 from .unicorn_cpu import FLAT_DATA, TF, uc, x86
 from .unicorn_exceptions import Exceptions
-from .unicorn_guest import EFER_LMA, FLAG_RF, GP, UD, WORD, Fault, Unsupported
+from .unicorn_guest import EFER_LMA, FLAG_RF, GP, PAGE, UD, WORD, Fault, Unsupported
+
+# What an instruction that Unicorn runs does besides the accesses that code makes.
+PLAIN, DESCRIPTORS, FAR_RETURN, FAR_CALL = range(4)
+_PREFIXES = b"\x66\x67\xf0\xf2\xf3\x2e\x36\x3e\x26\x64\x65"
+_ONE_BYTE = {0x07, 0x17, 0x1F, 0x8E, 0xEA}  # POP ES, SS, DS; MOV to a segment register; far JMP
+_TWO_BYTES = {0x00, 0x02, 0x03, 0xA1, 0xA9, 0xB2, 0xB4, 0xB5}  # LLDT, LTR, VERR, VERW; LAR; LSL; POP FS, GS; LSS ...
+
+
+def _far(text: bytes, at: int, long: bool) -> int:
+    """Which of these the instruction is whose opcode is at `at`."""
+    opcode, modrm = text[at], text[at + 1]
+    if opcode == 0x0F:
+        return DESCRIPTORS if modrm in _TWO_BYTES else PLAIN
+    if opcode == 0xFF:  # far CALL and JMP with memory
+        return {3: FAR_CALL, 5: DESCRIPTORS}.get(modrm >> 3 & 7, PLAIN)
+    if opcode in (0xC4, 0xC5):  # LES, LDS; else VEX
+        return PLAIN if long or modrm >> 6 == 3 else DESCRIPTORS
+    if opcode in (0xCA, 0xCB, 0xCF):  # far RET, IRET
+        return FAR_RETURN
+    return FAR_CALL if opcode == 0x9A else DESCRIPTORS if opcode in _ONE_BYTE else PLAIN
 
 
 class Instructions(Exceptions):
@@ -18,9 +38,10 @@ class Instructions(Exceptions):
     def _text(self, rip: int, size: int = 15) -> bytes:
         """Bytes of the instruction at rip, as many as are there."""
         out = b""
+        user = self.p.cpl == 3
         while size:
             try:
-                gpa = self.cpu.translate(rip, "x").gpa
+                gpa = self.cpu.translate(rip, "x", user).gpa
                 part = min(size, 4096 - (gpa & 0xFFF))
                 out += self.vm.read_physical(gpa, part)
             except ShadowcoreError:
@@ -33,13 +54,51 @@ class Instructions(Exceptions):
         text = self._text(rip)
         long = bool(self.p.segments()["cs"][1] & 0x200)
         at, rex, segment = 0, 0, 0
-        while text[at] in b"\x66\x67\xf0\xf2\xf3\x2e\x36\x3e\x26\x64\x65":
+        while text[at] in _PREFIXES:
             segment = text[at] if text[at] in b"\x64\x65" else segment
             at += 1
         if long and text[at] & 0xF0 == 0x40:
             rex = text[at]
             at += 1
         return text, at + 1, rex, segment, long
+
+    def _far(self) -> int:
+        """DESCRIPTORS, FAR_RETURN or FAR_CALL if the instruction at RIP is one that reads descriptors, else PLAIN."""
+        text = self._text(self.p.rip)
+        at = len(text) - len(text.lstrip(_PREFIXES))
+        long = bool(self.p.segments()["cs"][1] & 0x200)
+        text += bytes(3)
+        if long and text[at] & 0xF0 == 0x40:
+            at += 1
+        return _far(text, at, long)
+
+    def _in_table(self, page: int) -> bool:
+        """Some of the GDT, the LDT or the TSS lies in `page`."""
+        for name in ("GDTR", "LDTR", "TR"):
+            base, limit = self.p.table(name)
+            if limit and base & PAGE <= page <= base + limit:
+                return True
+        return False
+
+    def _is_user(self, page: int, kind: int) -> bool:
+        """Is the access that Unicorn makes to `page` one of user code? While CPL = 3, all are but those to descriptors
+        and to the TSS, and those to the stack behind a call gate (SDM vol. 3, 4.6.1)."""
+        if self.p.cpl != 3:
+            return False
+        if kind == Op.FETCH:
+            return True
+        if self._in_table(page):
+            return self._far() == PLAIN
+        if kind != Op.WRITE or page in (self._stack() & PAGE, (self._stack() - 1) & PAGE, (self._stack() - 16) & PAGE):
+            return True
+        try:
+            self.cpu.translate(page, "w", True)
+        except GuestFault:
+            return self._far() != FAR_CALL
+        return True
+
+    def _stack(self) -> int:
+        return self.p.gpr(4) & (WORD if self.cpu.efer & EFER_LMA else 0xFFFFFFFF)
 
     def _control_register(self, rip: int) -> int:
         text, at, rex, _, long = self._decode(rip)

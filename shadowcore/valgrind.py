@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 
+from .config import check_path
 from .errors import ConfigError, TraceError
 from .importers import LackeyParser, Processes, kept
 from .recordings import PROGRAM, Writer
@@ -37,6 +38,7 @@ def record(
     has the exit status of the program. ConfigError if Valgrind, or the program, is not there. Where the recording is
     interrupted, the program is ended, and what was recorded is kept, marked as incomplete.
     """
+    out = check_path(out, "out")
     if not command:
         raise ConfigError("command: a program is needed")
     tool = shutil.which(valgrind)
@@ -44,8 +46,11 @@ def record(
         raise ConfigError(
             f"valgrind: {valgrind!r} is not installed here; it is the package `valgrind` of Debian, Ubuntu and Fedora"
         )
-    if shutil.which(command[0]) is None:
+    program = shutil.which(command[0])
+    if program is None:
         raise ConfigError(f"command: there is no program {command[0]!r}")
+    if os.path.exists(out) and os.path.samefile(program, out):
+        raise ConfigError(f"out: another file than the program {program} is needed")
     title = Path(command[0]).name if name is None else name
     source = {"format": "lackey", "command": list(command), "valgrind": _version(tool)}
     with kept(out), Writer(out, PROGRAM, name=title, source=source) as writer:

@@ -36,8 +36,9 @@ NX = 1 << 63
 PF_P, PF_W, PF_U, PF_RSVD, PF_I, PF_PK = 1, 2, 4, 8, 16, 32
 
 # Control register bits (SDM 2.5).
-CR0_PE, CR0_WP, CR0_NW, CR0_CD, CR0_PG = 1 << 0, 1 << 16, 1 << 29, 1 << 30, 1 << 31
-CR0_DEFINED = 0x3F | 1 << 16 | 1 << 18 | CR0_NW | CR0_CD | CR0_PG
+CR0_PE, CR0_MP, CR0_EM, CR0_TS, CR0_ET, CR0_NE = (1 << bit for bit in range(6))
+CR0_WP, CR0_AM, CR0_NW, CR0_CD, CR0_PG = 1 << 16, 1 << 18, 1 << 29, 1 << 30, 1 << 31
+CR0_FLAGS = CR0_PE | CR0_MP | CR0_EM | CR0_TS | CR0_ET | CR0_NE | CR0_WP | CR0_AM | CR0_NW | CR0_CD | CR0_PG
 CR4_PSE, CR4_PAE, CR4_PGE = 1 << 4, 1 << 5, 1 << 7
 CR4_UMIP, CR4_LA57, CR4_FSGSBASE, CR4_PCIDE, CR4_OSXSAVE = 1 << 11, 1 << 12, 1 << 16, 1 << 17, 1 << 18
 CR4_SMEP, CR4_SMAP, CR4_PKE = 1 << 20, 1 << 21, 1 << 22
@@ -65,6 +66,8 @@ class Features:
     smep: bool = True
     smap: bool = True
     pse36: bool = True
+    # Not CPUID's: refuse reserved and ignored bits of CR0 and CR3, as the recorded streams of 2007 have it.
+    refuses_ignored_bits: bool = False
 
 
 class Fault(Exception):
@@ -175,8 +178,8 @@ class Cpu:
 
     def load_cr0(self, value):
         # SDM 2.5 and vol. 2 "MOV - Move to/from Control Registers", protected mode exceptions, #GP(0):
-        # 1. an attempt to set a reserved bit of CR0;
-        if value & ~CR0_DEFINED:
+        # 1. an attempt to set one of bits 63:32 (2.5: "must be written with zeros");
+        if value & bits(63, 32) or (self.features.refuses_ignored_bits and value & ~CR0_FLAGS):
             raise GeneralProtection
         # 2. an invalid combination: PG without PE, or NW without CD;
         if (value & CR0_PG and not value & CR0_PE) or (value & CR0_NW and not value & CR0_CD):
@@ -191,7 +194,9 @@ class Cpu:
         pae_paging = value & CR0_PG and self.cr4 & CR4_PAE and not self.efer & EFER_LME
         if pae_paging and (value ^ self.cr0) & CR0_PDPTE_BITS:
             self.pdptes = self._read_pdptes(self.cr3)
-        self.cr0 = value
+        # Vol. 2 MOV: "Reserved bits in CR0 ... remain clear after any load of those registers; attempts to set
+        # them have no impact.  ... CR0.ET remains set after any load of CR0".
+        self.cr0 = value & CR0_FLAGS | CR0_ET
         # EFER.LMA = EFER.LME & CR0.PG (4.1.1).
         long_mode = value & CR0_PG and self.efer & EFER_LME
         self.efer = self.efer & ~EFER_LMA | (EFER_LMA if long_mode else 0)
@@ -199,21 +204,24 @@ class Cpu:
     def load_cr3(self, value):
         long_mode = self.efer & EFER_LMA
         if long_mode:
+            # Figure 4-10.  Without PCIDs bits 11:5 and 2:0 are ignored (table 4-12), with them 11:0 are the PCID
+            # (4-13).
+            ignored = 0 if self.cr4 & CR4_PCIDE else bits(11, 5)
             if self.cr4 & CR4_PCIDE:
                 # SDM 4.10.4.1: with PCIDE=1, bit 63 of the source only chooses whether to flush and is not
-                # kept.  Bits 11:0 are the PCID.
+                # kept.
                 value &= ~(1 << 63)
-            elif value & bits(11, 5):
-                # Refused as on the processors of 2007 (APM figure 5-16: "reserved, MBZ").
-                raise GeneralProtection
-            # SDM vol. 2 MOV: #GP(0) if a bit beyond the physical-address width is set.
+            # Bits 63:MAXPHYADDR are reserved, and must be 0: vol. 2 MOV, #GP(0).
             if value & bits(63, self.features.maxphyaddr):
                 raise GeneralProtection
         else:
-            # Outside 64-bit mode the operand has 32 bits.  Bits 2:0 are refused, as in 2007.
-            if value & bits(2, 0):
-                raise GeneralProtection
+            # Vol. 2 MOV: "The operand size for these instructions is always 32 bits in non-64-bit modes".  Bits
+            # 63:32 are ignored (tables 4-3 and 4-7) and here not even written.
             value &= bits(31, 0)
+            # 32-bit paging ignores 11:5 and 2:0; PAE paging 4:0.  What is ignored is kept, and reads back.
+            ignored = bits(2, 0)
+        if self.features.refuses_ignored_bits and value & ignored:
+            raise GeneralProtection
         if self.mode == "pae":
             self.pdptes = self._read_pdptes(value)
         self.cr3 = value

@@ -1,10 +1,13 @@
 """The streams and page tables under tests/data, in the form that the tests use."""
 
+import dataclasses
 from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 import oracle
+
+import shadowcore as sc
 
 DATA = Path(__file__).parent / "data"
 STREAMS = sorted(path.stem for path in (DATA / "kvm-2007").glob("*.npz"))
@@ -15,8 +18,15 @@ ENGINES = ("before", "after", "rel21")
 # those of RunResult, and the three that are no answer of an architecture become 255.
 OUTCOME = np.array([oracle.OK, oracle.PAGE_FAULT, oracle.MMIO, 255, oracle.GENERAL_PROTECTION, 255, 255, 255])
 
-# The streams were made for processors with 40 physical address bits.
-FEATURES_2007 = oracle.Features(maxphyaddr=40)
+# The streams were made for processors with 40 physical address bits, and of checks that refuse bits of CR0 and CR3
+# which processors ignore.
+FEATURES_2007 = oracle.Features(maxphyaddr=40, refuses_ignored_bits=True)
+
+
+def strict(design):
+    """A design, or the one of a name, whose processor refuses the bits that the streams' does."""
+    made = sc.config.design(design)
+    return dataclasses.replace(made, quirks=made.quirks | sc.Quirk.IGNORED_BITS_REFUSED)
 
 
 @lru_cache(maxsize=2)

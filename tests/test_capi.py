@@ -270,6 +270,23 @@ def test_settings():
     assert API.vm_destroy(vm) == OK
 
 
+@pytest.mark.parametrize("design", [C["SC_NATIVE"], C["SC_FLUSH"], C["SC_CACHED"], C["SC_KVM_2007"]])
+def test_bits_that_processors_ignore(design):
+    """Loaded without effect, and refused with the quirk; CR3 keeps them, in 32 bits."""
+    for quirks in (0, int(sc.Quirk.KVM_2007)):
+        vm, value = ctypes.c_uint64(), ctypes.c_uint64()
+        assert API.vm_create(made(Config, design=design, memory_size=1 << 20, quirks=quirks), vm) == OK, error()
+        strict = quirks or design == C["SC_KVM_2007"]
+        for reg, bits, kept in (("SC_CR3", 0x1FFF, 0x1FFF), ("SC_CR0", 0x1FFAFFC1, 0x11)):
+            assert API.register_load(vm, 0, C[reg], bits) == (GP if strict else OK)
+            assert API.register_read(vm, 0, C[reg], value) == OK
+            assert value.value == kept or strict
+        assert API.register_load(vm, 0, C["SC_CR3"], 0xF_0000_1000) == OK
+        assert API.register_read(vm, 0, C["SC_CR3"], value) == OK
+        assert value.value == 0x1000
+        assert API.vm_destroy(vm) == OK
+
+
 def test_save_and_load(guest, tmp_path):
     path = str(tmp_path / "vm.npz").encode()
     for i in range(50):

@@ -276,6 +276,20 @@ def test_images_that_no_processor_can_load(tmp_path):
         load_image(image(tmp_path)).machine(0x5000)
 
 
+@pytest.mark.parametrize("low", [0, 5, 0xFFF])
+@pytest.mark.parametrize("pcide", [0, 1 << 17])
+def test_images_with_pcids_or_ignored_bits_in_cr3(tmp_path, pcide, low):
+    """Both are part of what a dump shows as CR3; bit 63, as an operand of MOV has it, may be asked for with PCIDs."""
+    vm, tables = machine("64", (0, 0, 4096))
+    changes = {"cr3": np.uint64(tables.cr3 | low), "cr4": np.uint64(vm.vcpus[0].cr4 | pcide)}
+    read = load_image(image(tmp_path, **changes))
+    for cr3 in (None, tables.cr3 | 1, *([tables.cr3 | 1 << 63] if pcide else [])):
+        cpu = (vm := read.machine(cr3)).vcpus[0]
+        assert cpu.cr4 == changes["cr4"]
+        assert cpu.cr3 == (tables.cr3 | low if cr3 is None else cr3 & ~(1 << 63))
+        assert explain(vm, 0x123).gpa == 0x123
+
+
 def test_accessed_bits_in_pae_root_entries_are_dropped():
     """Emulators set them; a processor would refuse to load CR3."""
     read = load_image(streams.DATA / "linux-pagetables" / "linux_pae.npz")

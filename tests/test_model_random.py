@@ -167,7 +167,10 @@ def load(mode, choose):
         cr4 = [CR4_SMEP, CR4_SMAP, CR4_PGE, CR4_PSE] + ([CR4_PKE] * 2 if mode.levels >= 4 else [])
         return choose([("cr0", CR0_WP), ("cr0", CR0_WP), ("efer", EFER_NXE), *(("cr4", bit) for bit in cr4)])
     if name == "cr3":
-        return name, choose([0x1000, 0x1000, 0x6000, 0x1020] if mode.levels == 3 else [0x1000, 0x2000, 0x3000])
+        # Bits 2:0, and without PAE 11:5 as well, are ignored.
+        if mode.levels == 3:
+            return name, choose([0x1000, 0x1007, 0x6000, 0x1020])
+        return name, choose([0x1000, 0x2000, 0x3FE7])
     if name == "invlpg":
         return name, address(mode, choose)
     return name, choose([0, 1] if name == "ac" else PKRU)

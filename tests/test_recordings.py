@@ -230,6 +230,29 @@ def test_operations_run_as_they_were_recorded(tmp_path):
     assert 0 < int((result.outcome == 1).sum()) < 1000
 
 
+@pytest.mark.parametrize("design", ["native", "cached"])
+@pytest.mark.parametrize("cr3", [5, 0xFE0, (4 << 30) + 5])
+@pytest.mark.parametrize("pcide", [0, 1 << 17])
+def test_machines_with_pcids_ignored_bits_or_a_high_root(tmp_path, design, cr3, pcide):
+    """What CR3 and CR4 hold in long mode alone is there again; a root above 4 GiB (there is no memory, so all is
+    absent) leaves no page of another root in the pool."""
+    vm = sc.VM("1MiB", design)
+    cpu = vm.vcpus[0]
+    cpu.efer, cpu.cr4, cpu.cr0 = 0x100, 0x20, 0x80000001
+    cpu.cr4 |= pcide
+    cpu.cr3 = cr3
+    with Writer(tmp_path / "ops.screc", OPERATIONS, vm=vm):
+        pass
+    with Reader(tmp_path / "ops.screc") as reader:
+        again = reader.machine(design)
+    for name in ("cr0", "cr3", "cr4", "efer"):
+        assert getattr(again.vcpus[0], name) == getattr(cpu, name)
+    if design == "cached":
+        pages = again.mmu.pages
+        assert pages["gfn"][pages["level"] == 4].tolist() == [cr3 >> 12]
+    assert again.audit().ok
+
+
 def test_two_recordings_of_the_same_are_the_same_bytes(tmp_path):
     for name in ("a", "b"):
         with Writer(tmp_path / name, OPERATIONS, name="same") as writer:

@@ -384,6 +384,37 @@ def test_global_without_pge_keeps_tables_over_cr3_loads(mode):
             assert guest.exits(USER) == 1
 
 
+@every_mode
+def test_ignored_bits_refused_by_loads_of_cr0_and_cr3(mode):
+    """A register is loaded with one ignored bit more than it has: #GP and nothing changed, or nothing comes of it.
+    Under `native`, too, which stands for the processor that the streams of 2007 were made on."""
+    quirk = Quirk.IGNORED_BITS_REFUSED
+    designs = sc.Native(), sc.Native(quirk), sc.Shadow.cached(), sc.Shadow.cached(quirks=quirk), sc.Shadow.kvm_2007()
+    ignored = (0, 1, 2) if mode in ("32", "pae") else range(5, 12)
+    for design in designs:
+        guest = Guest(mode, design)
+        for name, bits in (("cr0", (*range(6, 16), 17, *range(19, 29))), ("cr3", ignored)):
+            before = getattr(guest.cpu, name)
+            for bit in bits:
+                if design.quirks & quirk:
+                    with pytest.raises(sc.GeneralProtection):
+                        setattr(guest.cpu, name, before | 1 << bit)
+                    assert getattr(guest.cpu, name) == before
+                else:
+                    setattr(guest.cpu, name, before | 1 << bit)
+                    assert getattr(guest.cpu, name) == before | (1 << bit if name == "cr3" else 0)
+                guest.cpu.write(USER, bit, 4)
+                assert guest.cpu.read(USER, 4) == bit
+        assert guest.vm.audit().ok
+
+
+def test_ignored_bits_refused_is_the_one_quirk_of_native():
+    with pytest.raises(sc.ConfigError, match="native has only"):
+        sc.Native(Quirk.KVM_2007)
+    with pytest.raises(sc.ConfigError, match="not a combination"):
+        sc.Native(1 << 20)
+
+
 def test_levels_are_those_of_the_tables():
     """The shape on which the counts above rest."""
     for mode, levels in LEVELS.items():

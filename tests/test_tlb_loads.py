@@ -214,7 +214,7 @@ def test_pcid_rules(mmu):
         assert ([cpu.cr0, cpu.cr3, cpu.cr4, cpu.efer], cpu.tlb.tolist()) == state
 
     refused("cr3", cpu.cr3 | KEEP)  # bit 63 means something with PCIDE only
-    for low in (0x008, 0x010, 0x018):
+    for low in (0x001, 0x008, 0x010, 0x018, 0x020, 0x800):
         cpu.cr3 = tables.cr3 | low
         refused("cr4", cpu.cr4 | CR4_PCIDE)  # the current PCID would not be 0
     cpu.cr3 = tables.cr3
@@ -223,9 +223,10 @@ def test_pcid_rules(mmu):
     cpu.cr3 = tables.cr3 | 0xFFF
     refused("cr0", cpu.cr0 & ~CR0_PG)
     cpu.cr4 = cpu.cr4  # PCIDE is on already: the PCID may be anything
-    # Off again, with a PCID that becomes plain bits of CR3.
+    # Off again, with a PCID that becomes bits of CR3 that are ignored.
     cpu.cr4 &= ~CR4_PCIDE
-    refused("cr3", tables.cr3 | 0xFFF)
+    cpu.cr3 = tables.cr3 | 0xABC
+    refused("cr4", cpu.cr4 | CR4_PCIDE)
     cpu.cr3 = tables.cr3
     cpu.cr0 &= ~CR0_PG
     refused("cr4", cpu.cr4 | CR4_PCIDE)  # not outside 64-bit modes

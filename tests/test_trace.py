@@ -1,5 +1,6 @@
 """Recordings: what the reader refuses and derives, and what a replay of a real Linux guest comes to."""
 
+import dataclasses
 import json
 import zipfile
 
@@ -419,6 +420,27 @@ def small_guest(*rows):
 
 
 READ = (trace.ACCESS, trace.USER, 0x400008, OLD + 8)
+
+
+@pytest.mark.parametrize("design", DESIGNS[:3])
+@pytest.mark.parametrize("pcide", [0, 1 << 17])
+def test_recordings_with_pcids_or_ignored_bits_in_cr3(design, pcide):
+    """From the start, from the middle, and with bit 63 where there are PCIDs: the same accesses find the same."""
+    plain, _ = small_guest(READ)
+    root = int(plain.addr[plain.kind == trace.LOAD_CR3][0])
+    loads = [(trace.LOAD_CR3, 0, root | 5, 0), (trace.LOAD_CR3, 0, root | 6 | (1 << 63 if pcide else 0), 0), READ]
+    recording, _ = small_guest(READ, *loads)
+    recording = dataclasses.replace(recording, cr4=recording.cr4 | pcide)
+    for start in (0, recording.operations - 2, recording.operations - 1):
+        result = trace.replay(recording, design, start=start)
+        assert (result.faults, result.gpa_mismatches, result.accesses) == (0, 0, 2 if start == 0 else 1)
+
+
+def test_a_load_of_cr0_and_cr4_without_et_is_one_of_cr4():
+    """ET stays set whatever a recording says, and what CR0 has already is not loaded again."""
+    recording, _ = small_guest(READ, (trace.LOAD_CR, 0, 0x80010001, 0xA0), (trace.LOAD_CR, 0, 0x80010001, 0x20))
+    exits = trace.replay(dataclasses.replace(recording, cr0=0x80010001), "cached").whole.counters
+    assert (exits["exits_cr0"], exits["exits_cr4"]) == (0, 2)
 
 
 @pytest.mark.parametrize("design", DESIGNS)

@@ -239,6 +239,33 @@ def test_every_paging_mode(mode, mmu, way):
 
 
 @pytest.mark.parametrize("way", su.WAYS)
+@pytest.mark.parametrize("mmu", DESIGNS[:3])
+@pytest.mark.parametrize(("mode", "low"), [("32", 0xFFF), ("pae", 0x1F), ("64", 0xFFF)])
+def test_bits_that_processors_ignore(mode, low, mmu, way):
+    """A guest sets ignored bits of CR3 and reserved bits of CR0: it goes on, and reads back those of CR3 alone."""
+    vm = fresh(mmu)
+    tables = sc.PageTables(vm.memory, mode=mode, allocate=range(256, 512))
+    tables.map(0, 0, 0x10000, "rwx")
+    code = b""
+    registers = tables.registers | {"cr3": tables.cr3 | low, "cr0": tables.registers["cr0"] & ~0x10 | 0x1FFAFFC0}
+    for register, load in (("cr4", "0f22e0"), ("cr3", "0f22d8"), ("efer", "b9800000c0 31d2 0f30"), ("cr0", "0f22c0")):
+        code += b"\xb8" + registers[register].to_bytes(4, "little") + bytes.fromhex(load)
+    # mov eax, cr3; mov cr3, eax; mov [0x2000], eax; mov eax, cr0; mov [0x2004], eax; mov al, 0x77; out 0xf4, al; hlt
+    code += bytes.fromhex("0f20d8 0f22d8 a300200000 0f20c0 a304200000 b077 e6f4 f4")
+    vm.write_physical(0x1000, code)
+    machine = su.Machine(vm, way, record=True)
+    machine.start(0x1000, rsp=0x8000)
+    assert machine.run(seconds=10) == 0x77
+    assert machine.cpu.mode == mode
+    assert int.from_bytes(vm.read_physical(0x2000, 4), "little") == tables.cr3 | low
+    assert int.from_bytes(vm.read_physical(0x2004, 4), "little") == tables.registers["cr0"]
+    assert vm.audit(strict=True).ok
+    other = fresh(mmu)
+    machine.recording.replay(other)
+    assert counters(other) == counters(vm)
+
+
+@pytest.mark.parametrize("way", su.WAYS)
 @pytest.mark.parametrize("mmu", DESIGNS)
 def test_smap_follows_the_flag(mmu, way):
     vm = fresh(mmu)

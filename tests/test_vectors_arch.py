@@ -22,7 +22,7 @@ FLUSH_EXCEPTIONS = {
 
 
 def machine(data, design):
-    vm = sc.VM(memory=int(data["nframes"]) * 4096, mmu=design)
+    vm = sc.VM(memory=int(data["nframes"]) * 4096, mmu=streams.strict(design))
     streams.put_frames(vm, data["mem_gfn"], data["mem_page"])
     return vm, vm.vcpus[0]
 

@@ -232,7 +232,7 @@ CACHED_EXCEPTIONS = {
 
 
 def exits_and_stores(data, mmu, end):
-    vm, cpu = machine(data, mmu)
+    vm, cpu = machine(data, streams.strict(mmu))
     result = cpu.run(data["ops"][:end])
     assert vm.audit().ok
     return result.exits, result.emulated

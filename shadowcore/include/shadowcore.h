@@ -81,7 +81,7 @@ enum {
     SC_CR4 = 3,
     SC_EFER = 4,
     SC_PKRU = 5,
-    SC_AC = 6, /* EFLAGS.AC: 0 or 1 */
+    SC_AC = 6, /* EFLAGS.AC: 0 or 1. Accesses to the IDT, GDT, LDT and TSS are made with 0 (SDM vol. 3, 4.6.1) */
     SC_CPL = 7 /* 0 or 3 */
 };
 
@@ -156,7 +156,7 @@ typedef struct sc_config {
     uint32_t min_free;
     uint32_t refill;
     uint32_t flood_threshold;
-    uint32_t quirks;       /* bits of shadowcore.Quirk */
+    uint32_t quirks;       /* bits of shadowcore.Quirk; of them SC_NATIVE has IGNORED_BITS_REFUSED */
     /* Of the processors. */
     uint32_t features;     /* SC_FEATURE_*; 0: all */
     uint32_t maxphyaddr;   /* 0: 46 */
