@@ -109,10 +109,11 @@ def test_a_store_that_was_judged_a_load_stores_nowhere():
         ops, where = in_memory(vm, sc.OP_DTYPE, 32)
         plain(ops, value=7, user=1)
         ops["addr"][10:] = DATA + 0x20_0000
+        ops[0]["op"], ops[0]["size"], ops[0]["value"] = sc.Op.WRITE, 1, sc.Op.READ
+        ops[0]["addr"] = where[20]
         for _ in range(2):
             vm.vcpus[0].run(ops.copy())
-        ops[0]["op"], ops[0]["size"], ops[0]["value"] = sc.Op.WRITE, 1, sc.Op.WRITE
-        ops[0]["addr"] = where[20]
+        ops[0]["value"] = sc.Op.WRITE
         result = vm.vcpus[0].run(ops)
         assert not vm.memory.bytes[FRAME + 0xF_0000 : FRAME + 0xF_1000].any()
         assert set(np.flatnonzero(result.outcome)) <= {20}
