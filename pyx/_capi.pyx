@@ -34,8 +34,8 @@ from shadowcore.prices cimport prices_are_sane, prices_cycles, prices_of, prices
 from shadowcore.registers cimport load_ac
 from shadowcore.state cimport EVENT_COUNT, linear_address, linear_exists, marked_table, memo_drop, sc_mmu, sc_vcpu
 from shadowcore.types cimport (
-    ACC_ALL, ACC_U, ACC_W, ACC_X, MODE_32, MODE_OFF, PF_I, PF_U, PF_W, RC_AUDIT, RC_EXHAUSTED,
-    RC_GP, RC_HOOK, RC_MMIO, RC_OK, RC_PF, RC_UNGRANTED, RC_UNHANDLED, SC_NONE, u8, u32, u64,
+    ACC_ALL, ACC_U, ACC_W, ACC_X, MODE_32, MODE_OFF, PF_I, PF_U, PF_W, RC_AUDIT, RC_BAD_OP, RC_EXHAUSTED, RC_GP,
+    RC_HOOK, RC_MMIO, RC_OK, RC_PF, RC_UNGRANTED, RC_UNHANDLED, SC_NONE, u8, u32, u64,
 )
 from shadowcore.walker cimport probe_walk, sc_walk, shadow_glance
 
@@ -242,6 +242,9 @@ cdef int _fail_rc(const sc_mmu *mmu, int rc) noexcept nogil:
                  "shadow pool exhausted: vcpu %u finds no room in a pool of %u pages, roots pin the rest",
                  mmu.exhausted, mmu.pool_pages)
         return SC_E_POOL
+    if rc == RC_BAD_OP:
+        return _fail(SC_E_ARGUMENT, "the next is no load, store or fetch of 1, 2, 4 or 8 bytes any more: somebody "
+                     "wrote to the arrays since the call began")
     if rc == RC_HOOK or rc == RC_AUDIT:
         return _fail(SC_E_CALLBACK, "a callback in Python raised, or an audit at a named point found something")
     if rc == RC_UNHANDLED:
@@ -386,14 +389,17 @@ cdef int _create_with_gil(const sc_config *config, sc_vm *vm) noexcept with gil:
         return _fail_python(error)
 
 
-cdef int _create(const sc_config *config, sc_vm *vm) noexcept nogil:
+cdef int _create(const sc_config *given, sc_vm *vm) noexcept nogil:
+    cdef sc_config copy
+    cdef const sc_config *config = &copy
     if vm == NULL:
         return _fail(SC_E_NULL, "vm is NULL")
     vm[0] = 0
-    if config == NULL or (config.slots == NULL and config.n_slots):
+    if given == NULL or (given.slots == NULL and given.n_slots):
         return _fail(SC_E_NULL, "config, or config->slots, is NULL")
-    if config.struct_size != sizeof(sc_config):
-        return _fail_struct("sc_config", config.struct_size, sizeof(sc_config))
+    if given.struct_size != sizeof(sc_config):
+        return _fail_struct("sc_config", given.struct_size, sizeof(sc_config))
+    copy = given[0]                 # what is checked is what is used
     if config.reserved:
         return _fail(SC_E_ARGUMENT, "config->reserved is not 0")
     if <size_t>config.memory & 4095:
@@ -569,22 +575,24 @@ cdef inline void _tell(u64 noted, sc_outcome *o) noexcept nogil:
     o.rights = (noted >> NOTED_RIGHTS) & ACC_ALL
 
 
-cdef inline void _place_of(const sc_mem *m, u64 gpa, sc_outcome *o) noexcept nogil:
-    """gpa, hpa and host, of a gpa in RAM."""
+cdef inline u8 *_place_of(const sc_mem *m, u64 gpa, sc_outcome *o) noexcept nogil:
+    """gpa, hpa and host, of a gpa in RAM; returns the last."""
     cdef u64 frame = mem_frame(m, gpa >> 12)
+    cdef u8 *host = m.ram + (frame << 12) + (gpa & 4095)
     o.gpa = gpa
     o.hpa = mem_frame_hpa(m, frame) | (gpa & 4095)
-    o.host = m.ram + (frame << 12) + (gpa & 4095)
+    o.host = host
+    return host
 
 
-cdef inline void _bytes(const sc_access *a, sc_outcome *o) noexcept nogil:
+cdef inline void _bytes(const sc_access *a, void *host, sc_outcome *o) noexcept nogil:
     """Move the bytes of an access within one page."""
     if not a.flags & SC_DATA:
         return
     if a.kind == OP_WRITE:
-        memcpy(o.host, a.value, a.size)
+        memcpy(host, a.value, a.size)
     else:
-        memcpy(o.value, o.host, a.size if a.kind == OP_READ else 1)
+        memcpy(o.value, host, a.size if a.kind == OP_READ else 1)
 
 
 cdef inline void _nothing_yet(sc_outcome *o) noexcept nogil:
@@ -652,6 +660,7 @@ cdef int _native(sc_mmu *mmu, sc_vcpu *v, const sc_access *a, u64 va, sc_outcome
     """A plain access under `native` without a TLB, where one walk tells all; what access._one_page does."""
     cdef sc_walk w
     cdef u32 access = _access_bits(a)
+    cdef u8 *host
     cdef int rc
     _nothing_yet(o)
     w.references = 0
@@ -665,14 +674,14 @@ cdef int _native(sc_mmu *mmu, sc_vcpu *v, const sc_access *a, u64 va, sc_outcome
         o.gpa = w.gpa if rc == RC_MMIO else ~<u64>0
         o.hpa = ~<u64>0
         return rc
-    _place_of(mmu.mem, w.gpa, o)
+    host = _place_of(mmu.mem, w.gpa, o)
     if not a.flags & SC_BRIEF:
         o.page_shift = 12
         o.rights = ACC_ALL
         if v.guest.mode != MODE_OFF:
             o.page_shift = <u8>(12 + (10 if v.guest.mode == MODE_32 else 9) * (w.level - 1))
             o.rights = <u8>w.access
-    _bytes(a, o)
+    _bytes(a, host, o)
     if access & PF_W:
         mem_mark_dirty(mmu.mem, w.gpa >> 12)
         if marked_table(mmu, mem_frame(mmu.mem, w.gpa >> 12)):
@@ -694,6 +703,7 @@ cdef int _unremembered(sc_mmu *mmu, sc_vcpu *v, const sc_access *a, u64 va, u32 
     cdef u32 access = _access_bits(a)
     cdef u64 hpa = 0
     cdef u64 gpa
+    cdef u8 *host
     cdef sc_memo_entry *e
     cdef int read = -1
     _nothing_yet(o)
@@ -704,7 +714,7 @@ cdef int _unremembered(sc_mmu *mmu, sc_vcpu *v, const sc_access *a, u64 va, u32 
         mmu.stats.accesses += 1
         mmu.stats.walk_references += read
         memo_put(v.memo, memo_context(v.memo, mmu.memo_epoch), va, kind, gpa | <u64>read)
-        _place_of(mmu.mem, gpa | (va & 4095), o)
+        host = _place_of(mmu.mem, gpa | (va & 4095), o)
         o.references = read
         if not a.flags & SC_BRIEF:
             hpa = _noted(mmu, v, va, access)
@@ -712,7 +722,7 @@ cdef int _unremembered(sc_mmu *mmu, sc_vcpu *v, const sc_access *a, u64 va, u32 
             if e != NULL:
                 e.target |= hpa
             _tell(hpa, o)
-        _bytes(a, o)
+        _bytes(a, host, o)
         return RC_OK
     return _slow(mmu, v, a, o)
 
@@ -733,16 +743,20 @@ cdef int _bad_access(const sc_access *a, const sc_outcome *o) noexcept nogil:
     return RC_OK
 
 
-cdef int _access(sc_vm vm, const sc_access *a, sc_outcome *o) noexcept nogil:
+cdef int _access(sc_vm vm, const sc_access *given, sc_outcome *o) noexcept nogil:
+    cdef sc_access copy             # what is checked is what is used, wherever `given` lies
+    cdef const sc_access *a = &copy
     cdef sc_place *p
     cdef sc_mmu *mmu
     cdef sc_vcpu *v
     cdef sc_memo_entry *e
     cdef u64 va, context
+    cdef u8 *host
     cdef u32 kind
     cdef int rc
-    if sc_unlikely(a == NULL or o == NULL):
-        return _bad_access(a, o)
+    if sc_unlikely(given == NULL or o == NULL):
+        return _bad_access(given, o)
+    copy = given[0]
     if sc_unlikely(a.struct_size != sizeof(sc_access) or o.struct_size != sizeof(sc_outcome) or a.reserved
                    or a.kind > OP_FETCH or a.size > 8 or a.size & (a.size - 1) or not a.size
                    or a.flags & ~(SC_DATA | SC_BRIEF)):
@@ -787,12 +801,12 @@ cdef int _access(sc_vm vm, const sc_access *a, sc_outcome *o) noexcept nogil:
     mmu.stats.accesses += 1
     mmu.stats.walk_references += e.target & 15
     o.references = e.target & 15
-    _place_of(mmu.mem, (e.target & pte_addr()) | (va & 4095), o)
+    host = _place_of(mmu.mem, (e.target & pte_addr()) | (va & 4095), o)
     if not a.flags & SC_BRIEF:
         if sc_unlikely(not e.target >> NOTED & 1):
             e.target |= _noted(mmu, v, va, _access_bits(a))
         _tell(e.target, o)
-    _bytes(a, o)
+    _bytes(a, host, o)
     _leave(p)
     return RC_OK
 
@@ -800,9 +814,14 @@ cdef int _access(sc_vm vm, const sc_access *a, sc_outcome *o) noexcept nogil:
 cdef int _translate(sc_vm vm, const sc_access *a, sc_outcome *o) noexcept nogil:
     cdef sc_place *p
     cdef sc_vcpu *v
+    cdef sc_access copy
     cdef sc_walk w
     cdef u64 va
-    cdef int rc = _bad_access(a, o)
+    cdef int rc
+    if a != NULL:
+        copy = a[0]                 # what is checked is what is used
+        a = &copy
+    rc = _bad_access(a, o)
     if rc != RC_OK:
         return rc
     p = _enter(vm)
@@ -832,17 +851,20 @@ cdef int _translate(sc_vm vm, const sc_access *a, sc_outcome *o) noexcept nogil:
     return rc
 
 
-cdef int _access_many(sc_vm vm, sc_accesses *a) noexcept nogil:
+cdef int _access_many(sc_vm vm, sc_accesses *given) noexcept nogil:
     cdef sc_place *p
     cdef sc_columns c
     cdef sc_columns_out out
+    cdef sc_accesses copy           # what is checked is what is used, wherever `given` lies
+    cdef sc_accesses *a = &copy
     cdef bint data
     cdef int rc
-    if a == NULL:
+    if given == NULL:
         return _fail(SC_E_NULL, "accesses is NULL")
-    if a.struct_size != sizeof(sc_accesses):
-        return _fail_struct("sc_accesses", a.struct_size, sizeof(sc_accesses))
-    a.done = 0
+    if given.struct_size != sizeof(sc_accesses):
+        return _fail_struct("sc_accesses", given.struct_size, sizeof(sc_accesses))
+    given.done = 0
+    copy = given[0]
     if a.gva == NULL and a.count:
         return _fail(SC_E_NULL, "accesses->gva is NULL")
     if a.reserved or a.flags & ~<u32>SC_DATA or a.count >> 48:
@@ -854,12 +876,12 @@ cdef int _access_many(sc_vm vm, sc_accesses *a) noexcept nogil:
     c.op, c.op_step, c.all_op = a.kind, 1, a.all_kind
     c.size, c.size_step, c.all_size = a.size, 1, a.all_size
     c.user, c.user_step, c.all_user = a.user, 1, a.all_user
-    a.done = columns_check(&c, a.count)
+    given.done = a.done = columns_check(&c, a.count)
     if a.done < a.count:
         snprintf(sc_error, sizeof(sc_error), "accesses[%llu] is no load, store or fetch of 1, 2, 4 or 8 bytes",
                  <unsigned long long>a.done)
         return SC_E_ARGUMENT
-    a.done = 0
+    given.done = a.done = 0
     out.gpa, out.value, out.error_code, out.exits = a.gpa, a.loaded, a.error_code, a.exits
     out.outcome, out.emulated = a.outcome, a.emulated
     p = _enter(vm)
@@ -869,6 +891,7 @@ cdef int _access_many(sc_vm vm, sc_accesses *a) noexcept nogil:
         _leave(p)
         return SC_E_ARGUMENT
     rc = columns_run(p.mmu, a.vcpu, &c, a.count, data, &out, &p.no_memo, &a.done)
+    given.done = a.done
     if rc < 0:
         rc = _fail_rc(p.mmu, rc)
     _leave(p)
@@ -982,7 +1005,10 @@ cdef int _prices(const char *preset, sc_prices *prices) noexcept nogil:
 
 cdef int _set_prices(sc_vm vm, const sc_prices *prices) noexcept nogil:
     cdef sc_place *p
+    cdef sc_prices copy
     if prices != NULL:
+        copy = prices[0]
+        prices = &copy
         if prices.struct_size != sizeof(sc_prices):
             return _fail_struct("sc_prices", prices.struct_size, sizeof(sc_prices))
         if prices.reserved or not prices_are_sane(prices):

@@ -10,6 +10,7 @@ from shadowcore.invariants cimport SC_MAX_FINDINGS, audit_all, sc_audit, sc_find
 from shadowcore.mmu cimport Mmu
 from shadowcore.state cimport POINT_COUNT, sc_mmu
 from shadowcore.types cimport SC_NONE, u32
+from shadowcore.watch cimport watch_due, watch_look, watch_raised
 
 from shadowcore.errors import AuditError, ConfigError
 from shadowcore.invariants import SENTENCES as _SENTENCES
@@ -68,18 +69,26 @@ def audit(Mmu mmu):
     """AuditReport of `mmu`."""
     cdef sc_audit a
     mmu.idle()
+    mmu.enter()
     with nogil:
         audit_all(&mmu.c, &a)
+    mmu.leave()
+    error = watch_raised(&mmu.watch)
+    if error is not None:
+        raise error
     return AuditReport(_violations(&a), a.n, a.sptes)
 
 
 cdef void _audit_here(sc_mmu *mmu, u32 point) noexcept nogil:
-    """At a point: the first audit that finds something is kept until it is raised."""
+    """At a point: the first audit that finds something is kept until it is raised. Audits are what makes operations
+    take long, so signals are looked for here."""
     cdef sc_audit *a = <sc_audit *>mmu.audit_report
     if mmu.audit_found:
         return
     audit_all(mmu, a)
-    if a.n:
+    if mmu.watch != NULL and (mmu.watch.raised != NULL or (watch_due(mmu.watch) and watch_look(mmu.watch))):
+        mmu.audit_found = POINT_COUNT + 1       # as if a callback had raised
+    elif a.n:
         mmu.audit_found = point + 1
 
 

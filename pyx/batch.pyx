@@ -1,21 +1,23 @@
 """Batches of operations: a structured array in, arrays of results out, without the GIL in between."""
 import numpy as np
 
-from cpython.buffer cimport PyBUF_STRIDES, PyBuffer_Release, PyObject_GetBuffer
-from cpython.exc cimport PyErr_CheckSignals
 from libc.stdlib cimport free, malloc
 from libc.string cimport memcpy, memset
 
-from shadowcore.access cimport OP_CMPXCHG, OP_COUNT, OP_FETCH, op_is_access, sc_op
+from shadowcore.access cimport OP_COUNT, OP_FETCH, op_is_access, sc_op
 from shadowcore.batch cimport sc_columns, sc_columns_out
+from shadowcore.held cimport Held
 from shadowcore.mmu cimport Mmu
-from shadowcore.quick cimport CHUNK, FIELDS, PACKED, load_op, quick_chunk, quick_learn, sc_batch, sc_layout
+from shadowcore.quick cimport (
+    CHUNK, FIELDS, PACKED, load_op, op_stands, quick_chunk, quick_learn, quick_usual, sc_batch, sc_layout,
+)
 from shadowcore.results cimport Block, RunResult, block_new, sc_row
 from shadowcore.state cimport memo_drop, sc_mmu
-from shadowcore.types cimport RC_EXHAUSTED, RC_OK, SC_NONE, i64, u8, u32, u64
+from shadowcore.types cimport RC_BAD_OP, RC_EXHAUSTED, RC_OK, SC_NONE, i64, u8, u32, u64
+from shadowcore.watch cimport watch_due, watch_error
 
 from shadowcore.config import Op
-from shadowcore.errors import ConfigError, Interrupted
+from shadowcore.errors import ConfigError
 
 OP_DTYPE = np.dtype([("op", "u1"), ("user", "u1"), ("size", "u1"), ("addr", "<u8"), ("value", "<u8")])
 
@@ -24,7 +26,6 @@ _OPTIONAL = (("vcpu", np.dtype("u1")), ("value_high", np.dtype("<u8")), ("expect
              ("expected_high", np.dtype("<u8")))
 
 cdef enum:
-    CHUNKS = 16                     # between two looks for Ctrl-C: other threads hold the interpreter meanwhile
     FEW = 4                         # rows that need no block of their own: as many as RunResult.few has
     NOTES = 8                       # without use for the memo, one chunk of so many looks whether there is one now
 
@@ -63,8 +64,22 @@ cdef int _layout(object ops, sc_layout *layout) except -1:
     return 0
 
 
+cdef object _complaint(u64 i, const sc_op *o, u32 last, u32 vcpus):
+    """What is wrong with operation i, which op_stands refuses."""
+    if o.op >= OP_COUNT or o.op > last:
+        known = ", ".join(f"{known.name}={known.value}" for known in Op if known.value <= last)
+        return f"ops[{i}]: operation code {o.op} is not one of {known}"
+    if o.vcpu >= vcpus:
+        return f"ops[{i}]: there is no vcpu {o.vcpu}, the VM has {vcpus}"
+    return f"ops[{i}]: size {o.size} is not 1, 2, 4 or 8 (or 16, but for read-modify-write)"
+
+
 cdef int _check_values(sc_batch *b, u64 n, u32 vcpus) except -1:
-    """ConfigError if an operation, a size or a vcpu does not exist; before anything is run. 1: some size is 16."""
+    """ConfigError if an operation, a size or a vcpu does not exist; before anything is run. 1: some size is 16.
+
+    This says so early, and which loops will do. The array may be another when its operations are made: each is judged
+    again then, see quick_chunk.
+    """
     cdef const sc_layout *layout = &b.ops
     cdef u64 i
     cdef sc_op o
@@ -74,66 +89,43 @@ cdef int _check_values(sc_batch *b, u64 n, u32 vcpus) except -1:
     cdef bint packed = (layout.stride == PACKED and layout.at[0] == 0 and layout.at[1] == 1 and layout.at[2] == 2
                         and layout.at[3] == 3 and layout.at[4] == 11)
     cdef u8 odd = layout.at[5] != <u64>-1
-    cdef u32 word
-    cdef u32 all_ = 0
-    cdef int part
     with nogil:
         # Loads, stores and fetches of 1, 2, 4 or 8 bytes are the bulk; only where there are others, each is looked at.
         if packed:
-            for _ in range(n // 4):
-                for part in range(4):
-                    memcpy(&word, element + part * PACKED, 4)
-                    all_ |= word
-                    odd |= _odd_op[word & 0xFF] | _odd_size[(word >> 16) & 0xFF]
-                element += 4 * PACKED
-            for _ in range(n % 4):
-                memcpy(&word, element, 4)
-                all_ |= word
-                odd |= _odd_op[word & 0xFF] | _odd_size[(word >> 16) & 0xFF]
-                element += PACKED
+            odd |= not quick_usual(element, n)
         else:
             for _ in range(n):
                 odd |= _odd_op[element[layout.at[0]]] | _odd_size[element[layout.at[2]]]
                 element += layout.stride
-        b.plain = packed and not all_ & 0xFE00
+        b.plain = packed
         for i in range(n if odd else 0):
             load_op(&o, layout, i, 0)
-            if o.op >= OP_COUNT or o.vcpu >= vcpus:
+            if not op_stands(&o, vcpus, b.last, True):
                 bad = True
-            elif op_is_access(o.op) and o.op != OP_FETCH:
-                wide = wide or o.size == 16
-                # 1, 2, 4, 8; and 16 for loads, stores and CMPXCHG
-                bad = o.size == 0 or o.size & (o.size - 1) or o.size > 16 or (o.size == 16 and o.op > OP_CMPXCHG)
-            if bad:
                 break
-    if not bad:
-        b.plain = b.plain and not wide
-        return wide
-    if o.op >= OP_COUNT:
-        known = ", ".join(f"{known.name}={known.value}" for known in Op)
-        raise ConfigError(f"ops[{i}]: operation code {o.op} is not one of {known}")
-    if o.vcpu >= vcpus:
-        raise ConfigError(f"ops[{i}]: there is no vcpu {o.vcpu}, the VM has {vcpus}")
-    raise ConfigError(f"ops[{i}]: size {o.size} is not 1, 2, 4 or 8 (or 16, but for read-modify-write)")
+            if op_is_access(o.op):
+                wide = wide or (o.size == 16 and o.op != OP_FETCH)
+                b.plain = b.plain and not _odd_size[o.size] and layout.base[<i64>i * layout.stride + 1] <= 1
+    if bad:
+        raise ConfigError(_complaint(i, &o, b.last, vcpus))
+    return wide
 
 
 cdef object run_batch(Mmu shell, u32 number, object ops, bint data):
     """VCpu.run, for vcpu `number` where operations do not name another."""
-    cdef Py_buffer held             # while it is, the array cannot be resized
+    cdef Held held                  # as long as it lives, the array cannot be resized
     cdef sc_batch b
     memset(&b, 0, sizeof(b))
     _layout(ops, &b.ops)
     b.number = number
     b.data = data
-    PyObject_GetBuffer(ops, &held, PyBUF_STRIDES)
-    try:
-        if held.ndim != 1:
-            raise ConfigError(f"ops: one dimension is needed, not {held.ndim}")
-        b.ops.base = <const u8 *>held.buf
-        b.ops.stride = held.strides[0]
-        return _run(shell, &b, held.shape[0], NULL)
-    finally:
-        PyBuffer_Release(&held)
+    b.last = OP_COUNT - 1
+    held = Held.__new__(Held, ops)
+    if held.view.ndim != 1:
+        raise ConfigError(f"ops: one dimension is needed, not {held.view.ndim}")
+    b.ops.base = <const u8 *>held.view.buf
+    b.ops.stride = held.view.strides[0]
+    return _run(shell, &b, held.view.shape[0], NULL)
 
 
 cdef void _plain_layout(sc_batch *b) noexcept nogil:
@@ -144,6 +136,7 @@ cdef void _plain_layout(sc_batch *b) noexcept nogil:
     b.ops.at[0], b.ops.at[1], b.ops.at[2], b.ops.at[3], b.ops.at[4] = 0, 1, 2, 3, 11
     b.ops.stride = PACKED
     b.plain = True
+    b.last = OP_FETCH
 
 
 cdef void _gather(const sc_columns *c, sc_batch *b, u8 *at, u64 i, u64 stop) noexcept nogil:
@@ -232,6 +225,8 @@ cdef void _results(const sc_batch *b, const sc_columns_out *out, u64 i, u64 stop
     """What became of operations i to stop, from the rows of those of which there is more to say than where they led."""
     cdef u64 j
     cdef const sc_row *row
+    if out.gpa != NULL and b.gpa != out.gpa:
+        memcpy(out.gpa + i, b.gpa + i, 8 * (stop - i))
     if out.outcome != NULL:
         memset(out.outcome + i, 0, stop - i)
     if out.emulated != NULL:
@@ -281,7 +276,8 @@ cdef int columns_run(sc_mmu *mmu, u32 number, const sc_columns *c, u64 n, bint d
     while i < n and rc == RC_OK:
         begin = i
         stop = min(n, i + CHUNK)
-        b.gpa = out.gpa if out.gpa != NULL else <u64 *>(<size_t>room + rows - 8 * i)
+        # Bytes move to and from the gpas that were found: these are kept where nobody else, nor the guest, can write.
+        b.gpa = out.gpa if out.gpa != NULL and not data else <u64 *>(<size_t>room + rows - 8 * i)
         b.value = out.value if out.value != NULL else <u64 *>(<size_t>room + rows + words - 8 * i)
         b.n_rows = 0
         b.hits = b.glances = b.repeats = b.regions = 0
@@ -289,7 +285,7 @@ cdef int columns_run(sc_mmu *mmu, u32 number, const sc_columns *c, u64 n, bint d
         _gather(c, &b, room + rows + 2 * words, i, stop)
         rc = quick_chunk(mmu, &b, &i, stop)
         _results(&b, out, begin, i)
-        quick_learn(&b, stop - begin)
+        quick_learn(&b, i - begin)
     free(room)
     no_memo[0] = not b.remember
     done[0] = i
@@ -322,9 +318,10 @@ cdef object _run(Mmu shell, sc_batch *b, u64 n, const sc_columns *columns):
     result.before = mmu.stats[0]
     b.remember = not shell.no_memo
     b.far = shell.far
+    b.watch = &shell.watch
     if not mmu.shadow or mmu.mem.exposed:
         memo_drop(mmu)              # anybody may have written to what translations are made of
-    mmu.mem.busy = True
+    shell.enter()
     error = None
     try:
         while i < n and rc == RC_OK:
@@ -335,8 +332,8 @@ cdef object _run(Mmu shell, sc_batch *b, u64 n, const sc_columns *columns):
                 result.many = more
                 result.rows = <sc_row *>more.at
             b.rows = result.rows
-            with nogil:             # until Ctrl-C has to be looked for, or rows want more room
-                for _ in range(CHUNKS):
+            with nogil:             # until signals have to be looked for, or rows want more room
+                while True:
                     begin = i
                     stop = min(n, i + CHUNK)
                     if room < b.n_rows + (stop - i):
@@ -347,23 +344,27 @@ cdef object _run(Mmu shell, sc_batch *b, u64 n, const sc_columns *columns):
                     if columns != NULL:
                         _gather(columns, b, <u8 *>gathered.at, i, stop)
                     rc = quick_chunk(mmu, b, &i, stop)
-                    quick_learn(b, stop - begin)
-                    if rc != RC_OK or i == n:
+                    quick_learn(b, i - begin)
+                    if rc != RC_OK or i == n or watch_due(b.watch):
                         break
-            if n > CHUNK:
-                PyErr_CheckSignals()
-    except KeyboardInterrupt:
-        error = Interrupted(None)
+            if rc == RC_OK and i < n:
+                error = shell.stopped()
+                if error is not None:
+                    break
+    except BaseException as raised:     # no room for rows
+        error = raised
     finally:
-        mmu.mem.busy = False
+        shell.leave()
         shell.no_memo = not b.remember
         shell.far = b.far
     result.n = i
     result.n_rows = b.n_rows
     result.after = mmu.stats[0]
-    if rc < 0:
+    if rc == RC_BAD_OP:
+        error = ConfigError(_complaint(i, &b.bad, b.last, mmu.n_vcpus)
+                            + "; it was when the batch began, somebody wrote to the array since")
+    elif rc < 0:
         error = shell.failure(rc)
     if error is not None:
-        error.result = result
-        raise error
+        raise watch_error(error, result)
     return result

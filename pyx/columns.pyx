@@ -2,6 +2,7 @@
 their numbers in a list, of one or two bytes, and the offsets are a third of the addresses."""
 from libc.stdlib cimport calloc, free
 
+from shadowcore.held cimport held_owners
 from shadowcore.types cimport u8, u16, u32, u64
 
 PAGES_MAX = 1 << 16                 # pages that a list can have
@@ -33,6 +34,8 @@ def split_pages(const u64[::1] addr, u64[::1] pages, u16[::1] index, u16[::1] of
     cdef u64 last = 1               # pages << 12 | 1 is the address of no page
     cdef u32 number = 0
     cdef u32 *table                 # of numbers of pages, plus 1
+    cdef list _owners = (held_owners(addr.base) + held_owners(pages.base)
+                         + held_owners(index.base) + held_owners(offset.base))
     if index.shape[0] != n or offset.shape[0] != n:
         raise ValueError("addr, index and offset: arrays of one length are needed")
     table = <u32 *>calloc(BUCKETS, sizeof(u32))
@@ -67,14 +70,18 @@ def join_pages(const u64[::1] pages, const index_t[::1] index, const u16[::1] of
     """
     cdef Py_ssize_t n = addr.shape[0]
     cdef u64 count = <u64>pages.shape[0]
+    cdef u64 at
     cdef Py_ssize_t i
     cdef Py_ssize_t done = n
+    cdef list _owners = (held_owners(pages.base) + held_owners(index.base)
+                         + held_owners(offset.base) + held_owners(addr.base))
     if index.shape[0] != n or offset.shape[0] != n:
         raise ValueError("index, offset and addr: arrays of one length are needed")
     with nogil:
         for i in range(n):
-            if index[i] >= count:
+            at = index[i]           # read once: the arrays may be somebody else's as well
+            if at >= count:
                 done = i
                 break
-            addr[i] = (pages[index[i]] << 12) + offset[i]
+            addr[i] = (pages[at] << 12) + offset[i]
     return done

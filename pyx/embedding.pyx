@@ -1,12 +1,10 @@
 """What an embedding simulator needs that is not there otherwise: batches of plain arrays, and events as they happen."""
-import weakref
-
 import numpy as np
 
-from cpython.buffer cimport PyBUF_STRIDES, PyBuffer_Release, PyObject_GetBuffer
 from libc.string cimport memset
 
 from shadowcore.batch cimport columns_check, run_columns, sc_columns
+from shadowcore.held cimport Held
 from shadowcore.mmu cimport Mmu
 from shadowcore.state cimport EVENT_COUNT, POINT_COUNT, sc_mmu
 from shadowcore.types cimport SC_NONE, i64, u8, u32, u64
@@ -22,26 +20,6 @@ cdef dict _KINDS = {"r": 0, "w": 1, "x": 2}
 cdef object _WORDS = np.dtype("<u8")
 cdef object _SIGNED = np.dtype("<i8")
 cdef tuple _BYTES = (np.dtype("u1"), np.dtype("?"))
-
-
-cdef class _Held:
-    """The buffer of an array while a batch reads it. A weak reference keeps numpy from resizing it even where it is
-    asked not to look."""
-    cdef Py_buffer view
-    cdef bint held
-    cdef list owners
-
-    def __cinit__(self, array):
-        self.owners = []
-        PyObject_GetBuffer(array, &self.view, PyBUF_STRIDES)
-        self.held = True
-        while isinstance(array, np.ndarray):
-            self.owners.append(weakref.ref(array))
-            array = np.ndarray.base.__get__(array)
-
-    def __dealloc__(self):
-        if self.held:
-            PyBuffer_Release(&self.view)
 
 
 cdef object _words(name, values):
@@ -68,8 +46,8 @@ cdef object _flags(name, values):
     return array
 
 
-cdef _Held _column(name, array, Py_ssize_t n, const u8 **at, i64 *step):
-    cdef _Held held = _Held(array)
+cdef Held _column(name, array, Py_ssize_t n, const u8 **at, i64 *step):
+    cdef Held held = Held.__new__(Held, array)
     if held.view.shape[0] != n:
         raise ConfigError(f"{name}: {held.view.shape[0]} elements, gva has {n}")
     at[0] = <const u8 *>held.view.buf

@@ -197,6 +197,6 @@ cdef int call_run(sc_guest *g, const sc_call *calls, u64 n, u64 *at, u64 *within
                 rc = _as_process(g, c, &results[at[0]])
             if rc != RC_OK:
                 return rc
-            budget -= min(budget, <u64>64)
+            budget -= min(budget, <u64>1024)    # it may take long
         at[0] += 1
     return RC_OK

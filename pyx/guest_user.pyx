@@ -148,8 +148,9 @@ cdef int user_touch(sc_guest *g, u32 flags, u32 size, u64 addr, u64 value, u64 s
 
 
 cdef int user_array(sc_guest *g, const u64 *addr, const u8 *write, bint all_write, const u64 *value, u32 size,
-                    u64 start, u64 stop, u8 *outcome, u64 *loaded, u64 *gpa, u64 *refused) noexcept nogil:
-    """Accesses at the addresses of an array. write NULL: all as all_write says; value NULL: each store another one.
+                    u64 *done, u64 stop, u8 *outcome, u64 *loaded, u64 *gpa, u64 *refused) noexcept nogil:
+    """Accesses done[0] to stop at the addresses of an array; done[0] tells how far it came. write NULL: all as
+    all_write says; value NULL: each store another one.
 
     outcome (0 done, 1 refused), loaded, gpa: results, each where it is not NULL.
     """
@@ -162,7 +163,8 @@ cdef int user_array(sc_guest *g, const u64 *addr, const u8 *write, bint all_writ
     memset(&o, 0, sizeof(o))
     o.user = True
     o.size = <u8>size
-    for i in range(start, stop):
+    for i in range(done[0], stop):
+        done[0] = i
         o.addr = addr[i]
         o.op = OP_READ
         o.value[0] = 0
@@ -182,6 +184,7 @@ cdef int user_array(sc_guest *g, const u64 *addr, const u8 *write, bint all_writ
             outcome[i] = rc != RC_OK
             loaded[i] = o.value[0] if o.op == OP_WRITE else r.value[0]
             gpa[i] = r.gpa
+    done[0] = stop
     return RC_OK
 
 
@@ -190,9 +193,10 @@ cdef inline u32 _piece(u32 left) noexcept nogil:
     return 16 if left >= 16 else 8 if left >= 8 else 4 if left >= 4 else 2 if left >= 2 else 1
 
 
-cdef int user_program(sc_guest *g, const u8 *op, const u16 *size, const u64 *addr, u64 start, u64 stop,
+cdef int user_program(sc_guest *g, const u8 *op, const u16 *size, const u64 *addr, u64 *done, u64 stop,
                       u64 *refused) noexcept nogil:
-    """Accesses as a program recording has them: reads, writes, fetches, and those that modify (PROGRAM_*).
+    """Accesses done[0] to stop as a program recording has them: reads, writes, fetches, and those that modify
+    (PROGRAM_*). done[0] tells how far it came.
 
     A fetch is one access for each page that the instruction lies in. What modifies is one read-modify-write. An
     access of a size that the processor does not have is made piece by piece; a refusal ends it.
@@ -207,7 +211,8 @@ cdef int user_program(sc_guest *g, const u8 *op, const u16 *size, const u64 *add
         return rc
     memset(&o, 0, sizeof(o))
     o.user = True
-    for i in range(start, stop):
+    for i in range(done[0], stop):
+        done[0] = i
         kind = op[i]
         at = addr[i]
         left = size[i] if size[i] else 1
@@ -238,6 +243,7 @@ cdef int user_program(sc_guest *g, const u8 *op, const u16 *size, const u64 *add
                 break
             if rc != RC_OK:
                 return rc
+    done[0] = stop
     return RC_OK
 
 

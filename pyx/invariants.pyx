@@ -22,6 +22,7 @@ from shadowcore.state cimport (
 )
 from shadowcore.tlb cimport TLB_SIZES, sc_tlb, sc_tlb_entry, tlb_overdue, tlb_valid
 from shadowcore.types cimport ACC_ALL, ACC_U, ACC_W, MODE_32, MODE_64, SC_NONE, u8, u32, u64
+from shadowcore.watch cimport watch_due, watch_look
 
 # What a finding says, by sc_finding.what.
 SENTENCES = (
@@ -86,6 +87,12 @@ cdef enum:
     S_TLB_TABLE
     S_TLB_LOG
     S_TLB_SHADOW
+
+
+cdef inline bint _stopped(sc_mmu *mmu, u32 page) noexcept nogil:
+    """Asked at every page: the handler of a signal has raised, and nobody wants to know the rest."""
+    return page & 255 == 0 and mmu.watch != NULL and (
+        mmu.watch.raised != NULL or (watch_due(mmu.watch) and watch_look(mmu.watch)))
 
 
 cdef inline void _report(sc_audit *a, int invariant, int what, u32 page, u32 index, u64 gfn) noexcept nogil:
@@ -201,6 +208,8 @@ cdef void check_mappings(sc_mmu *mmu, sc_audit *a) noexcept nogil:
     """I1: each present spte says what the guest's tables say, with rights no wider (mappings)."""
     cdef u32 number, index
     for number in range(mmu.pool_pages):
+        if _stopped(mmu, number):
+            return
         if not mmu.pages[number].active:
             continue
         for index in range(512):
@@ -216,6 +225,8 @@ cdef void check_write_protection(sc_mmu *mmu, sc_audit *a) noexcept nogil:
     cdef u32 number, index
     cdef u64 frame
     for number in range(mmu.pool_pages):
+        if _stopped(mmu, number):
+            return
         if not mmu.pages[number].active or role_level(mmu.pages[number].role) != 1:
             continue
         for index in range(512):
@@ -249,6 +260,8 @@ cdef void check_rmap(sc_mmu *mmu, sc_audit *a) noexcept nogil:
     cdef u64 leaves = 0
     cdef u64 listed = 0
     for number in range(mmu.pool_pages):
+        if _stopped(mmu, number):
+            return
         if not mmu.pages[number].active or role_level(mmu.pages[number].role) != 1:
             continue
         for index in range(512):
@@ -281,6 +294,8 @@ cdef void check_parents(sc_mmu *mmu, sc_audit *a) noexcept nogil:
     cdef u64 links = 0
     cdef u64 listed = 0
     for number in range(mmu.pool_pages):
+        if _stopped(mmu, number):
+            return
         if not mmu.pages[number].active or role_level(mmu.pages[number].role) == 1:
             continue
         for index in range(512):
@@ -295,6 +310,8 @@ cdef void check_parents(sc_mmu *mmu, sc_audit *a) noexcept nogil:
             elif not _listed(mmu, mmu.pages[child].parents, spte):
                 _report(a, 4, S_PARENT_MISSING, number, index, mmu.pages[child].gfn)
     for number in range(mmu.pool_pages):
+        if _stopped(mmu, number):
+            return
         member = list_first(mmu.pages[number].parents)
         while member:
             if (member > mmu.pool_pages * 512 or not mmu.table[member - 1] & PTE_P
@@ -352,6 +369,8 @@ cdef void check_pool(sc_mmu *mmu, sc_audit *a) noexcept nogil:
     cdef u32 free = 0
     cdef bint marked, global_
     for number in range(mmu.pool_pages):
+        if _stopped(mmu, number):
+            return
         active += mmu.pages[number].active
         used = 0
         global_ = True
@@ -399,6 +418,8 @@ cdef void check_shadowed(sc_mmu *mmu, sc_audit *a) noexcept nogil:
     cdef u32 formats[2]
     formats[0] = formats[1] = 0
     for number in range(mmu.pool_pages):
+        if _stopped(mmu, number):
+            return
         if not mmu.pages[number].active or role_direct(mmu.pages[number].role):
             continue
         formats[role_pte_size(mmu.pages[number].role) == 8] += 1
@@ -426,6 +447,8 @@ cdef void check_roots(sc_mmu *mmu, sc_audit *a) noexcept nogil:
     cdef u32 number, i, slot, held
     cdef const sc_vcpu *v
     for number in range(mmu.pool_pages):
+        if _stopped(mmu, number):
+            return
         held = 0
         for i in range(mmu.n_vcpus):
             for slot in range(4):
@@ -454,6 +477,8 @@ cdef void check_counters(sc_mmu *mmu, sc_audit *a) noexcept nogil:
     if mmu.shadow and reasons != mmu.stats.pf_taken:
         _report(a, 9, S_EXITS, SC_NONE, 0, 0)
     for number in range(mmu.pool_pages):
+        if _stopped(mmu, number):
+            return
         if mmu.pages[number].active:
             for index in range(512):
                 present += mmu.table[number * 512 + index] & PTE_P

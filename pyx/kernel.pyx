@@ -5,11 +5,10 @@ loads, INVLPG. See guest_options.KernelOptions for its settings, and docs/worklo
 """
 import numpy as np
 
-from cpython.exc cimport PyErr_CheckSignals
 from libc.string cimport memcpy
 
 from shadowcore.guest cimport (
-    FILE_DISK, FILE_LARGE, FILE_ZERO, NO_PROCESS, PROCESS_ALIVE, PROCESS_ENDED, PROCESS_NONE, RC_SEGV, guest_span,
+    FILE_DISK, FILE_LARGE, FILE_ZERO, NO_PROCESS, PROCESS_ALIVE, PROCESS_ENDED, PROCESS_NONE, guest_span,
     sc_gproc, sc_gprogram, sc_gvma, vmas_of,
 )
 from shadowcore.guest_call cimport (
@@ -21,9 +20,10 @@ from shadowcore.guest_process cimport process_switch
 from shadowcore.guest_user cimport PROGRAM_MODIFY, user_array, user_program
 from shadowcore.kernel_base cimport KernelBase
 from shadowcore.types cimport RC_OK, u8, u16, u32, u64
+from shadowcore.watch cimport watch_due, watch_error
 
 from shadowcore.config import check_int
-from shadowcore.errors import ConfigError, GuestOutOfMemory, Interrupted
+from shadowcore.errors import ConfigError, GuestOutOfMemory
 from shadowcore.guest_options import Call, File, Program
 from shadowcore.kernel_base import COUNTERS
 from shadowcore.process import Process
@@ -41,7 +41,7 @@ assert CALL_DTYPE.itemsize == sizeof(sc_call)
 assert MAPPING_DTYPE.itemsize == sizeof(sc_gvma)
 
 cdef enum:
-    BUDGET = 1 << 16                # accesses between two looks for Ctrl-C
+    BUDGET = 1 << 12                # accesses between two looks at the clock, see shadowcore.watch
 
 cdef dict _WHY = {
     BAD_OP: "op", BAD_PROCESS: "process: no such number", BAD_SIZE: "size: not 1, 2, 4 or 8",
@@ -67,6 +67,7 @@ cdef class Kernel(KernelBase):
 
         ConfigError, before anything is done, for an operation that cannot be whatever the state; for one that the
         state forbids (a process that has ended), or GuestOutOfMemory, when its turn comes: those before it are done.
+        Ctrl-C raises Interrupted. Errors that come in the middle have `.result`: the results of those that were done.
         """
         if isinstance(calls, np.ndarray):
             calls = np.asarray(calls)       # without what a subclass says of itself
@@ -92,18 +93,23 @@ cdef class Kernel(KernelBase):
                     break
         if rc != BAD_NOTHING:
             raise ConfigError(f"calls[{i}]: {_WHY[rc]} (op {c[i].op})")
-        self.g.mmu.mem.busy = True
+        error = None
+        self._cpu.mmu.enter()
         try:
-            while at < n and rc == RC_OK:
+            while at < n and rc == RC_OK and error is None:
                 with nogil:
-                    rc = call_run(&self.g, c, n, &at, &within, BUDGET, r)
-                PyErr_CheckSignals()
-        except KeyboardInterrupt:
-            raise Interrupted(results[:at]) from None
+                    while at < n and rc == RC_OK and not self.g.mmu.audit_found:
+                        rc = call_run(&self.g, c, n, &at, &within, BUDGET, r)
+                        if watch_due(self.g.mmu.watch):
+                            break
+                if rc == RC_OK:
+                    error = self._cpu.mmu.stopped()
         finally:
-            self.g.mmu.mem.busy = False
+            self._cpu.mmu.leave()
         if rc != RC_OK:
-            self._failed(rc, f"calls[{at}], {Call(c[at].op).name.lower()}")
+            error = self._failure(rc, f"calls[{at}], {Call(c[at].op).name.lower()}")
+        if error is not None:
+            raise watch_error(error, results[:at])
         return results
 
     def call(self, op, process=0, addr=0, count=0, value=0, *, flags=0, size=8, prot=0) -> int:
@@ -301,25 +307,27 @@ cdef class Kernel(KernelBase):
             c_gpa = <u64 *><size_t>gpa.ctypes.data
         cdef const u64 *c_addr = <const u64 *><size_t>addr.ctypes.data
         cdef u64 at = 0
-        cdef u64 stop
         cdef u64 refused = 0
         cdef int rc
-        self.g.mmu.mem.busy = True
+        error = None
+        self._cpu.mmu.enter()
         try:
             rc = process_switch(&self.g, p) if self.g.current != p or self.g.idle else RC_OK
-            while at < n and rc == RC_OK:
-                stop = min(n, at + BUDGET)
+            while at < n and rc == RC_OK and error is None:
                 with nogil:
-                    rc = user_array(&self.g, c_addr, c_write, all_write, c_value, c_size, at, stop, c_outcome,
-                                    c_loaded, c_gpa, &refused)
-                at = stop
-                PyErr_CheckSignals()
-        except KeyboardInterrupt:
-            raise Interrupted(None) from None
+                    while at < n and rc == RC_OK and not self.g.mmu.audit_found:
+                        rc = user_array(&self.g, c_addr, c_write, all_write, c_value, c_size, &at, min(n, at + BUDGET),
+                                        c_outcome, c_loaded, c_gpa, &refused)
+                        if watch_due(self.g.mmu.watch):
+                            break
+                if rc == RC_OK:
+                    error = self._cpu.mmu.stopped()
         finally:
-            self.g.mmu.mem.busy = False
-        if rc != RC_OK and rc != RC_SEGV:
-            self._failed(rc, "access")
+            self._cpu.mmu.leave()
+        if rc != RC_OK:
+            error = self._failure(rc, "access")
+        if error is not None:
+            raise watch_error(error, (outcome[:at], loaded[:at], gpa[:at]) if results else refused)
         return (outcome, loaded, gpa) if results else refused
 
     def replay(self, number, op, size, addr) -> int:
@@ -341,24 +349,26 @@ cdef class Kernel(KernelBase):
         cdef const u16 *c_size = <const u16 *><size_t>sizes.ctypes.data
         cdef const u64 *c_addr = <const u64 *><size_t>addrs.ctypes.data
         cdef u64 at = 0
-        cdef u64 stop
         cdef u64 refused = 0
         cdef int rc
-        self.g.mmu.mem.busy = True
+        error = None
+        self._cpu.mmu.enter()
         try:
             rc = process_switch(&self.g, p) if self.g.current != p or self.g.idle else RC_OK
-            while at < n and rc == RC_OK:
-                stop = min(n, at + BUDGET)
+            while at < n and rc == RC_OK and error is None:
                 with nogil:
-                    rc = user_program(&self.g, c_op, c_size, c_addr, at, stop, &refused)
-                at = stop
-                PyErr_CheckSignals()
-        except KeyboardInterrupt:
-            raise Interrupted(None) from None
+                    while at < n and rc == RC_OK and not self.g.mmu.audit_found:
+                        rc = user_program(&self.g, c_op, c_size, c_addr, &at, min(n, at + BUDGET), &refused)
+                        if watch_due(self.g.mmu.watch):
+                            break
+                if rc == RC_OK:
+                    error = self._cpu.mmu.stopped()
         finally:
-            self.g.mmu.mem.busy = False
+            self._cpu.mmu.leave()
         if rc != RC_OK:
-            self._failed(rc, "replay")
+            error = self._failure(rc, "replay")
+        if error is not None:
+            raise watch_error(error, refused)
         return refused
 
     def __repr__(self):

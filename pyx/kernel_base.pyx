@@ -175,27 +175,27 @@ cdef class KernelBase:
             raise GuestPanic(f"the guest has stopped: {self._stopped}")
         return 0
 
-    cdef int _failed(self, int rc, object where) except -1:
-        """Raise what return code `rc` stands for."""
+    cdef object _failure(self, int rc, object where):
+        """What return code `rc` stands for, as an exception."""
         if rc == RC_BAD_OP:
-            raise ConfigError(f"{where}: the process has ended, or its number is in use")
+            return ConfigError(f"{where}: the process has ended, or its number is in use")
         if rc == RC_NOMEM:
-            raise GuestOutOfMemory(f"{where}: no free frame in the guest's {self.g.nframes}")
+            return GuestOutOfMemory(f"{where}: no free frame in the guest's {self.g.nframes}")
         if rc == RC_NOROOM:
-            raise GuestOutOfMemory(f"{where}: no room in the address space, or over max_mappings={self.g.max_vmas}")
+            return GuestOutOfMemory(f"{where}: no room in the address space, or over max_mappings={self.g.max_vmas}")
         if rc == RC_NOLOG:
             self._stopped = "the recording did not fit into the host's memory"
-            raise MemoryError(f"{where}: no memory for a recording of {self.g.log_length} operations")
+            return MemoryError(f"{where}: no memory for a recording of {self.g.log_length} operations")
         if rc == RC_SEGV:
-            raise ConfigError(f"{where}: not all of its range is mapped with the rights that it needs")
+            return ConfigError(f"{where}: not all of its range is mapped with the rights that it needs")
         if rc == RC_PANIC:
             self._stopped = "its tables or registers are not what it made them"
-            raise GuestPanic(f"{where}: {self._stopped}")
+            return GuestPanic(f"{where}: {self._stopped}")
         error = self._cpu.mmu.failure(rc)
         if self._cpu.mmu.hook_error is not None:
             error, self._cpu.mmu.hook_error = self._cpu.mmu.hook_error, None
         self._stopped = str(error)
-        raise error
+        return error
 
     @property
     def counters(self) -> dict:

@@ -5,6 +5,7 @@
 
 An address is 1 to 16 hexadecimal digits, a size 1 to 5 decimal ones.
 """
+from shadowcore.held cimport held_owners
 from shadowcore.types cimport u8, u16, u64
 
 # What stands behind the parsed lines: nothing but a line without its end, no room, a line of another kind, a line that
@@ -105,6 +106,8 @@ def parse(const u8[::1] text, Py_ssize_t start, Py_ssize_t stop, u8[::1] kind, u
     cdef const u8 *end
     cdef int length = 0
     cdef int what = C_MORE
+    cdef list _owners = (held_owners(text.base) + held_owners(kind.base)
+                         + held_owners(size.base) + held_owners(addr.base))
     if not 0 <= start <= stop <= text.shape[0]:
         raise ValueError(f"bytes {start} to {stop} of {text.shape[0]}")
     if size.shape[0] != room or addr.shape[0] != room or not 0 <= filled <= room:

@@ -2,12 +2,14 @@
 import contextlib
 import mmap
 import sys
-import weakref
 
 import numpy as np
 
+from cpython.buffer cimport PyBuffer_FillInfo
+from libc.stdlib cimport calloc, free
 from libc.string cimport memset
 
+from shadowcore.held cimport held_owners
 from shadowcore.memory cimport (
     SC_MAX_SLOTS, SC_POOL_HFN, SC_RAM_ALIGN, mem_frame, sc_no_frame,
 )
@@ -21,6 +23,27 @@ cdef enum:
     HUGE_PAGE = 1 << 21             # bytes of a large page of the host
 
 
+cdef class _Zeroed:
+    """Bytes that belong to no array: whoever has one can resize it."""
+    cdef void *at
+    cdef Py_ssize_t size
+
+    def __getbuffer__(self, Py_buffer *view, int flags):
+        PyBuffer_FillInfo(view, self, self.at, self.size, 0, flags)
+
+    def __dealloc__(self):
+        free(self.at)
+
+
+cdef _Zeroed _zeroed(size_t nbytes):
+    cdef _Zeroed bytes_ = _Zeroed.__new__(_Zeroed)
+    bytes_.at = calloc(nbytes, 1)
+    if bytes_.at == NULL:
+        raise MemoryError(f"cannot allocate {nbytes} bytes")
+    bytes_.size = nbytes
+    return bytes_
+
+
 def allocate(nbytes, huge=False):
     """A zeroed uint8 array of `nbytes` whose pages the host commits when they are first touched.
 
@@ -28,7 +51,7 @@ def allocate(nbytes, huge=False):
     start on: one byte touched anywhere commits all of its page.
     """
     if sys.platform == "win32":
-        return np.zeros(nbytes, dtype=np.uint8)
+        return np.frombuffer(_zeroed(nbytes), dtype=np.uint8)
     flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
     if sys.platform == "linux":
         flags |= getattr(mmap, "MAP_NORESERVE", 0x4000)
@@ -80,7 +103,7 @@ cdef class Memory:
         if sum(slot.size for slot in slots) != ram.size:
             raise ConfigError(f"slots: they hold {sum(slot.size for slot in slots)} bytes, the memory {ram.size}")
         # A buffer keeps most owners from moving their bytes; numpy's refcheck=False is held off by a weak reference.
-        self._views = [memoryview(ram), *_owners(ram)]
+        self._views = [memoryview(ram), *held_owners(ram)]
         self._logs = {}
         self.bytes = ram
         self.words = ram.view(np.uint64)
@@ -141,7 +164,7 @@ cdef class Memory:
         self._idle()
         index = check_int("slot", slot, 0, <int>self.mem.nslots - 1)
         if index not in self._logs:
-            log = np.zeros((self.mem.slots[<u32>index].npages + 63) >> 6, dtype=np.uint64)
+            log = allocate(((self.mem.slots[<u32>index].npages + 63) >> 6) * 8).view(np.uint64)
             self._logs[index] = log
             self.mem.slots[index].dirty = <u64 *>_pointer(log)
             self.mem.logging = True
@@ -173,7 +196,7 @@ cdef class Memory:
 
     def dirty_words(self, slot=0):
         """uint64: the log of `slot` itself, one bit a frame, sharing memory."""
-        return self._logs[self._logged(slot)]
+        return self._logs[self._logged(slot)][:]
 
     def _idle(self):
         if self.mem.busy:
@@ -194,15 +217,6 @@ cdef class Memory:
 
     def __repr__(self):
         return f"Memory({self.bytes.size >> 20} MiB, {len(self.slots)} slot(s))"
-
-
-cdef list _owners(object array):
-    """Weak references to the arrays that `array` is a view of, and to itself: numpy resizes none that has one."""
-    cdef list found = []
-    while isinstance(array, np.ndarray):
-        found.append(weakref.ref(array))
-        array = np.ndarray.base.__get__(array)
-    return found
 
 
 def checked_slots(slots):

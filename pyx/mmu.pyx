@@ -24,6 +24,7 @@ from shadowcore.types cimport (
     RC_UNGRANTED, RC_UNHANDLED, SC_NONE, u8, u32, u64,
 )
 from shadowcore.walker cimport guest_walk, rights_fault, sc_walk, shadow_walk
+from shadowcore.watch cimport watch_due, watch_look, watch_raised
 
 from shadowcore.config import Shadow, check_int, check_ints, design as checked_design
 from shadowcore.errors import ConfigError, EngineError, PoolExhausted
@@ -227,6 +228,7 @@ cdef class Mmu:
         self.stats.c = &self.counters
         self.c.mem = &memory.mem
         self.c.stats = &self.counters
+        memset(&self.watch, 0, sizeof(self.watch))
         self.c.free_head = self.c.young = self.c.old = SC_NONE
         self._arrays = []
         self._vcpus = []
@@ -259,8 +261,27 @@ cdef class Mmu:
             raise EngineError("this VM is in use, by a batch in another thread or by the callback that makes this call")
         return 0
 
+    cdef void enter(self) noexcept:
+        """Work begins that does without the GIL, and that signals can end. Until `leave`."""
+        self.c.mem.busy = True
+        self.c.watch = &self.watch
+
+    cdef void leave(self) noexcept:
+        self.c.mem.busy = False
+        self.c.watch = NULL
+
+    cdef object stopped(self):
+        """Between operations of such work: why it has to end, or None. Looks for signals if it is time."""
+        if self.c.audit_found:
+            return self.failure(RC_AUDIT)
+        if watch_due(self.c.watch) and watch_look(self.c.watch):
+            return watch_raised(self.c.watch)
+        return None
+
     cdef object failure(self, int rc):
         """The exception for a negative return code."""
+        if rc == RC_AUDIT and self.hook_error is None:
+            self.hook_error = watch_raised(&self.watch)
         if rc == RC_HOOK or (rc == RC_AUDIT and self.hook_error is not None):
             error, self.hook_error = self.hook_error, None
             if self.c.audit_found == POINT_COUNT + 1:

@@ -13,12 +13,16 @@ from shadowcore.access cimport OP_INVLPG, OP_READ, OP_WRITE, access_shortest, op
 from shadowcore.bits cimport cr0_kept
 from shadowcore.emulate cimport emulate_store
 from shadowcore.events cimport EXIT_EMULATE
+from shadowcore.held cimport Held
 from shadowcore.memory cimport mem_frame, mem_guest_frame, mem_mark_dirty, sc_no_frame
 from shadowcore.registers cimport load_cr0, load_cr3, load_cr4
 from shadowcore.state cimport count_exit, sc_mmu, sc_vcpu
 from shadowcore.types cimport PF_W, RC_AUDIT, RC_BAD_OP, RC_GP, RC_OK, RC_PF, u8, u16, u32, u64
 from shadowcore.vcpu cimport VCpu
 from shadowcore.walker cimport probe_walk, sc_walk
+from shadowcore.watch cimport watch_due, watch_error
+
+_U1, _U2, _U8 = np.dtype("u1"), np.dtype("<u2"), np.dtype("<u8")
 
 cdef enum:
     LOAD_CR3 = 1
@@ -31,6 +35,14 @@ cdef enum:
     ACCESS_WRITE = 1                # flags of an ACCESS
     ACCESS_USER = 2
     KEPT_MISMATCHES = 16
+    SLICE = 1 << 8                  # records between two looks at the clock
+
+cdef struct sc_record:              # of the arrays, which may change meanwhile: read once, judged, and used from here
+    u64 number
+    u8 kind
+    u16 flags
+    u64 addr
+    u64 value
 
 cdef struct sc_replay:
     const u8 *kind
@@ -50,11 +62,21 @@ cdef struct sc_replay:
     u64 mismatch[KEPT_MISMATCHES]
 
 
-cdef inline bint _is_store_of(const sc_replay *t, u64 access, u64 store) noexcept nogil:
+cdef inline sc_record _read(const sc_replay *t, u64 i) noexcept nogil:
+    cdef sc_record e
+    e.number = i
+    e.kind = t.kind[i]
+    e.flags = t.flags[i]
+    e.addr = t.addr[i]
+    e.value = t.value[i]
+    return e
+
+
+cdef inline bint _is_store_of(const sc_record *access, const sc_record *store) noexcept nogil:
     """Record `access` is the recorded form of the very store in record `store`."""
-    return (store < t.length and t.kind[store] == STORE and not t.flags[store] & SNAPSHOT
-            and t.kind[access] == ACCESS and t.flags[access] & (ACCESS_WRITE | ACCESS_USER) == ACCESS_WRITE
-            and t.value[access] >> 3 == t.addr[store] >> 3)
+    return (store.kind == STORE and not store.flags & SNAPSHOT
+            and access.kind == ACCESS and access.flags & (ACCESS_WRITE | ACCESS_USER) == ACCESS_WRITE
+            and access.value >> 3 == store.addr >> 3)
 
 
 cdef void _mismatch(sc_replay *t, u64 record) noexcept nogil:
@@ -89,18 +111,23 @@ cdef void _store_at_gpa(sc_mmu *mmu, sc_vcpu *v, u64 gpa, const u8 *data, u32 nb
     mem_mark_dirty(mmu.mem, gpa >> 12)
 
 
-cdef int _store(sc_mmu *mmu, sc_vcpu *v, sc_replay *t, u64 i, sc_result *r) noexcept nogil:
+cdef int _store(sc_mmu *mmu, sc_vcpu *v, sc_replay *t, const sc_record *e, sc_result *r) noexcept nogil:
     cdef sc_walk w
-    cdef u64 gpa = t.addr[i]
+    cdef sc_record before
+    cdef u64 gpa = e.addr
     cdef u64 va = t.direct_map + gpa
-    cdef u64 data = t.value[i] >> (8 * (gpa & 7))
-    cdef u32 size = (t.flags[i] >> 4) & 7
+    cdef u64 data = e.value >> (8 * (gpa & 7))
+    cdef u32 size = (e.flags >> 4) & 7
     cdef int rc
     if size == 0:
         size = 8
+    if (gpa & 4095) + size > 4096:
+        return RC_BAD_OP
     t.table_stores += 1
-    if i and _is_store_of(t, i - 1, i):
-        va = t.addr[i - 1] + (gpa - t.value[i - 1])
+    if e.number:
+        before = _read(t, e.number - 1)
+        if _is_store_of(&before, e):
+            va = before.addr + (gpa - before.value)
     if probe_walk(mmu.mem, &v.guest, va, PF_W, &w) == RC_OK and w.gpa == gpa:
         rc = _access(mmu, v, OP_WRITE, va, False, size, data, True, r)
         if rc == RC_OK and r.gpa == gpa:
@@ -119,17 +146,21 @@ cdef void _place_word(sc_mmu *mmu, sc_vcpu *v, u64 gpa, u64 value) noexcept nogi
         _store_at_gpa(mmu, v, gpa & ~<u64>7, <u8 *>&value, 8)
 
 
-cdef void _table_begins(sc_mmu *mmu, sc_vcpu *v, sc_replay *t, u64 i) noexcept nogil:
+cdef void _table_begins(sc_mmu *mmu, sc_vcpu *v, sc_replay *t, const sc_record *e) noexcept nogil:
     """A frame begins to serve as a table: put its contents in place, or where it is still shadowed as the table of
     an earlier life, store each word that differs."""
     cdef u64 words[512]
-    cdef u64 gpa = t.addr[i]
+    cdef sc_record word
+    cdef u64 gpa = e.addr & ~<u64>4095
     cdef u64 frame = mem_frame(mmu.mem, gpa >> 12)
+    cdef u64 i = e.number + 1
     cdef int n
     memset(words, 0, sizeof(words))
-    i += 1
-    while i < t.length and t.kind[i] == STORE and t.flags[i] & SNAPSHOT and t.addr[i] >> 12 == gpa >> 12:
-        words[(t.addr[i] & 4095) >> 3] = t.value[i]
+    while i < t.length:
+        word = _read(t, i)
+        if word.kind != STORE or not word.flags & SNAPSHOT or word.addr >> 12 != gpa >> 12:
+            break
+        words[(word.addr & 4095) >> 3] = word.value
         t.snapshot_words += 1
         i += 1
     if not (mmu.shadow and mmu.frames[frame].shadowed):
@@ -142,35 +173,39 @@ cdef void _table_begins(sc_mmu *mmu, sc_vcpu *v, sc_replay *t, u64 i) noexcept n
 
 cdef int _record(sc_mmu *mmu, sc_vcpu *v, sc_replay *t, u64 i) noexcept nogil:
     cdef sc_result r
-    cdef u8 kind = t.kind[i]
-    cdef u64 addr = t.addr[i]
+    cdef sc_record e = _read(t, i)
+    cdef sc_record store
+    cdef u8 kind = e.kind
+    cdef u64 addr = e.addr
     cdef int rc = RC_OK
     if (kind == STORE or kind == TABLE) and mem_frame(mmu.mem, addr >> 12) == sc_no_frame():
         return RC_BAD_OP            # recordings are checked when they are read; arrays may come from elsewhere
     if kind == ACCESS:
-        if t.flags[i] & ACCESS_WRITE and _is_store_of(t, i, i + 1):
-            return RC_OK            # done by the store itself, the next record
+        if e.flags & ACCESS_WRITE and i + 1 < t.length:
+            store = _read(t, i + 1)
+            if _is_store_of(&e, &store):
+                return RC_OK        # done by the store itself, the next record
         t.accesses += 1
-        rc = _access(mmu, v, OP_WRITE if t.flags[i] & ACCESS_WRITE else OP_READ, addr,
-                     t.flags[i] & ACCESS_USER != 0, 1, 0, False, &r)
-        if rc >= 0 and r.gpa != t.value[i]:
+        rc = _access(mmu, v, OP_WRITE if e.flags & ACCESS_WRITE else OP_READ, addr,
+                     e.flags & ACCESS_USER != 0, 1, 0, False, &r)
+        if rc >= 0 and r.gpa != e.value:
             _mismatch(t, i)
         if rc == RC_PF or rc == RC_GP:
             t.faults += 1
     elif kind == STORE:
-        if t.flags[i] & SNAPSHOT:
-            _place_word(mmu, v, addr, t.value[i])   # already there if the table's beginning brought it
+        if e.flags & SNAPSHOT:
+            _place_word(mmu, v, addr, e.value)      # already there if the table's beginning brought it
         else:
-            rc = _store(mmu, v, t, i, &r)
+            rc = _store(mmu, v, t, &e, &r)
     elif kind == TABLE:
-        _table_begins(mmu, v, t, i)
+        _table_begins(mmu, v, t, &e)
     elif kind == LOAD_CR3:
         rc = load_cr3(mmu, v, addr)
     elif kind == LOAD_CR:
         if v.cr0 != cr0_kept(addr):
             rc = load_cr0(mmu, v, addr)
-        if rc == RC_OK and v.cr4 != t.value[i]:
-            rc = load_cr4(mmu, v, t.value[i])
+        if rc == RC_OK and v.cr4 != e.value:
+            rc = load_cr4(mmu, v, e.value)
     elif kind == INVLPG:
         rc = _access(mmu, v, OP_INVLPG, addr, False, 0, 0, False, &r)
     if rc == RC_GP and kind < STORE:
@@ -178,19 +213,24 @@ cdef int _record(sc_mmu *mmu, sc_vcpu *v, sc_replay *t, u64 i) noexcept nogil:
     return min(rc, RC_OK)
 
 
-cdef const void *_data(dict arrays, name, dtype) except NULL:
-    array = np.asarray(arrays[name])
-    if (array is not arrays[name] or array.dtype != dtype or array.ndim != 1 or not array.flags.c_contiguous
-            or len(array) != len(arrays["kind"])):
+cdef Held _column(array, name, dtype, Py_ssize_t length):
+    """The array, held; length: that it has to have, -1: any."""
+    cdef Held held
+    given, array = array, np.asarray(array)
+    if array is not given or array.dtype != dtype or array.ndim != 1 or not array.flags.c_contiguous:
         raise ValueError(f"{name}: a contiguous array of {dtype}, of the length of 'kind', is needed")
-    return <const void *><size_t>array.ctypes.data
+    held = Held.__new__(Held, array)
+    if held.view.ndim != 1 or held.view.itemsize != dtype.itemsize or length not in (-1, held.view.shape[0]):
+        raise ValueError(f"{name}: a contiguous array of {dtype}, of the length of 'kind', is needed")
+    return held
 
 
 def replay(vm, dict arrays, start, stop, direct_map=0xFFFF888000000000):
     """Replay records [start, stop) of `arrays` (kind, flags, addr, value) on vm.vcpus[0], without the GIL.
 
     direct_map: linear address at which the guest maps all of its memory. Returns counts of this stretch; the
-    counters of vm.stats have the rest.
+    counters of vm.stats have the rest. What a signal's handler raises ends it between two records: the error has
+    `.record`, the next one, and `.result`, the counts; Ctrl-C is Interrupted.
     """
     cdef VCpu cpu = vm.vcpus[0]
     cdef sc_mmu *mmu = &cpu.mmu.c
@@ -199,37 +239,41 @@ def replay(vm, dict arrays, start, stop, direct_map=0xFFFF888000000000):
     cdef u64 end = stop
     cdef int rc = 0
     memset(&t, 0, sizeof(t))
-    t.kind = <const u8 *>_data(arrays, "kind", "u1")
-    t.flags = <const u16 *>_data(arrays, "flags", "<u2")
-    t.addr = <const u64 *>_data(arrays, "addr", "<u8")
-    t.value = <const u64 *>_data(arrays, "value", "<u8")
-    t.length = len(arrays["kind"])
+    cdef Held kind = _column(arrays["kind"], "kind", _U1, -1)
+    t.length = kind.view.shape[0]
+    cdef Held flags = _column(arrays["flags"], "flags", _U2, t.length)
+    cdef Held addr = _column(arrays["addr"], "addr", _U8, t.length)
+    cdef Held value = _column(arrays["value"], "value", _U8, t.length)
+    t.kind = <const u8 *>kind.view.buf
+    t.flags = <const u16 *>flags.view.buf
+    t.addr = <const u64 *>addr.view.buf
+    t.value = <const u64 *>value.view.buf
     t.direct_map = direct_map
     if not i <= end <= t.length:
         raise ValueError(f"records {start} to {stop} of {t.length}")
     cpu.mmu.idle()
-    cpu.mmu.c.mem.busy = True
+    error = None
+    cpu.mmu.enter()
     try:
-        with nogil:
-            while i < end:
-                rc = _record(mmu, &cpu.c, &t, i)
-                if mmu.audit_found:
-                    rc = RC_AUDIT
-                if rc < 0:
-                    break
-                t.pages_sum += mmu.n_active
-                if mmu.n_active > t.pages_max:
-                    t.pages_max = mmu.n_active
-                i += 1
+        while i < end and rc >= 0 and error is None:
+            with nogil:
+                while i < end:
+                    rc = _record(mmu, &cpu.c, &t, i)
+                    if mmu.audit_found:
+                        rc = RC_AUDIT
+                    if rc < 0:
+                        break
+                    t.pages_sum += mmu.n_active
+                    if mmu.n_active > t.pages_max:
+                        t.pages_max = mmu.n_active
+                    i += 1
+                    if i % SLICE == 0 and watch_due(mmu.watch):
+                        break
+            if rc >= 0 and i < end:
+                error = cpu.mmu.stopped()
     finally:
-        cpu.mmu.c.mem.busy = False
-    if rc == RC_BAD_OP:
-        raise ValueError(f"record {i}: gpa {t.addr[i]:#x} is in no memory slot")
-    if rc < 0:
-        error = cpu.mmu.failure(rc)
-        error.record = i
-        raise error
-    return {
+        cpu.mmu.leave()
+    counts = {
         "records": i - <u64>start,
         "accesses": t.accesses,
         "table_stores": t.table_stores,
@@ -241,3 +285,15 @@ def replay(vm, dict arrays, start, stop, direct_map=0xFFFF888000000000):
         "pages_sum": t.pages_sum,
         "pages_max": t.pages_max,
     }
+    if rc == RC_BAD_OP:
+        raise ValueError(f"record {i}: gpa {t.addr[i]:#x} is in no memory slot, or too near to the end of its page")
+    if rc < 0:
+        error = cpu.mmu.failure(rc)
+    if error is None:
+        return counts
+    error = watch_error(error, counts)
+    try:
+        error.record = i
+    except Exception:               # an exception that takes no attributes
+        pass
+    raise error

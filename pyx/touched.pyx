@@ -3,7 +3,10 @@ import numpy as np
 
 from libc.stdlib cimport calloc, free
 
+from shadowcore.held cimport held_owners
 from shadowcore.types cimport u8, u16, u64
+
+from shadowcore.errors import EngineError
 
 READ = 1                            # bits of what was done to a page
 WRITE = 2
@@ -25,6 +28,7 @@ cdef class PageSet:
     cdef u64 _slots                 # a power of two
     cdef u64 _used                  # slots that are not free
     cdef u64 _count                 # pages in the set
+    cdef bint _busy                 # in use, without the GIL
 
     def __cinit__(self):
         self._keys = <u64 *>calloc(FIRST, sizeof(u64))
@@ -75,15 +79,32 @@ cdef class PageSet:
         """Accesses of a program (op as recordings have it). Two arrays: pages that are new, or of which something new
         was done, in order of that (a page comes once for each news); and what was done to them, all of it."""
         cdef Py_ssize_t n = op.shape[0]
+        cdef list pages = []
+        cdef list flags = []
+        cdef list _owners = held_owners(op.base) + held_owners(size.base) + held_owners(addr.base)
+        if size.shape[0] != n or addr.shape[0] != n:
+            raise ValueError("op, size and addr: arrays of one length are needed")
+        self._enter()
+        try:
+            self._add(op, size, addr, pages, flags)
+        finally:
+            self._busy = False
+        return np.array(pages, dtype=np.uint64), np.array(flags, dtype=np.uint8)
+
+    cdef int _enter(self) except -1:
+        if self._busy:
+            raise EngineError("this set of pages is in use by another thread")
+        self._busy = True
+        return 0
+
+    cdef int _add(self, const u8[::1] op, const u16[::1] size, const u64[::1] addr, list pages,
+                  list flags) except -1:
+        cdef Py_ssize_t n = op.shape[0]
         cdef Py_ssize_t i
         cdef u64 page, last
         cdef u64 known = ~<u64>0    # page whose slot is `slot`
         cdef u64 slot = 0
         cdef u8 bits
-        cdef list pages = []
-        cdef list flags = []
-        if size.shape[0] != n or addr.shape[0] != n:
-            raise ValueError("op, size and addr: arrays of one length are needed")
         with nogil:
             for i in range(n):
                 page = addr[i] >> 12
@@ -109,11 +130,12 @@ cdef class PageSet:
                     if page == last:
                         break
                     page = (page + 1) & <u64>0xFFFFFFFFFFFFF
-        return np.array(pages, dtype=np.uint64), np.array(flags, dtype=np.uint8)
+        return 0
 
     def remove(self, u64 first, u64 stop):
         """Forget pages [first, stop)."""
         cdef u64 at, page
+        self._enter()
         with nogil:
             if stop > first and stop - first < self._slots:
                 for page in range(first, stop):
@@ -125,6 +147,7 @@ cdef class PageSet:
                     if self._flags[at] != 0 and first <= self._keys[at] - 1 < stop:
                         self._flags[at] = 0
                         self._count -= 1
+        self._busy = False
 
     def clear(self):
         """Forget all."""

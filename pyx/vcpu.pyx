@@ -573,8 +573,12 @@ cdef class VCpu:
         a 16-byte value. expected, expected_high (u8): what CMPXCHG compares with.
 
         data: move bytes. With False no value is read or stored, as for recorded addresses without their data.
-        Returns RunResult. Ctrl-C raises Interrupted, and a host-side error its own exception, with `.result` for
-        the operations that were done. The GIL is released.
+        Returns RunResult. Ctrl-C raises Interrupted; what another signal's handler raises, MemoryError and other
+        host-side errors come as they are; each with `.result` for the operations that were done. Signals are looked
+        for at least every 0.1 seconds, between two operations. The GIL is released, `ops` cannot be resized meanwhile.
+
+        ConfigError before anything is done, for an operation that cannot be; and with `.result`, at an operation that
+        has become one since, as somebody (the guest, where `ops` lies in its memory) wrote to the array.
         """
         if type(ops) is not _ARRAY and isinstance(ops, _ARRAY):
             ops = np.asarray(ops)       # without what a subclass says of itself

@@ -98,7 +98,10 @@ class GuestPanic(ShadowcoreError):
 
 
 class Interrupted(ShadowcoreError, KeyboardInterrupt):
-    """Ctrl-C during `run`; `result` holds the operations that were completed."""
+    """Ctrl-C during a batch; `result` holds the operations that were completed.
+
+    It is looked for at least every 0.1 seconds. What else the handler of a signal raises is given a `result` as well.
+    """
 
     def __init__(self, result: object) -> None:
         self.result = result

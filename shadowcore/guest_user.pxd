@@ -20,8 +20,8 @@ cdef int user_access(sc_guest *g, u32 op, bint user, u32 size, u64 va, u64 value
 cdef int user_touch(sc_guest *g, u32 flags, u32 size, u64 addr, u64 value, u64 start, u64 stop,
                     u64 *refused) noexcept nogil
 cdef int user_array(sc_guest *g, const u64 *addr, const u8 *write, bint all_write, const u64 *value, u32 size,
-                    u64 start, u64 stop, u8 *outcome, u64 *loaded, u64 *gpa, u64 *refused) noexcept nogil
-cdef int user_program(sc_guest *g, const u8 *op, const u16 *size, const u64 *addr, u64 start, u64 stop,
+                    u64 *done, u64 stop, u8 *outcome, u64 *loaded, u64 *gpa, u64 *refused) noexcept nogil
+cdef int user_program(sc_guest *g, const u8 *op, const u16 *size, const u64 *addr, u64 *done, u64 stop,
                       u64 *refused) noexcept nogil
 cdef int pipe_write(sc_guest *g, u32 number, u64 va, u32 nbytes) noexcept nogil
 cdef int pipe_read(sc_guest *g, u32 number, u64 va) noexcept nogil

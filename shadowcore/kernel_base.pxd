@@ -13,4 +13,4 @@ cdef class KernelBase:
 
     cdef void *_array(self, u64 items, u64 size) except NULL
     cdef int _ready(self) except -1
-    cdef int _failed(self, int rc, object where) except -1
+    cdef object _failure(self, int rc, object where)

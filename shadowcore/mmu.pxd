@@ -4,6 +4,7 @@ from shadowcore.memory cimport Memory
 from shadowcore.state cimport sc_mmu, sc_vcpu
 from shadowcore.types cimport u32, u64
 from shadowcore.walker cimport sc_walk
+from shadowcore.watch cimport sc_watch
 
 cdef int mmu_resolve(sc_mmu *mmu, sc_vcpu *v, u64 va, u32 access, sc_walk *w) noexcept nogil
 cdef void mmu_new_cr3(sc_mmu *mmu, sc_vcpu *v) noexcept nogil
@@ -20,7 +21,8 @@ cdef class Mmu:
     cdef object _arrays             # what c points into
     cdef list _vcpus                # kept alive as long as c points into them
     cdef object _can_emulate        # callable behind c.can_emulate, or None
-    cdef object hook_error          # what a callback raised
+    cdef object hook_error          # what a callback, or the handler of a signal, raised
+    cdef sc_watch watch             # behind c.watch, between enter and leave
     cdef bint no_memo               # the last batch had no use for the memo
     cdef bint far                   # the tables that the last batch walked were not in the caches
     cdef u32 chunks                 # of batches, ever
@@ -28,6 +30,9 @@ cdef class Mmu:
     cdef object event_hook          # keeps what c.event_context points to
 
     cdef int idle(self) except -1
+    cdef void enter(self) noexcept
+    cdef void leave(self) noexcept
+    cdef object stopped(self)
     cdef object failure(self, int rc)
     cdef list _list(self, u32 head)
     cdef void *_array(self, u64 nbytes) except NULL

@@ -1,10 +1,11 @@
 """Operations of a batch, done by the shortest way that each has."""
 from libc.string cimport memcpy
 
-from shadowcore.access cimport sc_op
+from shadowcore.access cimport OP_CMPXCHG, OP_FETCH, op_is_access, sc_op
 from shadowcore.results cimport sc_row
 from shadowcore.state cimport sc_mmu
 from shadowcore.types cimport i64, u8, u32, u64
+from shadowcore.watch cimport sc_watch
 
 cdef enum:
     CHUNK = 4096                    # operations that are made in one go
@@ -22,7 +23,12 @@ cdef struct sc_batch:
     u32 number                      # vcpu of operations that name none
     bint data                       # bytes move
     bint far                        # tables are far more than caches hold
-    bint plain                      # laid out as OP_DTYPE, `user` is 0 or 1, and no size is above 8
+    # Laid out as OP_DTYPE, and nothing but loads, stores and fetches of 1, 2, 4 or 8 bytes, or operations that have
+    # these sizes by chance; `user` is 0 or 1. So it was when the batch began; the fast loops see that it still is.
+    bint plain
+    u32 last                        # highest code that an operation may have
+    sc_op bad                       # after RC_BAD_OP: the operation that was refused
+    sc_watch *watch                 # when it is due, a chunk may end early; NULL: it does not
     u64 *gpa                        # results: per operation
     u64 *value                      # ... if data
     u64 *high                       # ... if some size is 16
@@ -35,6 +41,8 @@ cdef struct sc_batch:
     u64 repeats                     # ... of a page that the memo had a note of
     u64 regions                     # ... of 2 MiB, that had not been met lately
     u64 target                      # of the last glance: gpa of the page | entries read
+    u64 va                          # ... its linear address
+    u32 word                        # ... what the operation was, see quick._word; also of the last that the spill had
     u64 nowhere                     # where loads store to
 
 cdef inline u64 element_word(const u8 *element, u64 at) noexcept nogil:
@@ -65,6 +73,16 @@ cdef inline void load_op(sc_op *o, const sc_layout *layout, u64 i, u32 vcpu) noe
     o.expected[0] = element_word(element, layout.at[7])
     o.expected[1] = element_word(element, layout.at[8])
 
+cdef inline bint op_stands(const sc_op *o, u32 vcpus, u32 last, bint wide) noexcept nogil:
+    """There is such an operation, of such a size, and such a vcpu. wide: accesses of 16 bytes are welcome."""
+    if o.op > last or o.vcpu >= vcpus:
+        return False
+    if not op_is_access(o.op) or o.op == OP_FETCH:
+        return True
+    if o.size == 16:                # for loads, stores and CMPXCHG
+        return wide and o.op <= OP_CMPXCHG
+    return o.size != 0 and o.size <= 8 and o.size & (o.size - 1) == 0
+
 cdef inline void quick_learn(sc_batch *b, u64 n) noexcept nogil:
     """After a chunk of n operations. Where accesses do not repeat, the memo only costs; where they lead to ever new
     regions, their tables do not lie in the caches."""
@@ -72,4 +90,5 @@ cdef inline void quick_learn(sc_batch *b, u64 n) noexcept nogil:
         b.far = b.note and b.regions * 2 > n or (b.far and not b.note)
         b.remember = (b.hits + b.repeats) * 2 > n
 
+cdef bint quick_usual(const u8 *element, u64 n) noexcept nogil
 cdef int quick_chunk(sc_mmu *mmu, sc_batch *b, u64 *done, u64 stop) noexcept nogil

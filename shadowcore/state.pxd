@@ -10,6 +10,7 @@ from shadowcore.memory cimport sc_mem
 from shadowcore.types cimport MODE_64, MODE_LA57, SC_NONE, u8, u16, u32, u64
 from shadowcore.tlb cimport sc_tlb
 from shadowcore.walker cimport sc_paging
+from shadowcore.watch cimport sc_watch
 
 cdef enum:
     SC_MAX_VCPUS = 64
@@ -142,6 +143,7 @@ cdef struct sc_mmu:
     u32 events                      # bit per EVENT_*: tell of them
     sc_event_hook event             # whom; NULL only if events is 0
     void *event_context             # for it
+    sc_watch *watch                 # what takes long looks for signals; NULL: it does not
 
 # Native: what the memos of an epoch know of a frame.
 cdef enum:

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from .errors import ConfigError, EngineError
+from .memory import allocate
 
 try:
     # Its annotations are not complete: Any for what comes from it.
@@ -68,7 +69,7 @@ class Processor:
         self.uc.ctl_exits_enabled(True)
         self.uc.ctl_set_exits([])
         self.private = private
-        self.pages = np.zeros(WINDOWS, dtype=np.uint8)
+        self.pages = allocate(WINDOWS)  # which nobody can resize
         self.uc.mem_map_ptr(private, self.pages.size, uc.UC_PROT_ALL, self.pages.ctypes.data)
         self.put(ENTRY, b"\x67\x0f\x01\xd8")  # vmrun eax
         self.pages[MSR_EFER] = 3  # reads and writes

@@ -329,7 +329,9 @@ typedef struct sc_api {
     int (*access)(sc_vm vm, const sc_access *access, sc_outcome *outcome);
     /* Where it would lead by the guest's tables, without side effect; says nothing of exits. */
     int (*translate)(sc_vm vm, const sc_access *access, sc_outcome *outcome);
-    /* Many; outcomes in the arrays. SC_OK, or the error that stopped them. */
+    /* Many; outcomes in the arrays. SC_OK, or the error that stopped them. The structure is read once, and each element
+     * of the columns once after all were checked: SC_E_ARGUMENT, with `done` so far, where one has become none since.
+     * Signals are not looked for, as that would take the GIL: `count` is how long the call may take. */
     int (*access_many)(sc_vm vm, sc_accesses *accesses);
 
     /* A device's store of `size` bytes to guest RAM, which the shadow follows. */
