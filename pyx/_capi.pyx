@@ -1113,6 +1113,9 @@ cdef int _save(sc_vm vm, const char *path) noexcept nogil:
 cdef int _load_with_gil(const char *path, void *memory, u64 size, sc_vm *vm) noexcept with gil:
     try:
         return _register(VM.load((<bytes>path).decode(), None if memory == NULL else _caller_memory(memory, size)), vm)
+    except ConfigError as error:
+        _fail_python(error)
+        return SC_E_FILE            # of a machine with another size of memory
     except BaseException as error:
         return _fail_python(error)
 

@@ -156,7 +156,7 @@ def test_what_cannot_be_written_is_named(tmp_path):
         assert caught.value.filename == str(path)
         assert "\n" not in str(caught.value)
     assert names(tmp_path) == ["ring"]
-    with pytest.raises(TypeError):
+    with pytest.raises(sc.ConfigError, match="a path is needed"):
         vm.save(1)
 
 
