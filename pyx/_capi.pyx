@@ -35,7 +35,7 @@ from shadowcore.registers cimport load_ac
 from shadowcore.state cimport EVENT_COUNT, linear_address, linear_exists, marked_table, memo_drop, sc_mmu, sc_vcpu
 from shadowcore.types cimport (
     ACC_ALL, ACC_U, ACC_W, ACC_X, MODE_32, MODE_OFF, PF_I, PF_U, PF_W, RC_AUDIT, RC_EXHAUSTED,
-    RC_GP, RC_HOOK, RC_MMIO, RC_OK, RC_PF, RC_UNHANDLED, SC_NONE, u8, u32, u64,
+    RC_GP, RC_HOOK, RC_MMIO, RC_OK, RC_PF, RC_UNGRANTED, RC_UNHANDLED, SC_NONE, u8, u32, u64,
 )
 from shadowcore.walker cimport probe_walk, sc_walk, shadow_glance
 
@@ -246,6 +246,8 @@ cdef int _fail_rc(const sc_mmu *mmu, int rc) noexcept nogil:
         return _fail(SC_E_CALLBACK, "a callback in Python raised, or an audit at a named point found something")
     if rc == RC_UNHANDLED:
         return _fail(SC_E_ENGINE, "a store cannot be emulated, and its table serves as a root in use")
+    if rc == RC_UNGRANTED:
+        return _fail(SC_E_ENGINE, "a store cannot be emulated, and no shadow leaf can grant it (CR0.WP is clear)")
     snprintf(sc_error, sizeof(sc_error), "internal error %d: an access does not complete", rc)
     return SC_E_ENGINE
 

@@ -5,8 +5,7 @@ from shadowcore.access cimport (
     OP_AC, OP_ADD, OP_AND, OP_CMPXCHG, OP_CR0, OP_CR3, OP_CR4, OP_EFER, OP_FETCH, OP_INVLPG, OP_OR, OP_PKRU, OP_READ,
     OP_WRITE, OP_XCHG, op_is_access, op_is_rmw, sc_op, sc_result,
 )
-from shadowcore.bits cimport is_canonical
-from shadowcore.emulate cimport emulate_store
+from shadowcore.emulate cimport emulate_store, walk_updated
 from shadowcore.events cimport EXIT_INVLPG
 from shadowcore.memory cimport mem_frame, mem_gfn, mem_guest_frame, mem_mark_dirty, sc_no_frame
 from shadowcore.mmu cimport mmu_invlpg, mmu_resolve
@@ -18,16 +17,17 @@ from shadowcore.state cimport (
 )
 from shadowcore.tlb cimport tlb_flush_page
 from shadowcore.types cimport (
-    MODE_64, MODE_LA57, PF_I, PF_U, PF_W, RC_BAD_OP, RC_EMULATE, RC_GP, RC_HOOK, RC_MMIO, RC_OK, RC_PF, RC_UNHANDLED,
-    u8, u32, u64,
+    MODE_64, PF_I, PF_U, PF_W, RC_BAD_OP, RC_EMULATE, RC_GP, RC_HOOK, RC_MMIO, RC_OK, RC_PF, RC_UNGRANTED,
+    RC_UNHANDLED, u8, u32, u64,
 )
-from shadowcore.walker cimport guest_glance, probe_walk, sc_walk, shadow_glance
+from shadowcore.walker cimport guest_glance, guest_walk, probe_walk, sc_walk, shadow_glance
 
 cdef struct sc_part:                # the bytes of an access that lie in one page
     u64 va
     u64 gpa
     u32 nbytes
-    bint emulate                    # a store here has to go through the emulator
+    bint table                      # its frame is a shadowed guest table
+    bint emulate                    # a store here has to go through the emulator: for that, or as no leaf can grant it
 
 
 cdef inline void _modify(u32 op, u64 *now, const sc_op *o, u32 size) noexcept nogil:
@@ -69,57 +69,85 @@ cdef void _store(sc_mmu *mmu, sc_vcpu *v, const sc_part *part, const u8 *bytes, 
         return
     if data:
         memcpy(mem_guest_frame(mmu.mem, part.gpa) + (part.gpa & 4095), bytes, part.nbytes)
-    if not mmu.shadow:
+    if mmu.shadow:
+        mem_mark_dirty(mmu.mem, part.gpa >> 12)     # a page that was a table until now had no W granted, which logs it
+    else:
         _native_store(mmu, part.gpa)
 
 
-cdef bint _leads_to_ram(sc_mmu *mmu, const sc_vcpu *v, u64 va, u32 access) noexcept nogil:
-    """The guest's tables allow the access, to a page in a memory slot; without side effect."""
+cdef inline void _look_again(const sc_mmu *mmu, sc_part *part) noexcept nogil:
+    """What is done for other parts of a store may make the part's frame a guest table, or end that."""
+    cdef bint table = _is_table(mmu, part.gpa)
+    if table != part.table:
+        part.table = part.emulate = table
+
+
+cdef int _said(sc_mmu *mmu, const sc_vcpu *v, u64 va, u32 access) noexcept nogil:
+    """What the guest's tables say of an access, without side effect: RC_OK, RC_PF or RC_MMIO."""
     cdef sc_walk w
-    return (probe_walk(mmu.mem, &v.guest, va, access, &w) == RC_OK
-            and mem_frame(mmu.mem, w.gpa >> 12) != sc_no_frame())
+    if probe_walk(mmu.mem, &v.guest, va, access, &w) != RC_OK:
+        return RC_PF
+    return RC_OK if mem_frame(mmu.mem, w.gpa >> 12) != sc_no_frame() else RC_MMIO
+
+
+cdef int _walk_only(sc_mmu *mmu, sc_vcpu *v, u64 va, u32 access, sc_walk *w) noexcept nogil:
+    """A page of RAM beside a device: the embedder makes the store, and here the guest's tables get A and D alone. No
+    leaf is granted, so that the page is in no dirty log before something was stored to it."""
+    cdef int rc = guest_walk(mmu.mem, &v.guest, va, access, w)
+    mmu.stats.accesses += 1
+    if mmu.shadow:
+        mmu.stats.guest_walk_references += w.references
+        walk_updated(mmu, v, w)
+    else:
+        mmu.stats.walk_references += w.references
+    if rc == RC_PF:
+        v.cr2 = va
+        mmu.stats.pf_guest += 1
+    return rc
 
 
 cdef int _resolve(sc_mmu *mmu, sc_vcpu *v, u32 access, sc_part *parts, int n, sc_result *r) noexcept nogil:
     """Resolve each page; RC_OK when all lead to RAM. A fault on the second comes before a device at the first."""
     cdef sc_walk w
-    cdef int i, rc
+    cdef int i, k, rc
     cdef int device = RC_OK
     cdef int first = 0
-    if n == 2 and access & PF_W and _leads_to_ram(mmu, v, parts[0].va, access):
-        # A store whose second page cannot be stored to leaves no trace at the first: no D, nothing in the dirty log.
-        first = not _leads_to_ram(mmu, v, parts[1].va, access)
-    for i in range(first, n):
-        rc = mmu_resolve(mmu, v, parts[i].va, access, &w)
+    cdef int said[2]
+    said[0] = said[1] = RC_OK
+    if n == 2 and access & PF_W:
+        # A page that cannot be stored to comes first: the store then leaves no trace at the other (a fault), or no
+        # more than A and D (a device). A TLB may know better than the tables, so each page is asked for all the same.
+        said[0] = _said(mmu, v, parts[0].va, access)
+        said[1] = _said(mmu, v, parts[1].va, access)
+        first = said[1] == RC_PF and said[0] != RC_PF or said[1] == RC_MMIO and said[0] == RC_OK
+    for k in range(n):
+        i = k ^ first
+        if device != RC_OK and access & PF_W and said[i] == RC_OK:
+            rc = _walk_only(mmu, v, parts[i].va, access, &w)
+        else:
+            rc = mmu_resolve(mmu, v, parts[i].va, access, &w)
         parts[i].gpa = w.gpa
-        parts[i].emulate = rc == RC_EMULATE and access & PF_W
-        if rc == RC_MMIO:
-            if device == RC_OK:
+        if rc == RC_OK or rc == RC_EMULATE:
+            parts[i].table = _is_table(mmu, w.gpa)
+            parts[i].emulate = rc == RC_EMULATE and access & PF_W
+        elif rc == RC_MMIO:
+            if device == RC_OK or i == 0:
                 r.gpa = w.gpa
             device = RC_MMIO
-        elif rc != RC_OK and rc != RC_EMULATE:
+        else:
             r.error_code = w.error_code if rc == RC_PF else 0
             r.gpa = <u64>-1
             return rc
-    if first and device == RC_OK:   # the processor's TLB knew better than the tables
-        rc = mmu_resolve(mmu, v, parts[0].va, access, &w)
-        parts[0].gpa = w.gpa
-        parts[0].emulate = rc == RC_EMULATE
-        if rc != RC_OK and rc != RC_EMULATE:
-            r.gpa = w.gpa if rc == RC_MMIO else <u64>-1
-            r.error_code = w.error_code if rc == RC_PF else 0
-            return rc
-    if device == RC_OK and n == 2 and access & PF_W:
-        # What the first page's frame is may have changed with the second.
+    if device == RC_OK:
         for i in range(n):
-            parts[i].emulate = _is_table(mmu, parts[i].gpa)
+            _look_again(mmu, &parts[i])
     return device
 
 
 cdef int _ask_embedder(sc_mmu *mmu, sc_vcpu *v, u32 access, sc_part *parts, int n, sc_result *r) noexcept nogil:
     """Ask whether each store that needs emulation can have it. Where not, unprotect the table, so that the access can
     be made natively (patch 14), and resolve anew; RC_UNHANDLED where that leads back to a protected table (a root in
-    use, a table that maps itself)."""
+    use, a table that maps itself), RC_UNGRANTED where it is no table that makes emulation necessary."""
     cdef int i, answer
     cdef int rc = RC_OK
     cdef int refusals = 0
@@ -134,6 +162,8 @@ cdef int _ask_embedder(sc_mmu *mmu, sc_vcpu *v, u32 access, sc_part *parts, int 
                 break
         else:
             return RC_OK
+        if not parts[i].table:
+            return RC_UNGRANTED
         refusals += 1
         pool_unprotect(mmu, parts[i].gpa >> 12)
         if _is_table(mmu, parts[i].gpa) or refusals > 2 * n:
@@ -278,19 +308,14 @@ cdef int vcpu_access(sc_mmu *mmu, sc_vcpu *v, const sc_op *o, bint data, sc_resu
     cdef bint stores = o.op == OP_WRITE or rmw
     cdef u32 access = (PF_U if o.user else 0) | (PF_W if stores else PF_I if o.op == OP_FETCH else 0)
     cdef u64 taken
-    cdef u64 first = o.addr
-    cdef u64 last = o.addr + (size - 1)
+    cdef u64 first = linear_address(v, o.addr)
+    cdef u64 last = linear_address(v, o.addr + (size - 1))
     cdef u64 now[2]
     cdef int n = 1
     cdef int rc = RC_OK
-    cdef int width
-    if v.guest.mode >= MODE_64:
-        width = 57 if v.guest.mode == MODE_LA57 else 48
-        if not is_canonical(first, width) or not is_canonical(last, width) or last < first:
-            rc = RC_GP
-    else:
-        first &= 0xFFFFFFFFULL
-        last &= 0xFFFFFFFFULL
+    # Below 4-level paging an access may go on at address 0; above, that leaves the canonical addresses.
+    if not linear_exists(v, first) or not linear_exists(v, last) or (last < first and v.guest.mode >= MODE_64):
+        rc = RC_GP
     if o.op == OP_CMPXCHG and size == 16 and o.addr & 15:
         rc = RC_GP                  # CMPXCHG16B wants its operand aligned
     if rc == RC_OK and (first & 4095) + size <= 4096 and not rmw and mmu.can_emulate == NULL:
@@ -335,8 +360,7 @@ cdef int vcpu_access(sc_mmu *mmu, sc_vcpu *v, const sc_op *o, bint data, sc_resu
             _modify(o.op, now, o, size)
     _store(mmu, v, &parts[0], <u8 *>now, data, r)
     if n == 2:
-        # The first part's store may have zapped what the second had to go round: look again.
-        parts[1].emulate = _is_table(mmu, parts[1].gpa)
+        _look_again(mmu, &parts[1])     # the first part's store may have zapped what the second had to go round
         _store(mmu, v, &parts[1], <u8 *>now + parts[0].nbytes, data, r)
     return RC_OK
 

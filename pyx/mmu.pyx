@@ -21,7 +21,7 @@ from shadowcore.state cimport (
 from shadowcore.tlb cimport sc_tlb_entry, tlb_enter, tlb_find
 from shadowcore.types cimport (
     MODE_32, MODE_64, MODE_OFF, PF_W, RC_AUDIT, RC_EXHAUSTED, RC_HOOK, RC_LIVELOCK, RC_MMIO, RC_OK, RC_PF, RC_RETRY,
-    RC_UNHANDLED, SC_NONE, u8, u32, u64,
+    RC_UNGRANTED, RC_UNHANDLED, SC_NONE, u8, u32, u64,
 )
 from shadowcore.walker cimport guest_walk, rights_fault, sc_walk, shadow_walk
 
@@ -149,7 +149,8 @@ cdef void mmu_reset(sc_mmu *mmu, sc_vcpu *v) noexcept nogil:
 
 
 cdef void mmu_invlpg(sc_mmu *mmu, sc_vcpu *v, u64 va) noexcept nogil:
-    """INVLPG, as far as the MMU is asked. Shadows that follow every store to a guest table need nothing (patch 18)."""
+    """INVLPG, as far as the MMU is asked. Shadows that follow every store to a guest table need nothing (patch 18); with an
+    address that is not canonical it does nothing (SDM volume 2, INVLPG)."""
     if mmu.shadow and not mmu.keep:
         exit_flush(mmu)
         invalidate_leaves(mmu, v, va)
@@ -276,6 +277,9 @@ cdef class Mmu:
             return EngineError("an access does not complete: the shadow and the guest's tables disagree for good")
         if rc == RC_UNHANDLED:
             return EngineError("a store cannot be emulated, and its table serves as a root in use and stays protected")
+        if rc == RC_UNGRANTED:
+            return EngineError("a store cannot be emulated, and no shadow leaf can grant it: supervisor code stores to"
+                               " a read-only page, with CR0.WP clear and SMEP, SMAP or protection keys on")
         return EngineError(f"internal error {rc}")
 
     def _exhausted(self):
@@ -315,10 +319,13 @@ cdef class Mmu:
 
     @property
     def can_emulate(self):
-        """Callable (gva, gpa, nbytes) -> bool, asked before a store to a guest table is emulated; None: always yes.
+        """Callable (gva, gpa, nbytes) -> bool, asked before a store is emulated; None: always yes.
 
-        Where it says no the table is unprotected and the store is made natively (patch 14). An exception that it
-        raises comes out of the call that made the access. It may not use the VM.
+        Stores are emulated to guest tables, and where supervisor code stores to a read-only page with CR0.WP clear and
+        SMEP, SMAP or protection keys on, which no shadow leaf can grant. A store over a page boundary is asked for page
+        by page. Where it says no, a table is unprotected and the store is made natively (patch 14); EngineError, with
+        nothing stored, if the table serves as a root in use, or no leaf can grant the store. An exception that the
+        callable raises comes out of the call that made the access. It may not use the VM.
         """
         return self._can_emulate
 

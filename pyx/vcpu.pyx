@@ -10,7 +10,7 @@ from shadowcore.access cimport (
     sc_result, vcpu_access, vcpu_op,
 )
 from shadowcore.batch cimport run_batch
-from shadowcore.bits cimport PTE_P, is_canonical
+from shadowcore.bits cimport PTE_P
 from shadowcore.memo cimport sc_memo
 from shadowcore.memory cimport mem_pool_hpa
 from shadowcore.mmu cimport Mmu
@@ -20,12 +20,12 @@ from shadowcore.registers cimport (
 from shadowcore.roots cimport root_fits
 from shadowcore.state cimport (
     FEAT_FSGSBASE, FEAT_GBPAGES, FEAT_LA57, FEAT_NX, FEAT_PCID, FEAT_PKU, FEAT_PSE36, FEAT_SMAP, FEAT_SMEP, FEAT_UMIP,
-    FEAT_XSAVE, SC_MAX_VCPUS, memo_drop, sc_mmu, sc_vcpu,
+    FEAT_XSAVE, SC_MAX_VCPUS, linear_address, linear_exists, memo_drop, sc_mmu, sc_vcpu,
 )
 from shadowcore.tlb cimport TLB_PAGES, TLB_SIZES, sc_tlb, sc_tlb_entry, tlb_valid
 from shadowcore.types cimport (
-    ACC_ALL, ACC_U, ACC_W, ACC_X, MODE_32, MODE_64, MODE_LA57, MODE_OFF, PF_I, PF_U, PF_W, RC_AUDIT, RC_GP, RC_MMIO,
-    RC_OK, RC_PF, SC_NONE, u32, u64,
+    ACC_ALL, ACC_U, ACC_W, ACC_X, MODE_32, MODE_OFF, PF_I, PF_U, PF_W, RC_AUDIT, RC_GP, RC_MMIO, RC_OK, RC_PF, SC_NONE,
+    u32, u64,
 )
 from shadowcore.walker cimport probe_walk, sc_walk, walk_index
 
@@ -138,6 +138,13 @@ cdef u64 _address(object value) except? 0xFFFFFFFFFFFFFFFF:
         except OverflowError:
             pass
     return check_int("gva", value, 0, (1 << 64) - 1)
+
+
+cdef u64 _linear(const sc_vcpu *v, u64 va) except? 0xFFFFFFFFFFFFFFFF:
+    """`va` as the processor takes it; #GP if it is not canonical."""
+    if not linear_exists(v, va):
+        raise GeneralProtection(0)
+    return linear_address(v, va)
 
 
 cdef u32 _size(object size) except 0:
@@ -538,11 +545,7 @@ cdef class VCpu:
     cdef int _walk(self, u64 va, u32 access, object user, Translation t) except -1:
         if self.c.cpl == 3 if user is None else user:
             access |= PF_U
-        if self.c.guest.mode >= MODE_64:
-            if not is_canonical(va, 57 if self.c.guest.mode == MODE_LA57 else 48):
-                raise GeneralProtection(0)
-        else:
-            va &= 0xFFFFFFFFULL
+        va = _linear(&self.c, va)
         t.mode = self.c.guest.mode
         if probe_walk(self.mmu.c.mem, &self.c.guest, va, access, &t.w) == RC_PF:
             raise PageFault(va, t.w.error_code)
@@ -550,10 +553,14 @@ cdef class VCpu:
 
     def walk_levels(self, gva) -> list:
         """Entries that a walk of `gva` examines, as (level, gpa of the entry, entry) from the top, up to the one
-        that ends it, whether by a translation or a fault."""
+        that ends it, whether by a translation or a fault.
+
+        GeneralProtection for an address that is not canonical. With paging off, and for a PAE root entry, there is
+        none."""
         cdef sc_walk w
         cdef u64 va = _address(gva)
         self.mmu.idle()
+        va = _linear(&self.c, va)
         if self.c.guest.mode == MODE_OFF:
             return []
         probe_walk(self.mmu.c.mem, &self.c.guest, va, 0, &w)

@@ -127,7 +127,11 @@ class GeneralProtection(GuestFault):
 
 
 class MMIOAccess(GuestFault):
-    """The access reaches `gpa`, which is in no memory slot: the embedder's device model has to serve it."""
+    """The access reaches `gpa`, which is in no memory slot: the embedder's device model has to serve it.
+
+    Nothing was loaded or stored. If the access crosses a page boundary, `gpa` is that of the first byte in no slot, and
+    a half that lies in RAM is the embedder's as well, as an access of its own.
+    """
 
     def __init__(self, gpa: int) -> None:
         self.gpa = gpa

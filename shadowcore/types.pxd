@@ -29,6 +29,7 @@ cdef enum:
     RC_UNHANDLED = -4               # a store that cannot be emulated, to a table that cannot be unprotected
     RC_HOOK = -5                    # the embedder's callback raised
     RC_AUDIT = -6                   # the operation was done, and an audit at a named point found something
+    RC_UNGRANTED = -7               # a store that cannot be emulated, and that no leaf can grant (roots.wp0_leaves)
 
 # Page-fault error code (SDM vol. 3, 4.7).
 cdef enum:

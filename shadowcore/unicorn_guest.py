@@ -10,7 +10,7 @@ import numpy as np
 
 from .batch import OP_DTYPE
 from .config import Op, Shadow
-from .errors import ConfigError, EngineError, ShadowcoreError
+from .errors import ConfigError, EngineError, GeneralProtection, ShadowcoreError
 from .fills import is_plain_store
 from .machine import VM
 from .unicorn_cpu import FLAT_CODE, FLAT_DATA, PDPT, PRIVATE_SIZE, Processor, address_of, flat, layout, uc, x86
@@ -143,7 +143,10 @@ class Guest:
                 found += [word & 0x000F_FFFF_FFFF_F000 for word in words if word & 1]
             levels: list[tuple[int, int | None]] = [(gpa, None) for gpa in found]
         else:
-            levels = [(gpa, entry) for _, gpa, entry in self.cpu.walk_levels(addr & WORD)]
+            try:
+                levels = [(gpa, entry) for _, gpa, entry in self.cpu.walk_levels(addr & WORD)]
+            except GeneralProtection:
+                levels = []
         for gpa, entry in levels:
             index = self._ram(gpa & PAGE)
             if index is None:
@@ -245,6 +248,7 @@ class Guest:
                     write(register, wanted[name])
             self._hardware = wanted
             self._flush_wanted = True
-        if self._flush_wanted:
+        if self._flush_wanted or self.vm.stats.tlb_flush != self._flushes:  # one may come from outside: a dirty log
+            self._flushes = self.vm.stats.tlb_flush
             self.p.flush()
             self._flush_wanted = False

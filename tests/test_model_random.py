@@ -294,8 +294,9 @@ class Reference:
         return self.op(CR3, 0, self.cpu.cr3) == OK
 
 
-def engine_run(reference, design):
-    """The same program on the engine: (vm, results in the form of Reference.seen)."""
+def engine_run(reference, design, logged=False):
+    """The same program on the engine: (vm, results in the form of Reference.seen). logged: with a dirty log, looked at
+    every few operations: what changed since it was cleared is in it."""
     vm = sc.VM(memory=FRAMES * 4096, mmu=design)
     width = reference.mode.width
     for (gfn, index), value in reference.initial.items():
@@ -305,6 +306,16 @@ def engine_run(reference, design):
     for gfn in DATA:
         vm.memory.words[gfn * 512] = 0x1111_1111 * gfn
     cpu, seen, batch = vm.vcpus[0], [], []
+    if logged:
+        vm.memory.start_dirty_log()
+    clean = vm.memory.words.copy()
+
+    def look(number):
+        changed = (vm.memory.words != clean).reshape(-1, 512).any(axis=1)
+        assert not (changed & ~vm.memory.dirty_log()).any(), (design, number)
+        if number % 3 == 0:
+            vm.memory.clear_dirty_log()
+            clean[:] = vm.memory.words
 
     def run_batch():
         if not batch:
@@ -317,18 +328,23 @@ def engine_run(reference, design):
         report = vm.audit()
         assert report.ok, report.violations
 
-    for row in reference.rows:
+    for number, row in enumerate(reference.rows):
         if row[0] == "device":
             run_batch()
             vm.write_physical(row[1], row[2])
         else:
             batch.append(row)
+        if logged and number % 4 == 0:
+            run_batch()
+            look(number // 4)
     run_batch()
+    if logged:
+        look(0)
     return vm, seen
 
 
-def assert_same(reference, design):
-    vm, seen = engine_run(reference, design)
+def assert_same(reference, design, logged=False):
+    vm, seen = engine_run(reference, design, logged)
     ops = [row for row in reference.rows if row[0] != "device"]
     for number, (op, got, want) in enumerate(zip(ops, seen, reference.seen, strict=True)):
         # `value` is compared where data is read; what it says of other operations is not specified.
@@ -360,8 +376,8 @@ def test_program(mode):
         reference = Reference(MODES[mode], registers, entries)
         for step in steps:
             reference.step(step)
-        for design in IDENTICAL.values():
-            assert_same(reference, design)
+        for number, design in enumerate(IDENTICAL.values()):
+            assert_same(reference, design, logged=len(steps) % 8 == number)
 
     run()
 
@@ -382,7 +398,7 @@ def test_program_that_flushes_after_every_edit(mode):
             edited |= step[0] == "cr3" and bool(reference.cpu.cr4 & CR4_PGE)
             if edited and not reference.flush():
                 break
-        assert_same(reference, sc.Shadow.flush(quirks=0))
+        assert_same(reference, sc.Shadow.flush(quirks=0), logged=len(steps) % 4 == 0)
 
     run()
 

@@ -182,7 +182,9 @@ typedef struct sc_access {
 /* Without SC_DATA an access only translates, with all side effects: exits, A and D bits. The caller then moves the
  * bytes at `host` itself; after a store with `emulated` set, which is one to a guest table, it has to call
  * sc_api.stored(). An access that crosses into another page is best made with SC_DATA: gpa, hpa and host are those of
- * its first byte. */
+ * its first byte. SC_MMIO: nothing was loaded or stored, gpa is that of the first byte that is a device's. If that is in
+ * the second page, or the access goes on from a device into RAM, the half in RAM is the caller's as well: it makes it as
+ * an access of its own. */
 typedef struct sc_outcome {
     uint32_t struct_size;
     uint32_t error_code;   /* of a page fault */
