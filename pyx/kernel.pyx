@@ -90,6 +90,7 @@ cdef class Kernel(KernelBase):
                     break
         if rc != BAD_NOTHING:
             raise ConfigError(f"calls[{i}]: {_WHY[rc]} (op {c[i].op})")
+        self._ready()               # once more: others may have run meanwhile
         self.g.mmu.mem.busy = True
         try:
             while at < n and rc == RC_OK:
@@ -300,6 +301,7 @@ cdef class Kernel(KernelBase):
         cdef u64 refused = 0
         cdef u32 c_size = size
         cdef int rc
+        self._ready()               # once more: others may have run meanwhile
         self.g.mmu.mem.busy = True
         try:
             rc = process_switch(&self.g, p) if self.g.current != p or self.g.idle else RC_OK
@@ -340,6 +342,7 @@ cdef class Kernel(KernelBase):
         cdef u64 stop
         cdef u64 refused = 0
         cdef int rc
+        self._ready()               # once more: others may have run meanwhile
         self.g.mmu.mem.busy = True
         try:
             rc = process_switch(&self.g, p) if self.g.current != p or self.g.idle else RC_OK

@@ -8,6 +8,7 @@ from typing_extensions import disjoint_base
 from .config import MemorySlot
 
 def allocate(nbytes: int, huge: bool = False) -> NDArray[np.uint8]: ...
+def window(array: NDArray[Any], lender: Memory | None = None) -> NDArray[np.uint8]: ...
 
 @disjoint_base
 class Memory:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .config import TLB, Features, MemorySlot, Native, Quirk, Shadow
-from .errors import SnapshotError
+from .errors import AuditError, SnapshotError
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -34,6 +34,7 @@ _UNFIT = (KeyError, ValueError, TypeError, OverflowError, IndexError, AttributeE
 
 def save(vm: VM, path: str | os.PathLike[str]) -> None:
     """Write the state of `vm` to `path`, by way of a file beside it, so that a failure leaves an older one alone."""
+    vm.mmu.settle()
     members = _members(vm)
     state: dict[str, Any] = {
         "format": FORMAT,
@@ -72,10 +73,10 @@ def load(path: str | os.PathLike[str], memory: NDArray[np.uint8] | None = None) 
         if isinstance(error, SnapshotError):
             raise SnapshotError(path, error.expected) from None
         raise SnapshotError(path, f"a state that a VM can have expected: {error}") from None
-    report = vm.audit()
-    structural = [v for v in report.violations if v.invariant in ("I4", "I5", "I6", "I7")]
-    if structural:
-        raise SnapshotError(path, f"a sound shadow structure expected: {structural[0]}")
+    try:
+        vm.mmu.settle()
+    except AuditError as error:
+        raise SnapshotError(path, f"a sound shadow structure expected: {error.violations[0]}") from None
     return vm
 
 
@@ -162,19 +163,21 @@ def _restore(vm: VM, state: dict[str, Any], members: dict[str, NDArray[Any]], fr
         for name in _ARRAYS:
             _put(loose[name].view(np.uint8).reshape(len(loose[name]), -1), saved[name])
         _check_shadow(vm, state, loose)
-        for name in _ARRAYS:
-            # Only what is not zero is touched: the large arrays are committed by the host page by page.
-            flat, source = arrays[name].view(np.uint8).reshape(-1), saved[name].reshape(-1)
-            touched = np.flatnonzero(source)
-            flat[:] = 0
-            flat[touched] = source[touched]
+        _write_shadow(vm, saved)
     vm.mmu.import_state(state["mmu"])
     for cpu, registers in zip(vm.vcpus, state["vcpus"], strict=True):
-        for part, array in enumerate(cpu.tlb_arrays):
-            _put(array, members[f"tlb_{cpu.number}_{part}"])
+        cpu.import_tlb([members[f"tlb_{cpu.number}_{part}"] for part in range(len(cpu.tlb_arrays))])
         cpu.import_state(registers)
-        if not cpu.tlb_is_sane():
-            raise SnapshotError("", "a TLB with sizes and PCIDs that exist expected")
+
+
+def _write_shadow(vm: VM, saved: dict[str, NDArray[Any]]) -> None:
+    """What is written is checked when the VM is first used; no array is held beyond this call."""
+    for name, array in vm.mmu.writable_arrays().items():
+        # Only what is not zero is touched: the large arrays are committed by the host page by page.
+        flat, source = array.view(np.uint8).reshape(-1), saved[name].reshape(-1)
+        touched = np.flatnonzero(source)
+        flat[:] = 0
+        flat[touched] = source[touched]
 
 
 def _put(target: NDArray[Any], source: NDArray[Any]) -> None:
