@@ -424,6 +424,8 @@ cdef class Mmu:
         cdef u32 number = self.c.young
         cdef sc_page *p
         self.still()
+        if n > self.c.pool_pages:
+            raise EngineError(f"{n} pages are said to be in use, the pool has {self.c.pool_pages}: see vm.audit()")
         out = np.zeros(n, dtype=PAGES_DTYPE)
         for i in range(n):
             if number >= self.c.pool_pages:

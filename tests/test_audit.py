@@ -8,7 +8,7 @@ audited before it is broken, so that what is reported is what was done to it.
 import numpy as np
 import pytest
 import ruins
-from guest2007 import DATA, MODES, PAGE, RAM, USER, A, D, Guest, P, U, W
+from guest2007 import DATA, MODES, PAGE, RAM, USED, USER, A, D, Guest, P, U, W
 
 import shadowcore as sc
 from shadowcore.events import COUNTERS, EXIT_REASONS
