@@ -270,7 +270,8 @@ cdef int _refused(sc_vm vm) noexcept nogil:
     cdef u64 index = (vm & ((1 << INDEX_BITS) - 1)) - 1
     if index >= MAX_VMS or sc_peek(&_places[index].handle) != vm:
         return _fail(SC_E_HANDLE, "no VM has this handle, or it was destroyed")
-    return _fail(SC_E_BUSY, "this VM is in use, by another thread or by the callback that makes this call")
+    return _fail(SC_E_BUSY, "this VM is in use, by another thread or by the callback that makes this call; or its "
+                 "tables are being written by hand, or were and do not hold (vm.audit)")
 
 
 cdef bint _settled(sc_mmu *mmu) noexcept nogil:

@@ -13,8 +13,9 @@ from shadowcore.state cimport POINT_COUNT, sc_mmu
 from shadowcore.types cimport u32
 
 from shadowcore.errors import AuditError, ConfigError
-from shadowcore.invariants import Violation as Violation
+from shadowcore.invariants import Violation as _Violation
 
+Violation = _Violation
 POINTS = ("pre-fault", "post-fault", "pre-write", "post-write", "post-cr3")
 assert len(POINTS) == POINT_COUNT
 

@@ -18,8 +18,8 @@ from shadowcore.bits cimport (
 from shadowcore.events cimport EXIT_MMIO
 from shadowcore.invariants cimport SC_MAX_FINDINGS, sc_audit, sc_finding
 from shadowcore.memory cimport (
-    SC_RUNNING, SC_WRITTEN, mem_frame, mem_gfn, mem_guest_frame, mem_leaf_frame, mem_pool_hpa, mem_pool_page, mem_slot, mem_unlogged,
-    sc_no_frame,
+    SC_RUNNING, SC_WRITTEN, mem_frame, mem_gfn, mem_guest_frame, mem_leaf_frame, mem_pool_hpa, mem_pool_page,
+    mem_slot, mem_unlogged, sc_no_frame,
 )
 from shadowcore.pool cimport hash_bucket
 from shadowcore.rmap cimport LIST_MANY, list_first, list_next
@@ -446,7 +446,8 @@ cdef void check_pool(sc_mmu *mmu, sc_audit *a) noexcept nogil:
     while number < mmu.pool_pages and not mmu.pages[number].active and free <= mmu.pool_pages:
         free += 1
         number = mmu.pages[number].next
-    if number != SC_NONE or active != mmu.n_active or listed != active or free != mmu.n_free or free + active != mmu.pool_pages:
+    if (number != SC_NONE or active != mmu.n_active or listed != active or free != mmu.n_free
+            or free + active != mmu.pool_pages):
         _report(a, 6, S_SUM, SC_NONE, 0, 0)
 
 

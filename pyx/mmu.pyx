@@ -298,8 +298,8 @@ cdef class Mmu:
         if self.c.mem.busy & SC_RUNNING:
             raise EngineError("this VM is in use, by a batch in another thread or by the callback that makes this call")
         if self.c.mem.lent:
-            raise EngineError("an array of vm.mmu.writable_arrays() is still held, or a view or buffer of one: the VM can"
-                              " be used again when all have been let go")
+            raise EngineError("an array of vm.mmu.writable_arrays() is still held, or a view or buffer of one: the VM "
+                              "can be used again when all have been let go")
         return self.c.mem.busy
 
     cdef object failure(self, int rc):

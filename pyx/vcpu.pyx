@@ -21,8 +21,8 @@ from shadowcore.state cimport (
 )
 from shadowcore.tlb cimport TLB_PAGES, TLB_SIZES, sc_tlb, sc_tlb_entry, tlb_valid
 from shadowcore.types cimport (
-    ACC_ALL, ACC_U, ACC_W, ACC_X, MODE_32, MODE_64, MODE_LA57, MODE_OFF, PF_I, PF_U, PF_W, RC_AUDIT, RC_GP, RC_MMIO, RC_OK,
-    RC_PF, SC_NONE, u32, u64,
+    ACC_ALL, ACC_U, ACC_W, ACC_X, MODE_32, MODE_64, MODE_LA57, MODE_OFF, PF_I, PF_U, PF_W, RC_AUDIT, RC_GP, RC_MMIO,
+    RC_OK, RC_PF, SC_NONE, u32, u64,
 )
 from shadowcore.walker cimport probe_walk, sc_walk, walk_index
 

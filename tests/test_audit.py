@@ -565,7 +565,7 @@ def spte_vanishes_without_being_counted(guest):
 @case(LINK)
 def upper_entry_of_a_device(guest):
     """Only leaves remember a device by an entry that is not present."""
-    page, index = place(guest, USER, 2)
+    page, _ = place(guest, USER, 2)
     free = next(i for i in range(512) if not guest.vm.mmu.table(page)[i])
     guest.vm.mmu.writable_arrays()["table"][page, free] = 1 << 63
     guest.vm.mmu.writable_arrays()["pages"]["used"][page, free >> 6] |= np.uint64(1 << (free & 63))
