@@ -276,7 +276,7 @@ cdef int columns_run(sc_mmu *mmu, u32 number, const sc_columns *c, u64 n, bint d
         return RC_EXHAUSTED
     b.rows = <sc_row *>room
     b.remember = not no_memo[0]
-    if not mmu.shadow or mmu.mem.exposed:
+    if not mmu.shadow:
         memo_drop(mmu)              # anybody may have written to what translations are made of
     while i < n and rc == RC_OK:
         begin = i
@@ -305,7 +305,6 @@ cdef object _run(Mmu shell, sc_batch *b, u64 n, const sc_columns *columns):
     cdef u64 i = 0
     cdef u64 begin, stop, room
     cdef int rc = RC_OK
-    shell.idle()
     result = RunResult.__new__(RunResult)
     result.capacity = n
     result.data = b.data
@@ -322,10 +321,11 @@ cdef object _run(Mmu shell, sc_batch *b, u64 n, const sc_columns *columns):
     result.before = mmu.stats[0]
     b.remember = not shell.no_memo
     b.far = shell.far
-    if not mmu.shadow or mmu.mem.exposed:
+    error = None
+    shell.idle()                    # nothing that allocates, and so may run others' code, stands before the next two
+    if not mmu.shadow:
         memo_drop(mmu)              # anybody may have written to what translations are made of
     mmu.mem.busy = True
-    error = None
     try:
         while i < n and rc == RC_OK:
             if room < b.n_rows + min(n - i, CHUNK):

@@ -92,6 +92,7 @@ cdef class Kernel(KernelBase):
                     break
         if rc != BAD_NOTHING:
             raise ConfigError(f"calls[{i}]: {_WHY[rc]} (op {c[i].op})")
+        self._ready()               # once more: others may have run meanwhile
         self.g.mmu.mem.busy = True
         try:
             while at < n and rc == RC_OK:
@@ -304,6 +305,7 @@ cdef class Kernel(KernelBase):
         cdef u64 stop
         cdef u64 refused = 0
         cdef int rc
+        self._ready()               # once more: others may have run meanwhile
         self.g.mmu.mem.busy = True
         try:
             rc = process_switch(&self.g, p) if self.g.current != p or self.g.idle else RC_OK
@@ -344,6 +346,7 @@ cdef class Kernel(KernelBase):
         cdef u64 stop
         cdef u64 refused = 0
         cdef int rc
+        self._ready()               # once more: others may have run meanwhile
         self.g.mmu.mem.busy = True
         try:
             rc = process_switch(&self.g, p) if self.g.current != p or self.g.idle else RC_OK

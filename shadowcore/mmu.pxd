@@ -31,3 +31,5 @@ cdef class Mmu:
     cdef object failure(self, int rc)
     cdef list _list(self, u32 head)
     cdef void *_array(self, u64 nbytes) except NULL
+    cdef int still(self) except -1
+    cdef dict _windows(self, what, lender)

@@ -35,6 +35,7 @@ TLB_HEADER = np.dtype(
         ("due_pcid", "<u8", 4096),
         ("due_page", "<u8", 64),
         ("due_page_at", "<u8", 64),
+        ("due_page_pcid", "<u2", 64),
         ("due_next", "<u4"),
         ("pad", "<u4"),
     ]
@@ -45,7 +46,7 @@ TLB_ENTRY = np.dtype(
         ("pcid_epoch", "<u4"),
         ("pcid", "<u2"),
         *((name, "u1") for name in ("access", "pkey", "dirty", "is_global", "shift", "guest_shift")),
-        ("pad", "<u4"),
+        ("root", "<u4"),
     ]
 )
 FIELDS = {"mmu_pages": PAGE_DTYPE, "mmu_frames": FRAME_DTYPE, "mmu_links": LINK_DTYPE}
