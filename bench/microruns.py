@@ -6,6 +6,7 @@ batch costs by itself, the interpreter included, is in both.
 
 import ctypes
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,6 +23,10 @@ COUNT = 2000
 """N."""
 REPLAYED = 20_000
 """Records of a recording: their kinds come in stretches."""
+LOOKED = ", tables looked at"
+"""Behind the name of a run that has to cost what the run without it costs."""
+HELD: list[object] = []
+"""What was looked at."""
 TABLES = 20
 """Tables that are zapped."""
 
@@ -70,9 +75,19 @@ def faulting(mode: str) -> tuple[Guest, np.ndarray, np.ndarray]:
     return guest, every[:, 0].copy(), every[:, 1:].ravel()[: 2 * COUNT]
 
 
-def hits(name: str, count: int, forget: bool = False) -> Run:
-    """Accesses to so many pages, in turns. forget: with a CR3 load before, after which none is known."""
+def looked_at(guest: Guest) -> None:
+    """Let everybody see the shadow structure: no access costs more for that."""
+    HELD.append((guest.vm.mmu.arrays, guest.vm.memory.pool))
+    with tempfile.TemporaryDirectory(prefix="shadowcore-bench-") as directory:
+        guest.vm.save(Path(directory) / "vm")
+
+
+def hits(name: str, count: int, forget: bool = False, looked: bool = False) -> Run:
+    """Accesses to so many pages, in turns. forget: with a CR3 load before, after which none is known. looked: see
+    looked_at."""
     guest, _, rest = faulting("64")
+    if looked:
+        looked_at(guest)
     ops = accesses(np.resize(np.random.default_rng(1).permutation(rest)[:count], 2 * COUNT))
 
     def prepare() -> None:
@@ -90,15 +105,17 @@ def walks() -> Run:
     return Run("guest walk", COUNT, nothing, part(guest, ops), exits(None))
 
 
-def leaf_faults(mode: str) -> Run:
+def leaf_faults(mode: str, looked: bool = False) -> Run:
     guest, first, rest = faulting(mode)
+    if looked:
+        looked_at(guest)
     ops = accesses(rest)
 
     def prepare() -> None:
         guest.vm.mmu.zap_all()
         guest.run(accesses(first))
 
-    return Run(f"leaf fault, {mode}", COUNT, prepare, part(guest, ops), exits("fill"))
+    return Run(f"leaf fault, {mode}{LOOKED if looked else ''}", COUNT, prepare, part(guest, ops), exits("fill"))
 
 
 def dirty_faults() -> Run:
@@ -199,10 +216,12 @@ def replay() -> Run:
 def runs() -> Iterator[Run]:
     """All runs, in the order in which they are made."""
     yield hits("hit", 64)
+    yield hits("hit" + LOOKED, 64, looked=True)
     yield hits("hit, first of a page", 2 * COUNT, forget=True)
     yield walks()
     for mode in ("64", "pae", "32"):
         yield leaf_faults(mode)
+    yield leaf_faults("64", looked=True)
     yield dirty_faults()
     yield emulated_stores()
     yield sparse("fault that needs a new table", 4608, 8192, recycled=False)

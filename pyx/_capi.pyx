@@ -22,7 +22,7 @@ from shadowcore.batch cimport columns_check, columns_run, sc_columns, sc_columns
 from shadowcore.bits cimport pte_addr
 from shadowcore.emulate cimport device_store
 from shadowcore.events cimport sc_stats
-from shadowcore.invariants cimport audit_all
+from shadowcore.invariants cimport audit_all, mmu_settle
 from shadowcore.invariants cimport sc_audit as engine_audit
 from shadowcore.memo cimport (
     KIND_USER, memo_context, memo_entry, memo_is, memo_mask, memo_put, memo_spill, memo_tag,
@@ -275,7 +275,14 @@ cdef int _refused(sc_vm vm) noexcept nogil:
     cdef u64 index = (vm & ((1 << INDEX_BITS) - 1)) - 1
     if index >= MAX_VMS or sc_peek(&_places[index].handle) != vm:
         return _fail(SC_E_HANDLE, "no VM has this handle, or it was destroyed")
-    return _fail(SC_E_BUSY, "this VM is in use, by another thread or by the callback that makes this call")
+    return _fail(SC_E_BUSY, "this VM is in use, by another thread or by the callback that makes this call; or its "
+                 "tables are being written by hand, or were and do not hold (vm.audit)")
+
+
+cdef bint _settled(sc_mmu *mmu) noexcept nogil:
+    """What was written by hand into the shadow structure, by way of Python, holds: that is why the VM was not free."""
+    cdef engine_audit a
+    return mmu_settle(mmu, &a) == RC_OK
 
 
 cdef inline sc_place *_enter(sc_vm vm) noexcept nogil:
@@ -288,7 +295,7 @@ cdef inline sc_place *_enter(sc_vm vm) noexcept nogil:
     # Judged once before the lock is touched, which may be another VM's, and once under it.
     if sc_unlikely(sc_peek(&p.handle) != vm or not sc_take(&p.lock)):
         return NULL
-    if sc_unlikely(sc_peek(&p.handle) != vm or p.mmu.mem.busy):
+    if sc_unlikely(sc_peek(&p.handle) != vm or (p.mmu.mem.busy and not _settled(p.mmu))):
         sc_release(&p.lock)
         return NULL
     p.mmu.mem.busy = True           # for who comes by way of Python
@@ -778,7 +785,7 @@ cdef int _access(sc_vm vm, const sc_access *given, sc_outcome *o) noexcept nogil
         return rc
     va = linear_address(v, a.gva)
     # Under `native`, nobody tells of stores to tables: there is no memo from one call to the next.
-    if sc_unlikely(v.memo == NULL or not mmu.shadow or mmu.mem.exposed or a.kind > OP_FETCH
+    if sc_unlikely(v.memo == NULL or not mmu.shadow or a.kind > OP_FETCH
                    or (va & 4095) + a.size > 4096):
         if (v.memo != NULL and not mmu.shadow and a.kind <= OP_FETCH and (va & 4095) + a.size <= 4096
                 and linear_exists(v, va)):

@@ -6,34 +6,18 @@ call that made the operation raises AuditError after it.
 """
 from dataclasses import dataclass
 
-from shadowcore.invariants cimport SC_MAX_FINDINGS, audit_all, sc_audit, sc_finding
+from shadowcore.invariants cimport audit_all, audit_violations, sc_audit
 from shadowcore.mmu cimport Mmu
 from shadowcore.state cimport POINT_COUNT, sc_mmu
-from shadowcore.types cimport SC_NONE, u32
+from shadowcore.types cimport u32
 from shadowcore.watch cimport watch_due, watch_look, watch_raised
 
 from shadowcore.errors import AuditError, ConfigError
-from shadowcore.invariants import SENTENCES as _SENTENCES
+from shadowcore.invariants import Violation as _Violation
 
+Violation = _Violation
 POINTS = ("pre-fault", "post-fault", "pre-write", "post-write", "post-cr3")
 assert len(POINTS) == POINT_COUNT
-
-
-@dataclass(frozen=True)
-class Violation:
-    """`invariant` ("I1", ...) does not hold: `what`, at entry `index` of pool page `page` (None: the whole), `gfn`."""
-
-    invariant: str
-    what: str
-    page: int | None
-    index: int
-    gfn: int
-
-    def __str__(self):
-        where = f" (gfn {self.gfn:#x})" if self.gfn else ""
-        if self.page is not None:
-            where = f" (page {self.page}, entry {self.index}, gfn {self.gfn:#x})"
-        return f"{self.invariant}: {self.what}{where}"
 
 
 @dataclass(frozen=True)
@@ -55,28 +39,17 @@ class AuditReport:
         return f"{self.count} violation(s), {self.sptes} sptes\n" + "\n".join(map(str, self.violations))
 
 
-cdef tuple _violations(const sc_audit *a):
-    cdef list found = []
-    cdef sc_finding f
-    for i in range(min(a.n, SC_MAX_FINDINGS)):
-        f = a.found[i]
-        found.append(Violation(f"I{f.invariant}", _SENTENCES[f.what], None if f.page == SC_NONE else f.page, f.index,
-                               f.gfn))
-    return tuple(found)
-
-
 def audit(Mmu mmu):
-    """AuditReport of `mmu`."""
+    """AuditReport of `mmu`, whatever was written into its arrays; EngineError while somebody can write to them."""
     cdef sc_audit a
-    mmu.idle()
-    mmu.enter()
+    mmu.enter(True)
     with nogil:
         audit_all(&mmu.c, &a)
     mmu.leave()
     error = watch_raised(&mmu.watch)
     if error is not None:
         raise error
-    return AuditReport(_violations(&a), a.n, a.sptes)
+    return AuditReport(audit_violations(&a), a.n, a.sptes)
 
 
 cdef void _audit_here(sc_mmu *mmu, u32 point) noexcept nogil:
@@ -122,4 +95,4 @@ cdef class AuditPoints:
         if point == 0:
             return None
         self.mmu.c.audit_found = 0
-        return AuditError(_violations(&self.c), self.c.n, POINTS[point - 1])
+        return AuditError(audit_violations(&self.c), self.c.n, POINTS[point - 1])

@@ -271,7 +271,7 @@ cdef int columns_run(sc_mmu *mmu, u32 number, const sc_columns *c, u64 n, bint d
         return RC_EXHAUSTED
     b.rows = <sc_row *>room
     b.remember = not no_memo[0]
-    if not mmu.shadow or mmu.mem.exposed:
+    if not mmu.shadow:
         memo_drop(mmu)              # anybody may have written to what translations are made of
     while i < n and rc == RC_OK:
         begin = i
@@ -301,7 +301,6 @@ cdef object _run(Mmu shell, sc_batch *b, u64 n, const sc_columns *columns):
     cdef u64 i = 0
     cdef u64 begin, stop, room
     cdef int rc = RC_OK
-    shell.idle()
     result = RunResult.__new__(RunResult)
     result.capacity = n
     result.data = b.data
@@ -319,10 +318,10 @@ cdef object _run(Mmu shell, sc_batch *b, u64 n, const sc_columns *columns):
     b.remember = not shell.no_memo
     b.far = shell.far
     b.watch = &shell.watch
-    if not mmu.shadow or mmu.mem.exposed:
-        memo_drop(mmu)              # anybody may have written to what translations are made of
-    shell.enter()
     error = None
+    shell.enter()
+    if not mmu.shadow:
+        memo_drop(mmu)              # anybody may have written to what translations are made of
     try:
         while i < n and rc == RC_OK:
             if room < b.n_rows + min(n - i, CHUNK):

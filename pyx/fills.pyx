@@ -1,16 +1,19 @@
 """The function that Unicorn calls where its TLB misses, for `shadowcore.unicorn` with way "fills".
 
-Most misses are plain: the access that missed is one that the tables allow, or takes a plain fault, and nothing else is
-under way. They are served here, without Python. All others are handed to a method of the machine, with nothing changed.
+Most misses are plain: the access that missed is one that the guest's tables allow, to RAM, and nothing else is under
+way. They are served here, without Python. All others are handed to a method of the machine, with nothing changed.
 """
 from libc.string cimport memset
 
-from shadowcore.access cimport OP_FETCH, OP_READ, OP_WRITE, access_fault, access_glance, sc_op, sc_result
+from shadowcore.access cimport OP_FETCH, OP_READ, OP_WRITE, access_fault, access_glance, sc_op, sc_result, vcpu_access
 from shadowcore.bits cimport CR4_SMAP
 from shadowcore.memory cimport mem_frame, mem_frame_hpa, sc_no_frame
 from shadowcore.mmu cimport Mmu
-from shadowcore.state cimport linear_address, linear_exists, sc_mmu, sc_vcpu
-from shadowcore.types cimport ACC_W, MODE_OFF, PF_U, PF_W, RC_OK, u16, u32, u64
+from shadowcore.state cimport (
+    QUIRK_NX_LEAF_ONLY, QUIRK_PROCESSOR_CODE, QUIRK_ROLE_WITHOUT_ACCESS, QUIRK_ROLE_WITHOUT_MODE, QUIRK_ROOT_EMPTIED,
+    linear_address, linear_exists, sc_mmu, sc_vcpu,
+)
+from shadowcore.types cimport ACC_W, MODE_OFF, PF_I, PF_U, PF_W, RC_OK, u16, u32, u64
 from shadowcore.vcpu cimport VCpu
 from shadowcore.walker cimport probe_walk, sc_walk
 
@@ -22,6 +25,9 @@ cdef enum:
     PROT_WRITE = 2
     PROT_EXEC = 4
     FLAG_AC = 1 << 18
+    # Quirks by which an access that the guest's tables allow may fail.
+    UNUSUAL = (QUIRK_ROLE_WITHOUT_ACCESS | QUIRK_ROLE_WITHOUT_MODE | QUIRK_NX_LEAF_ONLY | QUIRK_PROCESSOR_CODE
+               | QUIRK_ROOT_EMPTIED)
 
 cdef struct sc_fill_entry:          # uc_tlb_entry
     u64 paddr
@@ -77,6 +83,24 @@ cdef bint _in_table(const sc_fills *f, void *uc, u64 page) noexcept nogil:
     return False
 
 
+cdef inline bint _leads_to_ram(const sc_mmu *mmu, const sc_vcpu *v, const sc_op *o) noexcept nogil:
+    """The guest's tables allow the access, and its frame is none of theirs, which may get a shadow on the way: it will
+    be made as it is, whatever exits it takes."""
+    cdef sc_walk w
+    cdef u64 va = linear_address(v, o.addr)
+    cdef u32 access = (PF_U if o.user else 0) | (PF_W if o.op == OP_WRITE else PF_I if o.op == OP_FETCH else 0)
+    cdef int level
+    if mmu.quirks & UNUSUAL or not linear_exists(v, va):
+        return False
+    if probe_walk(mmu.mem, &v.guest, va, access, &w) != RC_OK:
+        return False
+    if v.guest.mode != MODE_OFF:
+        for level in range(w.level, w.top + 1):
+            if w.table[level] == w.gpa >> 12:
+                return False
+    return mem_frame(mmu.mem, w.gpa >> 12) != sc_no_frame()
+
+
 cdef bint _serve(const sc_fills *f, void *uc, u64 page, int kind, sc_fill_entry *entry) noexcept nogil:
     cdef sc_mmu *mmu = f.mmu
     cdef sc_vcpu *v = f.v
@@ -106,7 +130,9 @@ cdef bint _serve(const sc_fills *f, void *uc, u64 page, int kind, sc_fill_entry 
     if op.op == OP_WRITE and not _is_plain_store(mmu, v, page, op.user):
         return False
     if not access_glance(mmu, v, &op, False, &r) and not access_fault(mmu, v, &op, False, &r):
-        return False
+        # What fails here, for want of pages, fails again where it can be raised.
+        if not _leads_to_ram(mmu, v, &op) or vcpu_access(mmu, v, &op, False, &r) != RC_OK or r.emulated:
+            return False
     if mmu.shadow:
         frame = mem_frame(mmu.mem, r.gpa >> 12)
         entry.paddr = mem_frame_hpa(mmu.mem, frame)

@@ -3,25 +3,36 @@
 They read the structures of the MMU and the guest's tables; they change nothing. Design `native` has no shadow
 structure, and only I8 and I9 apply to it. Design `flush` may lag behind the guest's tables until INVLPG or a register
 load, as a TLB does, so I1 and I2 do not apply.
+
+Whatever is in the arrays, the checkers stay within them and end. Where I3 to I7 hold, so does the engine: every index
+that it follows leads where the engine expects, and every list ends. So a structure that was written by hand is checked
+by these before it is used (mmu_settle).
 """
+from dataclasses import dataclass
+
 from libc.string cimport memset
 
-from shadowcore.bits cimport PTE_D, PTE_G, PTE_P, PTE_PS, level_index, level_mask, pte_addr, pte_pkey, pte_rights
+from shadowcore.bits cimport (
+    PTE_A, PTE_D, PTE_G, PTE_P, PTE_PS, SPTE_MARK, level_index, level_mask, pte_addr, pte_pkey, pte_rights,
+)
 from shadowcore.events cimport EXIT_MMIO
 from shadowcore.invariants cimport SC_MAX_FINDINGS, sc_audit, sc_finding
 from shadowcore.memory cimport (
-    mem_frame, mem_frame_hpa, mem_gfn, mem_guest_frame, mem_leaf_frame, mem_pool_hpa, mem_pool_page, mem_slot,
-    mem_unlogged, sc_no_frame,
+    SC_RUNNING, SC_WRITTEN, mem_frame, mem_frame_hpa, mem_gfn, mem_guest_frame, mem_leaf_frame, mem_pool_hpa,
+    mem_pool_page, mem_slot, mem_unlogged, sc_no_frame,
 )
 from shadowcore.pool cimport hash_bucket
 from shadowcore.rmap cimport LIST_MANY, list_first, list_next
-from shadowcore.spte cimport spte_is_writable
+from shadowcore.roots cimport root_fits
+from shadowcore.spte cimport nonleaf_spte, spte_is_writable
 from shadowcore.state cimport (
     QUIRK_ROLE_WITHOUT_ACCESS, QUIRK_ROLE_WITHOUT_MODE, ROLE_ACCESS, ROLE_GLEVELS, ROLE_GLOBAL, ROLE_PKEY, ROLE_PSE,
-    ROLE_QUADRANT, ROLE_WP0, role_direct, role_field, role_level, role_pte_size, sc_mmu, sc_page, sc_vcpu,
+    ROLE_QUADRANT, ROLE_WP0, memo_drop, role_direct, role_field, role_level, role_pte_size, sc_mmu, sc_page, sc_vcpu,
 )
 from shadowcore.tlb cimport TLB_SIZES, sc_tlb, sc_tlb_entry, tlb_overdue, tlb_valid
-from shadowcore.types cimport ACC_ALL, ACC_U, ACC_W, MODE_32, MODE_64, SC_NONE, u8, u32, u64
+from shadowcore.types cimport (
+    ACC_ALL, ACC_U, ACC_W, MODE_32, MODE_64, MODE_LA57, RC_AUDIT, RC_OK, SC_NONE, u8, u32, u64,
+)
 from shadowcore.watch cimport watch_due, watch_look
 
 # What a finding says, by sc_finding.what.
@@ -55,6 +66,11 @@ SENTENCES = (
     "a TLB entry lets stores reach a shadowed guest table unseen",
     "a TLB entry lets stores reach a frame whose dirty log does not show it",
     "a TLB entry leads where the shadow that it was made of does not lead any more, or allows stores that it does not",
+    "an entry above the leaves is neither 0 nor a link to a page",
+    "a leaf maps what is no frame of guest RAM",
+    "the head of a list does not tell how many members it has",
+    "a page in use has a level that there is not",
+    "a root is not the page that its vcpu's registers ask for",
 )
 
 cdef enum:
@@ -87,6 +103,39 @@ cdef enum:
     S_TLB_TABLE
     S_TLB_LOG
     S_TLB_SHADOW
+    S_LINK
+    S_LEAF
+    S_HEAD
+    S_LEVEL
+    S_ROOT
+
+
+@dataclass(frozen=True)
+class Violation:
+    """`invariant` ("I1", ...) does not hold: `what`, at entry `index` of pool page `page` (None: the whole), `gfn`."""
+
+    invariant: str
+    what: str
+    page: int | None
+    index: int
+    gfn: int
+
+    def __str__(self):
+        where = f" (gfn {self.gfn:#x})" if self.gfn else ""
+        if self.page is not None:
+            where = f" (page {self.page}, entry {self.index}, gfn {self.gfn:#x})"
+        return f"{self.invariant}: {self.what}{where}"
+
+
+cdef tuple audit_violations(const sc_audit *a):
+    """What `a` kept, as Violations."""
+    cdef list found = []
+    cdef sc_finding f
+    for i in range(min(a.n, SC_MAX_FINDINGS)):
+        f = a.found[i]
+        found.append(Violation(f"I{f.invariant}", SENTENCES[f.what], None if f.page == SC_NONE else f.page, f.index,
+                               f.gfn))
+    return tuple(found)
 
 
 cdef inline bint _stopped(sc_mmu *mmu, u32 page) noexcept nogil:
@@ -237,13 +286,13 @@ cdef void check_write_protection(sc_mmu *mmu, sc_audit *a) noexcept nogil:
 
 
 cdef inline bint _listed(const sc_mmu *mmu, u32 head, u32 spte) noexcept nogil:
-    """The list holds `spte`, with neighbours that agree; one member stands in the head itself."""
+    """The list holds `spte`, with neighbours that agree."""
     cdef u32 prev, next_
     if not head & LIST_MANY:
         return head == spte + 1
     prev = mmu.links[spte].prev
     next_ = mmu.links[spte].next
-    if prev > mmu.pool_pages * 512 or next_ > mmu.pool_pages * 512 or not (prev or next_):
+    if prev > mmu.pool_pages * 512 or next_ > mmu.pool_pages * 512:
         return False
     if prev:
         if mmu.links[prev - 1].next != spte + 1:
@@ -253,8 +302,13 @@ cdef inline bint _listed(const sc_mmu *mmu, u32 head, u32 spte) noexcept nogil:
     return next_ == 0 or mmu.links[next_ - 1].prev == spte + 1
 
 
+cdef inline bint _head_tells(const sc_mmu *mmu, u32 head) noexcept nogil:
+    """LIST_MANY is set in heads of two members or more; the first is one that exists."""
+    return not head & LIST_MANY or (list_first(head) and mmu.links[list_first(head) - 1].next)
+
+
 cdef void check_rmap(sc_mmu *mmu, sc_audit *a) noexcept nogil:
-    """I3: the reverse map of a gfn lists exactly the writable leaves that map it, each once."""
+    """I3: the reverse map of a gfn lists exactly the writable leaves that map it, each once. Leaves map frames."""
     cdef u32 number, index, spte, member
     cdef u64 frame
     cdef u64 leaves = 0
@@ -266,10 +320,12 @@ cdef void check_rmap(sc_mmu *mmu, sc_audit *a) noexcept nogil:
             continue
         for index in range(512):
             spte = number * 512 + index
+            frame = mem_leaf_frame(mmu.mem, mmu.table[spte])
             if not spte_is_writable(mmu.table[spte]):
+                if mmu.table[spte] & PTE_P and frame >= mmu.mem.nframes:
+                    _report(a, 3, S_LEAF, number, index, mmu.pages[number].gfn)
                 continue
             leaves += 1
-            frame = mem_leaf_frame(mmu.mem, mmu.table[spte])
             if frame < mmu.mem.nframes and not mmu.pages[number].slots >> mem_slot(
                     mmu.mem, mem_gfn(mmu.mem, frame)) & 1:
                 _report(a, 3, S_SLOTS, number, index, mem_gfn(mmu.mem, frame))
@@ -284,6 +340,8 @@ cdef void check_rmap(sc_mmu *mmu, sc_audit *a) noexcept nogil:
                 break
             listed += 1
             member = list_next(mmu, mmu.frames[frame].rmap, member)
+        if member == 0 and not _head_tells(mmu, mmu.frames[frame].rmap):
+            _report(a, 3, S_HEAD, SC_NONE, 0, mem_gfn(mmu.mem, frame))
     if listed != leaves:
         _report(a, 3, S_RMAP_MISSING, SC_NONE, 0, 0)
 
@@ -301,12 +359,16 @@ cdef void check_parents(sc_mmu *mmu, sc_audit *a) noexcept nogil:
         for index in range(512):
             spte = number * 512 + index
             if not mmu.table[spte] & PTE_P:
+                if mmu.table[spte]:
+                    _report(a, 4, S_LINK, number, index, mmu.pages[number].gfn)
                 continue
             links += 1
             child = mem_pool_page(mmu.table[spte])
             if (child >= mmu.pool_pages or not mmu.pages[child].active
                     or role_level(mmu.pages[child].role) != role_level(mmu.pages[number].role) - 1):
                 _report(a, 4, S_CHILD, number, index, mmu.pages[number].gfn)
+            elif (mmu.table[spte] & ~<u64>SPTE_MARK) | PTE_A != nonleaf_spte(child):
+                _report(a, 4, S_LINK, number, index, mmu.pages[number].gfn)
             elif not _listed(mmu, mmu.pages[child].parents, spte):
                 _report(a, 4, S_PARENT_MISSING, number, index, mmu.pages[child].gfn)
     for number in range(mmu.pool_pages):
@@ -320,6 +382,8 @@ cdef void check_parents(sc_mmu *mmu, sc_audit *a) noexcept nogil:
                 break
             listed += 1
             member = list_next(mmu, mmu.pages[number].parents, member)
+        if member == 0 and not _head_tells(mmu, mmu.pages[number].parents):
+            _report(a, 4, S_HEAD, number, 0, mmu.pages[number].gfn)
     if listed != links:
         _report(a, 4, S_PARENT_MISSING, SC_NONE, 0, 0)
 
@@ -372,6 +436,8 @@ cdef void check_pool(sc_mmu *mmu, sc_audit *a) noexcept nogil:
         if _stopped(mmu, number):
             return
         active += mmu.pages[number].active
+        if mmu.pages[number].active and not 1 <= role_level(mmu.pages[number].role) <= MODE_LA57:
+            _report(a, 6, S_LEVEL, number, 0, mmu.pages[number].gfn)
         used = 0
         global_ = True
         for index in range(512):
@@ -392,17 +458,18 @@ cdef void check_pool(sc_mmu *mmu, sc_audit *a) noexcept nogil:
     previous = SC_NONE
     while number < mmu.pool_pages and listed <= mmu.pool_pages:
         listed += 1
-        if mmu.pages[number].prev != previous:
+        if mmu.pages[number].prev != previous or mmu.pages[number].active != 1:
             _report(a, 6, S_LIST, number, 0, mmu.pages[number].gfn)
         previous = number
         number = mmu.pages[number].next
-    if previous != mmu.old:
+    if previous != mmu.old or number != SC_NONE:
         _report(a, 6, S_LIST, mmu.old, 0, 0)
     number = mmu.free_head
-    while number < mmu.pool_pages and free <= mmu.pool_pages:
+    while number < mmu.pool_pages and not mmu.pages[number].active and free <= mmu.pool_pages:
         free += 1
         number = mmu.pages[number].next
-    if active != mmu.n_active or listed != active or free != mmu.n_free or free + active != mmu.pool_pages:
+    if (number != SC_NONE or active != mmu.n_active or listed != active or free != mmu.n_free
+            or free + active != mmu.pool_pages):
         _report(a, 6, S_SUM, SC_NONE, 0, 0)
 
 
@@ -443,7 +510,8 @@ cdef void check_shadowed(sc_mmu *mmu, sc_audit *a) noexcept nogil:
 
 
 cdef void check_roots(sc_mmu *mmu, sc_audit *a) noexcept nogil:
-    """I7: root counts equal the roots that vcpus hold, and the processor walks from those; a root is active."""
+    """I7: root counts equal the roots that vcpus hold, and the processor walks from those; a root is active, and the
+    page that its vcpu's registers ask for."""
     cdef u32 number, i, slot, held
     cdef const sc_vcpu *v
     for number in range(mmu.pool_pages):
@@ -461,8 +529,12 @@ cdef void check_roots(sc_mmu *mmu, sc_audit *a) noexcept nogil:
             if v.roots[slot] == SC_NONE:
                 if v.hw.pdpte[slot] & PTE_P:
                     _report(a, 7, S_HW_ROOT, SC_NONE, slot, 0)
-            elif v.hw.pdpte[slot] != (mem_pool_hpa(v.roots[slot]) | PTE_P):
+                continue
+            if v.hw.pdpte[slot] != (mem_pool_hpa(v.roots[slot]) | PTE_P) or v.roots[slot] >= mmu.pool_pages:
                 _report(a, 7, S_HW_ROOT, v.roots[slot], slot, 0)
+                continue
+            if not root_fits(mmu, v, slot, v.roots[slot]):
+                _report(a, 7, S_ROOT, v.roots[slot], slot, mmu.pages[v.roots[slot]].gfn)
         if v.guest.mode >= MODE_64 and v.hw.root != (0 if v.roots[0] == SC_NONE else mem_pool_hpa(v.roots[0])):
             _report(a, 7, S_HW_ROOT, v.roots[0], 0, 0)
 
@@ -544,14 +616,9 @@ cdef void check_tlb(sc_mmu *mmu, sc_audit *a) noexcept nogil:
                     _report(a, 8, S_TLB_LOG, SC_NONE, n, e.gpa >> 12)
 
 
-cdef void audit_all(sc_mmu *mmu, sc_audit *a) noexcept nogil:
-    """Run every checker that applies to the design."""
+cdef void _check_structure(sc_mmu *mmu, sc_audit *a) noexcept nogil:
+    """I3 to I7, under a shadow MMU: every index leads where it should, and every list ends."""
     cdef u32 found
-    memset(a, 0, sizeof(sc_audit))
-    check_counters(mmu, a)
-    check_tlb(mmu, a)
-    if not mmu.shadow:
-        return
     check_pool(mmu, a)
     found = a.n
     check_hash(mmu, a)
@@ -560,6 +627,32 @@ cdef void audit_all(sc_mmu *mmu, sc_audit *a) noexcept nogil:
     check_parents(mmu, a)
     check_rmap(mmu, a)
     check_roots(mmu, a)
+
+
+cdef int mmu_settle(sc_mmu *mmu, sc_audit *a) noexcept nogil:
+    """The VM is to be used, and mem.busy is not 0. RC_OK, and it is 0, if the only reason was that the shadow structure
+    was written by hand, nobody can write to it any more, and I3 to I7 hold. Else RC_AUDIT; a.n is not 0 if they do
+    not."""
+    a.n = 0
+    if mmu.mem.busy != SC_WRITTEN or mmu.mem.lent:
+        return RC_AUDIT
+    mmu.mem.busy |= SC_RUNNING      # until this is done, nobody is lent anything
+    if mmu.shadow:
+        memset(a, 0, sizeof(sc_audit))
+        _check_structure(mmu, a)
+    memo_drop(mmu)                  # anything may have changed that a translation was made of
+    mmu.mem.busy = SC_WRITTEN if a.n else 0
+    return RC_AUDIT if a.n else RC_OK
+
+
+cdef void audit_all(sc_mmu *mmu, sc_audit *a) noexcept nogil:
+    """Run every checker that applies to the design."""
+    memset(a, 0, sizeof(sc_audit))
+    check_counters(mmu, a)
+    check_tlb(mmu, a)
+    if not mmu.shadow:
+        return
+    _check_structure(mmu, a)
     if mmu.keep:
         check_mappings(mmu, a)
         check_write_protection(mmu, a)

@@ -94,6 +94,7 @@ cdef class Kernel(KernelBase):
         if rc != BAD_NOTHING:
             raise ConfigError(f"calls[{i}]: {_WHY[rc]} (op {c[i].op})")
         error = None
+        self._ready()               # once more: others may have run meanwhile
         self._cpu.mmu.enter()
         try:
             while at < n and rc == RC_OK and error is None:
@@ -310,6 +311,7 @@ cdef class Kernel(KernelBase):
         cdef u64 refused = 0
         cdef int rc
         error = None
+        self._ready()               # once more: others may have run meanwhile
         self._cpu.mmu.enter()
         try:
             rc = process_switch(&self.g, p) if self.g.current != p or self.g.idle else RC_OK
@@ -352,6 +354,7 @@ cdef class Kernel(KernelBase):
         cdef u64 refused = 0
         cdef int rc
         error = None
+        self._ready()               # once more: others may have run meanwhile
         self._cpu.mmu.enter()
         try:
             rc = process_switch(&self.g, p) if self.g.current != p or self.g.idle else RC_OK

@@ -11,7 +11,7 @@ from libc.string cimport memset
 
 from shadowcore.held cimport held_owners
 from shadowcore.memory cimport (
-    SC_MAX_SLOTS, SC_POOL_HFN, SC_RAM_ALIGN, mem_frame, sc_no_frame,
+    SC_MAX_SLOTS, SC_POOL_HFN, SC_RAM_ALIGN, SC_RUNNING, SC_WRITTEN, mem_frame, sc_no_frame,
 )
 from shadowcore.types cimport u8, u32, u64
 
@@ -72,6 +72,37 @@ def allocate(nbytes, huge=False):
 
 cdef u8 *_pointer(object array) except NULL:
     return <u8 *><size_t>array.ctypes.data
+
+
+cdef class _Window:
+    """An array of the engine as a buffer for others: read-only, or lent for writing by `lender`.
+
+    Whoever can write to it holds one of its buffers, and `lent` counts those; from the first on the shadow structure
+    passes for written, until it has been checked.
+    """
+    cdef object array
+    cdef Memory lender              # None: read-only
+
+    def __cinit__(self, array, Memory lender):
+        self.array = array
+        self.lender = lender
+
+    def __getbuffer__(self, Py_buffer *view, int flags):
+        if self.lender is not None and self.lender.mem.busy & SC_RUNNING:
+            raise BufferError("this VM is in use: its tables cannot be written now")
+        PyBuffer_FillInfo(view, self, _pointer(self.array), self.array.nbytes, self.lender is None, flags)
+        if self.lender is not None:
+            self.lender.mem.lent += 1
+            self.lender.mem.busy |= SC_WRITTEN
+
+    def __releasebuffer__(self, Py_buffer *view):
+        if self.lender is not None:
+            self.lender.mem.lent -= 1
+
+
+def window(array, lender=None):
+    """uint8: the bytes of `array`, sharing memory: read-only for good, or with a `lender` (Memory) to be written to."""
+    return np.frombuffer(_Window(array, lender), dtype=np.uint8)
 
 
 cdef class Memory:
@@ -143,9 +174,11 @@ cdef class Memory:
 
     @property
     def pool(self):
-        """uint64[pool_pages, 512]: the shadow tables, shared with the engine; None without a shadow MMU."""
-        self.mem.exposed = True
-        return self.tables
+        """uint64[pool_pages, 512]: the shadow tables, live and read-only; None without a shadow MMU.
+
+        `vm.mmu.writable_arrays` gives them for writing.
+        """
+        return None if self.tables is None else window(self.tables).view(np.uint64).reshape(-1, 512)
 
     @property
     def pool_hpa(self) -> int:
@@ -165,10 +198,10 @@ cdef class Memory:
         index = check_int("slot", slot, 0, <int>self.mem.nslots - 1)
         if index not in self._logs:
             log = allocate(((self.mem.slots[<u32>index].npages + 63) >> 6) * 8).view(np.uint64)
+            self._changed(index)    # first: it may refuse
             self._logs[index] = log
             self.mem.slots[index].dirty = <u64 *>_pointer(log)
             self.mem.logging = True
-            self._changed(index)
 
     def stop_dirty_log(self, slot=0) -> None:
         """Stop logging `slot` and forget its log."""
@@ -186,8 +219,8 @@ cdef class Memory:
     def clear_dirty_log(self, slot=0) -> None:
         """Clear the log of `slot`; its frames are write-protected again so that the next store is seen."""
         index = self._logged(slot)
+        self._changed(index)        # first: it may refuse
         self._logs[index][:] = 0
-        self._changed(index)
 
     @property
     def logged_slots(self) -> tuple:
@@ -199,7 +232,7 @@ cdef class Memory:
         return self._logs[self._logged(slot)][:]
 
     def _idle(self):
-        if self.mem.busy:
+        if self.mem.busy & SC_RUNNING:
             raise EngineError("this VM is in use, by a batch in another thread or by the callback that makes this call")
 
     def _logged(self, slot):

@@ -8,7 +8,10 @@ from shadowcore.emulate cimport device_store
 from shadowcore.events cimport Stats, sc_stats
 from shadowcore.fault cimport page_fault
 from shadowcore.invalidate cimport invalidate_fault, invalidate_leaves
-from shadowcore.memory cimport SC_POOL_HFN, Memory, mem_frame, mem_gfn, mem_guest_frame, sc_no_frame
+from shadowcore.invariants cimport audit_violations, mmu_settle, sc_audit
+from shadowcore.memory cimport (
+    SC_POOL_HFN, SC_RUNNING, SC_WRITTEN, Memory, mem_frame, mem_gfn, mem_guest_frame, sc_no_frame,
+)
 from shadowcore.pool cimport pool_init, pool_recycle, pool_unprotect, pool_zap_all, pool_zap_nonglobal
 from shadowcore.rmap cimport list_first, list_next, rmap_remove
 from shadowcore.roots cimport root_slots, roots_load, roots_release
@@ -27,8 +30,8 @@ from shadowcore.walker cimport guest_walk, rights_fault, sc_walk, shadow_walk
 from shadowcore.watch cimport watch_due, watch_look, watch_raised
 
 from shadowcore.config import Shadow, check_int, check_ints, design as checked_design
-from shadowcore.errors import ConfigError, EngineError, PoolExhausted
-from shadowcore.memory import allocate
+from shadowcore.errors import AuditError, ConfigError, EngineError, PoolExhausted
+from shadowcore.memory import allocate, window
 
 cdef enum:
     MAX_EXITS = 40                  # exits of one access after which it is taken to hang
@@ -256,18 +259,36 @@ cdef class Mmu:
         pool_init(&self.c)
 
     cdef int idle(self) except -1:
-        """EngineError while another thread runs a batch on this VM, or a callback of it: one VM, one user at a time."""
-        if self.c.mem.busy:
-            raise EngineError("this VM is in use, by a batch in another thread or by the callback that makes this call")
+        """EngineError while another thread runs a batch on this VM, or a callback of it: one VM, one user at a time;
+        and while somebody holds an array of writable_arrays. AuditError if what was written there cannot be used."""
+        cdef sc_audit a
+        if self.c.mem.busy and mmu_settle(&self.c, &a) != RC_OK:
+            self.still()
+            raise AuditError(audit_violations(&a), a.n, "writable_arrays")
         return 0
 
-    cdef void enter(self) noexcept:
-        """Work begins that does without the GIL, and that signals can end. Until `leave`."""
-        self.c.mem.busy = True
+    cdef int still(self) except -1:
+        """What follows looks at each index before it follows that. EngineError while somebody could change it."""
+        if self.c.mem.busy & SC_RUNNING:
+            raise EngineError("this VM is in use, by a batch in another thread or by the callback that makes this call")
+        if self.c.mem.lent:
+            raise EngineError("an array of vm.mmu.writable_arrays() is still held, or a view or buffer of one: the VM "
+                              "can be used again when all have been let go")
+        return 0
+
+    cdef int enter(self, bint unsettled=False) except -1:
+        """Work begins that does without the GIL, and that signals can end; until `leave`. unsettled: work that can do
+        with whatever was written to the arrays."""
+        if unsettled:
+            self.still()
+        else:
+            self.idle()
+        self.c.mem.busy |= SC_RUNNING
         self.c.watch = &self.watch
+        return 0
 
     cdef void leave(self) noexcept:
-        self.c.mem.busy = False
+        self.c.mem.busy &= ~<int>SC_RUNNING
         self.c.watch = NULL
 
     cdef object stopped(self):
@@ -328,15 +349,37 @@ cdef class Mmu:
 
     @property
     def arrays(self) -> dict:
-        """The live structures, as arrays that share memory with the engine: table (uint64[pages, 512]), pages
+        """The live structures, as read-only arrays that share memory with the engine: table (uint64[pages, 512]), pages
         (PAGE_DTYPE), frames (FRAME_DTYPE, per frame of RAM), links (LINK_DTYPE, per spte), hash (uint32).
 
-        Reading is safe while no batch runs. Writing is for experiments and tests: what it breaks, `audit` finds.
+        What is read while a batch runs may be of any moment. ConfigError under `native`, which has none.
         """
-        self._shadow("arrays")
-        pages, frames, links, buckets = self._arrays
-        return {"table": self.memory.pool, "pages": pages.view(PAGE_DTYPE), "frames": frames.view(FRAME_DTYPE),
-                "links": links.view(LINK_DTYPE), "hash": buckets.view(np.uint32)}
+        return self._windows("arrays", None)
+
+    def writable_arrays(self) -> dict:
+        """`arrays`, to be written to, for experiments and tests.
+
+        While one of them is held, or a view or a buffer of one (a VM whose RAM it is, say), whatever uses the VM raises
+        EngineError, in this thread or another. When all have been let go, the first call that uses the VM checks I3 to
+        I7 once, in time linear in the size of the structure: AuditError, of point "writable_arrays", if they do not
+        hold, and nothing is followed or changed. So it is until other values have been written; `vm.audit` works, and
+        `pages`, `table`, `rmap` and `roots`, which check as they go. Addresses of their memory (`ctypes.data`) must not
+        be written to once the arrays are gone.
+        """
+        return self._windows("writable_arrays", self.memory)
+
+    cdef dict _windows(self, what, lender):
+        if not self.c.shadow or lender is not None and self.c.mem.busy & SC_RUNNING:
+            self._shadow(what)
+        pages, frames, links, buckets = [window(array, lender) for array in self._arrays]
+        table = window(self.memory.tables, lender)
+        return {"table": table.view(np.uint64).reshape(-1, 512), "pages": pages.view(PAGE_DTYPE),
+                "frames": frames.view(FRAME_DTYPE), "links": links.view(LINK_DTYPE), "hash": buckets.view(np.uint32)}
+
+    def settle(self) -> None:
+        """Check what was written through `writable_arrays` (or put back by import_state), as the next call that uses
+        the VM would. For code that calls the engine's C functions itself; see there for the errors."""
+        self.idle()
 
     @property
     def can_emulate(self):
@@ -385,7 +428,9 @@ cdef class Mmu:
         cdef u32 n = self.c.n_active
         cdef u32 number = self.c.young
         cdef sc_page *p
-        self.idle()
+        self.still()
+        if n > self.c.pool_pages:
+            raise EngineError(f"{n} pages are said to be in use, the pool has {self.c.pool_pages}: see vm.audit()")
         out = np.zeros(n, dtype=PAGES_DTYPE)
         for i in range(n):
             if number >= self.c.pool_pages:
@@ -414,18 +459,18 @@ cdef class Mmu:
 
     def table(self, page):
         """uint64[512]: the sptes of pool page `page` (a copy)."""
-        self._shadow("table")
+        self._looks("table")
         return self.memory.tables[check_int("page", page, 0, self.c.pool_pages - 1)].copy()
 
     def rmap(self, gfn):
         """uint32[n, 2]: (page, index) of each writable spte that maps `gfn`, newest first."""
-        self._shadow("rmap")
+        self._looks("rmap")
         sptes = [(spte >> 9, spte & 511) for spte in self._list(self.c.frames[self.memory.frame(gfn)].rmap)]
         return np.array(sptes, dtype=np.uint32).reshape(-1, 2)
 
     def rmap_length(self, gfn) -> int:
         """Records of `gfn` in the reverse map, with those that the quirk RMAP_LEAK left behind."""
-        self._shadow("rmap_length")
+        self._looks("rmap_length")
         cdef sc_frame *frame = &self.c.frames[self.memory.frame(gfn)]
         return len(self._list(frame.rmap)) + frame.stale
 
@@ -443,7 +488,7 @@ cdef class Mmu:
 
     def roots(self, vcpu=0):
         """Pool pages that serve as roots of vcpu number `vcpu`: one, or four of which those not loaded are None."""
-        self._shadow("roots")
+        self._looks("roots")
         cdef sc_vcpu *v = self.c.vcpus[check_int("vcpu", vcpu, 0, self.c.n_vcpus - 1)]
         return [None if v.roots[i] == SC_NONE else v.roots[i] for i in range(root_slots(v))]
 
@@ -507,7 +552,7 @@ cdef class Mmu:
 
     def export_state(self) -> dict:
         """The scalars of the MMU and its counters; with `arrays` and the vcpus' states, all of it (VM.save)."""
-        self.idle()
+        self.still()
         cdef sc_mmu *c = &self.c
         state = {"n_free": c.n_free, "n_active": c.n_active, "free_head": c.free_head, "young": c.young, "old": c.old,
                  "n_pte4": c.n_pte4, "n_pte8": c.n_pte8, "flush_epoch": c.flush_epoch, "spte_base": c.spte_base}
@@ -518,9 +563,10 @@ cdef class Mmu:
         """Put back what export_state gave; the arrays and vcpus have to be put back with it.
 
         ConfigError, and nothing changed, where a value is missing, or is none that the field can have. That the values
-        agree with each other and with the arrays is for `audit` to say.
+        agree with each other and with the arrays is checked by the first call that uses the VM, as after
+        writable_arrays.
         """
-        self.idle()
+        self.still()
         cdef sc_mmu *c = &self.c
         cdef u64 *counters = <u64 *>&self.counters
         cdef list counted = check_ints("counters", state.get("counters"), sizeof(sc_stats) // sizeof(u64), _WORD)
@@ -534,9 +580,9 @@ cdef class Mmu:
         c.n_free, c.n_active, c.n_pte4, c.n_pte8 = pages
         c.free_head, c.young, c.old = lists
         c.flush_epoch, c.spte_base = words
-        memo_drop(c)
         for i, number in enumerate(counted):
             counters[i] = number
+        c.mem.busy |= SC_WRITTEN
 
     def protect_slot(self, slot) -> None:
         """Write-protect the frames of memory slot `slot`, for its dirty log."""
@@ -548,6 +594,10 @@ cdef class Mmu:
 
     def _shadow(self, what):
         self.idle()
+        self._looks(what)
+
+    def _looks(self, what):
+        self.still()
         if not self.c.shadow:
             raise ConfigError(f"{what}: the design 'native' has no shadow tables")
 

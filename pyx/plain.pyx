@@ -25,7 +25,7 @@ cdef enum:
 
 cdef inline bint _is_usual(const sc_mmu *mmu, const sc_vcpu *v, u32 below) noexcept nogil:
     """Nothing is set that looks into faults, and no page has to be recycled first. below: tables below the root."""
-    return not (mmu.quirks & UNUSUAL or mmu.audit_points or mmu.fail_for or mmu.mem.logging or mmu.mem.exposed
+    return not (mmu.quirks & UNUSUAL or mmu.audit_points or mmu.fail_for or mmu.mem.logging
                 or v.tlb != NULL or (mmu.n_pte4 and mmu.n_pte8)
                 or (mmu.keep and (mmu.n_free < mmu.min_free or mmu.n_free < below)))
 

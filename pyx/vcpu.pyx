@@ -12,7 +12,7 @@ from shadowcore.access cimport (
 from shadowcore.batch cimport run_batch
 from shadowcore.bits cimport PTE_P
 from shadowcore.memo cimport sc_memo
-from shadowcore.memory cimport mem_pool_hpa
+from shadowcore.memory cimport SC_WRITTEN, mem_pool_hpa
 from shadowcore.mmu cimport Mmu
 from shadowcore.registers cimport (
     load_ac, load_cr0, load_cr3, load_cr4, load_efer, load_pkru, registers_possible, vcpu_apply, vcpu_init,
@@ -20,7 +20,7 @@ from shadowcore.registers cimport (
 from shadowcore.roots cimport root_fits
 from shadowcore.state cimport (
     FEAT_FSGSBASE, FEAT_GBPAGES, FEAT_LA57, FEAT_NX, FEAT_PCID, FEAT_PKU, FEAT_PSE36, FEAT_SMAP, FEAT_SMEP, FEAT_UMIP,
-    FEAT_XSAVE, SC_MAX_VCPUS, linear_address, linear_exists, memo_drop, sc_mmu, sc_vcpu,
+    FEAT_XSAVE, SC_MAX_VCPUS, linear_address, linear_exists, sc_mmu, sc_vcpu,
 )
 from shadowcore.tlb cimport TLB_PAGES, TLB_SIZES, sc_tlb, sc_tlb_entry, tlb_valid
 from shadowcore.types cimport (
@@ -31,7 +31,7 @@ from shadowcore.walker cimport probe_walk, sc_walk, walk_index
 
 from shadowcore.config import TLB, Features, check_int, check_ints, taken
 from shadowcore.errors import ConfigError, GeneralProtection, MMIOAccess, PageFault
-from shadowcore.memory import allocate
+from shadowcore.memory import allocate, window
 
 TLB_DTYPE = np.dtype([
     ("page", "<u8"), ("gpa", "<u8"), ("page_size", "<u4"), ("pcid", "<u2"), ("access", "u1"), ("pkey", "u1"),
@@ -221,7 +221,7 @@ cdef class VCpu:
     def export_state(self) -> dict:
         """Registers, roots and flood counter: with `tlb_arrays`, all that a vcpu is (VM.save)."""
         cdef sc_vcpu *c = &self.c
-        self.mmu.idle()
+        self.mmu.still()
         return {"cr0": c.cr0, "cr2": c.cr2, "cr3": c.cr3, "cr4": c.cr4, "efer": c.efer, "pkru": c.guest.pkru,
                 "ac": bool(c.guest.ac), "cpl": c.cpl, "pdptes": list(self.pdptes),
                 "roots": [c.roots[i] for i in range(4)], "flood_gfn": c.flood_gfn, "flood_count": c.flood_count}
@@ -231,12 +231,13 @@ cdef class VCpu:
 
         ConfigError, and nothing changed, where a value is missing or is none that the register can have, where no loads
         lead to these registers, or where a root is not the page that they ask for, or no page that is held as a root.
+        That the counts of roots agree is checked by the first call that uses the VM, as after Mmu.writable_arrays.
         """
         cdef sc_vcpu c = self.c
         cdef u32 none = SC_NONE
         cdef u32 page
         cdef bint ac
-        self.mmu.idle()
+        self.mmu.still()
         c.cr0, c.cr2, c.cr3, c.cr4, c.efer, c.flood_gfn = [
             check_int(name, state.get(name), 0, _WORD) for name in ("cr0", "cr2", "cr3", "cr4", "efer", "flood_gfn")]
         c.guest.pkru, c.flood_count = [
@@ -270,21 +271,38 @@ cdef class VCpu:
             c.hw.pdpte[i] = mem_pool_hpa(page) | PTE_P
             c.hw.root = mem_pool_hpa(page)
         self.c = c
-        memo_drop(&self.mmu.c)
+        self.mmu.c.mem.busy |= SC_WRITTEN
 
     @property
     def tlb_arrays(self) -> list:
-        """State of the modelled TLB (uint8, sharing memory): its header from the clock on, then the entries of each
-        page size. No array without a TLB."""
+        """State of the modelled TLB (uint8, sharing memory, read-only): its header from the clock on, then the entries
+        of each page size. No array without a TLB."""
+        return [window(array) for array in self._tlb_parts()]
+
+    def import_tlb(self, arrays) -> None:
+        """Put back what tlb_arrays gave. ConfigError, and nothing changed, where that is no state of this TLB."""
+        parts = self._tlb_parts()
+        arrays = [np.asarray(array) for array in arrays]
+        if [(a.dtype, a.shape) for a in arrays] != [(part.dtype, part.shape) for part in parts]:
+            raise ConfigError(f"arrays: uint8 arrays of {[part.size for part in parts]} bytes are needed")
+        before = [part.copy() for part in parts]
+        for part, array in zip(parts, arrays, strict=True):
+            part[:] = array
+        if not self.tlb_is_sane():
+            for part, array in zip(parts, before, strict=True):
+                part[:] = array
+            raise ConfigError("arrays: a TLB with sizes, addresses, rights and PCIDs that exist is needed")
+
+    def _tlb_parts(self):
         cdef sc_tlb *t = self.c.tlb
-        self.mmu.idle()
+        self.mmu.still()
         if t == NULL:
             return []
         return [self._tlb[0][<size_t>&t.clock - <size_t>t:], *self._tlb[1:]]
 
     def tlb_is_sane(self) -> bool:
-        """Every number in the TLB that is used as one (page size, PCID, rights, key, position, shadow page) is one that
-        exists."""
+        """Every number in the TLB that is used as one (page size, address, rights, key, PCID, position, shadow page) is
+        one that exists."""
         cdef sc_tlb *t = self.c.tlb
         cdef sc_tlb_entry *e
         cdef u64 i
@@ -293,7 +311,8 @@ cdef class VCpu:
         for size in range(TLB_SIZES):
             for i in range(<u64>t.sets[size] * t.ways[size]):
                 e = &t.entry[size][i]
-                if e.page & 1 and (e.shift not in _SHIFTS[size] or e.pcid > 4095 or e.access > ACC_ALL or e.pkey > 15
+                if e.page & 1 and (e.shift not in _SHIFTS[size] or e.gpa & ((<u64>1 << e.shift) - 1)
+                                   or e.pcid > 4095 or e.access > ACC_ALL or e.pkey > 15
                                    or (e.root != SC_NONE and e.root >= self.mmu.c.pool_pages)):
                     return False
         return t.due_next < TLB_PAGES

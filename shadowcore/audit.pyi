@@ -5,17 +5,10 @@ from typing import Final, Self
 from typing_extensions import disjoint_base
 
 from .errors import AuditError
+from .invariants import Violation as Violation
 from .mmu import Mmu
 
 POINTS: Final[tuple[str, ...]]
-
-@dataclass(frozen=True)
-class Violation:
-    invariant: str
-    what: str
-    page: int | None
-    index: int
-    gfn: int
 
 @dataclass(frozen=True)
 class AuditReport:

@@ -18,3 +18,5 @@ cdef struct sc_audit:
     u64 sptes                       # present sptes looked at
 
 cdef void audit_all(sc_mmu *mmu, sc_audit *a) noexcept nogil
+cdef int mmu_settle(sc_mmu *mmu, sc_audit *a) noexcept nogil
+cdef tuple audit_violations(const sc_audit *a)

@@ -7,6 +7,11 @@ cdef enum:
     SC_POOL_HFN = 256               # host frame number of the first pool frame: 1 MiB
     SC_RAM_ALIGN = 1 << 18          # guest RAM starts at the next multiple of this many frames: 1 GiB
 
+# Of sc_mem.busy.
+cdef enum:
+    SC_RUNNING = 1                  # a batch runs, without the GIL
+    SC_WRITTEN = 2                  # the shadow structure is, or was, written by hand, and was not checked since
+
 cdef struct sc_slot:
     u64 base_gfn                    # first guest frame number of the slot
     u64 npages                      # frames in the slot
@@ -21,8 +26,8 @@ cdef struct sc_mem:
     u64 *pool                       # shadow pool, 512 entries a frame; NULL without a shadow MMU
     u64 pool_pages                  # frames of the pool
     bint logging                    # some slot has a dirty log
-    bint exposed                    # the shadow tables were handed out as an array, and may be written by hand
-    bint busy                       # a batch runs, without the GIL: nobody else may touch the VM
+    u32 lent                        # buffers alive through which the shadow tables can be written by hand
+    int busy                        # not 0: SC_RUNNING, SC_WRITTEN; nobody else may touch the VM
     int nslots
     sc_slot slots[SC_MAX_SLOTS]     # ascending base_gfn, no two overlap
 

@@ -30,9 +30,11 @@ cdef class Mmu:
     cdef object event_hook          # keeps what c.event_context points to
 
     cdef int idle(self) except -1
-    cdef void enter(self) noexcept
+    cdef int enter(self, bint unsettled=*) except -1
     cdef void leave(self) noexcept
     cdef object stopped(self)
     cdef object failure(self, int rc)
     cdef list _list(self, u32 head)
     cdef void *_array(self, u64 nbytes) except NULL
+    cdef int still(self) except -1
+    cdef dict _windows(self, what, lender)

@@ -17,7 +17,7 @@ import numpy as np
 
 from . import npy
 from .config import TLB, Features, MemorySlot, Native, Quirk, Shadow, check_path
-from .errors import SnapshotError
+from .errors import AuditError, SnapshotError
 from .memory import checked_slots
 from .mmu import FRAME_DTYPE, LINK_DTYPE, PAGE_DTYPE
 from .replacing import Replacement
@@ -38,9 +38,6 @@ LIST_MANY = 0x80000000
 _ARRAYS = ("table", "pages", "frames", "links", "hash")
 _UNFIT = (KeyError, ValueError, TypeError, OverflowError, IndexError, AttributeError)
 """What making a VM of a state raises that does not fit together."""
-_STRUCTURAL = ("I3", "I4", "I5", "I6", "I7")
-"""Invariants that the engine relies on wherever it follows an index. The others depend on the guest's tables, which
-somebody may have written behind its back."""
 RATIO = 1100
 """Bytes that one byte of an archive can unpack to, and a little more: deflate reaches 1032."""
 RAM_MAX = 1 << 46
@@ -50,9 +47,11 @@ RAM_MAX = 1 << 46
 def save(vm: VM, path: str | os.PathLike[str]) -> None:
     """Write the state of `vm` to `path`, by way of a file beside it, so that a failure leaves an older one alone.
 
-    OSError where it cannot be written, or the disk is full.
+    OSError where it cannot be written, or the disk is full. AuditError, and nothing written, where the shadow
+    structure was written by hand and does not hold.
     """
     path = check_path(path)
+    vm.mmu.settle()
     members = _members(vm)
     state: dict[str, Any] = {
         "format": FORMAT,
@@ -95,10 +94,11 @@ def load(path: str | os.PathLike[str], memory: NDArray[np.uint8] | None = None) 
         _restore(vm, state, members, memory is None)
     except _UNFIT as error:
         raise _unfit(path, error) from None
+    try:
+        vm.mmu.settle()
+    except AuditError as error:
+        raise SnapshotError(path, f"a sound shadow structure expected: {error.violations[0]}") from None
     report = vm.audit()
-    structural = [v for v in report.violations if v.invariant in _STRUCTURAL]
-    if structural:
-        raise SnapshotError(path, f"a sound shadow structure expected: {structural[0]}")
     if report.count != state.get("violations", 0):
         first = f": {report.violations[0]}" if report.violations else ""
         expected = f"as many violations of invariants as the file says expected, there are {report.count}{first}"
@@ -253,19 +253,21 @@ def _restore(vm: VM, state: dict[str, Any], members: dict[str, NDArray[Any]], fr
         _check_shadow(vm, {name: saved[name].view(arrays[name].dtype).reshape(arrays[name].shape) for name in _ARRAYS})
         for cpu in vm.vcpus:
             cpu.import_state(cpu.export_state() | {"roots": [NONE] * 4})
-        for name in _ARRAYS:
-            # Only what is not zero is touched: the large arrays are committed by the host page by page.
-            flat, source = arrays[name].view(np.uint8).reshape(-1), saved[name]
-            touched = np.flatnonzero(source)
-            flat[:] = 0
-            flat[touched] = source[touched]
+        _write_shadow(vm, saved)
     vm.mmu.import_state(state["mmu"])
     for cpu, registers in zip(vm.vcpus, state["vcpus"], strict=True):
-        for part, array in enumerate(cpu.tlb_arrays):
-            array[:] = members[f"tlb_{cpu.number}_{part}"]
+        cpu.import_tlb([members[f"tlb_{cpu.number}_{part}"] for part in range(len(cpu.tlb_arrays))])
         cpu.import_state(registers)
-        if not cpu.tlb_is_sane():
-            raise SnapshotError("", "a TLB with sizes, rights, keys and PCIDs that exist expected")
+
+
+def _write_shadow(vm: VM, saved: dict[str, NDArray[Any]]) -> None:
+    """What is written is checked when the VM is first used; no array is held beyond this call."""
+    for name, array in vm.mmu.writable_arrays().items():
+        # Only what is not zero is touched: the large arrays are committed by the host page by page.
+        flat, source = array.view(np.uint8).reshape(-1), saved[name]
+        touched = np.flatnonzero(source)
+        flat[:] = 0
+        flat[touched] = source[touched]
 
 
 def _check_shadow(vm: VM, arrays: dict[str, Any]) -> None:

@@ -78,6 +78,7 @@ class Guest:
         base = address_of(memory.bytes)
         if self.shadow:
             regions.append((memory.ram_hpa, memory.bytes.size, base))
+            # Its walker sets A and D there, as ours does, and nothing else.
             pool = memory.pool
             assert pool is not None
             regions.append((memory.pool_hpa, pool.nbytes, address_of(pool)))

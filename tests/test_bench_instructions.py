@@ -56,6 +56,16 @@ def test_a_growth_of_the_engine_alone_is_named():
     assert instructions.grown(found, known) == ["hit: 110.0 instructions in the engine, +11.1% of 99.0"]
 
 
+def test_a_run_that_is_to_cost_what_another_does_is_compared_with_that():
+    """Whatever is kept for it."""
+    name = "hit" + instructions.LOOKED
+    known = counts(**{"hit": 100.0, name: 200.0})
+    assert instructions.grown(counts(**{"hit": 100.0, name: 104.0}), known) == []
+    (complaint,) = instructions.grown(counts(**{"hit": 100.0, name: 110.0}), known)
+    assert complaint.startswith(f"{name}: 109")
+    assert complaint.endswith("of hit")
+
+
 def test_runs_that_come_or_go_are_named():
     assert instructions.grown(counts(a=1.0), counts(b=1.0)) == [
         "a: it is not in instructions.json",

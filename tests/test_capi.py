@@ -500,6 +500,29 @@ def test_the_places_run_out():
     sc.embed.release(sc.embed.handle(vm))
 
 
+def test_tables_written_by_way_of_python():
+    """Refused while they can be written and while they are not sound; checked by the first call after that."""
+    vm = sc.VM("1MiB")
+    number = ctypes.c_uint64()
+    assert API.vm_adopt(vm, number) == OK
+
+    def access():
+        return API.access(number, made(Access, gva=0x1000, kind=1, size=8), made(Outcome))
+
+    assert access() == OK
+    held = vm.mmu.writable_arrays()["hash"]
+    assert access() == C["SC_E_BUSY"]
+    del held
+    assert access() == OK
+    kept = vm.mmu.arrays["hash"].copy()
+    vm.mmu.writable_arrays()["hash"][:] = 77
+    assert access() == C["SC_E_BUSY"]
+    assert "written by hand" in error()
+    vm.mmu.writable_arrays()["hash"][:] = kept
+    assert access() == OK
+    assert API.vm_destroy(number) == OK
+
+
 def test_a_vm_of_python():
     """A VM made there has a handle here; it lives on when that is given back."""
     vm = sc.VM("1MiB")

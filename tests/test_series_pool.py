@@ -95,7 +95,7 @@ def test_freed_pages_are_all_zero(mode):
 
 def test_an_entry_left_in_a_free_page_is_named():
     guest = Guest("64")
-    guest.vm.memory.pool[200, 77] = 1 << 12
+    guest.vm.mmu.writable_arrays()["table"][200, 77] = 1 << 12
     (violation,) = guest.vm.audit().violations
     assert (violation.invariant, violation.page, violation.index) == ("I6", 200, 77)
 
@@ -289,14 +289,14 @@ def test_audit_counts_the_records_of_the_reverse_map():
     """Two writable leaves, one of which loses W behind the back of the reverse map."""
     guest, leaves = audited()
     _, page, index, spte = leaves[USER]
-    guest.vm.memory.pool[page, index] = spte & ~W
+    guest.vm.mmu.writable_arrays()["table"][page, index] = spte & ~W
     assert {violation.invariant for violation in guest.vm.audit().violations} == {"I3"}
 
 
 def test_audit_sees_a_writable_guest_table():
     guest, leaves = audited()
     _, page, index, spte = leaves[guest.window(guest.entry(USER))]
-    guest.vm.memory.pool[page, index] = spte | W
+    guest.vm.mmu.writable_arrays()["table"][page, index] = spte | W
     found = {(violation.invariant, violation.page, violation.index) for violation in guest.vm.audit().violations}
     assert ("I2", page, index) in found
 
