@@ -109,7 +109,7 @@ def access_many(VCpu cpu, gva, kind="r", *, size=8, user=None, value=None, data=
 
 cdef void _on_event(sc_mmu *mmu, u32 kind, u32 detail, u32 vcpu, u64 address) noexcept with gil:
     cdef EventHook hook = <EventHook>mmu.event_context
-    cdef bint busy = mmu.mem.busy
+    cdef int busy = mmu.mem.busy
     if hook.mmu.hook_error is not None:
         return                      # one has raised, and its caller is not there yet
     mmu.mem.busy = True             # the callback may not use its VM

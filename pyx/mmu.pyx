@@ -188,7 +188,7 @@ FLUSHES = ("protect", "zap", "zap_upper", "store", "withheld", "leaf", "link", "
 
 cdef int _ask_can_emulate(void *hook, u64 gva, u64 gpa, u32 nbytes) noexcept with gil:
     cdef Mmu mmu = <Mmu>hook
-    cdef bint busy = mmu.c.mem.busy
+    cdef int busy = mmu.c.mem.busy
     mmu.c.mem.busy = True           # the callback may not use its VM
     try:
         return 1 if mmu._can_emulate(gva, gpa, nbytes) else 0
