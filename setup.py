@@ -1,4 +1,5 @@
-"""Build of the extension modules: pyx/NAME.pyx, under the headers shadowcore/*.pxd, becomes shadowcore.NAME.
+"""Build of the extension modules: pyx/PACKAGE/NAME.pyx, with the header shadowcore/PACKAGE/NAME.pxd, becomes
+shadowcore.PACKAGE.NAME.
 
 Flavours, by environment variables that combine:
   SHADOWCORE_DEBUG=1                     bounds checks, assertions (SC_DEBUG=1 in the C code), -O1 -g
@@ -80,17 +81,21 @@ def check_host(maxsize=sys.maxsize, byteorder=sys.byteorder, version=sys.version
         sys.exit(f"SHADOWCORE_ABI3 needs Python 3.12 or newer; this is {version[0]}.{version[1]}")
 
 
-def cimports(text):
-    """Names of the headers shadowcore/NAME.pxd that a .pyx or .pxd text cimports itself."""
+def sources(root):
+    """The Cython files under `root`, by the name of the module that each becomes."""
+    files = sorted(root.glob("pyx/**/*.pyx"))
+    return {".".join(["shadowcore", *path.relative_to(root / "pyx").with_suffix("").parts]): path for path in files}
+
+
+def cimports(text, package="shadowcore"):
+    """Dotted names below shadowcore that a .pyx or .pxd text of `package` cimports from, modules and members alike."""
     found = set()
-    for package, names in CIMPORT.findall(text):
+    for origin, names in CIMPORT.findall(text):
         words = re.findall(r"[\w.]+", names)
-        if package.startswith("."):
-            package = ("shadowcore" + package).rstrip(".")
-        if package:
-            words = [f"{package}.{word}" for word in words]
-        found.update(word.split(".")[1] for word in words if word.startswith("shadowcore."))
-    return found
+        if origin.startswith("."):
+            origin = f"{package}{origin}".rstrip(".")
+        found.update([origin] if origin else [], [f"{origin}.{word}" if origin else word for word in words])
+    return {name for name in found if name.startswith("shadowcore.")}
 
 
 def fingerprints(root, settings):
@@ -99,19 +104,22 @@ def fingerprints(root, settings):
     Cython and setuptools compare dates of files. They miss a module's own header (it lies in another
     directory than its source), every change of directives, flags and versions, and files that became older.
     """
-    headers = {path.stem: path.read_text("utf-8") for path in root.glob("shadowcore/*.pxd")}
+    headers = {
+        ".".join(path.relative_to(root).with_suffix("").parts): path.read_text("utf-8")
+        for path in root.glob("shadowcore/**/*.pxd")
+    }
     c_headers = [path.read_text("utf-8") for path in sorted(root.glob("shadowcore/include/*.h"))]
     result = {}
-    for source in sorted(root.glob("pyx/*.pyx")):
+    for module, source in sources(root).items():
         text = source.read_text("utf-8")
-        needed, todo = set(), {source.stem} | cimports(text)
+        needed, todo = set(), {module} | cimports(text)
         while todo:
             name = todo.pop()
             if name in headers and name not in needed:
                 needed.add(name)
                 todo |= cimports(headers[name])
         parts = [settings, text, [headers[name] for name in sorted(needed)], c_headers]
-        result[source.stem] = hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+        result[module] = hashlib.sha256(json.dumps(parts).encode()).hexdigest()
     return result
 
 
@@ -128,7 +136,7 @@ def remember(build, known):
 
 
 def c_file(build, name):
-    return build / "cython" / "pyx" / f"{name}.c"
+    return build / "cython" / "pyx" / Path(*name.split(".")[1:]).with_suffix(".c")
 
 
 class BuildExt(build_ext):
@@ -151,7 +159,7 @@ class BuildExt(build_ext):
         # Forgotten first, so that the C file of a translation that fails is not taken for a good one.
         remember(BUILD, fresh)
         cythonize(
-            [Extension(f"shadowcore.{name}", [f"pyx/{name}.pyx"]) for name in current.keys() - fresh.keys()],
+            [Extension(name, [str(path)]) for name, path in sources(Path()).items() if name not in fresh],
             include_path=["."],
             build_dir=str(BUILD / "cython"),
             compiler_directives=directives,
@@ -162,7 +170,7 @@ class BuildExt(build_ext):
         # A C file that is made anew is newer than any object made from the old one, in whichever directory
         # that lies, so that from here the usual comparison of dates is right.
         for ext in self.extensions:
-            ext.sources = [str(c_file(BUILD, ext.name.rpartition(".")[2]))]
+            ext.sources = [str(c_file(BUILD, ext.name))]
             for name, value in arguments.items():
                 setattr(ext, name, value)
         super().build_extensions()
@@ -174,8 +182,7 @@ if __name__ == "__main__":
     setup(
         cmdclass={"build_ext": BuildExt},
         ext_modules=[
-            Extension(f"shadowcore.{source.stem}", [source.as_posix()], py_limited_api=abi3)
-            for source in sorted(Path("pyx").glob("*.pyx"))
+            Extension(name, [source.as_posix()], py_limited_api=abi3) for name, source in sources(Path()).items()
         ],
         # A directory of its own: a wheel holds all that lies in there, whatever flavour it was built for.
         options={"bdist_wheel": {"py_limited_api": "cp312"}, "build": {"build_base": "build/abi3"}} if abi3 else {},

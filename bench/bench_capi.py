@@ -13,7 +13,8 @@ from guests import PAGE, Guest, accesses
 from yardsticks import NoCompiler, build
 
 import shadowcore as sc
-from shadowcore import access, embed
+from shadowcore import embed
+from shadowcore.engine import access
 
 OPERATIONS = 100_000
 SOURCE = Path(__file__).with_name("capi_loop.c")
@@ -53,7 +54,7 @@ def pointer(module: Any, name: str) -> int:
 
 def structs(vm: sc.VM) -> tuple[int, int]:
     """Addresses of the structures behind a VM and its first vcpu."""
-    from shadowcore import vcpu
+    from shadowcore.engine import vcpu
 
     mmu = ctypes.PYFUNCTYPE(ctypes.c_void_p, ctypes.py_object)(pointer(vcpu, "mmu_struct"))(vm)
     first = ctypes.PYFUNCTYPE(ctypes.c_void_p, ctypes.py_object, ctypes.c_uint32)(pointer(vcpu, "vcpu_struct"))(vm, 0)

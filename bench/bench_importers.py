@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 
 import shadowcore as sc
-from shadowcore import importers, lackey
-from shadowcore.recordings import OPERATIONS, PROGRAM, Reader, Writer
+from shadowcore.recording import importers
+from shadowcore.recording.format import OPERATIONS, PROGRAM, Reader, Writer
+from shadowcore.recording.importers import lackey_text as lackey
 
 LINES = 1_000_000
 

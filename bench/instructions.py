@@ -43,9 +43,9 @@ class Unavailable(Exception):
 
 def toolchain() -> str:
     """What the engine's modules were compiled with: that, and nothing of the machine, decides how they count."""
-    import shadowcore.vcpu
+    import shadowcore.engine.vcpu
 
-    code = Path(shadowcore.vcpu.__file__).read_bytes()
+    code = Path(shadowcore.engine.vcpu.__file__).read_bytes()
     built = re.findall(rb"GCC: \([^)]*\) [\d.]+|clang version [\d.]+", code)
     translated = re.search(rb"_cython_(\d+_\d+_\w+?)\0", code)
     if not built or translated is None:

@@ -6,7 +6,7 @@ from pathlib import Path
 from rich.console import Console
 
 import shadowcore as sc
-from shadowcore import report
+from shadowcore.report import terminal as report
 
 
 def main() -> None:

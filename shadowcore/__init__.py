@@ -1,12 +1,18 @@
 """Exact, fast, embeddable models of memory virtualization: an x86 shadow paging engine over flat arrays."""
 
 from . import embed, importers, pagetables, programs, recordings, trace, workload
-from ._capi import get_include
+from ._capi.table import get_include
 from ._version import __version__
-from .audit import AuditReport, Violation
-from .batch import OP_DTYPE
 from .config import TLB, Features, MemorySlot, Native, Op, Quirk, Shadow
-from .costs import CostBreakdown, Costs
+from .engine.audit import AuditReport, Violation
+from .engine.batch import OP_DTYPE
+from .engine.costs import CostBreakdown, Costs
+from .engine.counters import Stats
+from .engine.machine import VM
+from .engine.memory import Memory
+from .engine.mmu import Mmu
+from .engine.results import RunResult
+from .engine.vcpu import Translation, VCpu
 from .errors import (
     AuditError,
     ConfigError,
@@ -23,17 +29,11 @@ from .errors import (
     SnapshotError,
     TraceError,
 )
-from .events import Stats
-from .guest_options import Call, File, KernelOptions, Program, Prot, Touch
-from .kernel import CALL_DTYPE, Kernel
-from .machine import VM
-from .memory import Memory
-from .mmu import Mmu
+from .guest.kernel import CALL_DTYPE, Kernel
+from .guest.options import Call, File, KernelOptions, Program, Prot, Touch
+from .guest.process import Process
 from .pagetables import PageTables
-from .process import Process
-from .results import RunResult
-from .study import Study, StudyDesign, StudyInterrupted, study
-from .vcpu import Translation, VCpu
+from .studies.study import Study, StudyDesign, StudyInterrupted, study
 
 __all__ = [
     "CALL_DTYPE",
@@ -93,3 +93,8 @@ __all__ = [
     "trace",
     "workload",
 ]
+
+
+def __dir__() -> list[str]:
+    """What is public; the packages behind it are found by name."""
+    return __all__

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import operator
-import os
 import re
 from dataclasses import dataclass, field, fields
 from enum import IntEnum, IntFlag
@@ -292,18 +291,6 @@ def check_int(name: str, value: object, low: int, high: int) -> int:
     if isinstance(value, bool) or not low <= number <= high:
         raise ConfigError(f"{name}: {value!r} is not within {low} to {high}")
     return number
-
-
-def check_path(path: object, name: str = "path") -> str:
-    """A path as a text; ConfigError for anything else. An integer is none: to `open` it is a file that is open."""
-    try:
-        text = os.fsdecode(path)  # type: ignore[arg-type]
-        known = os.fsencode(text)
-    except (TypeError, ValueError):
-        raise ConfigError(f"{name}: a path is needed, not {path!r:.60}") from None
-    if not known or 0 in known:
-        raise ConfigError(f"{name}: a path is needed, not {path!r:.60}")
-    return text
 
 
 def taken(kind: type[T], given: object, name: str) -> T:

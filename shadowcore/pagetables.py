@@ -24,8 +24,8 @@ from .config import check_int, parse_size
 from .errors import ConfigError
 
 if TYPE_CHECKING:
-    from .machine import VM
-    from .memory import Memory
+    from .engine.machine import VM
+    from .engine.memory import Memory
 
 Mode = Literal["32", "pae", "64", "la57"]
 

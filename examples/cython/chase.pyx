@@ -6,10 +6,10 @@ goes through its tables, with the exits that the design under study costs.
 """
 from libc.string cimport memset
 
-from shadowcore.access cimport OP_READ, sc_op, sc_result, vcpu_access
-from shadowcore.state cimport sc_mmu, sc_vcpu
-from shadowcore.types cimport RC_OK, u32, u64
-from shadowcore.vcpu cimport mmu_struct, vcpu_struct
+from shadowcore.engine.access cimport OP_READ, sc_op, sc_result, vcpu_access
+from shadowcore.engine.state cimport sc_mmu, sc_vcpu
+from shadowcore.engine.types cimport RC_OK, u32, u64
+from shadowcore.engine.vcpu cimport mmu_struct, vcpu_struct
 
 
 cdef u64 _chase(sc_mmu *mmu, sc_vcpu *v, u64 *gva, u64 steps, u64 *exits, int *rc) noexcept nogil:

@@ -1,0 +1,401 @@
+"""One operation of a vcpu, start to end: resolve every page it touches, then move the bytes."""
+from libc.string cimport memcpy, memset
+
+from shadowcore.engine.access cimport (
+    OP_AC, OP_ADD, OP_AND, OP_CMPXCHG, OP_CR0, OP_CR3, OP_CR4, OP_EFER, OP_FETCH, OP_INVLPG, OP_OR, OP_PKRU, OP_READ,
+    OP_WRITE, OP_XCHG, op_is_access, op_is_rmw, sc_op, sc_result,
+)
+from shadowcore.engine.counters cimport EXIT_INVLPG
+from shadowcore.engine.emulate cimport emulate_store, walk_updated
+from shadowcore.engine.memory cimport mem_frame, mem_gfn, mem_guest_frame, mem_mark_dirty, sc_no_frame
+from shadowcore.engine.mmu cimport mmu_invlpg, mmu_resolve
+from shadowcore.engine.plain cimport fault_plain
+from shadowcore.engine.pool cimport pool_unprotect
+from shadowcore.engine.registers cimport load_ac, load_cr0, load_cr3, load_cr4, load_efer, load_pkru
+from shadowcore.engine.state cimport (
+    FLUSH_INVLPG, count_exit, flush_lost, linear_address, linear_exists, marked_table, memo_drop, sc_mmu, sc_vcpu,
+)
+from shadowcore.engine.tlb cimport tlb_flush_page
+from shadowcore.engine.types cimport (
+    MODE_64, PF_I, PF_U, PF_W, RC_BAD_OP, RC_EMULATE, RC_GP, RC_HOOK, RC_MMIO, RC_OK, RC_PF, RC_UNGRANTED, RC_UNHANDLED,
+    u8, u32, u64,
+)
+from shadowcore.engine.walker cimport guest_glance, guest_walk, probe_walk, sc_walk, shadow_glance
+
+cdef struct sc_part:                # the bytes of an access that lie in one page
+    u64 va
+    u64 gpa
+    u32 nbytes
+    bint table                      # its frame is a shadowed guest table
+    bint emulate                    # a store here has to go through the emulator: for that, or as no leaf can grant it
+
+
+cdef inline void _modify(u32 op, u64 *now, const sc_op *o, u32 size) noexcept nogil:
+    """What a read-modify-write puts in the place of `now` (only the low `size` bytes count)."""
+    cdef u64 mask = ~<u64>0 if size >= 8 else (<u64>1 << (8 * size)) - 1
+    if op == OP_CMPXCHG:
+        # On a mismatch the old value is written back: the destination is always stored to (SDM vol. 2).
+        if (now[0] ^ o.expected[0]) & mask == 0 and (size < 16 or now[1] == o.expected[1]):
+            now[0] = o.value[0]
+            now[1] = o.value[1]
+    elif op == OP_XCHG:
+        now[0] = o.value[0]
+        now[1] = o.value[1]
+    elif op == OP_ADD:
+        now[0] += o.value[0]
+    elif op == OP_AND:
+        now[0] &= o.value[0]
+    elif op == OP_OR:
+        now[0] |= o.value[0]
+    else:
+        now[0] ^= o.value[0]
+
+
+cdef inline bint _is_table(const sc_mmu *mmu, u64 gpa) noexcept nogil:
+    return mmu.shadow and mmu.frames[mem_frame(mmu.mem, gpa >> 12)].shadowed != 0
+
+
+cdef inline void _native_store(sc_mmu *mmu, u64 gpa) noexcept nogil:
+    """What has to be known of a store under `native`, which sees them all."""
+    mem_mark_dirty(mmu.mem, gpa >> 12)
+    if marked_table(mmu, mem_frame(mmu.mem, gpa >> 12)):
+        memo_drop(mmu)
+
+
+cdef void _store(sc_mmu *mmu, sc_vcpu *v, const sc_part *part, const u8 *bytes, bint data, sc_result *r) noexcept nogil:
+    if part.emulate:
+        emulate_store(mmu, v, part.gpa, bytes, part.nbytes)
+        r.emulated += 1
+        return
+    if data:
+        memcpy(mem_guest_frame(mmu.mem, part.gpa) + (part.gpa & 4095), bytes, part.nbytes)
+    if mmu.shadow:
+        mem_mark_dirty(mmu.mem, part.gpa >> 12)     # a page that was a table until now had no W granted, which logs it
+    else:
+        _native_store(mmu, part.gpa)
+
+
+cdef inline void _look_again(const sc_mmu *mmu, sc_part *part) noexcept nogil:
+    """What is done for other parts of a store may make the part's frame a guest table, or end that."""
+    cdef bint table = _is_table(mmu, part.gpa)
+    if table != part.table:
+        part.table = part.emulate = table
+
+
+cdef int _said(sc_mmu *mmu, const sc_vcpu *v, u64 va, u32 access) noexcept nogil:
+    """What the guest's tables say of an access, without side effect: RC_OK, RC_PF or RC_MMIO."""
+    cdef sc_walk w
+    if probe_walk(mmu.mem, &v.guest, va, access, &w) != RC_OK:
+        return RC_PF
+    return RC_OK if mem_frame(mmu.mem, w.gpa >> 12) != sc_no_frame() else RC_MMIO
+
+
+cdef int _walk_only(sc_mmu *mmu, sc_vcpu *v, u64 va, u32 access, sc_walk *w) noexcept nogil:
+    """A page of RAM beside a device: the embedder makes the store, and here the guest's tables get A and D alone. No
+    leaf is granted, so that the page is in no dirty log before something was stored to it."""
+    cdef int rc = guest_walk(mmu.mem, &v.guest, va, access, w)
+    mmu.stats.accesses += 1
+    if mmu.shadow:
+        mmu.stats.guest_walk_references += w.references
+        walk_updated(mmu, v, w)
+    else:
+        mmu.stats.walk_references += w.references
+    if rc == RC_PF:
+        v.cr2 = va
+        mmu.stats.pf_guest += 1
+    return rc
+
+
+cdef int _resolve(sc_mmu *mmu, sc_vcpu *v, u32 access, sc_part *parts, int n, sc_result *r) noexcept nogil:
+    """Resolve each page; RC_OK when all lead to RAM. A fault on the second comes before a device at the first."""
+    cdef sc_walk w
+    cdef int i, k, rc
+    cdef int device = RC_OK
+    cdef int first = 0
+    cdef int said[2]
+    said[0] = said[1] = RC_OK
+    if n == 2 and access & PF_W:
+        # A page that cannot be stored to comes first: the store then leaves no trace at the other (a fault), or no
+        # more than A and D (a device). A TLB may know better than the tables, so each page is asked for all the same.
+        said[0] = _said(mmu, v, parts[0].va, access)
+        said[1] = _said(mmu, v, parts[1].va, access)
+        first = said[1] == RC_PF and said[0] != RC_PF or said[1] == RC_MMIO and said[0] == RC_OK
+    for k in range(n):
+        i = k ^ first
+        if device != RC_OK and access & PF_W and said[i] == RC_OK:
+            rc = _walk_only(mmu, v, parts[i].va, access, &w)
+        else:
+            rc = mmu_resolve(mmu, v, parts[i].va, access, &w)
+        parts[i].gpa = w.gpa
+        if rc == RC_OK or rc == RC_EMULATE:
+            parts[i].table = _is_table(mmu, w.gpa)
+            parts[i].emulate = rc == RC_EMULATE and access & PF_W
+        elif rc == RC_MMIO:
+            if device == RC_OK or i == 0:
+                r.gpa = w.gpa
+            device = RC_MMIO
+        else:
+            r.error_code = w.error_code if rc == RC_PF else 0
+            r.gpa = <u64>-1
+            return rc
+    if device == RC_OK:
+        for i in range(n):
+            _look_again(mmu, &parts[i])
+    return device
+
+
+cdef int _ask_embedder(sc_mmu *mmu, sc_vcpu *v, u32 access, sc_part *parts, int n, sc_result *r) noexcept nogil:
+    """Ask whether each store that needs emulation can have it. Where not, unprotect the table, so that the access can
+    be made natively (patch 14), and resolve anew; RC_UNHANDLED where that leads back to a protected table (a root in
+    use, a table that maps itself), RC_UNGRANTED where it is no table that makes emulation necessary."""
+    cdef int i, answer
+    cdef int rc = RC_OK
+    cdef int refusals = 0
+    while rc == RC_OK:
+        for i in range(n):
+            if not parts[i].emulate:
+                continue
+            answer = mmu.can_emulate(mmu.hook, parts[i].va, parts[i].gpa, parts[i].nbytes)
+            if answer < 0:
+                return RC_HOOK
+            if answer == 0:
+                break
+        else:
+            return RC_OK
+        if not parts[i].table:
+            return RC_UNGRANTED
+        refusals += 1
+        pool_unprotect(mmu, parts[i].gpa >> 12)
+        if _is_table(mmu, parts[i].gpa) or refusals > 2 * n:
+            return RC_UNHANDLED
+        rc = _resolve(mmu, v, access, parts, n, r)
+    return rc
+
+
+cdef int _one_page(sc_mmu *mmu, sc_vcpu *v, const sc_op *o, u64 va, u32 access, bint data, sc_result *r) noexcept nogil:
+    """vcpu_access of a load, store or fetch that lies within one page."""
+    cdef sc_walk w
+    cdef u64 taken = mmu.stats.pf_taken
+    cdef int rc = mmu_resolve(mmu, v, va, access, &w)
+    cdef u64 now[2]
+    cdef u8 *at
+    r.exits = <u32>(mmu.stats.pf_taken - taken)
+    r.outcome = RC_OK
+    r.emulated = 0
+    r.error_code = 0
+    r.gpa = w.gpa
+    r.value[0] = r.value[1] = 0
+    if rc == RC_OK or rc == RC_EMULATE:
+        at = mem_guest_frame(mmu.mem, w.gpa) + (w.gpa & 4095)
+        if not access & PF_W:
+            if data:
+                memcpy(r.value, at, o.size if o.op == OP_READ else 1)
+            return RC_OK
+        if rc == RC_EMULATE:
+            if data:
+                memcpy(now, o.value, 16)
+            else:
+                memcpy(now, at, o.size)
+            emulate_store(mmu, v, w.gpa, <const u8 *>now, o.size)
+            r.emulated = 1
+            return RC_OK
+        if data:
+            memcpy(at, o.value, o.size)
+        if not mmu.shadow:
+            _native_store(mmu, w.gpa)
+        return RC_OK
+    if rc != RC_MMIO:
+        r.gpa = <u64>-1
+        r.error_code = w.error_code if rc == RC_PF else 0
+    r.outcome = <u8>rc
+    return rc
+
+
+cdef inline u32 _plain_access(const sc_op *o) noexcept nogil:
+    """PF_* of a load, store or fetch."""
+    return (PF_U if o.user else 0) | (PF_W if o.op == OP_WRITE else PF_I if o.op == OP_FETCH else 0)
+
+
+cdef inline bint _plain_address(const sc_vcpu *v, const sc_op *o, u64 *va, u32 *size) noexcept nogil:
+    """The operation is a load, store or fetch of at most 8 bytes within a page, at an address that can be."""
+    size[0] = 1 if o.op == OP_FETCH else o.size
+    va[0] = linear_address(v, o.addr)
+    if not linear_exists(v, va[0]):
+        return False
+    return o.op <= OP_FETCH and size[0] <= 8 and (va[0] & 4095) + size[0] <= 4096
+
+
+cdef bint access_glance(sc_mmu *mmu, sc_vcpu *v, const sc_op *o, bint data, sc_result *r) noexcept nogil:
+    """Do the operation if it is a plain access that the tables allow as they are; else nothing."""
+    cdef u64 va
+    cdef u64 gpa = 0
+    cdef u64 frame
+    cdef u32 size
+    cdef u8 *at
+    cdef int read
+    if v.tlb != NULL or not _plain_address(v, o, &va, &size):
+        return False
+    if mmu.shadow:
+        read = shadow_glance(mmu.mem, &v.hw, va, _plain_access(o), &gpa)
+        frame = (gpa >> 12) - mmu.mem.ram_hfn
+        if read < 0 or frame >= mmu.mem.nframes:
+            return False
+        gpa = (mem_gfn(mmu.mem, frame) << 12) | (va & 4095)
+    else:
+        read = guest_glance(mmu.mem, &v.guest, va, _plain_access(o), &gpa)
+        frame = mem_frame(mmu.mem, gpa >> 12)
+        if read < 0 or frame == sc_no_frame():
+            return False
+    mmu.stats.accesses += 1
+    mmu.stats.walk_references += read
+    memset(r, 0, sizeof(sc_result))
+    r.gpa = gpa
+    at = mmu.mem.ram + (frame << 12) + (va & 4095)
+    if o.op == OP_WRITE:
+        if data:
+            memcpy(at, o.value, size)
+        if not mmu.shadow:
+            _native_store(mmu, gpa)
+    elif data:
+        memcpy(r.value, at, size)
+    return True
+
+
+cdef bint access_fault(sc_mmu *mmu, sc_vcpu *v, const sc_op *o, bint data, sc_result *r) noexcept nogil:
+    """Do the operation if it is a plain access that takes a plain fault; else nothing."""
+    cdef u64 va
+    cdef u64 word = 0
+    cdef u32 size
+    cdef bint emulate
+    cdef u8 *at
+    if not mmu.shadow or not _plain_address(v, o, &va, &size):
+        return False
+    r.gpa = fault_plain(mmu, v, va, _plain_access(o), &emulate)
+    if r.gpa == ~<u64>0:
+        return False
+    r.value[0] = r.value[1] = 0
+    r.outcome = RC_OK
+    r.error_code = 0
+    r.exits = 1
+    r.emulated = emulate
+    at = mem_guest_frame(mmu.mem, r.gpa) + (r.gpa & 4095)
+    if emulate:
+        memcpy(&word, <const u8 *>o.value if data else at, size)
+        emulate_store(mmu, v, r.gpa, <const u8 *>&word, size)
+    elif data and o.op == OP_WRITE:
+        memcpy(at, o.value, size)
+    elif data:
+        memcpy(r.value, at, size)
+    return True
+
+
+cdef int access_shortest(sc_mmu *mmu, sc_vcpu *v, const sc_op *o, bint data, sc_result *r) noexcept nogil:
+    """vcpu_access, by the shortest way that does."""
+    if access_glance(mmu, v, o, data, r) or access_fault(mmu, v, o, data, r):
+        return RC_OK
+    return vcpu_access(mmu, v, o, data, r)
+
+
+cdef int vcpu_access(sc_mmu *mmu, sc_vcpu *v, const sc_op *o, bint data, sc_result *r) noexcept nogil:
+    """One load, store, fetch or read-modify-write.
+
+    data False: no bytes move, but a store to a guest table is emulated with the bytes that are there. Returns
+    r.outcome, or a negative code for a host-side error.
+    """
+    cdef sc_part parts[2]
+    cdef u32 size = 1 if o.op == OP_FETCH else o.size
+    cdef bint rmw = op_is_rmw(o.op)
+    cdef bint stores = o.op == OP_WRITE or rmw
+    cdef u32 access = (PF_U if o.user else 0) | (PF_W if stores else PF_I if o.op == OP_FETCH else 0)
+    cdef u64 taken
+    cdef u64 first = linear_address(v, o.addr)
+    cdef u64 last = linear_address(v, o.addr + (size - 1))
+    cdef u64 now[2]
+    cdef int n = 1
+    cdef int rc = RC_OK
+    # Below 4-level paging an access may go on at address 0; above, that leaves the canonical addresses.
+    if not linear_exists(v, first) or not linear_exists(v, last) or (last < first and v.guest.mode >= MODE_64):
+        rc = RC_GP
+    if o.op == OP_CMPXCHG and size == 16 and o.addr & 15:
+        rc = RC_GP                  # CMPXCHG16B wants its operand aligned
+    if rc == RC_OK and (first & 4095) + size <= 4096 and not rmw and mmu.can_emulate == NULL:
+        return _one_page(mmu, v, o, first, access, data, r)
+    memset(r, 0, sizeof(sc_result))
+    r.gpa = <u64>-1
+    if rc == RC_GP:
+        mmu.stats.gp_guest += 1
+        r.outcome = RC_GP
+        return rc
+    taken = mmu.stats.pf_taken
+    parts[0].va = first
+    parts[0].nbytes = size
+    if (o.addr & 4095) + size > 4096:
+        n = 2
+        parts[0].nbytes = 4096 - <u32>(o.addr & 4095)
+        parts[1].nbytes = size - parts[0].nbytes
+        parts[1].va = last & ~<u64>4095
+    rc = _resolve(mmu, v, access, parts, n, r)
+    if rc == RC_OK and mmu.can_emulate != NULL and stores:
+        rc = _ask_embedder(mmu, v, access, parts, n, r)
+    r.exits = <u32>(mmu.stats.pf_taken - taken)
+    if rc != RC_OK:
+        r.outcome = <u8>rc
+        return rc
+    r.gpa = parts[0].gpa
+    now[0] = now[1] = 0
+    if data and o.op != OP_WRITE or (stores and not data):
+        memcpy(now, mem_guest_frame(mmu.mem, parts[0].gpa) + (parts[0].gpa & 4095), parts[0].nbytes)
+        if n == 2:
+            memcpy(<u8 *>now + parts[0].nbytes, mem_guest_frame(mmu.mem, parts[1].gpa), parts[1].nbytes)
+    if data:
+        r.value[0] = now[0]
+        r.value[1] = now[1]
+    if not stores:
+        return RC_OK
+    if data:
+        if o.op == OP_WRITE:
+            now[0] = o.value[0]
+            now[1] = o.value[1]
+        else:
+            _modify(o.op, now, o, size)
+    _store(mmu, v, &parts[0], <u8 *>now, data, r)
+    if n == 2:
+        _look_again(mmu, &parts[1])     # the first part's store may have zapped what the second had to go round
+        _store(mmu, v, &parts[1], <u8 *>now + parts[0].nbytes, data, r)
+    return RC_OK
+
+
+cdef int vcpu_op(sc_mmu *mmu, sc_vcpu *v, const sc_op *o, bint data, sc_result *r) noexcept nogil:
+    """One operation of a batch; see vcpu_access."""
+    cdef int rc = RC_OK
+    cdef u64 va
+    if op_is_access(o.op):
+        return vcpu_access(mmu, v, o, data, r)
+    memset(r, 0, sizeof(sc_result))
+    r.gpa = <u64>-1
+    if o.op == OP_CR3:
+        rc = load_cr3(mmu, v, o.value[0])
+    elif o.op == OP_CR0:
+        rc = load_cr0(mmu, v, o.value[0])
+    elif o.op == OP_CR4:
+        rc = load_cr4(mmu, v, o.value[0])
+    elif o.op == OP_EFER:
+        rc = load_efer(mmu, v, o.value[0])
+    elif o.op == OP_INVLPG:
+        va = linear_address(v, o.addr)
+        mmu.stats.invlpg += 1
+        if v.tlb != NULL:
+            tlb_flush_page(v.tlb, va, flush_lost(mmu, FLUSH_INVLPG))
+        if mmu.shadow and not mmu.keep:
+            count_exit(mmu, v.number, EXIT_INVLPG, va)
+            mmu_invlpg(mmu, v, va)
+    elif o.op == OP_PKRU:
+        load_pkru(mmu, v, o.value[0])
+    elif o.op == OP_AC:
+        load_ac(mmu, v, o.value[0] & 1)
+    else:
+        return RC_BAD_OP
+    if rc == RC_GP:
+        mmu.stats.gp_guest += 1
+    r.outcome = <u8>rc
+    return rc

@@ -1,0 +1,98 @@
+"""Audits: the checkers of `invariants` run on demand, or at named points of what the engine does.
+
+A point is where KVM's MMU_DEBUG audited: around a page fault, around a store to a guest table, after a load of CR3.
+An audit that finds something there does not stop the operation under way, so that nothing is left half done; the
+call that made the operation raises AuditError after it.
+"""
+from dataclasses import dataclass
+
+from shadowcore.engine.invariants cimport audit_all, audit_violations, sc_audit
+from shadowcore.engine.mmu cimport Mmu
+from shadowcore.engine.state cimport POINT_COUNT, sc_mmu
+from shadowcore.engine.types cimport u32
+from shadowcore.engine.watch cimport watch_due, watch_look, watch_raised
+
+from shadowcore.engine.invariants import Violation as _Violation
+from shadowcore.errors import AuditError, ConfigError
+
+Violation = _Violation
+POINTS = ("pre-fault", "post-fault", "pre-write", "post-write", "post-cr3")
+assert len(POINTS) == POINT_COUNT
+
+
+@dataclass(frozen=True)
+class AuditReport:
+    """violations: the first 64 of `count`; sptes: present shadow entries looked at."""
+
+    violations: tuple
+    count: int
+    sptes: int
+
+    @property
+    def ok(self) -> bool:
+        """No violation."""
+        return self.count == 0
+
+    def __str__(self):
+        if self.ok:
+            return f"audit clean, {self.sptes} sptes"
+        return f"{self.count} violation(s), {self.sptes} sptes\n" + "\n".join(map(str, self.violations))
+
+
+def audit(Mmu mmu):
+    """AuditReport of `mmu`, whatever was written into its arrays; EngineError while somebody can write to them."""
+    cdef sc_audit a
+    mmu.enter(True)
+    with nogil:
+        audit_all(&mmu.c, &a)
+    mmu.leave()
+    error = watch_raised(&mmu.watch)
+    if error is not None:
+        raise error
+    return AuditReport(audit_violations(&a), a.n, a.sptes)
+
+
+cdef void _audit_here(sc_mmu *mmu, u32 point) noexcept nogil:
+    """At a point: the first audit that finds something is kept until it is raised. Audits are what makes operations
+    take long, so signals are looked for here."""
+    cdef sc_audit *a = <sc_audit *>mmu.audit_report
+    if mmu.audit_found:
+        return
+    audit_all(mmu, a)
+    if mmu.watch != NULL and (mmu.watch.raised != NULL or (watch_due(mmu.watch) and watch_look(mmu.watch))):
+        mmu.audit_found = POINT_COUNT + 1       # as if a callback had raised
+    elif a.n:
+        mmu.audit_found = point + 1
+
+
+cdef class AuditPoints:
+    """The points of `mmu` at which every invariant is checked: `names`, some of POINTS."""
+
+    def __cinit__(self, Mmu mmu):
+        self.mmu = mmu
+
+    @property
+    def names(self) -> tuple:
+        return tuple(name for i, name in enumerate(POINTS) if self.mmu.c.audit_points >> i & 1)
+
+    @names.setter
+    def names(self, value):
+        self.mmu.idle()
+        if isinstance(value, str):
+            value = (value,)
+        for name in value:
+            if name not in POINTS:
+                raise ConfigError(f"audit_points: {name!r} is not one of {', '.join(POINTS)}")
+        self.mmu.c.audit_points = sum(1 << POINTS.index(name) for name in set(value))
+        self.mmu.c.audit_report = &self.c
+        self.mmu.c.audit = _audit_here
+        self.mmu.c.audit_found = 0
+        self.mmu.audits = self
+
+    def take(self):
+        """AuditError for what an audit found since the last call, or None."""
+        cdef u32 point = self.mmu.c.audit_found
+        if point == 0:
+            return None
+        self.mmu.c.audit_found = 0
+        return AuditError(audit_violations(&self.c), self.c.n, POINTS[point - 1])

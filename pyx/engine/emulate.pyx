@@ -1,0 +1,123 @@
+"""Stores to guest tables: what shadows the changed entry is dropped, then the bytes change (patches 12, 13, 20, 24).
+
+A cleared entry is rebuilt by the fault that next needs it.
+"""
+from libc.string cimport memcpy
+
+from shadowcore.engine.bits cimport PTE_P
+from shadowcore.engine.memory cimport mem_frame, mem_guest_frame, mem_mark_dirty, sc_no_frame
+from shadowcore.engine.pool cimport hash_bucket, pool_zap
+from shadowcore.engine.spte cimport spte_drop
+from shadowcore.engine.state cimport (
+    FLUSH_STORE, POINT_POST_WRITE, POINT_PRE_WRITE, QUIRK_PDE_WRITE, ROLE_QUADRANT, audit_point, entry_flush,
+    role_direct, role_field, role_level, role_pte_size, sc_mmu, sc_page, sc_vcpu,
+)
+from shadowcore.engine.types cimport MODE_32, SC_NONE, u8, u32, u64
+from shadowcore.engine.walker cimport sc_walk, walk_index
+
+
+cdef inline void _drop_entry(sc_mmu *mmu, u32 number, u32 index) noexcept nogil:
+    cdef u32 spte = number * 512 + index
+    if mmu.table[spte]:
+        if role_level(mmu.pages[number].role) > 1:
+            mmu.stats.mmu_pde_zapped += 1
+        if mmu.table[spte] & PTE_P:
+            entry_flush(mmu, FLUSH_STORE)
+        spte_drop(mmu, spte)
+
+
+cdef inline void _drop_gpte(sc_mmu *mmu, u32 number, u32 offset) noexcept nogil:
+    """Drop what the page holds for the guest entry at byte `offset` of its table."""
+    cdef sc_page *page = &mmu.pages[number]
+    cdef u32 entry
+    if role_pte_size(page.role) == 8:
+        _drop_entry(mmu, number, offset >> 3)
+    elif mmu.quirks & QUIRK_PDE_WRITE:
+        _drop_entry(mmu, number, ((offset * 2) & 4095) >> 3)
+    elif role_level(page.role) == 1:
+        # 1024 entries of 4 KiB: entry n is index n mod 512 of quadrant n / 512.
+        entry = offset >> 2
+        if entry >> 9 == role_field(page.role, ROLE_QUADRANT, 3):
+            _drop_entry(mmu, number, entry & 511)
+    else:
+        # 1024 entries of 4 MiB: entry n is indices 2n and 2n + 1, modulo 512, of quadrant n / 256.
+        entry = offset >> 2
+        if entry >> 8 == role_field(page.role, ROLE_QUADRANT, 3):
+            _drop_entry(mmu, number, (entry * 2) & 511)
+            _drop_entry(mmu, number, (entry * 2 + 1) & 511)
+
+
+cdef void table_written(sc_mmu *mmu, u64 gpa, u32 nbytes, bint flooded) noexcept nogil:
+    """The `nbytes` at `gpa`, within one frame, are about to change: drop every spte made from them.
+
+    A store that does not lie within one entry, or belongs to a flood, zaps the page.
+    """
+    cdef u64 gfn = gpa >> 12
+    cdef u64 frame = mem_frame(mmu.mem, gfn)
+    cdef u32 offset = gpa & 4095
+    cdef u32 number, following, misaligned
+    if not mmu.shadow or frame == sc_no_frame() or mmu.frames[frame].shadowed == 0:
+        return
+    mmu.stats.mmu_pte_write += 1
+    number = mmu.hash[hash_bucket(mmu, gfn)]
+    while number != SC_NONE:
+        following = mmu.pages[number].hash_next
+        if mmu.pages[number].gfn == gfn and not role_direct(mmu.pages[number].role):
+            misaligned = (offset ^ (offset + nbytes - 1)) & ~<u32>(role_pte_size(mmu.pages[number].role) - 1)
+            if misaligned or flooded:
+                mmu.stats.mmu_flooded += 1
+                pool_zap(mmu, number)
+            else:
+                _drop_gpte(mmu, number, offset)
+        number = following
+
+
+cdef void emulate_store(sc_mmu *mmu, sc_vcpu *v, u64 gpa, const u8 *data, u32 nbytes) noexcept nogil:
+    """The guest's store of `nbytes`, within one frame of RAM, done by the emulator; counts towards a write flood."""
+    cdef u64 gfn = gpa >> 12
+    if gfn == v.flood_gfn:
+        v.flood_count += 1
+    else:
+        v.flood_gfn = gfn
+        v.flood_count = 1
+    mmu.stats.pf_emulate += 1
+    audit_point(mmu, POINT_PRE_WRITE)
+    table_written(mmu, gpa, nbytes, mmu.flood_threshold != 0 and v.flood_count >= mmu.flood_threshold)
+    memcpy(mem_guest_frame(mmu.mem, gpa) + (gpa & 4095), data, nbytes)
+    mem_mark_dirty(mmu.mem, gfn)
+    audit_point(mmu, POINT_POST_WRITE)
+
+
+cdef void device_store(sc_mmu *mmu, u64 gpa, const u8 *data, u32 nbytes) noexcept nogil:
+    """A store that no vcpu made, to RAM, within one frame: the shadow stays coherent, nothing is counted as a flood."""
+    audit_point(mmu, POINT_PRE_WRITE)
+    table_written(mmu, gpa, nbytes, False)
+    memcpy(mem_guest_frame(mmu.mem, gpa) + (gpa & 4095), data, nbytes)
+    mem_mark_dirty(mmu.mem, gpa >> 12)
+    audit_point(mmu, POINT_POST_WRITE)
+
+
+cdef void walk_updated(sc_mmu *mmu, const sc_vcpu *v, const sc_walk *w) noexcept nogil:
+    """The walk set A or D bits: bits 5 and 6 of an entry, in both formats. In shadows of the same frame they only ever
+    add what a later fault would find, with one exception: every second entry of a table of 4 bytes is the upper half of
+    one of 8 bytes, in which they are bits 37 and 38 of the address. What was made of that one is dropped.
+    """
+    cdef int level
+    cdef u32 number, following, index
+    cdef u64 frame
+    if v.guest.mode != MODE_32 or not mmu.n_pte8:
+        return
+    for level in range(1, w.top + 1):
+        index = walk_index(w, level)
+        if not (w.updated >> level & 1 and index & 1):
+            continue
+        frame = mem_frame(mmu.mem, w.table[level])
+        if frame == sc_no_frame() or mmu.frames[frame].shadowed == 0:
+            continue
+        number = mmu.hash[hash_bucket(mmu, w.table[level])]
+        while number != SC_NONE:
+            following = mmu.pages[number].hash_next
+            if (mmu.pages[number].gfn == w.table[level] and not role_direct(mmu.pages[number].role)
+                    and role_pte_size(mmu.pages[number].role) == 8):
+                _drop_entry(mmu, number, index >> 1)
+            number = following

@@ -1,0 +1,605 @@
+"""The MMU of a VM: resolving an access, roots on register loads, INVLPG, dirty logs, and the view from Python."""
+import numpy as np
+
+from libc.string cimport memset
+
+from shadowcore.engine.bits cimport CR4_PGE, PTE_D, PTE_G, PTE_W, SPTE_MARK, pte_addr
+from shadowcore.engine.counters cimport Stats, sc_stats
+from shadowcore.engine.emulate cimport device_store
+from shadowcore.engine.fault cimport page_fault
+from shadowcore.engine.invalidate cimport invalidate_fault, invalidate_leaves
+from shadowcore.engine.invariants cimport audit_violations, mmu_settle, sc_audit
+from shadowcore.engine.memory cimport (
+    SC_POOL_HFN, SC_RUNNING, SC_WRITTEN, Memory, mem_frame, mem_gfn, mem_guest_frame, sc_no_frame,
+)
+from shadowcore.engine.pool cimport pool_init, pool_recycle, pool_unprotect, pool_zap_all, pool_zap_nonglobal
+from shadowcore.engine.rmap cimport list_first, list_next, rmap_remove
+from shadowcore.engine.roots cimport root_slots, roots_load, roots_release
+from shadowcore.engine.spte cimport spte_is_writable
+from shadowcore.engine.state cimport (
+    FLUSH_LOG, POINT_COUNT, QUIRK_NO_REFILL_AT_CR3, QUIRK_ROOT_EMPTIED, ROLE_ACCESS, ROLE_DIRECT, ROLE_GLEVELS,
+    ROLE_GLOBAL, ROLE_NXE, ROLE_PKEY, ROLE_PSE, ROLE_QUADRANT, ROLE_WP0, exit_flush, memo_drop, request_flush,
+    role_direct, role_field, role_level, sc_frame, sc_link, sc_mmu, sc_page, sc_vcpu, vcpu_pcid,
+)
+from shadowcore.engine.tlb cimport sc_tlb_entry, tlb_enter, tlb_find
+from shadowcore.engine.types cimport (
+    MODE_32, MODE_64, MODE_OFF, PF_W, RC_AUDIT, RC_EXHAUSTED, RC_HOOK, RC_LIVELOCK, RC_MMIO, RC_OK, RC_PF, RC_RETRY,
+    RC_UNGRANTED, RC_UNHANDLED, SC_NONE, u8, u32, u64,
+)
+from shadowcore.engine.walker cimport guest_walk, rights_fault, sc_walk, shadow_walk
+from shadowcore.engine.watch cimport watch_due, watch_look, watch_raised
+
+from shadowcore.config import Shadow, check_int, check_ints, design as checked_design
+from shadowcore.engine.memory import allocate, window
+from shadowcore.errors import AuditError, ConfigError, EngineError, PoolExhausted
+
+cdef enum:
+    MAX_EXITS = 40                  # exits of one access after which it is taken to hang
+
+
+cdef inline bint _tlb_hit(sc_mmu *mmu, sc_vcpu *v, u64 va, u32 access, sc_walk *w) noexcept nogil:
+    """The TLB translates `va` for `access`. Rights are judged at each use, by the registers as they are; where an entry
+    does not do, the tables are walked: real processors do the same before they report a fault."""
+    cdef sc_tlb_entry *e = tlb_find(v.tlb, va, vcpu_pcid(v), mmu.flush_epoch)
+    if (e == NULL or (access & PF_W and not e.dirty)
+            or rights_fault(&v.hw if mmu.shadow else &v.guest, e.access, e.pkey, access)):
+        mmu.stats.tlb_misses += 1
+        return False
+    w.gpa = e.gpa | (va & ((<u64>1 << e.shift) - 1))
+    if mem_frame(mmu.mem, w.gpa >> 12) == sc_no_frame():
+        mmu.stats.tlb_misses += 1   # the part of a large page that lies beyond RAM
+        return False
+    v.tlb.clock += 1
+    e.used = v.tlb.clock
+    mmu.stats.tlb_hits += 1
+    w.error_code = 0
+    return True
+
+
+cdef inline int _guest_shift(const sc_mmu *mmu, const sc_vcpu *v, const sc_walk *w) noexcept nogil:
+    """log2 of the guest's page size, from a walk of the shadow: direct pages stand for a large page; in `flush`, where
+    all pages are direct, the mark above them does."""
+    cdef int level
+    if v.guest.mode == MODE_OFF:
+        return 12
+    level = 1
+    while level < 3 and (role_direct(mmu.pages[w.table[level] - SC_POOL_HFN].role) if mmu.keep
+                         else w.entry[level + 1] & SPTE_MARK != 0):
+        level += 1
+        if not mmu.keep and w.entry[level] & SPTE_MARK:
+            break
+    return 12 if level == 1 else 22 if v.guest.mode == MODE_32 else 12 + 9 * (level - 1)
+
+
+cdef inline void _tlb_fill(sc_mmu *mmu, sc_vcpu *v, u64 va, const sc_walk *w, int shift, int guest) noexcept nogil:
+    cdef u64 leaf = w.entry[w.level]
+    cdef u32 root = SC_NONE
+    if mmu.shadow:
+        root = v.roots[0 if root_slots(v) == 1 else <int>(va >> 30) & 3]
+    tlb_enter(v.tlb, va, w.gpa, shift, guest, vcpu_pcid(v), w.access, w.pkey, leaf & PTE_D != 0,
+              leaf & PTE_G != 0 and v.cr4 & CR4_PGE != 0, mmu.flush_epoch, root)
+
+
+cdef int mmu_resolve(sc_mmu *mmu, sc_vcpu *v, u64 va, u32 access, sc_walk *w) noexcept nogil:
+    """Translate `va` for `access` (PF_W, PF_U, PF_I) with all exits and side effects; w.gpa is where it leads.
+
+    RC_OK: RAM, to be accessed directly. RC_EMULATE: RAM, the store must go through emulate_store. RC_MMIO: no RAM.
+    RC_PF: w.error_code, CR2 is set. Negative: a host-side error.
+    """
+    cdef sc_walk hw
+    cdef int rc, shift
+    cdef int exits = 0
+    mmu.stats.accesses += 1
+    if v.tlb != NULL and _tlb_hit(mmu, v, va, access, w):
+        return RC_OK
+    if not mmu.shadow:
+        rc = guest_walk(mmu.mem, &v.guest, va, access, w)
+        mmu.stats.walk_references += w.references
+        if rc == RC_PF:
+            v.cr2 = va
+            mmu.stats.pf_guest += 1
+            invalidate_fault(mmu, v, va)
+        elif mem_frame(mmu.mem, w.gpa >> 12) == sc_no_frame():
+            rc = RC_MMIO
+        elif v.tlb != NULL and v.guest.mode != MODE_OFF:
+            shift = 12 + (10 if v.guest.mode == MODE_32 else 9) * (w.level - 1)
+            _tlb_fill(mmu, v, va, w, shift, shift)
+        return rc
+    while exits < MAX_EXITS:
+        rc = shadow_walk(mmu.mem, &v.hw, va, access, &hw)
+        mmu.stats.walk_references += hw.references
+        if rc == RC_OK:
+            w.gpa = (mem_gfn(mmu.mem, (hw.gpa >> 12) - mmu.mem.ram_hfn) << 12) | (va & 4095)
+            if v.tlb != NULL:
+                hw.gpa = w.gpa
+                _tlb_fill(mmu, v, va, &hw, 12, _guest_shift(mmu, v, &hw))
+            return RC_OK
+        rc = page_fault(mmu, v, access, &hw, w)
+        if rc != RC_RETRY:
+            return rc
+        exits += 1
+    return RC_LIVELOCK
+
+
+cdef inline void _refill(sc_mmu *mmu) noexcept nogil:
+    if mmu.keep and mmu.n_free < mmu.min_free and not mmu.quirks & QUIRK_NO_REFILL_AT_CR3:
+        pool_recycle(mmu, mmu.refill)
+
+
+cdef void mmu_new_cr3(sc_mmu *mmu, sc_vcpu *v) noexcept nogil:
+    """CR3 was loaded with paging on: other roots (cached), or the same roots with fewer tables (flush)."""
+    if not mmu.shadow:
+        return
+    mmu.stats.tlb_flush += 1        # the flush itself is the CR3 load's: see registers
+    exit_flush(mmu)
+    if not mmu.keep:
+        pool_zap_nonglobal(mmu)
+        return
+    roots_release(mmu, v)
+    _refill(mmu)
+    roots_load(mmu, v)
+
+
+cdef void mmu_reset(sc_mmu *mmu, sc_vcpu *v) noexcept nogil:
+    """CR0, CR4 or EFER was loaded: another mode, or the same mode by other rules."""
+    if not mmu.shadow:
+        return
+    exit_flush(mmu)
+    roots_release(mmu, v)
+    if not mmu.keep:
+        pool_zap_all(mmu)
+    _refill(mmu)
+    roots_load(mmu, v)
+
+
+cdef void mmu_invlpg(sc_mmu *mmu, sc_vcpu *v, u64 va) noexcept nogil:
+    """INVLPG, as far as the MMU is asked. Shadows that follow every store to a guest table need nothing (patch 18);
+    with an address that is not canonical it does nothing (SDM volume 2, INVLPG)."""
+    if mmu.shadow and not mmu.keep:
+        exit_flush(mmu)
+        invalidate_leaves(mmu, v, va)
+
+
+cdef void mmu_protect_slot(sc_mmu *mmu, int slot) noexcept nogil:
+    """Take W from every spte that maps a frame of memory slot `slot`, so that stores are seen again (dirty log)."""
+    cdef u32 page, spte
+    cdef u64 gfn
+    for page in range(mmu.pool_pages):
+        if not mmu.pages[page].active or not mmu.pages[page].slots >> slot & 1:
+            continue
+        for spte in range(page * 512, page * 512 + 512):
+            if not spte_is_writable(mmu.table[spte]):
+                continue
+            gfn = mem_gfn(mmu.mem, ((mmu.table[spte] & pte_addr()) >> 12) - mmu.mem.ram_hfn)
+            if gfn - mmu.mem.slots[slot].base_gfn < mmu.mem.slots[slot].npages:
+                rmap_remove(mmu, spte)
+                mmu.table[spte] &= ~<u64>PTE_W
+                memo_drop(mmu)
+    for _ in range(mmu.n_vcpus):
+        request_flush(mmu, FLUSH_LOG)
+
+
+_COUNTS = ("n_free", "n_active", "n_pte4", "n_pte8")
+_LISTS = ("free_head", "young", "old")
+cdef object _WORD = 0xFFFFFFFFFFFFFFFF
+FLUSHES = ("protect", "zap", "zap_upper", "store", "withheld", "leaf", "link", "log", "cr3", "context", "invlpg",
+           "fault")
+
+
+cdef int _ask_can_emulate(void *hook, u64 gva, u64 gpa, u32 nbytes) noexcept with gil:
+    cdef Mmu mmu = <Mmu>hook
+    cdef int busy = mmu.c.mem.busy
+    mmu.c.mem.busy = True           # the callback may not use its VM
+    try:
+        return 1 if mmu._can_emulate(gva, gpa, nbytes) else 0
+    except BaseException as error:
+        mmu.hook_error = error
+        return -1
+    finally:
+        mmu.c.mem.busy = busy
+
+
+# The structures of state.pxd, field by field.
+PAGE_DTYPE = np.dtype([
+    ("gfn", "<u8"), ("role", "<u4"), ("root_count", "<u4"), ("hash_next", "<u4"), ("prev", "<u4"), ("next", "<u4"),
+    ("parents", "<u4"), ("present", "<u4"), ("active", "u1"), ("nonglobal", "u1"), ("pad", "<u2"), ("slots", "<u8"),
+    ("used", "<u8", 8),
+])
+FRAME_DTYPE = np.dtype([("rmap", "<u4"), ("shadowed", "<u2"), ("stale", "<u2")])
+LINK_DTYPE = np.dtype([("prev", "<u4"), ("next", "<u4")])
+assert (PAGE_DTYPE.itemsize, FRAME_DTYPE.itemsize, LINK_DTYPE.itemsize) == (
+    sizeof(sc_page), sizeof(sc_frame), sizeof(sc_link))
+
+PAGES_DTYPE = np.dtype([
+    ("page", "<u4"), ("gfn", "<u8"), ("glevels", "u1"), ("level", "u1"), ("quadrant", "u1"), ("direct", "u1"),
+    ("access", "u1"), ("nxe", "u1"), ("pse", "u1"), ("wp0", "u1"), ("global_", "u1"), ("pkey", "u1"),
+    ("root_count", "<u4"), ("present", "<u2"), ("parents", "<u4"), ("age", "<u4"),
+])
+
+
+cdef class Mmu:
+    """The MMU of a VM: `design`, `stats`, and the shadow structure as arrays."""
+
+    def __cinit__(self, Memory memory, design):
+        cdef u64 buckets = 4
+        memset(&self.c, 0, sizeof(self.c))
+        memset(&self.counters, 0, sizeof(self.counters))
+        design = checked_design(design)
+        self.memory = memory
+        self.design = design
+        self.stats = Stats(self)
+        self.stats.c = &self.counters
+        self.c.mem = &memory.mem
+        self.c.stats = &self.counters
+        memset(&self.watch, 0, sizeof(self.watch))
+        self.c.free_head = self.c.young = self.c.old = SC_NONE
+        self._arrays = []
+        self._vcpus = []
+        self.c.quirks = int(design.quirks)
+        if not isinstance(design, Shadow):
+            self.c.marks = <u64 *>self._array(sizeof(u64) * memory.mem.nframes)
+            return
+        memory.attach_pool(design.pool_pages)
+        self.c.shadow = True
+        self.c.keep = design.keep
+        self.c.pool_pages = design.pool_pages
+        self.c.min_free = design.min_free
+        self.c.refill = design.refill
+        self.c.flood_threshold = design.flood_threshold or 0
+        self.c.flood_reset = design.flood_reset
+        self.c.hash_shift = 62
+        while buckets < self.c.pool_pages:
+            buckets *= 2
+            self.c.hash_shift -= 1
+        self.c.table = memory.mem.pool
+        self.c.pages = <sc_page *>self._array(sizeof(sc_page) * self.c.pool_pages)
+        self.c.frames = <sc_frame *>self._array(sizeof(sc_frame) * memory.mem.nframes)
+        self.c.links = <sc_link *>self._array(sizeof(sc_link) * 512 * self.c.pool_pages)
+        self.c.hash = <u32 *>self._array(sizeof(u32) * buckets)
+        pool_init(&self.c)
+
+    cdef int idle(self) except -1:
+        """EngineError while another thread runs a batch on this VM, or a callback of it: one VM, one user at a time;
+        and while somebody holds an array of writable_arrays. AuditError if what was written there cannot be used."""
+        cdef sc_audit a
+        if self.c.mem.busy and mmu_settle(&self.c, &a) != RC_OK:
+            self.still()
+            raise AuditError(audit_violations(&a), a.n, "writable_arrays")
+        return 0
+
+    cdef int still(self) except -1:
+        """What follows looks at each index before it follows that. EngineError while somebody could change it."""
+        if self.c.mem.busy & SC_RUNNING:
+            raise EngineError("this VM is in use, by a batch in another thread or by the callback that makes this call")
+        if self.c.mem.lent:
+            raise EngineError("an array of vm.mmu.writable_arrays() is still held, or a view or buffer of one: the VM "
+                              "can be used again when all have been let go")
+        return 0
+
+    cdef int enter(self, bint unsettled=False) except -1:
+        """Work begins that does without the GIL, and that signals can end; until `leave`. unsettled: work that can do
+        with whatever was written to the arrays."""
+        if unsettled:
+            self.still()
+        else:
+            self.idle()
+        self.c.mem.busy |= SC_RUNNING
+        self.c.watch = &self.watch
+        return 0
+
+    cdef void leave(self) noexcept:
+        self.c.mem.busy &= ~<int>SC_RUNNING
+        self.c.watch = NULL
+
+    cdef object stopped(self):
+        """Between operations of such work: why it has to end, or None. Looks for signals if it is time."""
+        if self.c.audit_found:
+            return self.failure(RC_AUDIT)
+        if watch_due(self.c.watch) and watch_look(self.c.watch):
+            return watch_raised(self.c.watch)
+        return None
+
+    cdef object failure(self, int rc):
+        """The exception for a negative return code."""
+        if rc == RC_AUDIT and self.hook_error is None:
+            self.hook_error = watch_raised(&self.watch)
+        if rc == RC_HOOK or (rc == RC_AUDIT and self.hook_error is not None):
+            error, self.hook_error = self.hook_error, None
+            if self.c.audit_found == POINT_COUNT + 1:
+                self.c.audit_found = 0
+            return error
+        if rc == RC_AUDIT:
+            return self.audits.take()
+        if rc == RC_EXHAUSTED:
+            return self._exhausted()
+        if rc == RC_LIVELOCK and self.c.quirks & QUIRK_ROOT_EMPTIED:
+            return EngineError(f"an access does not complete: with the quirk ROOT_EMPTIED a pool of {self.c.pool_pages}"
+                               " pages loses those that the access needs while it takes them; the original hangs here")
+        if rc == RC_LIVELOCK:
+            return EngineError("an access does not complete: the shadow and the guest's tables disagree for good")
+        if rc == RC_UNHANDLED:
+            return EngineError("a store cannot be emulated, and its table serves as a root in use and stays protected")
+        if rc == RC_UNGRANTED:
+            return EngineError("a store cannot be emulated, and no shadow leaf can grant it: supervisor code stores to"
+                               " a read-only page, with CR0.WP clear and SMEP, SMAP or protection keys on")
+        return EngineError(f"internal error {rc}")
+
+    def _exhausted(self):
+        """PoolExhausted for the vcpu that found no room: what the others pin, and what it needs beside that."""
+        cdef sc_vcpu *v = self.c.vcpus[self.c.exhausted]
+        cdef u32 i, slot, page
+        own = set()
+        others = set()
+        for i in range(self.c.n_vcpus):
+            for slot in range(4):
+                page = self.c.vcpus[i].roots[slot]
+                if page != SC_NONE:
+                    (own if i == v.number else others).add(page)
+        levels = v.guest.mode if v.guest.mode >= MODE_64 else 2
+        needed = len(others) + levels - (1 if own and own <= others else 0)
+        gfns = []
+        for page in sorted(others | own):
+            gfns.append(self.c.pages[page].gfn)
+        return PoolExhausted(needed, self.c.pool_pages, tuple(gfns))
+
+    cdef void *_array(self, u64 nbytes) except NULL:
+        array = allocate(nbytes)
+        self._arrays.append(array)
+        return <void *><size_t>array.ctypes.data
+
+    @property
+    def arrays(self) -> dict:
+        """The live structures, as read-only arrays that share memory with the engine: table (uint64[pages, 512]), pages
+        (PAGE_DTYPE), frames (FRAME_DTYPE, per frame of RAM), links (LINK_DTYPE, per spte), hash (uint32).
+
+        What is read while a batch runs may be of any moment. ConfigError under `native`, which has none.
+        """
+        return self._windows("arrays", None)
+
+    def writable_arrays(self) -> dict:
+        """`arrays`, to be written to, for experiments and tests.
+
+        While one of them is held, or a view or a buffer of one (a VM whose RAM it is, say), whatever uses the VM raises
+        EngineError, in this thread or another. When all have been let go, the first call that uses the VM checks I3 to
+        I7 once, in time linear in the size of the structure: AuditError, of point "writable_arrays", if they do not
+        hold, and nothing is followed or changed. So it is until other values have been written; `vm.audit` works, and
+        `pages`, `table`, `rmap` and `roots`, which check as they go. Addresses of their memory (`ctypes.data`) must not
+        be written to once the arrays are gone.
+        """
+        return self._windows("writable_arrays", self.memory)
+
+    cdef dict _windows(self, what, lender):
+        if not self.c.shadow or lender is not None and self.c.mem.busy & SC_RUNNING:
+            self._shadow(what)
+        pages, frames, links, buckets = [window(array, lender) for array in self._arrays]
+        table = window(self.memory.tables, lender)
+        return {"table": table.view(np.uint64).reshape(-1, 512), "pages": pages.view(PAGE_DTYPE),
+                "frames": frames.view(FRAME_DTYPE), "links": links.view(LINK_DTYPE), "hash": buckets.view(np.uint32)}
+
+    def settle(self) -> None:
+        """Check what was written through `writable_arrays` (or put back by import_state), as the next call that uses
+        the VM would. For code that calls the engine's C functions itself; see there for the errors."""
+        self.idle()
+
+    @property
+    def can_emulate(self):
+        """Callable (gva, gpa, nbytes) -> bool, asked before a store is emulated; None: always yes.
+
+        Stores are emulated to guest tables, and where supervisor code stores to a read-only page with CR0.WP clear and
+        SMEP, SMAP or protection keys on, which no shadow leaf can grant. A store over a page boundary is asked for page
+        by page. Where it says no, a table is unprotected and the store is made natively (patch 14); EngineError, with
+        nothing stored, if the table serves as a root in use, or no leaf can grant the store. An exception that the
+        callable raises comes out of the call that made the access. It may not use the VM.
+        """
+        return self._can_emulate
+
+    @can_emulate.setter
+    def can_emulate(self, callback):
+        self.idle()
+        if callback is not None and not callable(callback):
+            raise ConfigError(f"can_emulate: a callable or None is needed, not {callback!r}")
+        self._can_emulate = callback
+        self.c.hook = <void *>self
+        self.c.can_emulate = NULL
+        if callback is not None:
+            self.c.can_emulate = _ask_can_emulate
+
+    def fail_pages(self, after, count=1) -> None:
+        """For tests: `after` more pages can be taken from the pool, then `count` attempts fail."""
+        self._shadow("fail_pages")
+        self.c.fail_after = check_int("after", after, 0, 1 << 31)
+        self.c.fail_for = check_int("count", count, 0, 1 << 31)
+
+    def lose_flushes(self, *names) -> None:
+        """For tests: TLB flushes for these reasons do not happen (none: all happen again)."""
+        self.idle()
+        for name in names:
+            if name not in FLUSHES:
+                raise ConfigError(f"lose_flushes: {name!r} is not one of {', '.join(FLUSHES)}")
+        self.c.lost_flushes = sum(1 << FLUSHES.index(name) for name in set(names))
+
+    @property
+    def pages(self):
+        """Active shadow pages as a structured array (PAGES_DTYPE), newest first.
+
+        page: number in the pool; gfn and role fields; root_count; present: entries in use; parents: sptes that
+        point to it; age: distance from the recycling end (0 = next victim).
+        """
+        cdef u32 n = self.c.n_active
+        cdef u32 number = self.c.young
+        cdef sc_page *p
+        self.still()
+        if n > self.c.pool_pages:
+            raise EngineError(f"{n} pages are said to be in use, the pool has {self.c.pool_pages}: see vm.audit()")
+        out = np.zeros(n, dtype=PAGES_DTYPE)
+        for i in range(n):
+            if number >= self.c.pool_pages:
+                raise EngineError(f"the active list leads to page {number}, which does not exist: see vm.audit()")
+            p = &self.c.pages[number]
+            out[i] = (
+                number, p.gfn, role_field(p.role, ROLE_GLEVELS, 15), role_level(p.role),
+                role_field(p.role, ROLE_QUADRANT, 3), role_field(p.role, ROLE_DIRECT, 1),
+                role_field(p.role, ROLE_ACCESS, 7), role_field(p.role, ROLE_NXE, 1), role_field(p.role, ROLE_PSE, 1),
+                role_field(p.role, ROLE_WP0, 1), role_field(p.role, ROLE_GLOBAL, 1),
+                role_field(p.role, ROLE_PKEY, 15), p.root_count,
+                np.count_nonzero(self.memory.tables[number] & 1), len(self._list(p.parents)), n - 1 - i,
+            )
+            number = p.next
+        return out
+
+    @property
+    def pages_used(self) -> int:
+        """Shadow pages in use."""
+        return self.c.n_active
+
+    @property
+    def pages_free(self) -> int:
+        """Shadow pages that are free."""
+        return self.c.n_free
+
+    def table(self, page):
+        """uint64[512]: the sptes of pool page `page` (a copy)."""
+        self._looks("table")
+        return self.memory.tables[check_int("page", page, 0, self.c.pool_pages - 1)].copy()
+
+    def rmap(self, gfn):
+        """uint32[n, 2]: (page, index) of each writable spte that maps `gfn`, newest first."""
+        self._looks("rmap")
+        sptes = [(spte >> 9, spte & 511) for spte in self._list(self.c.frames[self.memory.frame(gfn)].rmap)]
+        return np.array(sptes, dtype=np.uint32).reshape(-1, 2)
+
+    def rmap_length(self, gfn) -> int:
+        """Records of `gfn` in the reverse map, with those that the quirk RMAP_LEAK left behind."""
+        self._looks("rmap_length")
+        cdef sc_frame *frame = &self.c.frames[self.memory.frame(gfn)]
+        return len(self._list(frame.rmap)) + frame.stale
+
+    cdef list _list(self, u32 head):
+        """Members of a list of sptes. EngineError where the links, which may be written by hand, lead nowhere."""
+        cdef u32 member = list_first(head)
+        cdef u32 most = self.c.pool_pages * 512
+        cdef list members = []
+        while member:
+            if member > most or <u32>len(members) == most:
+                raise EngineError(f"a list of sptes leads to entry {member - 1}, which is not one: see vm.audit()")
+            members.append(member - 1)
+            member = list_next(&self.c, head, member)
+        return members
+
+    def roots(self, vcpu=0):
+        """Pool pages that serve as roots of vcpu number `vcpu`: one, or four of which those not loaded are None."""
+        self._looks("roots")
+        cdef sc_vcpu *v = self.c.vcpus[check_int("vcpu", vcpu, 0, self.c.n_vcpus - 1)]
+        return [None if v.roots[i] == SC_NONE else v.roots[i] for i in range(root_slots(v))]
+
+    def unprotect(self, gfn) -> bool:
+        """Zap the shadow pages of the guest table at `gfn`; True if there were any."""
+        self._shadow("unprotect")
+        cdef bint found = pool_unprotect(&self.c, check_int("gfn", gfn, 0, (1 << 52) - 1))
+        self._report()
+        return found
+
+    def zap_all(self) -> None:
+        """Zap every shadow page; roots in use stay, empty."""
+        self._shadow("zap_all")
+        pool_zap_all(&self.c)
+        self._report()
+
+    def _report(self):
+        if self.c.audit_found:
+            raise self.failure(RC_AUDIT)
+
+    def write_physical(self, gpa, bytes data) -> None:
+        """A device's store; see VM.write_physical."""
+        cdef u64 address = self._range(gpa, len(data))
+        cdef const u8 *at = data
+        cdef u64 left = len(data)
+        cdef u32 part
+        while left:
+            part = <u32>min(left, 4096 - (address & 4095))
+            device_store(&self.c, address, at, part)
+            address += part
+            at += part
+            left -= part
+        self._report()
+
+    def read_physical(self, gpa, size) -> bytes:
+        """Bytes of guest physical memory; see VM.read_physical."""
+        cdef u64 left = check_int("size", size, 0, 1 << 48)
+        cdef u64 address = self._range(gpa, left)
+        cdef list parts = []
+        cdef u64 part
+        while left:
+            part = min(left, 4096 - (address & 4095))
+            parts.append((<const char *>mem_guest_frame(self.c.mem, address) + (address & 4095))[:part])
+            address += part
+            left -= part
+        return b"".join(parts)
+
+    def _range(self, gpa, size):
+        self.idle()
+        cdef u64 first = check_int("gpa", gpa, 0, 1 << 52)
+        cdef u64 gfn
+        for gfn in range(first >> 12, (first + size + 4095) >> 12):
+            if mem_frame(self.c.mem, gfn) == sc_no_frame():
+                raise ConfigError(f"gpa: {size} bytes at {first:#x} do not lie in memory slots")
+        return first
+
+    def counters_reset(self) -> None:
+        """The counters are about to be set to 0: remember how many sptes are present."""
+        self.idle()
+        self.c.spte_base += self.counters.spte_installed - self.counters.spte_removed
+
+    def export_state(self) -> dict:
+        """The scalars of the MMU and its counters; with `arrays` and the vcpus' states, all of it (VM.save)."""
+        self.still()
+        cdef sc_mmu *c = &self.c
+        state = {"n_free": c.n_free, "n_active": c.n_active, "free_head": c.free_head, "young": c.young, "old": c.old,
+                 "n_pte4": c.n_pte4, "n_pte8": c.n_pte8, "flush_epoch": c.flush_epoch, "spte_base": c.spte_base}
+        state["counters"] = self.stats.as_array().tolist()
+        return state
+
+    def import_state(self, dict state) -> None:
+        """Put back what export_state gave; the arrays and vcpus have to be put back with it.
+
+        ConfigError, and nothing changed, where a value is missing, or is none that the field can have. That the values
+        agree with each other and with the arrays is checked by the first call that uses the VM, as after
+        writable_arrays.
+        """
+        self.still()
+        cdef sc_mmu *c = &self.c
+        cdef u64 *counters = <u64 *>&self.counters
+        cdef list counted = check_ints("counters", state.get("counters"), sizeof(sc_stats) // sizeof(u64), _WORD)
+        cdef u32 none = SC_NONE
+        pages = [check_int(name, state.get(name), 0, c.pool_pages) for name in _COUNTS]
+        cdef list lists = []
+        for name in _LISTS:
+            page = state.get(name)
+            lists.append(none if page == none else check_int(name, page, 0, max(1, c.pool_pages) - 1))
+        words = [check_int(name, state.get(name), 0, _WORD) for name in ("flush_epoch", "spte_base")]
+        c.n_free, c.n_active, c.n_pte4, c.n_pte8 = pages
+        c.free_head, c.young, c.old = lists
+        c.flush_epoch, c.spte_base = words
+        for i, number in enumerate(counted):
+            counters[i] = number
+        c.mem.busy |= SC_WRITTEN
+
+    def protect_slot(self, slot) -> None:
+        """Write-protect the frames of memory slot `slot`, for its dirty log."""
+        self.idle()
+        cdef int index = check_int("slot", slot, 0, <int>self.c.mem.nslots - 1)
+        if self.c.shadow:
+            mmu_protect_slot(&self.c, index)
+            self._report()
+
+    def _shadow(self, what):
+        self.idle()
+        self._looks(what)
+
+    def _looks(self, what):
+        self.still()
+        if not self.c.shadow:
+            raise ConfigError(f"{what}: the design 'native' has no shadow tables")
+
+    def __repr__(self):
+        return f"Mmu({self.design.name}, {self.c.n_active} of {self.c.pool_pages} pages in use)"

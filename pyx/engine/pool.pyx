@@ -1,0 +1,320 @@
+"""The pool of shadow pages: hash, active list in order of creation, zapping and recycling.
+
+Pages are clean (all entries 0) whenever they are free: zapping empties a page by the entries in use, so that no scan
+is needed when it is taken again (patch 22 scanned all 512, twice).
+"""
+from libc.string cimport memset
+
+from shadowcore.engine.bits cimport PTE_P, pte_addr
+from shadowcore.engine.memory cimport mem_frame, mem_pool_page, sc_no_frame
+from shadowcore.engine.pool cimport hash_bucket
+from shadowcore.engine.rmap cimport list_first, list_remove, rmap_write_protect
+from shadowcore.engine.spte cimport spte_is_writable, spte_wipe
+from shadowcore.engine.state cimport (
+    EVENT_ZAP, FLUSH_ZAP, FLUSH_ZAP_UPPER, QUIRK_ROOT_EMPTIED, entry_flush, event, memo_drop, request_flush,
+    role_direct, role_level, role_pte_size, sc_frame, sc_mmu, sc_page,
+)
+from shadowcore.engine.types cimport SC_NONE, u32, u64
+
+
+cdef extern from *:
+    """
+    #if defined(_MSC_VER)
+    #include <intrin.h>
+    static int sc_ctz64(unsigned long long x) { unsigned long i; _BitScanForward64(&i, x); return (int)i; }
+    #else
+    #define sc_ctz64(x) __builtin_ctzll(x)
+    #endif
+    """
+    int sc_ctz64(u64 x) noexcept nogil
+
+
+cdef void pool_init(sc_mmu *mmu) noexcept nogil:
+    """Every page free, in ascending order; every bucket empty. The arrays are zeroed by their allocation."""
+    cdef u32 i
+    for i in range(mmu.pool_pages):
+        mmu.pages[i].next = i + 1 if i + 1 < mmu.pool_pages else SC_NONE
+    for i in range(<u32>1 << (64 - mmu.hash_shift)):
+        mmu.hash[i] = SC_NONE
+    mmu.free_head = 0
+    mmu.n_free = mmu.pool_pages
+    mmu.n_active = 0
+    mmu.young = SC_NONE
+    mmu.old = SC_NONE
+
+
+cdef inline void _active_push(sc_mmu *mmu, u32 number) noexcept nogil:
+    mmu.pages[number].prev = SC_NONE
+    mmu.pages[number].next = mmu.young
+    if mmu.young != SC_NONE:
+        mmu.pages[mmu.young].prev = number
+    else:
+        mmu.old = number
+    mmu.young = number
+
+
+cdef inline void _active_remove(sc_mmu *mmu, u32 number) noexcept nogil:
+    cdef sc_page *page = &mmu.pages[number]
+    if page.prev != SC_NONE:
+        mmu.pages[page.prev].next = page.next
+    else:
+        mmu.young = page.next
+    if page.next != SC_NONE:
+        mmu.pages[page.next].prev = page.prev
+    else:
+        mmu.old = page.prev
+
+
+cdef inline void _count_shadowing(sc_mmu *mmu, const sc_page *page, int change) noexcept nogil:
+    """Keep the per-frame and per-format counts of pages that shadow a guest table."""
+    cdef u64 frame
+    if role_direct(page.role):
+        return
+    frame = mem_frame(mmu.mem, page.gfn)
+    if frame != sc_no_frame():
+        mmu.frames[frame].shadowed += change
+    if role_pte_size(page.role) == 4:
+        mmu.n_pte4 += change
+    else:
+        mmu.n_pte8 += change
+
+
+cdef u32 pool_find(const sc_mmu *mmu, u64 gfn, u32 role) noexcept nogil:
+    """The active page of (gfn, role), or SC_NONE."""
+    cdef u32 number = mmu.hash[hash_bucket(mmu, gfn)]
+    while number != SC_NONE:
+        if mmu.pages[number].gfn == gfn and mmu.pages[number].role == role:
+            return number
+        number = mmu.pages[number].hash_next
+    return SC_NONE
+
+
+cdef bint pool_has(sc_mmu *mmu, u32 need) noexcept nogil:
+    """`need` pages can be taken; an injected failure counts as an attempt to take them."""
+    if mmu.n_free < need:
+        return False
+    if mmu.fail_for == 0 or mmu.fail_after >= need:
+        return True
+    mmu.fail_for -= 1
+    return False
+
+
+cdef inline bint _must_fail(sc_mmu *mmu) noexcept nogil:
+    """For tests: this page, which nobody made sure of before, is not to be had."""
+    if mmu.fail_for == 0:
+        return False
+    if mmu.fail_after:
+        mmu.fail_after -= 1
+        return False
+    mmu.fail_for -= 1
+    return True
+
+
+cdef u32 pool_get(sc_mmu *mmu, u64 gfn, u32 role) noexcept nogil:
+    """The page of (gfn, role), found or taken from the free list; SC_NONE when none is free.
+
+    A new page of a guest table write-protects that table's frame (patch 10).
+    """
+    cdef u32 number = pool_find(mmu, gfn, role)
+    cdef u32 bucket
+    cdef u64 frame
+    cdef sc_page *page
+    if number != SC_NONE:
+        mmu.stats.mmu_cache_hit += 1
+        return number
+    number = mmu.free_head
+    if number == SC_NONE or _must_fail(mmu):
+        return SC_NONE
+    page = &mmu.pages[number]
+    mmu.free_head = page.next
+    mmu.n_free -= 1
+    mmu.n_active += 1
+    mmu.stats.mmu_cache_miss += 1
+    page.gfn = gfn
+    page.role = role
+    page.active = True
+    page.nonglobal = False
+    page.slots = 0
+    bucket = hash_bucket(mmu, gfn)
+    page.hash_next = mmu.hash[bucket]
+    mmu.hash[bucket] = number
+    _active_push(mmu, number)
+    if not role_direct(role):
+        _count_shadowing(mmu, page, 1)
+        frame = mem_frame(mmu.mem, gfn)
+        if frame != sc_no_frame():
+            rmap_write_protect(mmu, frame)
+    return number
+
+
+cdef inline void _hash_remove(sc_mmu *mmu, u32 number) noexcept nogil:
+    cdef u32 *link = &mmu.hash[hash_bucket(mmu, mmu.pages[number].gfn)]
+    while link[0] != number:
+        link = &mmu.pages[link[0]].hash_next
+    link[0] = mmu.pages[number].hash_next
+
+
+cdef inline void _unlink_parents(sc_mmu *mmu, u32 number) noexcept nogil:
+    """Clear every entry that points to the page."""
+    cdef u32 spte
+    while mmu.pages[number].parents:
+        spte = list_first(mmu.pages[number].parents) - 1
+        list_remove(mmu, &mmu.pages[number].parents, spte)
+        spte_wipe(mmu, spte)
+
+
+cdef inline void _forget_leaf(sc_mmu *mmu, sc_frame *frames, u64 ram_hfn, u64 value, u32 spte) noexcept nogil:
+    """rmap_remove, for what may not be writable. frames, ram_hfn: those of mmu, loaded once for many leaves."""
+    cdef u32 *head
+    if not spte_is_writable(value):
+        return
+    head = &frames[((value & pte_addr()) >> 12) - ram_hfn].rmap
+    if head[0] == spte + 1:
+        head[0] = 0
+    else:
+        list_remove(mmu, head, spte)
+
+
+cdef inline u32 _empty_leaf_table(sc_mmu *mmu, sc_page *page, u32 number) noexcept nogil:
+    """Drop every entry of a page of level 1; the number of those that were present."""
+    cdef u64 *table = mmu.table + <u64>number * 512
+    cdef sc_frame *frames = mmu.frames
+    cdef u64 ram_hfn = mmu.mem.ram_hfn
+    cdef u64 bits
+    cdef u32 removed = 0
+    cdef u32 spte = number * 512
+    cdef int word, i
+    for word in range(8):
+        bits = page.used[word]
+        page.used[word] = 0
+        if bits == ~<u64>0:
+            for i in range(64):
+                removed += table[i] & PTE_P
+                _forget_leaf(mmu, frames, ram_hfn, table[i], spte + i)
+            memset(table, 0, 64 * sizeof(u64))
+        else:
+            while bits:
+                i = sc_ctz64(bits)
+                bits &= bits - 1
+                removed += table[i] & PTE_P
+                _forget_leaf(mmu, frames, ram_hfn, table[i], spte + i)
+                table[i] = 0
+        table += 64
+        spte += 64
+    return removed
+
+
+cdef inline u32 _empty_upper_table(sc_mmu *mmu, sc_page *page, u32 number) noexcept nogil:
+    """Drop every entry of a page above level 1; the number of those that were present."""
+    cdef u64 *table = mmu.table + <u64>number * 512
+    cdef u64 bits, value
+    cdef u32 removed = 0
+    cdef int word, index
+    for word in range(8):
+        bits = page.used[word]
+        page.used[word] = 0
+        while bits:
+            index = word * 64 + sc_ctz64(bits)
+            bits &= bits - 1
+            value = table[index]
+            table[index] = 0
+            if value & PTE_P:
+                removed += 1
+                list_remove(mmu, &mmu.pages[mem_pool_page(value)].parents, number * 512 + index)
+    return removed
+
+
+cdef inline void _empty(sc_mmu *mmu, u32 number) noexcept nogil:
+    """Drop every entry of the page. Children stay in the pool, to be found again by (gfn, role) (patch 15)."""
+    cdef sc_page *page = &mmu.pages[number]
+    memo_drop(mmu)
+    if role_level(page.role) == 1:
+        mmu.stats.spte_removed += _empty_leaf_table(mmu, page, number)
+        request_flush(mmu, FLUSH_ZAP)
+    else:
+        mmu.stats.spte_removed += _empty_upper_table(mmu, page, number)
+        if page.present:
+            entry_flush(mmu, FLUSH_ZAP_UPPER)
+    page.present = 0
+
+
+cdef void pool_zap(sc_mmu *mmu, u32 number) noexcept nogil:
+    """Remove a page and every link to it. A root in use is emptied and kept as the youngest page (patch 25)."""
+    cdef sc_page *page = &mmu.pages[number]
+    event(mmu, EVENT_ZAP, number, SC_NONE, page.gfn)
+    _unlink_parents(mmu, number)
+    _empty(mmu, number)
+    _active_remove(mmu, number)
+    mmu.stats.mmu_shadow_zapped += 1
+    if page.root_count:
+        _active_push(mmu, number)
+        return
+    _hash_remove(mmu, number)
+    _count_shadowing(mmu, page, -1)
+    page.active = False
+    page.next = mmu.free_head
+    mmu.free_head = number
+    mmu.n_free += 1
+    mmu.n_active -= 1
+    mmu.stats.page_frees += 1
+
+
+cdef void pool_zap_all(sc_mmu *mmu) noexcept nogil:
+    """Zap every page once; only roots in use stay, empty."""
+    cdef u32 number = mmu.old
+    cdef u32 n = mmu.n_active
+    cdef u32 previous
+    while n:
+        previous = mmu.pages[number].prev
+        pool_zap(mmu, number)
+        number = previous
+        n -= 1
+
+
+cdef u32 pool_zap_nonglobal(sc_mmu *mmu) noexcept nogil:
+    """Design `flush`: zap the leaf tables that hold a leaf without G (the CR3 load of 2.6.20-rc3)."""
+    cdef u32 number = mmu.old
+    cdef u32 zapped = 0
+    cdef u32 previous
+    while number != SC_NONE:
+        previous = mmu.pages[number].prev
+        if mmu.pages[number].nonglobal:
+            pool_zap(mmu, number)
+            zapped += 1
+        number = previous
+    return zapped
+
+
+cdef bint pool_unprotect(sc_mmu *mmu, u64 gfn) noexcept nogil:
+    """Zap the shadow pages of the guest table at `gfn`, each once; True if there were any (patches 14, 27)."""
+    cdef u32 number = mmu.hash[hash_bucket(mmu, gfn)]
+    cdef u32 following
+    cdef bint found = False
+    while number != SC_NONE:
+        following = mmu.pages[number].hash_next
+        if mmu.pages[number].gfn == gfn and not role_direct(mmu.pages[number].role):
+            pool_zap(mmu, number)
+            found = True
+        number = following
+    if found:
+        mmu.stats.mmu_unprotect += 1
+    return found
+
+
+cdef void pool_recycle(sc_mmu *mmu, u32 target) noexcept nogil:
+    """Zap the oldest pages until `target` are free, or only roots in use are left (patch 17).
+
+    Oldest by creation: use does not refresh a page. A root in use goes to the young end (quirk: emptied first).
+    """
+    cdef u32 budget = mmu.n_active
+    cdef u32 victim
+    while mmu.n_free < target and budget:
+        budget -= 1
+        victim = mmu.old
+        if mmu.pages[victim].root_count and not mmu.quirks & QUIRK_ROOT_EMPTIED:
+            _active_remove(mmu, victim)
+            _active_push(mmu, victim)
+            continue
+        if not mmu.pages[victim].root_count:
+            mmu.stats.mmu_recycled += 1
+        pool_zap(mmu, victim)

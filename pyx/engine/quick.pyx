@@ -1,0 +1,533 @@
+"""Operations of a batch, by the shortest way that each has.
+
+Most operations of most batches are accesses that the tables allow as they stand. Those are done here, by the memo or
+by a glance at the tables; every other is handed to the functions of `access`, which know all cases and change state in
+the one right way. Which of the two does an access can be seen in nothing but the time that it takes.
+"""
+from libc.string cimport memcpy, memset
+
+from shadowcore.engine.access cimport OP_FETCH, OP_WRITE, access_fault, sc_op, sc_result, vcpu_access, vcpu_op
+from shadowcore.engine.bits cimport PTE_P, PTE_PS, is_canonical, pte_addr
+from shadowcore.engine.gmode cimport gmode_32, gmode_64, gmode_la57, gmode_pae, sc_gmode
+from shadowcore.engine.memo cimport (
+    KIND_NONE, KIND_USER, MEMO_REGIONS, memo_context, memo_entry, memo_is, memo_mask, memo_note, memo_promote, memo_put,
+    memo_region, memo_region_tag, memo_spill, memo_tag, sc_memo, sc_memo_entry,
+)
+from shadowcore.engine.memory cimport mem_frame, mem_gfn, mem_guest_frame, mem_host_frame, sc_mem, sc_no_frame
+from shadowcore.engine.quick cimport PACKED, element_word, load_op, load_plain, op_stands, sc_batch
+from shadowcore.engine.results cimport sc_row
+from shadowcore.engine.state cimport MARK_STORED, MARK_TABLE, marked_table, memo_drop, sc_mmu, sc_vcpu
+from shadowcore.engine.types cimport (
+    MODE_32, MODE_64, MODE_LA57, MODE_OFF, MODE_PAE, PF_I, PF_U, PF_W, RC_AUDIT, RC_BAD_OP, RC_OK, i64, u8, u16, u32,
+    u64,
+)
+from shadowcore.engine.walker cimport glance_body, probe_walk, sc_paging, sc_walk, table_index
+from shadowcore.engine.watch cimport watch_due
+
+cdef extern from *:
+    """
+    #if defined(_MSC_VER)
+    #include <intrin.h>
+    #define sc_prefetch(p) _mm_prefetch((const char *)(p), _MM_HINT_T0)
+    #else
+    #define sc_prefetch(p) __builtin_prefetch(p)
+    #endif
+    """
+    void sc_prefetch(const void *p) noexcept nogil
+
+cdef enum:
+    STREAK = 2                      # exits in a row after which the next operation is taken to need one as well
+    HITS = 800                      # operations that the loop over hits does in one go
+    USUAL = 1 << 8                  # of a word: the operation is a usual one
+    PROMOTED = 4                    # one of so many hits in the spill of the memo moves the page out of it
+    AHEAD = 32                      # operations whose bytes are fetched into the cache ahead of their use
+    LOOK = 256                      # operations done the long way between two looks at the clock
+
+# By `user | size << 8`, as they lie in an element of OP_DTYPE: USUAL | user << 9 | size << 16 if user is 0 or 1 and the
+# size 1, 2, 4 or 8; else 0. That plus the code of the operation is its word.
+cdef u32 _usual[1 << 16]
+
+# By the lower half of the word of an operation. The first 256 are of those that are not usual.
+cdef u64 _mask[1024]                 # memo_mask of the kind
+cdef u64 _loads[1024]                # bits that come back as the value: of a store none, of a fetch a byte
+cdef u32 _access[1024]               # PF_*
+cdef u8 _kind[1024]                  # KIND_*, KIND_NONE where it is no load, store or fetch, or not usual
+
+cdef u64 _bytes[9]                  # by size: the bits of so many bytes
+
+
+cdef void _fill_tables() noexcept nogil:
+    cdef u32 op, user, i
+    for i in range(1024):
+        _kind[i] = KIND_NONE
+        _mask[i] = memo_mask(KIND_NONE)
+        _loads[i] = _access[i] = 0
+    for user in range(2):
+        for op in range(OP_FETCH + 1):
+            i = op | USUAL | user << 9
+            _kind[i] = op + KIND_USER * user    # OP_READ, OP_WRITE, OP_FETCH are 0, KIND_STORE, KIND_FETCH
+            _mask[i] = memo_mask(_kind[i])
+            _loads[i] = 0 if op == OP_WRITE else 0xFF if op == OP_FETCH else ~<u64>0
+            _access[i] = (PF_U if user else 0) | (PF_W if op == OP_WRITE else PF_I if op == OP_FETCH else 0)
+    for i in range(4):
+        _bytes[1 << i] = ~<u64>0 >> (64 - (8 << i))
+        for user in range(2):
+            _usual[user | 256 << i] = USUAL | user << 9 | 65536 << i
+
+
+_fill_tables()
+
+
+cdef inline u64 _width(const sc_vcpu *v) noexcept nogil:
+    """The bits of a linear address that count."""
+    return ~<u64>0 if v.guest.mode >= MODE_64 else 0xFFFFFFFF
+
+
+cdef inline u32 _word(const sc_batch *b, const u8 *element, bint plain) noexcept nogil:
+    """What the operation is: its index in the tables above, and its size << 16. The caller's array may change while it
+    is read (it may lie in guest memory, or another thread may write to it), so each byte of an operation is read once,
+    judged by the tables, and the word kept as long as it is needed."""
+    cdef u16 both = 0
+    cdef u32 op
+    if plain:
+        memcpy(&both, element + 1, 2)
+        return element[0] + _usual[both]
+    op = element[b.ops.at[0]]       # a fetch is of one byte, whatever it says
+    return op + _usual[(element[b.ops.at[1]] != 0) | (1 if op == OP_FETCH else element[b.ops.at[2]]) << 8]
+
+
+cdef inline u32 _code(u32 word) noexcept nogil:
+    return word & 0xFFFF
+
+
+cdef bint quick_usual(const u8 *element, u64 n) noexcept nogil:
+    """Of an array laid out as OP_DTYPE, all are operations with a code of at most 3, of usual sizes, `user` 0 or 1."""
+    cdef u32 usual = USUAL
+    cdef u8 op = 0
+    cdef u16 both = 0
+    cdef int k
+    for _ in range(n // 4):
+        for k in range(4):
+            memcpy(&both, element + k * PACKED + 1, 2)
+            op |= element[k * PACKED]
+            usual &= _usual[both]
+        element += 4 * PACKED
+    for _ in range(n % 4):
+        memcpy(&both, element + 1, 2)
+        op |= element[0]
+        usual &= _usual[both]
+        element += PACKED
+    return op <= 3 and usual
+
+
+cdef inline void _move(sc_batch *b, u64 i, u64 value, u8 *at, u32 code, u32 size) noexcept nogil:
+    """Load or store the bytes of operation i, of at most 8 from `at` on, which lie in one page. Loads and stores come
+    in no order that could be foreseen, so both do the same: a load stores too, to where nobody looks."""
+    cdef u64 word
+    memcpy(&word, at, 8)
+    b.value[i] = word & _loads[code] & _bytes[size]
+    if _access[code] & PF_W == 0:
+        at = <u8 *>&b.nowhere
+    if size == 8:
+        memcpy(at, &value, 8)
+    elif size == 4:
+        memcpy(at, &value, 4)
+    elif size == 2:
+        memcpy(at, &value, 2)
+    else:
+        at[0] = <u8>value
+
+
+cdef bint _mark_tables(sc_mmu *mmu, sc_vcpu *v, u64 va) noexcept nogil:
+    """Native: the frames of the tables that lead to `va` are known to be such. If a store to one is remembered, all is
+    forgotten. False: nothing is to be remembered of `va`."""
+    cdef sc_walk w
+    cdef int level
+    cdef u64 frame
+    if probe_walk(mmu.mem, &v.guest, va, 0, &w) != RC_OK and mem_frame(mmu.mem, w.table[w.level]) == sc_no_frame():
+        return False                # somebody else writes to the tables at this moment
+    level = w.level
+    while level <= w.top:
+        frame = mem_frame(mmu.mem, w.table[level])
+        if mmu.marks[frame] >> 2 != mmu.memo_epoch:
+            mmu.marks[frame] = mmu.memo_epoch << 2
+        if mmu.marks[frame] & MARK_STORED:
+            memo_drop(mmu)
+            level = w.level
+            continue
+        mmu.marks[frame] |= MARK_TABLE
+        mmu.marked_epoch = mmu.memo_epoch
+        level += 1
+    return True
+
+
+cdef u64 _remember(sc_mmu *mmu, sc_batch *b, sc_vcpu *v) noexcept nogil:
+    """Put what the last glance found into the memo; returns the context, which may be another by then.
+
+    Native, nothing tells of stores to tables but the stores themselves: frames of tables are marked, and no store to
+    one is remembered.
+    """
+    cdef u64 va = b.va
+    cdef u32 code = _code(b.word)
+    cdef u64 frame, context
+    if not mmu.shadow and v.guest.mode != MODE_OFF:
+        context = memo_context(v.memo, mmu.memo_epoch)
+        if v.memo.marked[memo_region(va)] != memo_region_tag(va, context):
+            if not _mark_tables(mmu, v, va):
+                return memo_context(v.memo, mmu.memo_epoch)
+            context = memo_context(v.memo, mmu.memo_epoch)
+            v.memo.marked[memo_region(va)] = memo_region_tag(va, context)
+    if not mmu.shadow and _access[code] & PF_W:
+        frame = mem_frame(mmu.mem, b.target >> 12)
+        if marked_table(mmu, frame):
+            return memo_context(v.memo, mmu.memo_epoch)
+        mmu.marks[frame] = mmu.memo_epoch << 2 | MARK_STORED
+    memo_put(v.memo, memo_context(v.memo, mmu.memo_epoch), va, _kind[code], b.target)
+    return memo_context(v.memo, mmu.memo_epoch)
+
+
+cdef inline u64 _hits(sc_mmu *mmu, sc_batch *b, const sc_vcpu *v, u64 context, u64 i, u64 stop, u32 *words,
+                      bint plain) noexcept nogil:
+    """Where operations from number i on lead that are in the memo, up to the first that is not; returns its number.
+    The loop is kept this small for everything in it to have a register. words: what
+    the operations are, if bytes move.
+
+    At most HITS operations: so many numbers of entries read, each at most 5, add up to less than 4096."""
+    cdef const u8 *element = b.ops.base + <i64>i * b.ops.stride
+    cdef i64 stride = PACKED if plain else b.ops.stride
+    cdef const u64 *mask = _mask
+    cdef u64 *gpa = b.gpa
+    cdef u8 *ram = mmu.mem.ram
+    cdef sc_memo *memo = v.memo
+    cdef u64 width = _width(v)
+    cdef bint data = b.data
+    cdef sc_memo_entry *e
+    cdef u64 references = 0
+    cdef u64 first = i
+    cdef u64 va, offset, target
+    cdef u32 word
+    stop = min(stop, i + HITS)
+    while i < stop:
+        word = _word(b, element, plain)
+        memcpy(&va, element + (3 if plain else b.ops.at[3]), 8)
+        va &= width
+        offset = va & 4095
+        e = memo_entry(memo, va)
+        if (e.tag ^ memo_tag(va, context)) & mask[_code(word)] or offset > 4088:
+            break
+        target = e.target
+        references += target        # of which the low bits count, in the end
+        target = (target & pte_addr()) | offset
+        gpa[i] = target
+        if data:
+            words[i - first] = word
+            sc_prefetch(ram + target)               # only a hint where gpas are not offsets in RAM
+        i += 1
+        element += stride
+    mmu.stats.walk_references += references & 4095
+    b.hits += i - first
+    return i
+
+
+cdef inline void _moves(sc_mmu *mmu, sc_batch *b, u64 i, u64 stop, const u32 *words, bint plain) noexcept nogil:
+    """Move the bytes of operations of which gpas are known. words[i]: what operation i is."""
+    cdef const u8 *element = b.ops.base + <i64>i * b.ops.stride
+    while i < stop:
+        _move(b, i, element_word(element, 11 if plain else b.ops.at[4]),
+              mem_guest_frame(mmu.mem, b.gpa[i]) + (b.gpa[i] & 4095), _code(words[i]), words[i] >> 16)
+        i += 1
+        element += PACKED if plain else b.ops.stride
+
+
+cdef inline u64 _glances(sc_mmu *mmu, sc_batch *b, sc_vcpu *v, u64 context, u64 i, u64 stop, u32 *words, bint plain,
+                         sc_gmode g) noexcept nogil:
+    """Where operations from number i on lead that are plain accesses, which the tables allow as they are, up to the
+    first that is none; returns its number. words[i]: what operation i is, if bytes move. b.target: what the memo would
+    say of the last, and b.va, b.word of which access, if it was the only one that was asked for."""
+    cdef const u8 *element = b.ops.base + <i64>i * b.ops.stride
+    cdef i64 stride = PACKED if plain else b.ops.stride
+    cdef const sc_mem *m = mmu.mem
+    cdef const sc_paging *p = &v.hw if g.host else &v.guest
+    cdef sc_memo *memo = v.memo
+    cdef sc_memo_entry *e
+    cdef u64 width = _width(v)
+    cdef int canonical = 57 if g.top == 5 else 48 if g.top == 4 else 64
+    cdef u64 references = 0
+    cdef u64 first = i
+    cdef u64 repeats = 0
+    cdef u64 new = 0
+    cdef u64 *region
+    cdef bint watched = m.logging or mmu.marked_epoch == mmu.memo_epoch     # stores may have more to do
+    cdef bint note = b.note
+    cdef bint data = b.data
+    cdef u64 *gpa = b.gpa
+    cdef u64 offset, frame
+    cdef u64 va = 0
+    cdef u64 target = 0
+    cdef u32 word = 0
+    cdef u32 code
+    cdef int read = 0
+    while i < stop:
+        word = _word(b, element, plain)
+        code = _code(word)
+        memcpy(&va, element + (3 if plain else b.ops.at[3]), 8)
+        va &= width
+        offset = va & 4095
+        if offset > 4088 or _kind[code] == KIND_NONE or not is_canonical(va, canonical):
+            break                   # it may reach into the next page, or is no plain access
+        read = glance_body(m, p, va, _access[code], &target, g)
+        if read < 0:
+            break
+        if g.host:
+            frame = (target >> 12) - m.ram_hfn
+            if frame >= m.nframes:
+                break
+            target = mem_gfn(m, frame) << 12
+        else:
+            frame = mem_frame(m, target >> 12)
+            if frame == sc_no_frame() or (watched and _access[code] & PF_W and (
+                    m.logging or marked_table(mmu, frame))):
+                break
+            target &= ~<u64>4095
+        if note:
+            region = &memo.region[(va >> 21) & (MEMO_REGIONS - 1)]
+            new += region[0] != va >> 21
+            region[0] = va >> 21
+            # ... and the page, without what it would allow
+            e = memo_entry(memo, va)
+            repeats += memo_is(e, memo_tag(va, context))
+            memo_note(e, memo_tag(va, context))
+        references += read
+        gpa[i] = target | offset
+        if data:
+            words[i] = word
+            sc_prefetch(mem_guest_frame(m, target) + offset)
+        i += 1
+        element += stride
+        if not g.host and data and _access[code] & PF_W:
+            break                   # its bytes may be those of a table that the next walk reads
+    mmu.stats.walk_references += references
+    b.glances += i - first
+    b.repeats += repeats
+    b.regions += new
+    b.target = target | <u64>read
+    b.va = va
+    b.word = word
+    return i
+
+
+cdef inline void _fetch_tables(sc_mmu *mmu, sc_batch *b, sc_vcpu *v, u64 i, u64 stop, bint plain,
+                               sc_gmode g) noexcept nogil:
+    """Bring the entries by which operations i to stop (at most AHEAD) are walked into the cache. Level by level, so
+    that the misses of all of them are under way at once; nothing is judged here."""
+    cdef const u8 *element = b.ops.base + <i64>i * b.ops.stride
+    cdef const sc_mem *m = mmu.mem
+    cdef const sc_paging *p = &v.hw if g.host else &v.guest
+    cdef u64 va[AHEAD]
+    cdef const u8 *slot[AHEAD]
+    cdef u64 entry, base
+    cdef const u8 *table
+    cdef int n = <int>(stop - i)
+    cdef int k, step, level
+    for k in range(n):
+        memcpy(&va[k], element + (3 if plain else b.ops.at[3]), 8)
+        base = p.pdpte[(va[k] >> 30) & 3] & pte_addr() if g.pae_root else p.root
+        table = mem_host_frame(m, base) if g.host else mem_guest_frame(m, base)
+        slot[k] = NULL
+        if table != NULL:
+            slot[k] = table + table_index(va[k], g.top, g.pte_size) * g.pte_size
+        element += PACKED if plain else b.ops.stride
+    for step in range(g.top - 1):
+        level = g.top - 1 - step    # of the tables that this step comes to
+        for k in range(n):
+            if slot[k] == NULL:
+                continue
+            entry = (<const u64 *>slot[k])[0] if g.pte_size == 8 else (<const u32 *>slot[k])[0]
+            slot[k] = NULL
+            if not entry & PTE_P or entry & PTE_PS:
+                continue
+            base = entry & pte_addr()
+            table = mem_host_frame(m, base) if g.host else mem_guest_frame(m, base)
+            if table != NULL:
+                slot[k] = table + table_index(va[k], level, g.pte_size) * g.pte_size
+                sc_prefetch(slot[k])
+
+
+cdef inline void _fetch_ahead(sc_mmu *mmu, sc_batch *b, sc_vcpu *v, u64 i, u64 stop, bint plain) noexcept nogil:
+    """_fetch_tables, of the tables that the processor walks."""
+    if mmu.shadow:
+        if v.hw.mode == MODE_64:
+            _fetch_tables(mmu, b, v, i, stop, plain, gmode_64(True, True))
+        elif v.hw.mode == MODE_PAE:
+            _fetch_tables(mmu, b, v, i, stop, plain, gmode_pae(True, True))
+        else:
+            _fetch_tables(mmu, b, v, i, stop, plain, gmode_la57(True, True))
+    elif v.guest.mode == MODE_64:
+        _fetch_tables(mmu, b, v, i, stop, plain, gmode_64(False, True))
+    elif v.guest.mode == MODE_PAE:
+        _fetch_tables(mmu, b, v, i, stop, plain, gmode_pae(False, True))
+    elif v.guest.mode == MODE_32:
+        _fetch_tables(mmu, b, v, i, stop, plain, gmode_32(False, True))
+    elif v.guest.mode == MODE_LA57:
+        _fetch_tables(mmu, b, v, i, stop, plain, gmode_la57(False, True))
+
+
+cdef inline u64 _glance(sc_mmu *mmu, sc_batch *b, sc_vcpu *v, u64 context, u64 i, u64 stop, u32 *words,
+                        bint plain) noexcept nogil:
+    """_glances, for the tables that the processor walks."""
+    if mmu.shadow:
+        if v.hw.mode == MODE_64:
+            return _glances(mmu, b, v, context, i, stop, words, plain, gmode_64(True, True))
+        if v.hw.mode == MODE_PAE:
+            return _glances(mmu, b, v, context, i, stop, words, plain, gmode_pae(True, True))
+        return _glances(mmu, b, v, context, i, stop, words, plain, gmode_la57(True, True))
+    if v.guest.mode == MODE_64:
+        return _glances(mmu, b, v, context, i, stop, words, plain, gmode_64(False, True))
+    if v.guest.mode == MODE_PAE:
+        return _glances(mmu, b, v, context, i, stop, words, plain, gmode_pae(False, True))
+    if v.guest.mode == MODE_32:
+        return _glances(mmu, b, v, context, i, stop, words, plain, gmode_32(False, True))
+    if v.guest.mode == MODE_LA57:
+        return _glances(mmu, b, v, context, i, stop, words, plain, gmode_la57(False, True))
+    return i
+
+
+cdef u64 _spilled(sc_mmu *mmu, sc_batch *b, sc_vcpu *v, u64 context, u64 i, bint plain) noexcept nogil:
+    """Operation i if the second part of the memo has it: i + 1, else i. b.word: what it is."""
+    cdef const u8 *element = b.ops.base + <i64>i * b.ops.stride
+    cdef sc_memo_entry *e
+    cdef u64 va
+    cdef u32 word = _word(b, element, plain)
+    memcpy(&va, element + b.ops.at[3], 8)
+    va &= _width(v)
+    e = memo_spill(v.memo, va)
+    if (e.tag ^ memo_tag(va, context)) & _mask[_code(word)] or (va & 4095) > 4088:
+        return i
+    b.word = word
+    b.hits += 1
+    b.gpa[i] = (e.target & pte_addr()) | (va & 4095)
+    mmu.stats.walk_references += e.target & 15
+    if b.hits % PROMOTED == 0:      # often enough for what is in use to come to the fore, seldom enough for two pages
+        memo_promote(v.memo, va, context)                   # that want the same place not to change it all the time
+    return i + 1
+
+
+cdef inline u64 _quick(sc_mmu *mmu, sc_batch *b, u64 i, u64 stop, bint plain) noexcept nogil:
+    """Do operations from number i on, up to the first that is not a plain access that the tables allow as they are;
+    returns its number. In groups: while the bytes of one are on their way to the cache, more are looked at."""
+    cdef u64 first = i
+    cdef sc_vcpu *v = mmu.vcpus[b.number]
+    cdef u64 context, group, begin, after
+    cdef u32 room[AHEAD]            # what the operations of a group are, if bytes move: as judged, so moved
+    cdef u32 *words                 # ... by their numbers
+    if v.memo == NULL or b.ops.at[5] != <u64>-1:
+        return i                    # a modelled TLB; operations of several vcpus
+    context = memo_context(v.memo, mmu.memo_epoch)
+    while i < stop:
+        begin = i
+        words = <u32 *>(<size_t>room - i * sizeof(u32))
+        group = min(i + AHEAD, stop) if b.data or (b.far and not b.remember) else stop
+        while i < group:
+            if b.remember:
+                after = _hits(mmu, b, v, context, i, group, words + i, plain)
+                if after > i:
+                    i = after
+                    continue
+                after = _spilled(mmu, b, v, context, i, plain)
+                if after > i:
+                    if b.data:
+                        words[i] = b.word
+                    i = after
+                    continue
+            if b.data and not mmu.shadow:
+                # Stores come before the walks that follow them.
+                _moves(mmu, b, begin, i, words, plain)
+                begin = i
+            if b.far and not b.remember and i == begin:
+                _fetch_ahead(mmu, b, v, i, group, plain)
+            after = _glance(mmu, b, v, context, i, i + 1 if b.remember else group, words, plain)
+            if after == i:
+                break
+            if b.remember:
+                context = _remember(mmu, b, v)
+            i = after
+        if b.data:
+            _moves(mmu, b, begin, i, words, plain)
+        if i < group:
+            break
+    mmu.stats.accesses += i - first
+    return i
+
+
+cdef u64 _quick_plain(sc_mmu *mmu, sc_batch *b, u64 i, u64 stop) noexcept nogil:
+    return _quick(mmu, b, i, stop, True)
+
+
+cdef u64 _quick_other(sc_mmu *mmu, sc_batch *b, u64 i, u64 stop) noexcept nogil:
+    return _quick(mmu, b, i, stop, False)
+
+
+cdef int quick_chunk(sc_mmu *mmu, sc_batch *b, u64 *done, u64 stop) noexcept nogil:
+    """Operations done[0] to stop; done[0] tells how far it came: to where b.watch is due, at the latest. RC_OK or the
+    negative code of the one that failed; RC_BAD_OP: by now it is none, see b.bad."""
+    cdef sc_op o
+    cdef sc_result r
+    cdef sc_row *row
+    cdef u64 i = done[0]
+    cdef u64 before
+    cdef u32 left = LOOK            # operations to be done the long way before the next look at the clock
+    cdef u32 both
+    cdef u32 exits = 0              # operations in a row that took one: it is the rule then, and no glance is worth it
+    cdef int rc = RC_OK
+    memset(&o, 0, sizeof(o))
+    o.vcpu = b.number
+    while True:
+        if exits < STREAK and i < stop and b.ops.base[<i64>i * b.ops.stride + <i64>b.ops.at[0]] <= OP_FETCH:
+            before = i
+            i = _quick_plain(mmu, b, i, stop) if b.plain else _quick_other(mmu, b, i, stop)
+            if i > before:
+                exits = 0
+        if i == stop:
+            break
+        both = 0                    # not usual: to be judged
+        if b.plain:
+            load_plain(&o, b, i)
+            both = o.user | o.size << 8
+        else:
+            load_op(&o, &b.ops, i, b.number)
+        if (not _usual[both] or o.op > OP_FETCH) and not op_stands(&o, mmu.n_vcpus, b.last, b.high != NULL):
+            b.bad = o
+            rc = RC_BAD_OP
+            break
+        if o.op > OP_FETCH:
+            rc = vcpu_op(mmu, mmu.vcpus[o.vcpu], &o, b.data, &r)
+        elif not access_fault(mmu, mmu.vcpus[o.vcpu], &o, b.data, &r):
+            rc = vcpu_access(mmu, mmu.vcpus[o.vcpu], &o, b.data, &r)
+        if rc < 0:
+            break
+        b.gpa[i] = r.gpa
+        if b.data:
+            b.value[i] = r.value[0]
+            if b.high != NULL:
+                b.high[i] = r.value[1]
+        exits = exits + 1 if r.exits else 0
+        if r.outcome or r.exits or r.emulated:
+            row = &b.rows[b.n_rows]
+            b.n_rows += 1
+            row.number = i
+            row.error_code = <u16>r.error_code
+            row.exits = <u16>r.exits
+            row.outcome = r.outcome
+            row.emulated = r.emulated
+        i += 1
+        rc = RC_OK
+        if mmu.audit_found:
+            rc = RC_AUDIT
+            break
+        left -= 1
+        if left == 0:
+            left = LOOK
+            if watch_due(b.watch):
+                break
+    done[0] = i
+    return rc

@@ -1,0 +1,123 @@
+"""Roles, and the shadow pages that serve as roots.
+
+In 4- and 5-level mode the root is the shadow of the table that CR3 names. Otherwise the processor runs in PAE format
+and has four roots, one for each GiB (patch 5): the shadows of the four PAE directories, of the four quarters of a
+32-bit directory, or with paging off four direct pages. A page is pinned while it is a root (patch 25).
+"""
+from shadowcore.engine.bits cimport PTE_P, level_mask, pte_addr
+from shadowcore.engine.memory cimport mem_pool_hpa
+from shadowcore.engine.pool cimport pool_get
+from shadowcore.engine.roots cimport root_slots
+from shadowcore.engine.state cimport (
+    QUIRK_ABSENT_PDPTES, QUIRK_ROLE_WITHOUT_ACCESS, QUIRK_ROLE_WITHOUT_MODE, ROLE_ACCESS, ROLE_DIRECT, ROLE_GLEVELS,
+    ROLE_LEVEL, ROLE_NXE, ROLE_PSE, ROLE_QUADRANT, ROLE_WP0, memo_drop, sc_mmu, sc_vcpu,
+)
+from shadowcore.engine.types cimport ACC_ALL, MODE_32, MODE_64, MODE_OFF, MODE_PAE, SC_NONE, u32, u64
+from shadowcore.engine.walker cimport sc_paging
+
+
+cdef bint wp0_leaves(const sc_paging *g) noexcept nogil:
+    """Supervisor stores to read-only pages can be granted by a leaf that is W and not U.
+
+    Such a leaf hides from the processor that the page is a user page, so it is not made where SMEP, SMAP or
+    protection keys would look: there each such store is emulated.
+    """
+    return g.mode != MODE_OFF and not (g.wp or g.smep or g.smap or g.pke)
+
+
+cdef u32 make_role(const sc_mmu *mmu, const sc_vcpu *v, u64 va, int level, bint direct, u32 access) noexcept nogil:
+    """Role of the page that serves `va` at `level`; `access`: what the levels above (direct: the leaf) allow."""
+    cdef const sc_paging *g = &v.guest
+    cdef u32 role = (<u32>g.mode << ROLE_GLEVELS) | (<u32>level << ROLE_LEVEL) | (<u32>direct << ROLE_DIRECT)
+    if not mmu.quirks & QUIRK_ROLE_WITHOUT_ACCESS:
+        role |= access << ROLE_ACCESS
+    if g.mode == MODE_32 or g.mode == MODE_OFF:
+        # A table of 1024 4-byte entries has two (level 1) or four (level 2) shadow pages.
+        role |= (<u32>(va >> (12 + 9 * level)) & ((<u32>1 << level) - 1)) << ROLE_QUADRANT
+    if mmu.quirks & QUIRK_ROLE_WITHOUT_MODE:
+        return role
+    if not direct:
+        if g.nxe:
+            role |= 1 << ROLE_NXE
+        if g.mode == MODE_32 and level == 2 and g.large_levels:
+            role |= 1 << ROLE_PSE
+    if wp0_leaves(g):
+        role |= 1 << ROLE_WP0
+    return role
+
+
+cdef u64 linear_gfn(const sc_vcpu *v, u64 va, int level) noexcept nogil:
+    """Key of a page that belongs to linear addresses, not to a guest table (design `flush`)."""
+    return (((va & ~level_mask(level + 1)) >> 12) & (((<u64>1) << 52) - 1)) | (<u64>v.number << 52)
+
+
+cdef bint root_wanted(const sc_mmu *mmu, const sc_vcpu *v, int slot) noexcept nogil:
+    """Root number `slot` stands for something: a PAE root entry that is not present does not."""
+    return (not mmu.keep or v.guest.mode != MODE_PAE or v.guest.pdpte[slot] & PTE_P
+            or mmu.quirks & QUIRK_ABSENT_PDPTES)
+
+
+cdef inline u32 _root_key(const sc_mmu *mmu, const sc_vcpu *v, int slot, u64 *gfn) noexcept nogil:
+    """The key of the page that root number `slot` has to be, by the registers: its role, and its gfn."""
+    cdef const sc_paging *g = &v.guest
+    cdef u64 va = <u64>slot << 30
+    cdef int level = g.mode if g.mode >= MODE_64 else 2
+    if not mmu.keep:
+        gfn[0] = linear_gfn(v, va, level)
+    elif g.mode == MODE_OFF:
+        gfn[0] = 0
+    elif g.mode == MODE_PAE:
+        gfn[0] = (g.pdpte[slot] & pte_addr()) >> 12
+    else:
+        gfn[0] = g.root >> 12
+    return make_role(mmu, v, va, level, not mmu.keep or g.mode == MODE_OFF, ACC_ALL)
+
+
+cdef bint root_fits(const sc_mmu *mmu, const sc_vcpu *v, int slot, u32 page) noexcept nogil:
+    """`page`, which exists, is what the registers ask for as root number `slot`."""
+    cdef u64 gfn
+    cdef u32 role = _root_key(mmu, v, slot, &gfn)
+    return (root_wanted(mmu, v, slot) and mmu.pages[page].active and mmu.pages[page].gfn == gfn
+            and mmu.pages[page].role == role)
+
+
+cdef u32 root_load(sc_mmu *mmu, sc_vcpu *v, int slot) noexcept nogil:
+    """Put root number `slot` in place and pin it; SC_NONE when the pool has no page left for it."""
+    cdef u64 gfn
+    cdef u32 role = _root_key(mmu, v, slot, &gfn)
+    cdef u32 page = pool_get(mmu, gfn, role)
+    if page == SC_NONE:
+        return SC_NONE
+    mmu.pages[page].root_count += 1
+    mmu.stats.root_loads += 1
+    v.roots[slot] = page
+    v.hw.root = mem_pool_hpa(page)
+    v.hw.pdpte[slot] = mem_pool_hpa(page) | PTE_P
+    memo_drop(mmu)
+    return page
+
+
+cdef void root_release(sc_mmu *mmu, sc_vcpu *v, int slot) noexcept nogil:
+    """Take root number `slot` out of place, if it is in; the page stays in the pool with its contents."""
+    if v.roots[slot] == SC_NONE:
+        return
+    mmu.pages[v.roots[slot]].root_count -= 1
+    v.roots[slot] = SC_NONE
+    v.hw.pdpte[slot] = 0
+    v.hw.root = 0
+    memo_drop(mmu)
+
+
+cdef void roots_load(sc_mmu *mmu, sc_vcpu *v) noexcept nogil:
+    """Put every root in place; one that finds no free page is left for the fault that needs it."""
+    cdef int slot
+    v.hw.mode = v.guest.mode if v.guest.mode >= MODE_64 else MODE_PAE
+    for slot in range(root_slots(v)):
+        if root_wanted(mmu, v, slot):
+            root_load(mmu, v, slot)
+
+
+cdef void roots_release(sc_mmu *mmu, sc_vcpu *v) noexcept nogil:
+    cdef int slot
+    for slot in range(4):
+        root_release(mmu, v, slot)

@@ -1,0 +1,620 @@
+"""The virtual processor: its registers, single accesses, translations without side effect, and batches."""
+import numpy as np
+
+from cpython.long cimport PyLong_AsLong, PyLong_AsUnsignedLongLong, PyLong_CheckExact
+from cython cimport freelist
+from libc.string cimport memset
+
+from shadowcore.engine.access cimport (
+    OP_ADD, OP_AND, OP_CMPXCHG, OP_FETCH, OP_INVLPG, OP_OR, OP_READ, OP_WRITE, OP_XCHG, OP_XOR, access_glance, sc_op,
+    sc_result, vcpu_access, vcpu_op,
+)
+from shadowcore.engine.batch cimport run_batch
+from shadowcore.engine.bits cimport PTE_P
+from shadowcore.engine.memo cimport sc_memo
+from shadowcore.engine.memory cimport SC_WRITTEN, mem_pool_hpa
+from shadowcore.engine.mmu cimport Mmu
+from shadowcore.engine.registers cimport (
+    load_ac, load_cr0, load_cr3, load_cr4, load_efer, load_pkru, registers_possible, vcpu_apply, vcpu_init,
+)
+from shadowcore.engine.roots cimport root_fits
+from shadowcore.engine.state cimport (
+    FEAT_FSGSBASE, FEAT_GBPAGES, FEAT_LA57, FEAT_NX, FEAT_PCID, FEAT_PKU, FEAT_PSE36, FEAT_SMAP, FEAT_SMEP, FEAT_UMIP,
+    FEAT_XSAVE, SC_MAX_VCPUS, linear_address, linear_exists, sc_mmu, sc_vcpu,
+)
+from shadowcore.engine.tlb cimport TLB_PAGES, TLB_SIZES, sc_tlb, sc_tlb_entry, tlb_valid
+from shadowcore.engine.types cimport (
+    ACC_ALL, ACC_U, ACC_W, ACC_X, MODE_32, MODE_OFF, PF_I, PF_U, PF_W, RC_AUDIT, RC_GP, RC_MMIO, RC_OK, RC_PF, SC_NONE,
+    u32, u64,
+)
+from shadowcore.engine.walker cimport probe_walk, sc_walk, walk_index
+
+from shadowcore.config import TLB, Features, check_int, check_ints, taken
+from shadowcore.engine.memory import allocate, window
+from shadowcore.errors import ConfigError, GeneralProtection, MMIOAccess, PageFault
+
+TLB_DTYPE = np.dtype([
+    ("page", "<u8"), ("gpa", "<u8"), ("page_size", "<u4"), ("pcid", "<u2"), ("access", "u1"), ("pkey", "u1"),
+    ("dirty", "u1"), ("global_", "u1"),
+])
+
+
+@freelist(8)
+cdef class Translation:
+    """Where a linear address leads now, found without any side effect.
+
+    gpa: int. page_size: bytes. writable, user, executable: rights of the whole walk (SDM volume 3, 4.6.1).
+    entry: the guest's leaf entry. level: its level. levels: (level, gpa of the entry, entry) from the top. With paging
+    off there are no entries.
+    """
+
+    @property
+    def gpa(self) -> int:
+        return self.w.gpa
+
+    @property
+    def page_size(self) -> int:
+        if self.mode == MODE_OFF:
+            return 4096
+        if self.mode == MODE_32:
+            return 4096 if self.w.level == 1 else 4 << 20
+        return 1 << (12 + 9 * (self.w.level - 1))
+
+    @property
+    def writable(self) -> bool:
+        return self.w.access & ACC_W != 0
+
+    @property
+    def user(self) -> bool:
+        return self.w.access & ACC_U != 0
+
+    @property
+    def executable(self) -> bool:
+        return self.w.access & ACC_X != 0
+
+    @property
+    def entry(self) -> int:
+        return 0 if self.mode == MODE_OFF else self.w.entry[self.w.level]
+
+    @property
+    def level(self) -> int:
+        return 0 if self.mode == MODE_OFF else self.w.level
+
+    @property
+    def levels(self) -> list:
+        return [] if self.mode == MODE_OFF else _levels(&self.w)
+
+    def __reduce__(self):
+        return _pickled_translation, (self.mode, self.w)
+
+    def __repr__(self):
+        rights = "r" + "-w"[self.writable] + "-x"[self.executable] + "-u"[self.user]
+        return f"Translation(gpa={self.gpa:#x}, page_size={self.page_size}, rights={rights})"
+
+
+def _pickled_translation(int mode, sc_walk w):
+    """A Translation of these fields. ConfigError for what is none."""
+    cdef Translation made = Translation.__new__(Translation)
+    if not 0 <= w.level <= w.top <= 5 or w.pte_size not in (4, 8):
+        raise ConfigError("Translation: a pickle of a walk that cannot be")
+    made.mode, made.w = mode, w
+    return made
+
+
+cdef list _levels(const sc_walk *w):
+    cdef int level = w.top
+    cdef list found = []
+    while level >= w.level and level > 0:
+        found.append((level, (w.table[level] << 12) + walk_index(w, level) * w.pte_size, w.entry[level]))
+        level -= 1
+    return found
+
+
+cdef object _ARRAY = np.ndarray
+_READ = "r"
+cdef dict _ACCESS = {_READ: 0, "w": PF_W, "x": PF_I}
+cdef dict _MODIFY = {"xchg": OP_XCHG, "add": OP_ADD, "and": OP_AND, "or": OP_OR, "xor": OP_XOR}
+
+
+# Python's integers: shifts by 64 and more are not C's.
+cdef object _WORD = 0xFFFFFFFFFFFFFFFF
+cdef object _WIDE = int("F" * 32, 16)
+
+
+cdef object _wide(const sc_result *r):
+    cdef object high = r.value[1]
+    return high << 64 | r.value[0]
+
+
+cdef object _register(name, value):
+    return check_int(name, value, 0, (1 << 64) - 1)
+
+
+cdef u64 _address(object value) except? 0xFFFFFFFFFFFFFFFF:
+    """A linear address. check_int has the last word, and the error; most are plain integers that fit."""
+    if PyLong_CheckExact(value):
+        try:
+            return PyLong_AsUnsignedLongLong(value)
+        except OverflowError:
+            pass
+    return check_int("gva", value, 0, (1 << 64) - 1)
+
+
+cdef u64 _linear(const sc_vcpu *v, u64 va) except? 0xFFFFFFFFFFFFFFFF:
+    """`va` as the processor takes it; #GP if it is not canonical."""
+    if not linear_exists(v, va):
+        raise GeneralProtection(0)
+    return linear_address(v, va)
+
+
+cdef u32 _size(object size) except 0:
+    cdef int n = 0
+    if PyLong_CheckExact(size):
+        try:
+            n = PyLong_AsLong(size)
+        except OverflowError:
+            pass
+    elif size in (1, 2, 4, 8, 16):
+        n = size
+    if n == 1 or n == 2 or n == 4 or n == 8 or n == 16:
+        return n
+    raise ConfigError(f"size: {size!r} is not 1, 2, 4, 8 or 16")
+
+
+cdef tuple _SHIFTS = ((12,), (21, 22), (30,))      # by class of sc_tlb.entry
+
+
+cdef u32 _held(const sc_mmu *mmu, const sc_vcpu *own, u32 page) noexcept nogil:
+    """Root slots that hold `page`, if the vcpu of that number has those of `own`."""
+    cdef const sc_vcpu *v
+    cdef u32 i, slot
+    cdef u32 held = 0
+    for i in range(mmu.n_vcpus):
+        v = own if i == own.number else mmu.vcpus[i]
+        for slot in range(4):
+            held += v.roots[slot] == page
+    return held
+
+
+def tlb_sizes(tlb) -> list:
+    """Bytes of each of VCpu.tlb_arrays, for a TLB of these settings (None: there are none)."""
+    if tlb is None:
+        return []
+    header = sizeof(sc_tlb) - <size_t>&(<sc_tlb *>NULL).clock
+    return [header, *[max(1, entries) * sizeof(sc_tlb_entry) for entries, _ in tlb.geometry]]
+
+
+cdef class VCpu:
+    """A virtual processor. Assigning a register is the instruction that loads it, with its exits and faults.
+
+    Accesses: gva is a linear address (0 to 2**64 - 1; below 4- and 5-level paging its low 32 bits count), size is
+    1, 2, 4, 8 or 16 bytes, user says in which mode (default: by cpl). Guest faults raise PageFault, GeneralProtection
+    or MMIOAccess.
+    """
+
+    def __cinit__(self, Mmu mmu, features, tlb=None):
+        mmu.idle()
+        features = taken(Features, features, "features")
+        if tlb is not None:
+            tlb = taken(TLB, tlb, "tlb")
+        if mmu.c.n_vcpus == SC_MAX_VCPUS:
+            raise ConfigError(f"vcpus: at most {SC_MAX_VCPUS}")
+        memset(&self.c, 0, sizeof(self.c))
+        self.mmu = mmu
+        self.c.number = mmu.c.n_vcpus
+        self.c.maxphyaddr = features.maxphyaddr
+        for name, bit in (("nx", FEAT_NX), ("gbpages", FEAT_GBPAGES), ("la57", FEAT_LA57), ("pse36", FEAT_PSE36),
+                          ("smep", FEAT_SMEP), ("smap", FEAT_SMAP), ("pku", FEAT_PKU), ("pcid", FEAT_PCID),
+                          ("umip", FEAT_UMIP), ("fsgsbase", FEAT_FSGSBASE), ("xsave", FEAT_XSAVE)):
+            if getattr(features, name):
+                self.c.features |= bit
+        if tlb is not None:
+            self._make_tlb(tlb)
+        else:
+            self._memo = allocate(sizeof(sc_memo))
+            self.c.memo = <sc_memo *><size_t>self._memo.ctypes.data
+        mmu._vcpus.append(self)
+        mmu.c.vcpus[mmu.c.n_vcpus] = &self.c
+        mmu.c.n_vcpus += 1
+        vcpu_init(&mmu.c, &self.c)
+
+    def export_state(self) -> dict:
+        """Registers, roots and flood counter: with `tlb_arrays`, all that a vcpu is (VM.save)."""
+        cdef sc_vcpu *c = &self.c
+        self.mmu.still()
+        return {"cr0": c.cr0, "cr2": c.cr2, "cr3": c.cr3, "cr4": c.cr4, "efer": c.efer, "pkru": c.guest.pkru,
+                "ac": bool(c.guest.ac), "cpl": c.cpl, "pdptes": list(self.pdptes),
+                "roots": [c.roots[i] for i in range(4)], "flood_gfn": c.flood_gfn, "flood_count": c.flood_count}
+
+    def import_state(self, dict state) -> None:
+        """Put back what export_state gave, without the side effects of register loads.
+
+        ConfigError, and nothing changed, where a value is missing or is none that the register can have, where no loads
+        lead to these registers, or where a root is not the page that they ask for, or no page that is held as a root.
+        That the counts of roots agree is checked by the first call that uses the VM, as after Mmu.writable_arrays.
+        """
+        cdef sc_vcpu c = self.c
+        cdef u32 none = SC_NONE
+        cdef u32 page
+        cdef bint ac
+        self.mmu.still()
+        c.cr0, c.cr2, c.cr3, c.cr4, c.efer, c.flood_gfn = [
+            check_int(name, state.get(name), 0, _WORD) for name in ("cr0", "cr2", "cr3", "cr4", "efer", "flood_gfn")]
+        c.guest.pkru, c.flood_count = [
+            check_int(name, state.get(name), 0, 0xFFFFFFFF) for name in ("pkru", "flood_count")]
+        cpl = check_int("cpl", state.get("cpl"), 0, 3)
+        if cpl not in (0, 3):
+            raise ConfigError(f"cpl: {cpl} is not 0 or 3")
+        c.cpl = cpl
+        if not isinstance(state.get("ac"), bool):
+            raise ConfigError(f"ac: a bool is needed, not {state.get('ac')!r:.60}")
+        ac = state["ac"]
+        c.guest.ac = ac
+        for i, value in enumerate(check_ints("pdptes", state.get("pdptes"), 4, _WORD)):
+            c.guest.pdpte[i] = value
+        for i, value in enumerate(check_ints("roots", state.get("roots"), 4, none)):
+            c.roots[i] = value
+        if not registers_possible(&c):
+            raise ConfigError(f"cr0, cr3, cr4, efer, pdptes: no loads lead to cr0={c.cr0:#x}, cr3={c.cr3:#x}, "
+                              f"cr4={c.cr4:#x}, efer={c.efer:#x}, pdptes={state['pdptes']}")
+        vcpu_apply(&c)
+        c.hw.root = 0
+        for i in range(4):
+            page = c.roots[i]
+            c.hw.pdpte[i] = 0
+            if page == SC_NONE:
+                continue
+            if page >= self.mmu.c.pool_pages or not root_fits(&self.mmu.c, &c, i, page):
+                raise ConfigError(f"roots: page {page} is not the root that the registers ask for")
+            if _held(&self.mmu.c, &c, page) > self.mmu.c.pages[page].root_count:
+                raise ConfigError(f"roots: page {page} is not held as a root so often")
+            c.hw.pdpte[i] = mem_pool_hpa(page) | PTE_P
+            c.hw.root = mem_pool_hpa(page)
+        self.c = c
+        self.mmu.c.mem.busy |= SC_WRITTEN
+
+    @property
+    def tlb_arrays(self) -> list:
+        """State of the modelled TLB (uint8, sharing memory, read-only): its header from the clock on, then the entries
+        of each page size. No array without a TLB."""
+        return [window(array) for array in self._tlb_parts()]
+
+    def import_tlb(self, arrays) -> None:
+        """Put back what tlb_arrays gave. ConfigError, and nothing changed, where that is no state of this TLB."""
+        parts = self._tlb_parts()
+        arrays = [np.asarray(array) for array in arrays]
+        if [(a.dtype, a.shape) for a in arrays] != [(part.dtype, part.shape) for part in parts]:
+            raise ConfigError(f"arrays: uint8 arrays of {[part.size for part in parts]} bytes are needed")
+        before = [part.copy() for part in parts]
+        for part, array in zip(parts, arrays, strict=True):
+            part[:] = array
+        if not self.tlb_is_sane():
+            for part, array in zip(parts, before, strict=True):
+                part[:] = array
+            raise ConfigError("arrays: a TLB with sizes, addresses, rights and PCIDs that exist is needed")
+
+    def _tlb_parts(self):
+        cdef sc_tlb *t = self.c.tlb
+        self.mmu.still()
+        if t == NULL:
+            return []
+        return [self._tlb[0][<size_t>&t.clock - <size_t>t:], *self._tlb[1:]]
+
+    def tlb_is_sane(self) -> bool:
+        """Every number in the TLB that is used as one (page size, address, rights, key, PCID, position, shadow page) is
+        one that exists."""
+        cdef sc_tlb *t = self.c.tlb
+        cdef sc_tlb_entry *e
+        cdef u64 i
+        if t == NULL:
+            return True
+        for size in range(TLB_SIZES):
+            for i in range(<u64>t.sets[size] * t.ways[size]):
+                e = &t.entry[size][i]
+                if e.page & 1 and (e.shift not in _SHIFTS[size] or e.gpa & ((<u64>1 << e.shift) - 1)
+                                   or e.pcid > 4095 or e.access > ACC_ALL or e.pkey > 15
+                                   or (e.root != SC_NONE and e.root >= self.mmu.c.pool_pages)):
+                    return False
+        return t.due_next < TLB_PAGES
+
+    def _make_tlb(self, tlb):
+        cdef u32 entries, ways
+        self._tlb = [allocate(sizeof(sc_tlb))]
+        self.c.tlb = <sc_tlb *><size_t>self._tlb[0].ctypes.data
+        self.c.tlb.epoch = 1        # a zeroed entry is not valid
+        for i, (entries, ways) in enumerate(tlb.geometry):      # of a TLB that was checked: see __cinit__
+            array = allocate(max(1, entries) * sizeof(sc_tlb_entry))
+            self._tlb.append(array)
+            self.c.tlb.entry[i] = <sc_tlb_entry *><size_t>array.ctypes.data
+            self.c.tlb.ways[i] = ways
+            self.c.tlb.sets[i] = entries // ways if ways else 0
+
+    @property
+    def tlb(self):
+        """Valid entries of the modelled TLB as a structured array (TLB_DTYPE); empty without one."""
+        cdef sc_tlb *t = self.c.tlb
+        cdef sc_tlb_entry *e
+        cdef u64 i
+        self.mmu.idle()
+        rows = []
+        if t != NULL:
+            for size in range(TLB_SIZES):
+                for i in range(<u64>t.sets[size] * t.ways[size]):
+                    e = &t.entry[size][i]
+                    if tlb_valid(t, e, self.mmu.c.flush_epoch):
+                        rows.append((e.page & ~<u64>1, e.gpa, 1 << e.shift, e.pcid, e.access, e.pkey, e.dirty,
+                                     e.is_global))
+        return np.array(rows, dtype=TLB_DTYPE)
+
+    @property
+    def number(self) -> int:
+        """Index in vm.vcpus."""
+        return self.c.number
+
+    @property
+    def mode(self) -> str:
+        """Paging mode: "off", "32", "pae", "64" or "la57"."""
+        return {0: "off", 2: "32", 3: "pae", 4: "64", 5: "la57"}[self.c.guest.mode]
+
+    @property
+    def cr0(self) -> int:
+        """CR0; assignment checks it (#GP: SDM volume 3, 2.5), may change the paging mode, puts other roots in place.
+
+        Reserved bits below bit 32 stay clear and ET stays set, whatever is assigned (volume 2, MOV to control
+        registers).
+        """
+        return self.c.cr0
+
+    @cr0.setter
+    def cr0(self, value):
+        self._loaded(load_cr0(&self._idle().c, &self.c, _register("cr0", value)))
+
+    @property
+    def cr2(self) -> int:
+        """CR2: the address of the last page fault."""
+        return self.c.cr2
+
+    @cr2.setter
+    def cr2(self, value):
+        self.mmu.idle()
+        self.c.cr2 = _register("cr2", value)
+
+    @property
+    def cr3(self) -> int:
+        """CR3; assignment is a context switch. In PAE mode it loads the PDPTEs (#GP: SDM volume 3, 4.4.1).
+
+        In long mode bits from MAXPHYADDR on are #GP, but for bit 63 with CR4.PCIDE; elsewhere only bits 31:0 are
+        loaded, as the operand has 32. Bits that the mode ignores are kept and read back (tables 4-3, 4-7, 4-12).
+        """
+        return self.c.cr3
+
+    @cr3.setter
+    def cr3(self, value):
+        self._loaded(load_cr3(&self._idle().c, &self.c, _register("cr3", value)))
+
+    @property
+    def cr4(self) -> int:
+        """CR4; assignment checks it against the features (#GP: SDM volume 3, 2.5)."""
+        return self.c.cr4
+
+    @cr4.setter
+    def cr4(self, value):
+        self._loaded(load_cr4(&self._idle().c, &self.c, _register("cr4", value)))
+
+    @property
+    def efer(self) -> int:
+        """EFER; LMA (bit 10) is read-only and follows LME and CR0.PG (SDM volume 3, 2.2.1)."""
+        return self.c.efer
+
+    @efer.setter
+    def efer(self, value):
+        self._loaded(load_efer(&self._idle().c, &self.c, _register("efer", value)))
+
+    @property
+    def pkru(self) -> int:
+        """PKRU: for key k, bit 2k denies access, bit 2k + 1 denies writes (SDM volume 3, 4.6.2)."""
+        return self.c.guest.pkru
+
+    @pkru.setter
+    def pkru(self, value):
+        self.mmu.idle()
+        load_pkru(&self.mmu.c, &self.c, check_int("pkru", value, 0, (1 << 32) - 1))
+
+    @property
+    def ac(self) -> bool:
+        """EFLAGS.AC: supervisor accesses to user pages are allowed under SMAP (SDM volume 3, 4.6.1). It does not count
+        for implicit ones, those of the processor to the IDT, GDT, LDT and TSS at any CPL: make them with AC clear."""
+        return bool(self.c.guest.ac)
+
+    @ac.setter
+    def ac(self, value):
+        self.mmu.idle()
+        load_ac(&self.mmu.c, &self.c, bool(value))
+
+    @property
+    def cpl(self) -> int:
+        """Privilege level, 0 or 3: that of accesses which do not say user=."""
+        return self.c.cpl
+
+    @cpl.setter
+    def cpl(self, value):
+        level = check_int("cpl", int(value) if isinstance(value, bool) else value, 0, 3)
+        if level not in (0, 3):
+            raise ConfigError(f"cpl: {value!r} is not 0 or 3")
+        self.mmu.idle()
+        self.c.cpl = level
+
+    @property
+    def pdptes(self) -> tuple:
+        """The four PAE root entries as of the last load (SDM volume 3, 4.4.1)."""
+        return tuple([self.c.guest.pdpte[i] for i in range(4)])
+
+    cdef Mmu _idle(self):
+        self.mmu.idle()
+        return self.mmu
+
+    def _loaded(self, int rc):
+        if rc == RC_GP:
+            self.mmu.counters.gp_guest += 1
+            raise GeneralProtection(0)
+        if self.mmu.c.audit_found:
+            raise self.mmu.failure(RC_AUDIT)
+
+    cdef int _access(self, u32 op, object gva, object size, object user, object value, object expected,
+                     sc_result *r) except -1:
+        """Returns the size."""
+        cdef sc_op o
+        cdef int rc
+        memset(&o, 0, sizeof(o))
+        o.op = op
+        o.size = _size(size)
+        o.user = self.c.cpl == 3 if user is None else bool(user)
+        o.addr = _address(gva)
+        if op != OP_READ and op != OP_FETCH:
+            value = check_int("value", value, 0, _WIDE if o.size == 16 else _WORD)
+            o.value[0] = value & _WORD
+            o.value[1] = value >> 64
+        if op == OP_CMPXCHG:
+            value = check_int("expected", expected, 0, _WIDE if o.size == 16 else _WORD)
+            o.expected[0] = value & _WORD
+            o.expected[1] = value >> 64
+        self.mmu.idle()
+        rc = RC_OK
+        if not access_glance(&self.mmu.c, &self.c, &o, True, r):
+            rc = vcpu_access(&self.mmu.c, &self.c, &o, True, r)
+        if self.mmu.c.audit_found:
+            rc = RC_AUDIT
+        if rc == RC_OK:
+            return o.size
+        if rc == RC_PF:
+            raise PageFault(self.c.cr2, r.error_code)
+        if rc == RC_GP:
+            raise GeneralProtection(0)
+        if rc == RC_MMIO:
+            raise MMIOAccess(r.gpa)
+        raise self.mmu.failure(rc)
+
+    def read(self, gva, size=8, user=None) -> int:
+        """Load `size` bytes, little endian."""
+        cdef sc_result r
+        if self._access(OP_READ, gva, size, user, 0, 0, &r) < 16:
+            return r.value[0]
+        return _wide(&r)
+
+    def write(self, gva, value, size=8, user=None) -> None:
+        """Store the low `size` bytes of `value`."""
+        cdef sc_result r
+        self._access(OP_WRITE, gva, size, user, value, 0, &r)
+
+    def cmpxchg(self, gva, expected, value, size=8, user=None) -> bool:
+        """LOCK CMPXCHG (8 and 16 bytes: CMPXCHG8B/16B): store `value` if `expected` is there; whether it was.
+
+        As on hardware the page must be writable, and the destination is stored to, either way.
+        """
+        cdef sc_result r
+        expected = check_int("expected", expected, 0, _WIDE)
+        cdef u32 n = self._access(OP_CMPXCHG, gva, size, user, value, expected, &r)
+        return _wide(&r) == expected & (_WIDE >> (8 * (16 - n)))
+
+    def modify(self, gva, operation, value, size=8, user=None) -> int:
+        """A locked read-modify-write, `operation` "xchg", "add", "and", "or" or "xor"; returns what was there."""
+        cdef sc_result r
+        cdef object op = _MODIFY.get(operation)
+        if op is None:
+            raise ConfigError(f"operation: {operation!r} is not one of {', '.join(_MODIFY)}")
+        if _size(size) == 16:
+            raise ConfigError("size: 16 is not 1, 2, 4 or 8")
+        self._access(op, gva, size, user, value, 0, &r)
+        return r.value[0]
+
+    def fetch(self, gva, user=None) -> int:
+        """Fetch an instruction byte: the gpa it comes from."""
+        cdef sc_result r
+        self._access(OP_FETCH, gva, 1, user, 0, 0, &r)
+        return r.gpa
+
+    def invlpg(self, gva) -> None:
+        """INVLPG of the page at `gva` (SDM volume 3, 4.10.4.1)."""
+        cdef sc_result r
+        cdef sc_op o
+        memset(&o, 0, sizeof(o))
+        o.op = OP_INVLPG
+        o.addr = _address(gva)
+        self.mmu.idle()
+        vcpu_op(&self.mmu.c, &self.c, &o, True, &r)
+        self.mmu._report()
+
+    def translate(self, gva, access=_READ, user=None):
+        """Translation of `gva` by the guest's tables, for access "r", "w" or "x", with no side effect at all.
+
+        Raises PageFault (CR2 stays as it is) or GeneralProtection where the access would fault. Tells nothing of
+        whether RAM lies behind the gpa.
+        """
+        cdef Translation t = Translation.__new__(Translation)
+        cdef u64 va = _address(gva)
+        cdef u32 wanted = 0
+        if access is not _READ:
+            if access not in _ACCESS:
+                raise ConfigError(f"access: {access!r} is not 'r', 'w' or 'x'")
+            wanted = _ACCESS[access]
+        self.mmu.idle()
+        self._walk(va, wanted, user, t)
+        return t
+
+    cdef int _walk(self, u64 va, u32 access, object user, Translation t) except -1:
+        if self.c.cpl == 3 if user is None else user:
+            access |= PF_U
+        va = _linear(&self.c, va)
+        t.mode = self.c.guest.mode
+        if probe_walk(self.mmu.c.mem, &self.c.guest, va, access, &t.w) == RC_PF:
+            raise PageFault(va, t.w.error_code)
+        return 0
+
+    def walk_levels(self, gva) -> list:
+        """Entries that a walk of `gva` examines, as (level, gpa of the entry, entry) from the top, up to the one
+        that ends it, whether by a translation or a fault.
+
+        GeneralProtection for an address that is not canonical. With paging off, and for a PAE root entry, there is
+        none."""
+        cdef sc_walk w
+        cdef u64 va = _address(gva)
+        self.mmu.idle()
+        va = _linear(&self.c, va)
+        if self.c.guest.mode == MODE_OFF:
+            return []
+        probe_walk(self.mmu.c.mem, &self.c.guest, va, 0, &w)
+        return _levels(&w)
+
+    def run(self, ops, data=True):
+        """Perform the operations of a structured array (fields of OP_DTYPE by name, aligned or packed).
+
+        More fields may be there. vcpu (u1): which processor performs it, else this one. value_high (u8): upper half of
+        a 16-byte value. expected, expected_high (u8): what CMPXCHG compares with.
+
+        data: move bytes. With False no value is read or stored, as for recorded addresses without their data.
+        Returns RunResult. Ctrl-C raises Interrupted; what another signal's handler raises, MemoryError and other
+        host-side errors come as they are; each with `.result` for the operations that were done. Signals are looked
+        for at least every 0.1 seconds, between two operations. The GIL is released, `ops` cannot be resized meanwhile.
+
+        ConfigError before anything is done, for an operation that cannot be; and with `.result`, at an operation that
+        has become one since, as somebody (the guest, where `ops` lies in its memory) wrote to the array.
+        """
+        if type(ops) is not _ARRAY and isinstance(ops, _ARRAY):
+            ops = np.asarray(ops)       # without what a subclass says of itself
+        return run_batch(self.mmu, self.c.number, ops, data)
+
+    def __repr__(self):
+        return f"VCpu({self.c.number}, mode {self.mode}, cr3={self.c.cr3:#x})"
+
+
+cdef sc_mmu *mmu_struct(object vm) except NULL:
+    """The structure behind a VM, for other packages; good for as long as the VM lives. TypeError for anything else."""
+    return &(<Mmu?>vm.mmu).c
+
+
+cdef sc_vcpu *vcpu_struct(object vm, u32 number) except NULL:
+    """That of its vcpu of this number."""
+    cdef sc_mmu *mmu = mmu_struct(vm)
+    if number >= mmu.n_vcpus:
+        raise ConfigError(f"vcpu: there is no number {number}, the VM has {mmu.n_vcpus}")
+    return mmu.vcpus[number]

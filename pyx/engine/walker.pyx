@@ -1,0 +1,157 @@
+"""The page walk compiled once per mode, and the reserved bits of each mode."""
+from libc.string cimport memset
+
+from shadowcore.engine.bits cimport PTE_A, PTE_P, PTE_PS, level_mask, pte_nx
+from shadowcore.engine.gmode cimport gmode_32, gmode_64, gmode_la57, gmode_pae
+from shadowcore.engine.memory cimport sc_mem
+from shadowcore.engine.types cimport (
+    ACC_ALL, ACC_U, ACC_W, ACC_X, MODE_32, MODE_64, MODE_LA57, MODE_OFF, MODE_PAE, PF_I, PF_U, PF_W, RC_OK, u32, u64,
+)
+from shadowcore.engine.walker cimport glance_body, sc_paging, sc_walk, walk_body
+
+
+cdef inline int walk_identity(u64 va, sc_walk *w) noexcept nogil:
+    """Paging off: the linear address is the gpa, as if one entry of each root slot mapped its GiB."""
+    w.va = va
+    w.pte_size = 8
+    w.gpa = va
+    w.access = ACC_ALL
+    w.pkey = 0
+    w.references = 0
+    w.updated = 0
+    w.dirtied = False
+    w.level = w.top = 3
+    return RC_OK
+
+
+cdef int guest_walk(sc_mem *m, const sc_paging *p, u64 va, u32 access, sc_walk *w) noexcept nogil:
+    """Walk the guest's tables for `access` (PF_W, PF_U, PF_I), setting A and D."""
+    if p.mode == MODE_64:
+        return walk_body(m, p, va, access, w, gmode_64(False, False))
+    if p.mode == MODE_PAE:
+        return walk_body(m, p, va, access, w, gmode_pae(False, False))
+    if p.mode == MODE_32:
+        return walk_body(m, p, va, access, w, gmode_32(False, False))
+    if p.mode == MODE_LA57:
+        return walk_body(m, p, va, access, w, gmode_la57(False, False))
+    return walk_identity(va, w)
+
+
+cdef int probe_walk(sc_mem *m, const sc_paging *p, u64 va, u32 access, sc_walk *w) noexcept nogil:
+    """guest_walk without any side effect."""
+    if p.mode == MODE_64:
+        return walk_body(m, p, va, access, w, gmode_64(False, True))
+    if p.mode == MODE_PAE:
+        return walk_body(m, p, va, access, w, gmode_pae(False, True))
+    if p.mode == MODE_32:
+        return walk_body(m, p, va, access, w, gmode_32(False, True))
+    if p.mode == MODE_LA57:
+        return walk_body(m, p, va, access, w, gmode_la57(False, True))
+    return walk_identity(va, w)
+
+
+cdef int shadow_walk(sc_mem *m, const sc_paging *p, u64 va, u32 access, sc_walk *w) noexcept nogil:
+    """Walk the shadow tables as the processor does; p.root and p.pdpte hold hpas."""
+    if p.mode == MODE_64:
+        return walk_body(m, p, va, access, w, gmode_64(True, False))
+    if p.mode == MODE_LA57:
+        return walk_body(m, p, va, access, w, gmode_la57(True, False))
+    return walk_body(m, p, va, access, w, gmode_pae(True, False))
+
+
+cdef int guest_glance(const sc_mem *m, const sc_paging *p, u64 va, u32 access, u64 *gpa) noexcept nogil:
+    """Entries that a walk of the guest's tables reads, and where it leads; -1 if the walk has more to do than that."""
+    if p.mode == MODE_64:
+        return glance_body(m, p, va, access, gpa, gmode_64(False, True))
+    if p.mode == MODE_PAE:
+        return glance_body(m, p, va, access, gpa, gmode_pae(False, True))
+    if p.mode == MODE_32:
+        return glance_body(m, p, va, access, gpa, gmode_32(False, True))
+    if p.mode == MODE_LA57:
+        return glance_body(m, p, va, access, gpa, gmode_la57(False, True))
+    gpa[0] = va
+    return 0
+
+
+cdef int shadow_glance(const sc_mem *m, const sc_paging *p, u64 va, u32 access, u64 *hpa) noexcept nogil:
+    """guest_glance, of the shadow tables."""
+    if p.mode == MODE_64:
+        return glance_body(m, p, va, access, hpa, gmode_64(True, True))
+    if p.mode == MODE_LA57:
+        return glance_body(m, p, va, access, hpa, gmode_la57(True, True))
+    return glance_body(m, p, va, access, hpa, gmode_pae(True, True))
+
+
+cdef inline bint _refused(const sc_paging *p, u32 acc, u32 access) noexcept nogil:
+    """Rights `acc` forbid `access` (SDM 4.6.1), protection keys aside."""
+    cdef bint user = access & PF_U != 0
+    if user and not acc & ACC_U:
+        return True
+    if access & PF_I:
+        return not acc & ACC_X or (p.smep and not user and acc & ACC_U)
+    if access & PF_W and not acc & ACC_W and (user or p.wp):
+        return True
+    return p.smap and not user and acc & ACC_U and not p.ac
+
+
+cdef void paging_refused(sc_paging *p) noexcept nogil:
+    """Fill p.refused from p.wp, p.smep, p.smap and p.ac."""
+    cdef u32 acc, access
+    for acc in range(8):
+        p.refused[acc] = 0
+        for access in range(32):
+            if _refused(p, acc, access):
+                p.refused[acc] |= <u32>1 << access
+
+
+cdef bint pdptes_valid(const u64 *pdpte, int maxphyaddr) noexcept nogil:
+    """PAE root entries: bits 2:1, 8:5 and those from MAXPHYADDR up must be 0 in a present one (SDM 4.4.1)."""
+    cdef int i
+    cdef u64 reserved = ~((<u64>1 << maxphyaddr) - 1) | 0x1E6
+    for i in range(4):
+        if pdpte[i] & PTE_P and pdpte[i] & reserved:
+            return False
+    return True
+
+
+cdef void _reserved(sc_paging *p, int maxphyaddr, bint gbpages, bint pse, bint pse36) noexcept nogil:
+    """SDM tables 4-4 to 4-20."""
+    cdef int level, width
+    cdef u64 high
+    memset(p.reserved, 0, sizeof(p.reserved))
+    p.large_levels = 0
+    if p.mode == MODE_OFF:
+        return
+    if p.mode == MODE_32:
+        if pse:
+            p.large_levels = 1 << 2
+            width = min(maxphyaddr, 40) - 32 if pse36 else 0
+            # bits 21:13 of a 4 MiB entry, but for the PSE-36 address bits that start at 13
+            p.reserved[1][2] = 0x3FE000 & ~(((<u64>1 << width) - 1) << 13)
+        return
+    high = (<u64>1 << 52) - (<u64>1 << maxphyaddr)
+    if p.mode == MODE_PAE:
+        high = (<u64>1 << 63) - (<u64>1 << maxphyaddr)
+    if not p.nxe:
+        high |= pte_nx()
+    for level in range(1, 6):
+        p.reserved[0][level] = high
+        p.reserved[1][level] = high
+    p.large_levels = 1 << 2
+    p.reserved[1][2] |= level_mask(2) & ~<u64>0x1FFF
+    if gbpages:
+        p.large_levels |= 1 << 3
+        p.reserved[1][3] |= level_mask(3) & ~<u64>0x1FFF
+    else:
+        p.reserved[1][3] |= 0x80
+    p.reserved[1][4] |= 0x80
+    p.reserved[1][5] |= 0x80
+
+
+cdef void paging_reserved(sc_paging *p, int maxphyaddr, bint gbpages, bint pse, bint pse36) noexcept nogil:
+    """Fill p.reserved, p.strange and p.large_levels for p.mode and p.nxe."""
+    cdef int level
+    _reserved(p, maxphyaddr, gbpages, pse, pse36)
+    p.usual = PTE_P | (PTE_A if p.accessed_early else 0)
+    for level in range(1, 6):
+        p.strange[level] = p.usual | p.reserved[0][level] | (0 if level == 1 else PTE_PS)

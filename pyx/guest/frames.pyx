@@ -1,0 +1,93 @@
+"""The guest kernel's frame allocator.
+
+Free frames form a stack, as a processor's own list does in a real kernel: a table that was freed soon serves as data,
+and the stores that clear it go to a frame that a shadow MMU may still take for a table.
+"""
+from shadowcore.engine.access cimport OP_READ, sc_result
+from shadowcore.engine.types cimport RC_OK, u8, u32, u64
+from shadowcore.guest.cpu cimport cpu_access, cpu_string
+from shadowcore.guest.state cimport (
+    FRAME_ANON, FRAME_DYING, FRAME_FREE, FRAME_LARGE, FRAME_TABLE, FRAME_WAS_TABLE, RC_NOMEM, guest_span, sc_guest,
+)
+
+
+cdef u64 frame_take(sc_guest *g, u8 kind) noexcept nogil:
+    """A frame with one reference, its contents as the last user left them; 0 if there is none."""
+    cdef u64 frame = g.free_head
+    if frame:
+        g.free_head = g.next_free[frame]
+    elif g.fresh < g.nframes:
+        frame = g.fresh
+        g.fresh += 1
+    else:
+        return 0
+    if g.kind[frame] & FRAME_WAS_TABLE and kind != FRAME_TABLE:
+        g.n.tables_reused += 1
+    g.kind[frame] = kind
+    g.count[frame] = 1
+    g.n_free -= 1
+    return frame
+
+
+cdef void frame_put(sc_guest *g, u64 frame) noexcept nogil:
+    """Give up one reference; the last one frees the frame."""
+    cdef u8 was = g.kind[frame]
+    g.count[frame] -= 1
+    if g.count[frame]:
+        return
+    if g.kind[frame] == FRAME_LARGE:
+        g.next_free[frame] = <u32>g.large_head
+        g.large_head = frame
+        g.n_large += 1
+        g.kind[frame] = FRAME_FREE
+        return
+    g.kind[frame] = FRAME_FREE | (FRAME_WAS_TABLE if was == FRAME_TABLE or was == FRAME_DYING else 0)
+    g.next_free[frame] = <u32>g.free_head
+    g.free_head = frame
+    g.n_free += 1
+
+
+cdef int frame_filled(sc_guest *g, u8 kind, const u8 *source, u64 *frame) noexcept nogil:
+    """A frame with the 4096 bytes at `source` (of the host; NULL: zeros), stored through the direct map."""
+    cdef int rc
+    frame[0] = frame_take(g, kind)
+    if frame[0] == 0:
+        return RC_NOMEM
+    rc = cpu_string(g, frame[0] << 12, source, 4096)
+    if rc != RC_OK:
+        frame_put(g, frame[0])
+    return rc
+
+
+cdef int frame_zeroed(sc_guest *g, u8 kind, u64 *frame) noexcept nogil:
+    g.n.pages_zeroed += 1
+    return frame_filled(g, kind, NULL, frame)
+
+
+cdef int frame_large(sc_guest *g, u64 *frame) noexcept nogil:
+    """A large page, cleared; its first frame stands for all of it."""
+    cdef u64 n
+    cdef int rc = RC_OK
+    frame[0] = g.large_head
+    if frame[0] == 0:
+        return RC_NOMEM
+    g.large_head = g.next_free[frame[0]]
+    g.n_large -= 1
+    g.kind[frame[0]] = FRAME_LARGE
+    g.count[frame[0]] = 1
+    for n in range(guest_span(g, 2) >> 12):
+        g.n.pages_zeroed += 1
+        rc = cpu_string(g, (frame[0] + n) << 12, NULL, 4096)
+        if rc != RC_OK:
+            break
+    return rc
+
+
+cdef int frame_copied(sc_guest *g, u64 source, u64 *frame) noexcept nogil:
+    """An anonymous frame with what is in frame `source`, read and stored through the direct map."""
+    cdef sc_result r
+    cdef int rc = cpu_access(g, OP_READ, 8, g.direct_map + (source << 12), 0, &r)
+    if rc != RC_OK:
+        return rc
+    g.n.pages_copied += 1
+    return frame_filled(g, FRAME_ANON, g.ram + (source << 12), frame)

@@ -1,7 +1,0 @@
-"""Audits on demand and at named points."""
-from shadowcore.invariants cimport sc_audit
-from shadowcore.mmu cimport Mmu
-
-cdef class AuditPoints:
-    cdef sc_audit c                 # what the first audit found that found something
-    cdef Mmu mmu

@@ -1,0 +1,226 @@
+"""Options and types of arguments that several commands of `shadowcore` share."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
+
+import click
+
+from ..config import DESIGNS, POOL_MAX
+from ..engine.costs import PRESETS
+from ..errors import ConfigError
+from ..studies import settings
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+
+if TYPE_CHECKING:
+    _Int: TypeAlias = click.ParamType[int]
+    _Text: TypeAlias = click.ParamType[str]
+    _Pair: TypeAlias = click.ParamType[tuple[str, Any]]
+    _Values: TypeAlias = click.ParamType[tuple[str, tuple[Any, ...]]]
+else:  # generic from click 8.4 on
+    _Int = _Text = _Pair = _Values = click.ParamType
+
+
+class Command_(click.Command):
+    """A command whose options of one value are given once: the last of several would win over the others unsaid."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        if not ctx.resilient_parsing:
+            _, _, order = self.make_parser(ctx).parse_args(list(args))
+            single = [p for p in order if isinstance(p, click.Option) and not (p.multiple or p.is_flag or p.count)]
+            for number, option in enumerate(single):
+                if option in single[:number]:
+                    raise click.UsageError(f"{option.opts[0]}: it is given twice, one is allowed", ctx)
+        return super().parse_args(ctx, args)
+
+
+command = partial(click.command, cls=Command_)
+"""Makes a command of `shadowcore`."""
+
+
+class Address(_Int):
+    """A 64-bit number, as C writes it: 0x for hexadecimal, else decimal."""
+
+    name = "address"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        try:
+            number = value if isinstance(value, int) else int(value, 0)
+        except ValueError:
+            self.fail(f"{value!r} is not a number such as 0x7f00 or 32512", param, ctx)
+        if not 0 <= number < 1 << 64:
+            self.fail(f"{value!r} is not within 64 bits", param, ctx)
+        return number
+
+
+class Name(_Text):
+    """One of some names, which completion knows."""
+
+    name = "name"
+
+    def __init__(self, names: tuple[str, ...]) -> None:
+        self.names = names
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        if value not in self.names:
+            self.fail(f"{value!r} is not one of {', '.join(self.names)}", param, ctx)
+        return str(value)
+
+    def shell_complete(
+        self, ctx: click.Context, param: click.Parameter, incomplete: str
+    ) -> list[click.shell_completion.CompletionItem]:
+        item = click.shell_completion.CompletionItem
+        return [item(name) for name in self.names if name.startswith(incomplete)]
+
+
+class Source(_Text):
+    """The name of a workload, or a file; checked where it is opened."""
+
+    name = "workload"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        return str(value)
+
+    def shell_complete(
+        self, ctx: click.Context, param: click.Parameter, incomplete: str
+    ) -> list[click.shell_completion.CompletionItem]:
+        from ..workload import WORKLOADS
+
+        item = click.shell_completion.CompletionItem
+        names = [item(name) for name in WORKLOADS if name.startswith(incomplete)]
+        return [*names, item(incomplete, type="file")]
+
+
+class Output(_Text):
+    """A file that is written. "-" is none: standard output has what the command prints."""
+
+    name = "file"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        if value in ("", "-"):
+            self.fail(f"{value!r} is not the name of a file; what is printed goes to standard output", param, ctx)
+        return str(value)
+
+    def shell_complete(
+        self, ctx: click.Context, param: click.Parameter, incomplete: str
+    ) -> list[click.shell_completion.CompletionItem]:
+        return [click.shell_completion.CompletionItem(incomplete, type="file")]
+
+
+def apart(written: Iterable[tuple[str, str | None]], read: Iterable[str | None] = ()) -> None:
+    """ConfigError where two outputs, (option, file) each, are one file, or where one is a file that is read."""
+    known = [("what is read", file) for file in read if file is not None]
+    for option, file in written:
+        if file is None:
+            continue
+        for other, name in known:
+            if _same(file, name):
+                raise ConfigError(f"{option}: another file than {file} is needed, which is that of {other}")
+        known.append((option, file))
+
+
+def _same(one: str, other: str) -> bool:
+    if any(os.path.exists(name) and not Path(name).is_file() for name in (one, other)):
+        return False  # a device or a pipe takes what it gets
+    if os.path.exists(one) and os.path.exists(other):
+        return os.path.samefile(one, other)
+    return os.path.realpath(one) == os.path.realpath(other)
+
+
+class Assignment(_Pair):
+    """NAME=VALUE."""
+
+    name = "name=value"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, Any]:
+        if isinstance(value, tuple):
+            return value
+        name, equals, text = str(value).partition("=")
+        if not equals or not name or not text:
+            self.fail(f"{value!r} is not NAME=VALUE", param, ctx)
+        return name.strip().replace("-", "_"), settings.parse(text)
+
+
+class Series(_Values):
+    """NAME=VALUE,VALUE..."""
+
+    name = "name=value,value"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[str, tuple[Any, ...]]:
+        if isinstance(value, tuple):
+            return value
+        name, _, text = str(value).partition("=")
+        values = text.split(",")
+        if not name.strip() or not all(part.strip() for part in values):
+            self.fail(f"{value!r} is not NAME=VALUE,VALUE,...", param, ctx)
+        parsed = tuple(dict.fromkeys(settings.parse(part) for part in values))
+        return name.strip().replace("-", "_"), parsed
+
+
+def together(sets: tuple[tuple[str, Any], ...], pool: int | None) -> dict[str, Any]:
+    """What --set and --pool say; ConfigError where one is said twice."""
+    found = {} if pool is None else {"pool": pool}
+    for name, value in sets:
+        if name in found:
+            raise ConfigError(f"{name}: it is set twice")
+        found[name] = value
+    return found
+
+
+JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of text.  [default: text]")
+RECORDING = click.argument("recording", required=False, metavar="[RECORDING]")
+POOL = click.option(
+    "--pool",
+    type=click.IntRange(4, POOL_MAX),
+    metavar="N",
+    help="Shadow pages in the pool, 4096 bytes each; native has none.  [default: 256]",
+)
+SET = click.option(
+    "--set",
+    "sets",
+    type=Assignment(),
+    multiple=True,
+    metavar="NAME=VALUE",
+    help="A setting: of shadow MMUs (pool, min_free, refill, flood_threshold, flood_reset; pages and stores), tlb "
+    "(entries, or none), and of workloads: memory, their parameters (`shadowcore workloads NAME`), and those of the "
+    "guest kernel (mode, pcid, isolation, ...). May be repeated.  [default: as each has it]",
+)
+OPERATIONS = click.option(
+    "--operations",
+    type=click.IntRange(1, 1 << 62),
+    metavar="N",
+    help="Operations of a workload's processor, or records of a recording, at most.  [default: 1000000; all records]",
+)
+SEED = click.option(
+    "--seed",
+    type=click.IntRange(0, (1 << 64) - 1),
+    metavar="N",
+    help="Of everything random in a workload; a recording has nothing random.  [default: 0]",
+)
+COSTS = click.option(
+    "--costs",
+    type=Name(tuple(PRESETS)),
+    default="modern",
+    metavar="NAME",
+    help=f"Prices, in cycles, by which runs are costed: {', '.join(PRESETS)}.  [default: modern]",
+)
+
+
+def mmu(default: tuple[str, ...]) -> Callable[[Command], Command]:
+    """The option --mmu, which may be repeated."""
+    return click.option(
+        "--mmu",
+        "designs",
+        type=Name(tuple(DESIGNS)),
+        multiple=True,
+        metavar="NAME",
+        help=f"A design to run under: {', '.join(DESIGNS)}; may be repeated.  [default: {', '.join(default)}]",
+    )

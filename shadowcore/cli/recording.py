@@ -1,0 +1,201 @@
+"""The commands `record`, `import` and `info` of `shadowcore`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from .options import JSON, Output, command
+from .progress import progress as _progress
+
+if TYPE_CHECKING:
+    from ..recording.format import Reader, Writer
+
+_NAME = click.option("--name", metavar="NAME", help="What reports call the recording.  [default: as the first file]")
+
+
+@command("import")
+@click.argument("files", nargs=-1, required=True, metavar="FILE...")
+@click.option(
+    "-o", "--output", "out", type=Output(), required=True, metavar="OUT", help="The recording to write.  [required]"
+)
+@click.option(
+    "--format",
+    "form",
+    type=click.Choice(["auto", "linux", "lackey", "champsim", "csv"]),
+    default="auto",
+    show_default=True,
+    help="What the files are: .npz recordings of guests (linux), texts of Valgrind's lackey, ChampSim's instructions, "
+    "or CSV. auto looks into the first.",
+)
+@_NAME
+@JSON
+def import_(files: tuple[str, ...], out: str, form: str, name: str | None, as_json: bool) -> None:
+    """Convert FILEs of other tools into one recording. Of programs' files, each becomes a process.
+
+    Files may be compressed (.gz, .xz). Where one cannot be read to its end, what comes before is kept in OUT,
+    marked as incomplete.
+    """
+    from ..recording import importers
+
+    with _progress(Path(files[0]).name, "B") as progress:
+        writer = importers.convert(files, out, form, name=name, progress=progress)
+    _written(writer, as_json)
+
+
+@command(context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})
+@click.argument("command", nargs=-1, required=True, type=click.UNPROCESSED, metavar="-- PROGRAM [ARGUMENT]...")
+@click.option(
+    "-o", "--output", "out", type=Output(), metavar="OUT", help="The recording to write.  [default: PROGRAM.screc]"
+)
+@click.option("--valgrind", default="valgrind", show_default=True, metavar="PATH", help="The Valgrind to run.")
+@_NAME
+@JSON
+def record(command: tuple[str, ...], out: str | None, valgrind: str, name: str | None, as_json: bool) -> None:
+    """Run PROGRAM under Valgrind and record each access of its processes, and how they change their memory.
+
+    The program runs some hundred times slower: about a million accesses a second. Ctrl-C ends it; what was recorded
+    by then is kept, marked as incomplete.
+    """
+    from ..recording import valgrind as tool
+    from ..recording.format import SUFFIX
+
+    target = f"{Path(command[0]).name}{SUFFIX}" if out is None else out
+    with _progress(Path(command[0]).name, "B") as progress:
+        writer = tool.record(command, target, valgrind=valgrind, name=name, progress=progress)
+    _written(writer, as_json, err=not as_json)
+
+
+def _written(writer: Writer, as_json: bool, err: bool = False) -> None:
+    size = writer.path.stat().st_size if writer.path.is_file() else 0
+    found = {
+        "file": str(writer.path),
+        "stream": writer.stream,
+        "records": writer.records,
+        "processes": len(writer.processes),
+        "bytes": size,
+    }
+    if as_json:
+        click.echo(json.dumps(found))
+    else:
+        each = f", {size / writer.records:.2f} each" if writer.records else ""
+        click.echo(f"{writer.path}: {writer.records:,} records of {writer.stream}, {size:,} bytes{each}", err=err)
+
+
+@command()
+@click.argument("recording", metavar="RECORDING")
+@click.option("--check", is_flag=True, help="Read every block, verify checksums and records, and count.  [default: no]")
+@JSON
+def info(recording: str, check: bool, as_json: bool) -> None:
+    """Say what RECORDING holds: its stream, records, processes, and where it comes from."""
+    from ..recording.format import Reader, is_recording
+
+    if is_recording(recording):
+        with Reader(recording) as reader:
+            found = _about(reader) | (_counts(reader) if check else {})
+    else:
+        from ..recording import replay as trace
+
+        loaded = trace.load(recording)
+        found = {
+            "file": recording,
+            "format": "npz",
+            "stream": "guest",
+            "name": loaded.name,
+            "records": loaded.operations,
+            "complete": loaded.complete,
+            "bytes": Path(recording).stat().st_size,
+            "guest": {key: getattr(loaded, key) for key in ("cr0", "cr4", "efer", "nframes")},
+            "counts": loaded.counts,
+        }
+    if as_json:
+        click.echo(json.dumps(found))
+    else:
+        _print(found)
+
+
+def _about(reader: Reader) -> dict[str, Any]:
+    found: dict[str, Any] = {
+        "file": str(reader.path),
+        "format": reader.header["format"],
+        "version": reader.header["version"],
+        "stream": reader.stream,
+        "name": reader.name,
+        "records": reader.records,
+        "blocks": reader.block_count,
+        "complete": reader.complete,
+        "bytes": reader.path.stat().st_size,
+        "created_by": reader.header.get("created_by"),
+        "source": reader.source,
+    }
+    for key in ("guest", "machine"):
+        if key in reader.header:
+            found[key] = reader.header[key]
+    if reader.stream == "program":
+        found |= {"processes": reader.processes, "files": len(reader.files)}
+    return found
+
+
+def _counts(reader: Reader) -> dict[str, Any]:
+    """Records and events by kind; of a guest, after the checks of a replay."""
+    import numpy as np
+
+    from .. import config
+    from ..recording import format as recordings
+    from ..recording import replay as trace
+
+    if reader.stream == recordings.GUEST:
+        total: dict[str, int] = {}
+        for _, piece in trace.RecordingFile(reader.path).pieces():
+            for key, number in piece.counts.items():
+                total[key] = total.get(key, 0) + number
+        return {"counts": total}
+    ops = np.zeros(256, dtype=np.int64)
+    events = np.zeros(256, dtype=np.int64)
+    for block in reader:
+        ops += np.bincount(block.columns["op"], minlength=256)
+        if block.events is not None:
+            events += np.bincount(block.events["kind"], minlength=256)
+    if reader.stream == recordings.OPERATIONS:
+        if "machine" in reader.header:
+            reader.machine("native")
+        names = {int(op): op.name.lower() for op in config.Op}
+        return {"counts": {names.get(int(op), str(op)): int(ops[op]) for op in np.flatnonzero(ops)}}
+    found = dict(zip(("read", "write", "fetch", "modify"), ops[:4].tolist(), strict=True))
+    found |= {event.name.lower(): int(events[event]) for event in recordings.Event if event is not recordings.Event.RUN}
+    return {"counts": found}
+
+
+def _print(found: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    table = Table(title=escape(str(found["name"])), title_style="bold", show_header=False)
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+
+    def show(value: Any) -> str:
+        if isinstance(value, bool):
+            return "yes" if value else "no"
+        return f"{value:,}" if isinstance(value, int) else str(value)
+
+    for key, value in found.items():
+        if key == "name":
+            continue
+        if isinstance(value, dict):
+            registers = key in ("guest", "machine")
+            rows = [f"{name} {value[name]:#x}" if registers else f"{name}: {show(value[name])}" for name in value]
+        elif isinstance(value, list):
+            rows = [" ".join(str(row.get(name, "")) for name in ("number", "command", "text")).strip() for row in value]
+        else:
+            rows = [show(value)]
+        table.add_row(escape(key.replace("_", " ")), escape("\n".join(rows)))
+    console = Console(highlight=False)
+    (console if console.is_terminal else Console(highlight=False, width=100)).print(table)
+
+
+COMMANDS = (record, import_, info)

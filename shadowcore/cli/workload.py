@@ -1,0 +1,87 @@
+"""The commands `workloads` and `calibration` of `shadowcore`."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import click
+
+from .options import JSON, command
+
+
+@command()
+@click.argument("name", required=False, metavar="[NAME]")
+@JSON
+def workloads(name: str | None, as_json: bool) -> None:
+    """List the workloads, or, with NAME, the parameters of one."""
+    from ..workload import WORKLOADS, find
+
+    chosen = [find(name)] if name else list(WORKLOADS.values())
+    if as_json:
+        plain = {
+            w.name: {
+                "summary": w.summary,
+                "memory": w.memory,
+                "parameters": {
+                    key: {"default": p.default, "low": p.low, "high": p.high, "help": p.help}
+                    for key, p in w.parameters.items()
+                },
+            }
+            for w in chosen
+        }
+        click.echo(json.dumps(plain))
+        return
+    if name:
+        click.echo(f"{chosen[0].name}: {chosen[0].summary}. Memory: {chosen[0].memory}.")
+        width = max(map(len, chosen[0].parameters), default=0)
+        for key, p in chosen[0].parameters.items():
+            click.echo(f"  {key:{width}}  {p.help}; {p.low} to {p.high}  [default: {p.default}]")
+        return
+    width = max(len(w.name) for w in chosen)
+    for w in chosen:
+        click.echo(f"{w.name:{width}}  {w.summary}")
+
+
+@command()
+@click.argument("recordings", nargs=-1, metavar="[RECORDING]...")
+@click.option(
+    "--spaces",
+    type=click.IntRange(1, 1 << 20),
+    default=120,
+    show_default=True,
+    metavar="N",
+    help="Address spaces that the model makes, at most.",
+)
+@click.option("--seed", type=click.IntRange(0), default=1, show_default=True, metavar="N", help="Of the model.")
+@JSON
+def calibration(recordings: tuple[str, ...], spaces: int, seed: int, as_json: bool) -> None:
+    """Print rates of recorded Linux guests beside those of the guest kernel.
+
+    RECORDING is an .npz file; without any, the recording that comes with the package. Counted are page table stores,
+    faults, CR3 loads and INVLPGs for each address space made, and for each million instructions.
+    """
+    from .. import workload
+    from ..recording.format import INCOMPLETE
+
+    rows = workload.calibration(recordings or (None,), spaces, seed)
+    if as_json:
+        fields = ("recording", "rate", "per", "linux", "model", "recording_complete")
+        plain = [dict(zip(fields, row, strict=True)) for row in rows]
+        click.echo(json.dumps(plain))
+        return
+    click.echo(f"{'':64}{'Linux':>10}{'model':>10}{'ratio':>8}")
+    head = ""
+    for row in rows:
+        title = f"{row.recording}, per {row.per}"
+        if title != head:
+            click.echo(title)
+            if not row.recording_complete:
+                click.echo(f"{INCOMPLETE}.")
+            head = title
+        ratio = "" if math.isnan(row.ratio) else f"{row.ratio:.2f}"
+        click.echo(f"  {row.rate:62}{row.linux:10.2f}{row.model:10.2f}{ratio:>8}")
+
+
+COMMANDS = (workloads, calibration)
+"""What the group of commands adds."""

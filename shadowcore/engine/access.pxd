@@ -1,0 +1,53 @@
+"""What a vcpu does: loads, stores, fetches, read-modify-write, register loads. The unit of batches."""
+from shadowcore.engine.state cimport sc_mmu, sc_vcpu
+from shadowcore.engine.types cimport u8, u16, u32, u64
+
+# Values of shadowcore.config.Op.
+cdef enum:
+    OP_READ = 0
+    OP_WRITE = 1
+    OP_FETCH = 2
+    OP_CR3 = 3
+    OP_CR0 = 4
+    OP_CR4 = 5
+    OP_EFER = 6
+    OP_INVLPG = 7
+    OP_PKRU = 8
+    OP_AC = 9
+    OP_CMPXCHG = 10
+    OP_XCHG = 11
+    OP_ADD = 12
+    OP_AND = 13
+    OP_OR = 14
+    OP_XOR = 15
+    OP_COUNT = 16
+
+cdef struct sc_op:
+    u8 op                           # OP_*
+    u8 user                         # made in user mode
+    u8 size                         # bytes of an access: 1, 2, 4, 8 or 16
+    u8 vcpu                         # number of the vcpu
+    u64 addr                        # linear address
+    u64 value[2]                    # what is stored, or loaded into a register; low half first
+    u64 expected[2]                 # CMPXCHG: what must be there
+
+cdef struct sc_result:
+    u64 gpa                         # where it led (its first byte); all ones if nowhere
+    u64 value[2]                    # what a load, fetch or read-modify-write read
+    u32 error_code                  # of a guest fault
+    u32 exits                       # page-fault exits it took
+    u8 outcome                      # RC_OK, RC_PF, RC_GP or RC_MMIO
+    u8 emulated                     # stores to RAM that the emulator did
+
+cdef inline bint op_is_access(u32 op) noexcept nogil:
+    return op <= OP_FETCH or op >= OP_CMPXCHG
+
+cdef inline bint op_is_rmw(u32 op) noexcept nogil:
+    return op >= OP_CMPXCHG
+
+cdef int vcpu_access(sc_mmu *mmu, sc_vcpu *v, const sc_op *o, bint data, sc_result *r) noexcept nogil
+cdef int vcpu_op(sc_mmu *mmu, sc_vcpu *v, const sc_op *o, bint data, sc_result *r) noexcept nogil
+# What all of these do is what vcpu_access does, if they do it.
+cdef bint access_glance(sc_mmu *mmu, sc_vcpu *v, const sc_op *o, bint data, sc_result *r) noexcept nogil
+cdef bint access_fault(sc_mmu *mmu, sc_vcpu *v, const sc_op *o, bint data, sc_result *r) noexcept nogil
+cdef int access_shortest(sc_mmu *mmu, sc_vcpu *v, const sc_op *o, bint data, sc_result *r) noexcept nogil

@@ -1,0 +1,54 @@
+"""Counters. Every field is a u64, in the order of events.COUNTERS, so that the struct is also a flat array."""
+from shadowcore.engine.types cimport u64
+
+# Why control left the guest. Page faults come first, by what the fault turned out to be.
+cdef enum:
+    EXIT_FILL = 0                   # a shadow entry was missing
+    EXIT_WRITE = 1                  # a present leaf got more rights (dirty bit, write access)
+    EXIT_EMULATE = 2                # an access that only the emulator can do: a store to a guest table
+    EXIT_GUEST = 3                  # the guest's own fault, injected
+    EXIT_MMIO = 4                   # an address in no slot
+    EXIT_CR0 = 5
+    EXIT_CR3 = 6
+    EXIT_CR4 = 7
+    EXIT_EFER = 8
+    EXIT_INVLPG = 9
+    EXIT_COUNT = 10
+
+cdef struct sc_stats:
+    u64 exits[EXIT_COUNT]         # by reason, above
+    u64 pf_taken                    # page-fault exits
+    u64 pf_fixed                    # of these, mended (with those that go on to emulation); not with paging off
+    u64 pf_guest                    # of these, injected into the guest
+    u64 pf_emulate                  # stores done by the emulator
+    u64 pf_mmio                     # of these, handed out as device accesses
+    u64 pf_spurious                 # of these, nothing had to change
+    u64 tlb_flush                   # flush requests
+    u64 remote_tlb_flush            # of these, that had to reach another vcpu
+    u64 invlpg                      # INVLPG instructions
+    u64 mmu_shadow_zapped           # shadow pages zapped, roots in use included
+    u64 mmu_pte_write               # emulated stores that hit a shadowed guest table
+    u64 mmu_pde_zapped              # non-leaf sptes cleared by such stores
+    u64 mmu_flooded                 # shadow pages zapped by a write flood or a misaligned store
+    u64 mmu_recycled                # shadow pages zapped to refill the pool
+    u64 mmu_cache_miss              # shadow pages created
+    u64 mmu_cache_hit               # shadow pages found again by (gfn, role)
+    u64 mmu_unprotect               # gfns unprotected: user write, failed emulation, request
+    u64 page_frees                  # shadow pages returned to the pool
+    u64 spte_installed              # sptes that became present
+    u64 spte_removed                # sptes that ceased to be present
+    u64 rmap_protected              # writable sptes made read-only because their frame became a guest table
+    u64 root_loads                  # roots put in place by loads of CR0, CR3, CR4, EFER
+    u64 gp_guest                    # #GP delivered to the guest
+    u64 accesses                    # loads, stores and fetches
+    u64 walk_references             # entries read by the processor's walks
+    u64 guest_walk_references       # guest entries read by the shadow MMU's own walks
+    u64 tlb_hits                    # accesses that the modelled TLB translated
+    u64 tlb_misses                  # accesses that it did not
+
+cdef class Stats:
+    cdef sc_stats *c                # counters of a VM, or `own`
+    cdef sc_stats own               # counts of one run, when no VM is behind the object
+    cdef object owner               # keeps the memory behind c alive
+
+cdef Stats stats_between(const sc_stats *before, const sc_stats *after)

@@ -1,0 +1,52 @@
+from typing import Any, Final, Self
+
+import numpy as np
+from numpy.typing import NDArray
+from typing_extensions import disjoint_base
+
+EXIT_REASONS: Final[tuple[str, ...]]
+PF_REASONS: Final[tuple[str, ...]]
+COUNTERS: Final[tuple[str, ...]]
+
+@disjoint_base
+class Stats:
+    def __new__(cls, owner: Any = None) -> Self: ...
+
+    # The names of COUNTERS. Final: they count, but they cannot be assigned.
+    pf_taken: Final[int]
+    pf_fixed: Final[int]
+    pf_guest: Final[int]
+    pf_emulate: Final[int]
+    pf_mmio: Final[int]
+    pf_spurious: Final[int]
+    tlb_flush: Final[int]
+    remote_tlb_flush: Final[int]
+    invlpg: Final[int]
+    mmu_shadow_zapped: Final[int]
+    mmu_pte_write: Final[int]
+    mmu_pde_zapped: Final[int]
+    mmu_flooded: Final[int]
+    mmu_recycled: Final[int]
+    mmu_cache_miss: Final[int]
+    mmu_cache_hit: Final[int]
+    mmu_unprotect: Final[int]
+    page_frees: Final[int]
+    spte_installed: Final[int]
+    spte_removed: Final[int]
+    rmap_protected: Final[int]
+    root_loads: Final[int]
+    gp_guest: Final[int]
+    accesses: Final[int]
+    walk_references: Final[int]
+    guest_walk_references: Final[int]
+    tlb_hits: Final[int]
+    tlb_misses: Final[int]
+
+    @property
+    def exits(self) -> dict[str, int]: ...
+    @property
+    def exits_total(self) -> int: ...
+    def as_dict(self) -> dict[str, int]: ...
+    def as_array(self) -> NDArray[np.uint64]: ...
+    def reset(self) -> None: ...
+    def _repr_html_(self) -> str: ...

@@ -1,0 +1,147 @@
+"""The virtual machine: memory, an MMU of one design, and vcpus."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from .. import notebook
+from ..config import TLB, Features, MemorySlot, Native, Shadow, check_int, design, taken
+from ..errors import AuditError
+from . import snapshot
+from .audit import AuditPoints, audit
+from .memory import Memory
+from .mmu import Mmu
+from .vcpu import VCpu
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+    from .audit import AuditReport
+    from .counters import Stats
+
+
+CR4_PCIDE, EFER_LMA = 1 << 17, 1 << 10
+
+
+def set_registers(vm: VM, cpu: VCpu, *, cr0: int, cr3: int, cr4: int, efer: int) -> None:
+    """Bring a processor of a new VM to registers that another was seen with, by loads that lead there.
+
+    GeneralProtection if a load is refused. What only long mode can hold, PCIDs and a root above 4 GiB, comes after
+    paging is on (SDM volume 2, MOV to control registers).
+    """
+    cpu.efer = efer & ~EFER_LMA
+    cpu.cr4 = cr4 & ~CR4_PCIDE
+    cpu.cr3 = cr3
+    cpu.cr0 = cr0
+    if cr4 & CR4_PCIDE:
+        cpu.cr3 &= ~0xFFF
+        cpu.cr4 = cr4
+    if cpu.efer & EFER_LMA and cpu.cr3 != cr3:
+        on_the_way = cpu.cr3
+        cpu.cr3 = cr3
+        if (cpu.cr3 ^ on_the_way) >> 12 and isinstance(vm.mmu.design, Shadow):
+            vm.mmu.zap_all()  # what was the root before is no table of the guest's
+
+
+class VM:
+    """A machine with guest RAM, an MMU and `vcpus` processors.
+
+    memory: bytes (int), a text such as "64MiB", a uint8 array used in place, or a list of MemorySlot.
+    mmu: "native", "flush", "cached", "kvm-2007", or a Native or Shadow object.
+    tlb: TLB(...) models a hardware TLB in each vcpu; None: every access walks tables.
+    slots: with an array, the MemorySlots that map it one after the other.
+    features: of the processors. Raises ConfigError, and MemoryError where the host has no room.
+    """
+
+    def __init__(
+        self,
+        memory: int | str | np.ndarray[Any, Any] | Sequence[MemorySlot] = "64MiB",
+        mmu: str | Native | Shadow = "cached",
+        vcpus: int = 1,
+        tlb: TLB | None = None,
+        *,
+        features: Features | None = None,
+        slots: Sequence[MemorySlot] | None = None,
+    ) -> None:
+        chosen = design(mmu)
+        count = check_int("vcpus", vcpus, 1, 64)
+        features = Features() if features is None else taken(Features, features, "features")
+        if tlb is not None:
+            tlb = taken(TLB, tlb, "tlb")
+        self.features = features
+        self.tlb = tlb
+        self.memory = Memory(memory, slots)
+        self.mmu = Mmu(self.memory, chosen)
+        self.memory.on_log = self.mmu.protect_slot
+        self._audit_points = AuditPoints(self.mmu)
+        self.vcpus = tuple(VCpu(self.mmu, features, tlb) for _ in range(count))
+
+    @property
+    def stats(self) -> Stats:
+        """Counters of the whole VM."""
+        return self.mmu.stats
+
+    def write_physical(self, gpa: int, data: bytes | bytearray | memoryview) -> None:
+        """Store `data` at guest physical address `gpa` as a device does; shadow tables stay coherent.
+
+        ConfigError, and nothing stored, unless all of it lies in memory slots.
+        """
+        self.mmu.write_physical(gpa, bytes(data))
+
+    def read_physical(self, gpa: int, size: int) -> bytes:
+        """`size` bytes at guest physical address `gpa`; ConfigError unless all of it lies in memory slots."""
+        return self.mmu.read_physical(gpa, size)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the complete state to one file. OSError where that cannot be written; an older file is then kept."""
+        snapshot.save(self, path)
+
+    @staticmethod
+    def load(path: str | os.PathLike[str], memory: np.ndarray[Any, Any] | None = None) -> VM:
+        """The VM that `save` wrote; it continues bit for bit. SnapshotError for a file that is not whole and sound.
+
+        memory: a uint8 array of the size of its RAM, to be used in place; what is in it is overwritten.
+        """
+        return snapshot.load(VM, path, memory)
+
+    def audit(self, strict: bool = False) -> AuditReport:
+        """Check every invariant of the MMU. strict: raise AuditError instead of reporting violations."""
+        report = audit(self.mmu)
+        if strict and not report.ok:
+            raise AuditError(report.violations, report.count)
+        return report
+
+    @property
+    def audit_points(self) -> tuple[str, ...]:
+        """Points at which every invariant is checked: some of "pre-fault", "post-fault", "pre-write", "post-write"
+        (an emulated or device store to RAM), "post-cr3". None of them costs nothing.
+
+        The operation under way is finished; the call that made it then raises AuditError with `.point`. ConfigError
+        for another name. Not part of what `save` writes.
+        """
+        return self._audit_points.names
+
+    @audit_points.setter
+    def audit_points(self, names: Iterable[str]) -> None:
+        self._audit_points.names = names
+
+    def _repr_html_(self) -> str:
+        stats = self.stats
+        rows = [
+            ("memory", f"{self.memory.bytes.size >> 20:,} MiB"),
+            ("design", self.mmu.design.name),
+            ("processors", len(self.vcpus)),
+            ("TLB, entries for 4 KiB pages", "none" if self.tlb is None else f"{self.tlb.small_entries:,}"),
+            ("shadow pages in use", f"{len(self.mmu.pages):,}"),
+            ("accesses", f"{stats.accesses:,}"),
+            *((f"exits: {reason}", f"{count:,}") for reason, count in stats.exits.items() if count),
+            ("exits, all", f"{stats.exits_total:,}"),
+        ]
+        return notebook.table("VM", ("", ""), rows)
+
+    def __repr__(self) -> str:
+        size = self.memory.bytes.size >> 20
+        return f"VM({size} MiB, mmu={self.mmu.design.name!r}, vcpus={len(self.vcpus)})"

@@ -1,0 +1,40 @@
+"""Designs: how an access reaches memory natively or through shadow tables; roots on register loads."""
+from shadowcore.engine.counters cimport Stats, sc_stats
+from shadowcore.engine.memory cimport Memory
+from shadowcore.engine.state cimport sc_mmu, sc_vcpu
+from shadowcore.engine.types cimport u32, u64
+from shadowcore.engine.walker cimport sc_walk
+from shadowcore.engine.watch cimport sc_watch
+
+cdef int mmu_resolve(sc_mmu *mmu, sc_vcpu *v, u64 va, u32 access, sc_walk *w) noexcept nogil
+cdef void mmu_new_cr3(sc_mmu *mmu, sc_vcpu *v) noexcept nogil
+cdef void mmu_reset(sc_mmu *mmu, sc_vcpu *v) noexcept nogil
+cdef void mmu_invlpg(sc_mmu *mmu, sc_vcpu *v, u64 va) noexcept nogil
+cdef void mmu_protect_slot(sc_mmu *mmu, int slot) noexcept nogil
+
+cdef class Mmu:
+    cdef sc_mmu c
+    cdef sc_stats counters
+    cdef readonly Memory memory
+    cdef readonly Stats stats
+    cdef readonly object design     # Native or Shadow
+    cdef object _arrays             # what c points into
+    cdef list _vcpus                # kept alive as long as c points into them
+    cdef object _can_emulate        # callable behind c.can_emulate, or None
+    cdef object hook_error          # what a callback, or the handler of a signal, raised
+    cdef sc_watch watch             # behind c.watch, between enter and leave
+    cdef bint no_memo               # the last batch had no use for the memo
+    cdef bint far                   # the tables that the last batch walked were not in the caches
+    cdef u32 chunks                 # of batches, ever
+    cdef object audits              # AuditPoints, once points have been named
+    cdef object event_hook          # keeps what c.event_context points to
+
+    cdef int idle(self) except -1
+    cdef int enter(self, bint unsettled=*) except -1
+    cdef void leave(self) noexcept
+    cdef object stopped(self)
+    cdef object failure(self, int rc)
+    cdef list _list(self, u32 head)
+    cdef void *_array(self, u64 nbytes) except NULL
+    cdef int still(self) except -1
+    cdef dict _windows(self, what, lender)

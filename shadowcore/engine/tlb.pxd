@@ -1,0 +1,60 @@
+"""A hardware TLB, one for each vcpu: set-associative, split by page size, tagged by PCID, with global entries.
+
+An entry is valid while three things have not moved since it was filled: the MMU's flush epoch (flushes that a shadow
+MMU asks for), the TLB's own epoch (loads that drop everything), and the epoch of its PCID (unless it is global). So a
+flush is one increment. Rules: SDM vol. 3, 4.10.
+"""
+from shadowcore.engine.types cimport u8, u16, u32, u64
+
+cdef enum:
+    TLB_SIZES = 3                   # 4 KiB; 2 or 4 MiB; 1 GiB
+    TLB_PAGES = 64                  # INVLPGs and page faults that the audit remembers
+    TLB_ANY_PCID = 0xFFFF           # in the place of a PCID: each of them
+
+cdef struct sc_tlb_entry:
+    u64 page                        # linear address of the page, | 1 while the entry was ever filled
+    u64 gpa                         # of its first byte
+    u64 mmu_epoch                   # sc_mmu.flush_epoch when it was filled
+    u64 epoch                       # sc_tlb.epoch when it was filled
+    u64 filled                      # sc_tlb.clock when it was filled
+    u64 used                        # sc_tlb.clock when it was last hit: the oldest of a set is replaced
+    u32 pcid_epoch                  # sc_tlb.pcid_epoch of its PCID when it was filled
+    u16 pcid
+    u8 access                       # ACC_*
+    u8 pkey
+    u8 dirty                        # D was set: stores need no walk
+    u8 is_global                    # G was set and CR4.PGE on
+    u8 shift                        # log2 of the page size
+    u8 guest_shift                  # log2 of the guest's page size, of which this may be a fragment
+    u32 root                        # shadow page from which the walk started; native: SC_NONE
+
+cdef struct sc_tlb:
+    sc_tlb_entry *entry[TLB_SIZES]  # sets * ways of each size, a set in one piece
+    u32 sets[TLB_SIZES]
+    u32 ways[TLB_SIZES]
+    u64 clock                       # counts fills, hits and flushes
+    u64 epoch                       # a new one drops every entry
+    u64 fragments                   # fills with a part of a larger page of the guest, ever
+    u32 pcid_epoch[4096]            # a new one drops the entries of a PCID that are not global
+    # What the guest's instructions made stale, kept apart from the flushing itself, for the audit (I8).
+    u64 due_all                     # clock of the last load that drops everything
+    u64 due_pcid[4096]              # clock of the last CR3 load that drops a PCID
+    u64 due_page[TLB_PAGES]         # addresses of the last INVLPGs and page faults, ...
+    u64 due_page_at[TLB_PAGES]      # ... their clocks, ...
+    u16 due_page_pcid[TLB_PAGES]    # ... and the PCID of which entries go, besides global ones, or TLB_ANY_PCID
+    u32 due_next                    # slot of the next of them
+
+cdef inline bint tlb_valid(const sc_tlb *t, const sc_tlb_entry *e, u64 mmu_epoch) noexcept nogil:
+    return (e.page & 1 and e.mmu_epoch == mmu_epoch and e.epoch == t.epoch
+            and (e.is_global or e.pcid_epoch == t.pcid_epoch[e.pcid & 4095]))
+
+cdef sc_tlb_entry *tlb_find(sc_tlb *t, u64 va, u16 pcid, u64 mmu_epoch) noexcept nogil
+cdef void tlb_fill(sc_tlb *t, u64 va, u64 gpa, int shift, int guest_shift, u16 pcid, u32 access, u32 pkey,
+                   bint dirty, bint is_global, u64 mmu_epoch) noexcept nogil
+cdef void tlb_enter(sc_tlb *t, u64 va, u64 gpa, int shift, int guest_shift, u16 pcid, u32 access, u32 pkey,
+                    bint dirty, bint is_global, u64 mmu_epoch, u32 root) noexcept nogil
+cdef void tlb_flush_all(sc_tlb *t, bint lost) noexcept nogil
+cdef void tlb_flush_pcid(sc_tlb *t, u16 pcid, bint lost) noexcept nogil
+cdef void tlb_flush_page(sc_tlb *t, u64 va, bint lost) noexcept nogil
+cdef void tlb_flush_fault(sc_tlb *t, u64 va, u16 pcid, bint lost) noexcept nogil
+cdef bint tlb_overdue(const sc_tlb *t, const sc_tlb_entry *e) noexcept nogil

@@ -1,0 +1,1 @@
+"""A small guest kernel, whose processes edit their own page tables."""

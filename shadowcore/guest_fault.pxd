@@ -1,6 +1,0 @@
-"""Page faults of the guest's processes."""
-from shadowcore.guest cimport sc_guest
-from shadowcore.types cimport u32, u64
-
-cdef int leaf_install(sc_guest *g, u32 p, u64 table, u32 index, u64 entry) noexcept nogil
-cdef int fault_service(sc_guest *g, u32 p, u64 va, u32 code) noexcept nogil

@@ -1,0 +1,1 @@
+"""Recordings: of guests, of operations, of programs; the file format, importers, replay."""

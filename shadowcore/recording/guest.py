@@ -1,0 +1,494 @@
+"""Recordings of running guests: what they hold, and reading them with every record checked.
+
+A recording is an .npz file of what one processor did, in order. Its arrays have one element per record:
+
+    kind (u1)    addr (u8)        value (u8)        flags (u2)
+    1 LOAD_CR3   the new CR3
+    2 LOAD_CR    CR0              CR4               one of the two has changed
+    3 STORE      gpa of a store   the aligned       bits 0-2: level of the table; bits 4-6: bytes stored, 0
+                 to a table       entry after it    for eight; bit 7: see Recording.snapshot
+    4 TABLE      gpa of a frame                     bits 0-3: level. It begins to serve as a table: words that
+                                                    are not 0 follow as STOREs, all others are 0
+    5 INVLPG     linear address
+    6 ACCESS     linear address   gpa reached       bit 0: write; bit 1: user, see Recording.user
+    7 TABLE_END  gpa of a frame                     bits 0-3: level. It ceases to serve as a table
+
+and insns (u4): instructions executed since the record before. Accesses are those that missed a filter. Frames
+that never serve as tables have no contents. Four scalars: cr0, cr4 and efer at the start, and nframes, guest
+RAM in frames of 4096 bytes; and, where it is false alone, complete (bool): the recording ended before its time.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.resources
+import os
+import zipfile
+from collections.abc import Iterable, Iterator
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .. import npy
+from ..config import check_int
+from ..errors import TraceError
+from ..files import Replacement, check_path
+from .format import GUEST, SUFFIX, Reader, Writer, is_recording
+
+BUNDLED = "linux-fork"
+"""The recording that ships with the package: Debian's 6.1 kernel, boot and 60 shell pipelines."""
+
+LOAD_CR3, LOAD_CR, STORE, TABLE, INVLPG, ACCESS, TABLE_END = range(1, 8)
+"""Kinds of records."""
+SNAPSHOT = 1 << 7
+"""Flag of a STORE to a frame that does not serve as a table at that moment: see Recording.snapshot."""
+WRITE, USER = 1, 2
+"""Flags of an ACCESS."""
+
+_ARRAYS = {"kind": "u1", "flags": "<u2", "insns": "<u4", "addr": "<u8", "value": "<u8"}
+_SCALARS = {"cr0": (1 << 64) - 1, "cr4": (1 << 64) - 1, "efer": (1 << 64) - 1, "nframes": 1 << 40}
+_OFFSETS_MAX = 1 << 16
+_TABLE_MAX = 1 << 16
+"""Records that a piece of a recording may exceed a block by, for the words of a table not to be parted."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Recording:
+    """What a guest did: arrays of one length, read-only, one element a record. TraceError if they cannot be.
+
+    kind: u1, 1 to 7 (LOAD_CR3 ... TABLE_END). flags: u2, by kind.
+    insns: u4, instructions since the record before.
+    addr, value: u8: linear addresses, gpas and values, by kind.
+    cr0, cr4, efer: registers at the start. nframes: guest RAM in frames of 4096 bytes.
+    name: what reports call it. complete: False if it ended before its time.
+    """
+
+    name: str
+    kind: NDArray[np.uint8]
+    flags: NDArray[np.uint16]
+    insns: NDArray[np.uint32]
+    addr: NDArray[np.uint64]
+    value: NDArray[np.uint64]
+    cr0: int
+    cr4: int
+    efer: int
+    nframes: int
+    complete: bool = True
+
+    def __post_init__(self) -> None:
+        for name, dtype in _ARRAYS.items():
+            array = np.asarray(getattr(self, name))
+            if array.dtype != np.dtype(dtype) or array.ndim != 1:
+                expected = f"array {name!r}: one dimension of {np.dtype(dtype)} expected"
+                raise TraceError(self.name, None, f"{expected}, not {array.ndim} of {array.dtype}")
+            if len(array) != len(self.kind):
+                expected = f"array {name!r}: {len(self.kind)} records expected, as in 'kind'"
+                raise TraceError(self.name, None, f"{expected}, not {len(array)}")
+            array = np.ascontiguousarray(array).view()
+            array.flags.writeable = False
+            object.__setattr__(self, name, array)
+        for name, highest in _SCALARS.items():
+            scalar = np.asarray(getattr(self, name))
+            lowest = 1 if name == "nframes" else 0
+            if scalar.ndim or scalar.dtype.kind not in "iu" or not lowest <= int(scalar) <= highest:
+                expected = f"{name!r}: one integer from {lowest} to {highest:#x} expected"
+                raise TraceError(self.name, None, f"{expected}, not {scalar.dtype} of shape {scalar.shape}")
+            object.__setattr__(self, name, int(scalar))
+        if not self.operations:
+            raise TraceError(self.name, None, "at least one record expected")
+        self._check_records()
+
+    def _check_records(self) -> None:
+        """TraceError for the first record that breaks a rule of the format (rules are taken one by one)."""
+        kind, flags, addr, snapshot = self.kind, self.flags, self.addr, self.snapshot
+        size = np.uint64(self.memory_size)
+        store, frame = kind == STORE, (kind == TABLE) | (kind == TABLE_END)
+        length = (flags >> 4 & 7).astype(np.uint64)
+        length[(length == 0) | snapshot] = 8
+        level = np.where(store, flags & 7, flags & 15)
+        rules = [
+            ((kind < LOAD_CR3) | (kind > TABLE_END), "kind", "a kind from 1 to 7"),
+            (
+                (store | frame) & ((level < 1) | (level > 5)),
+                "flags",
+                "a table level from 1 to 5 in the flags",
+            ),
+            (store & ~np.isin(length, (1, 2, 4, 8)), "flags", "a store of 1, 2, 4 or 8 bytes in the flags"),
+            (
+                snapshot & (addr % np.uint64(8) != 0),
+                "addr",
+                "a multiple of 8 as the gpa of a snapshot's word",
+            ),
+            (
+                store & (addr % np.uint64(8) + length > np.uint64(8)),
+                "addr",
+                "a store within one aligned entry of 8 bytes",
+            ),
+            (frame & (addr % np.uint64(4096) != 0), "addr", "a multiple of 4096 as the gpa of a table"),
+            ((store | frame) & (addr >= size), "addr", f"a gpa below the end of memory, {int(size):#x}"),
+        ]
+        for broken, field, expected in rules:
+            record = _first(broken)
+            if record is not None:
+                value = int(getattr(self, field)[record])
+                raise TraceError(self.name, record, f"{expected} expected, not {field} {value:#x}")
+
+    @property
+    def operations(self) -> int:
+        """Number of records."""
+        return len(self.kind)
+
+    @property
+    def memory_size(self) -> int:
+        """Guest RAM in bytes."""
+        return self.nframes << 12
+
+    @cached_property
+    def instructions(self) -> int:
+        """Guest instructions that the recording spans."""
+        return int(self.insns.sum(dtype=np.uint64))
+
+    @cached_property
+    def counts(self) -> dict[str, int]:
+        """Records by what they are."""
+        by_kind = np.bincount(self.kind, minlength=TABLE_END + 1).tolist()
+        words = int(self.snapshot.sum())
+        return {
+            "cr3_loads": by_kind[LOAD_CR3],
+            "cr0_cr4_loads": by_kind[LOAD_CR],
+            "table_stores": by_kind[STORE] - words,
+            "snapshot_words": words,
+            "tables": by_kind[TABLE],
+            "invlpg": by_kind[INVLPG],
+            "accesses": by_kind[ACCESS],
+            "tables_ended": by_kind[TABLE_END],
+        }
+
+    @cached_property
+    def snapshot(self) -> NDArray[np.bool_]:
+        """For each record, whether it is a word of a table as it stood when it began to serve.
+
+        Such words follow the TABLE record of their frame. The other stores with the flag SNAPSHOT are made by
+        the guest, to a frame that has ceased to serve: it clears tables late, often byte by byte.
+        """
+        flagged = (self.kind == STORE) & (self.flags & SNAPSHOT != 0)
+        frame = self.addr >> np.uint64(12)
+        same = np.zeros(self.operations, dtype=np.bool_)
+        same[1:] = frame[1:] == frame[:-1]
+        begins = np.flatnonzero(~(flagged & same))  # each record that does not go on with the one before it
+        tables = begins[self.kind[begins] == TABLE]
+        ends = np.append(begins, self.operations)[np.searchsorted(begins, tables) + 1]
+        mask = np.zeros(self.operations + 1, dtype=np.int8)
+        mask[tables + 1] += 1
+        mask[ends] -= 1
+        return np.cumsum(mask[:-1], dtype=np.int8).astype(np.bool_)
+
+    @cached_property
+    def _survey(self) -> _Survey:
+        survey = _Survey()
+        survey.add(0, self)
+        survey.end()
+        return survey
+
+    @property
+    def first_user(self) -> int | None:
+        """Number of the first user-mode access: before it the guest boots, from it on there is a workload.
+
+        The user flag follows the half of the address space that the instruction lies in, so that boot code at
+        low addresses carries it as well. There, linear addresses are physical ones, which tells it apart:
+        user code begins where most of the next 16 flagged accesses reach another address.
+        """
+        return self._survey.first_user
+
+    @cached_property
+    def user(self) -> NDArray[np.bool_]:
+        """For each record, whether it is a user-mode access.
+
+        Boot code is not (see first_user). Nor is an access to the upper half of the address space: where a
+        user instruction is interrupted, the processor reads tables and pushes a frame as supervisor.
+        """
+        return self.user_from(self.first_user)
+
+    def user_from(self, first: int | None) -> NDArray[np.bool_]:
+        """The same, where the workload begins at record `first`."""
+        mask: NDArray[np.bool_] = (self.kind == ACCESS) & (self.flags & USER != 0)
+        mask &= self.addr >> np.uint64(63) == 0
+        mask[: self.operations if first is None else max(first, 0)] = False
+        return mask
+
+    @property
+    def direct_map(self) -> int:
+        """Linear address at which the guest maps all of its memory.
+
+        Where the access that carried a table store was recorded as well, just before it, its addresses tell;
+        without any, it is where 64-bit Linux has it unless it is moved at random.
+        """
+        return self._survey.direct_map
+
+    @property
+    def first_cr3(self) -> int:
+        """Number of the first CR3 load, 0 without one: the records before it are tables that it needs."""
+        return self._survey.first_cr3 or 0
+
+    def pieces(self, first: int = 0) -> Iterator[tuple[int, Recording]]:
+        """The recording in one piece, as (number of its first record, piece)."""
+        yield 0, self
+
+    @property
+    def arrays(self) -> dict[str, NDArray[Any]]:
+        """The five arrays by name."""
+        return {name: getattr(self, name) for name in _ARRAYS}
+
+    def head(self, records: int) -> Recording:
+        """The recording cut after so many records."""
+        check_int("records", records, 1, self.operations)
+        cut: dict[str, Any] = {name: array[:records] for name, array in self.arrays.items()}
+        return dataclasses.replace(self, **cut)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write a file that `load` reads: a recording by blocks if its name ends in .screc, else an .npz file."""
+        path = check_path(path)
+        if Path(path).suffix == SUFFIX:
+            with Writer(path, GUEST, name=self.name, guest={name: getattr(self, name) for name in _SCALARS}) as writer:
+                writer.write(**self.arrays)
+                writer.close(complete=self.complete)
+            return
+        scalars: dict[str, Any] = {name: np.uint64(getattr(self, name)) for name in _SCALARS}
+        if not self.complete:
+            scalars["complete"] = np.bool_(False)
+        name = os.fspath(path)
+        with Replacement(name if name.endswith(".npz") else f"{name}.npz") as file:
+            np.savez_compressed(file, **self.arrays, **scalars)  # type: ignore[arg-type]
+
+    def __repr__(self) -> str:
+        return f"Recording({self.name!r}, {self.operations} records, {self.instructions} instructions)"
+
+
+class _Survey:
+    """What is known of a recording when all of its pieces have been seen, one after the other."""
+
+    def __init__(self) -> None:
+        self.first_user: int | None = None
+        self.first_cr3: int | None = None
+        self.operations = 0
+        self._flagged = np.zeros(0, dtype=np.int64)  # user accesses whose next ones are not all known
+        self._moved = np.zeros(0, dtype=np.bool_)
+        self._offsets: dict[int, int] = {}
+
+    def add(self, first: int, piece: Recording) -> None:
+        self.operations = first + piece.operations
+        if self.first_cr3 is None:
+            record = _first(piece.kind == LOAD_CR3)
+            self.first_cr3 = None if record is None else first + record
+        if self.first_user is None:
+            flagged = np.flatnonzero((piece.kind == ACCESS) & (piece.flags & USER != 0))
+            self._moved = np.append(self._moved, piece.addr[flagged] != piece.value[flagged])
+            self._flagged = np.append(self._flagged, flagged + first)
+            self._find_user(len(self._flagged) - 15)
+        carried = (piece.kind[:-1] == ACCESS) & (piece.flags[:-1] & WRITE != 0) & (piece.kind[1:] == STORE)
+        carried &= piece.value[:-1] >> np.uint64(3) == piece.addr[1:] >> np.uint64(3)
+        offsets, counts = np.unique((piece.addr - piece.value)[:-1][carried], return_counts=True)
+        for offset, count in zip(offsets.tolist(), counts.tolist(), strict=True):
+            self._offsets[offset] = self._offsets.get(offset, 0) + count
+        if len(self._offsets) > _OFFSETS_MAX:
+            # A guest has few mappings of its tables: no more than memory allows are told apart.
+            most = sorted(self._offsets, key=lambda offset: -self._offsets[offset])[: _OFFSETS_MAX // 2]
+            self._offsets = {offset: self._offsets[offset] for offset in most}
+
+    def end(self) -> None:
+        if self.first_user is None:
+            self._find_user(len(self._flagged))
+
+    def _find_user(self, known: int) -> None:
+        """Look at the first `known` of the flagged accesses, and forget them."""
+        if known <= 0:
+            return
+        before = np.append(0, np.cumsum(self._moved))
+        begins = np.arange(known)
+        ends = np.minimum(begins + 16, len(self._flagged))
+        most = 2 * (before[ends] - before[begins]) > ends - begins
+        found = _first(self._moved[:known] & most)
+        self.first_user = None if found is None else int(self._flagged[found])
+        self._flagged, self._moved = self._flagged[known:], self._moved[known:]
+
+    @property
+    def direct_map(self) -> int:
+        offsets = self._offsets
+        return min(offsets, key=lambda offset: (-offsets[offset], offset)) if offsets else 0xFFFF_8880_0000_0000
+
+
+class RecordingFile:
+    """A guest's recording in a file of blocks, read piece by piece: of any length, in bounded memory.
+
+    It has the attributes of Recording but for the arrays. Those that depend on all records (first_user, ...) are found
+    by reading the file once, when they are first asked for. TraceError for the first record that cannot be.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = check_path(path)
+        with self._open() as reader:
+            self.name = reader.name
+            self.operations = reader.records
+            self.complete = reader.complete
+            self.cr0, self.cr4, self.efer, self.nframes = (reader.guest[name] for name in _SCALARS)
+        for name, highest in _SCALARS.items():
+            lowest = 1 if name == "nframes" else 0
+            if not lowest <= getattr(self, name) <= highest:
+                raise TraceError(path, None, f"{name!r}: one integer from {lowest} to {highest:#x} expected")
+        if not self.operations:
+            raise TraceError(path, None, "at least one record expected")
+
+    def _open(self) -> Reader:
+        reader = Reader(self.path)
+        if reader.stream != GUEST:
+            reader.close()
+            raise TraceError(self.path, None, f"a recording of a guest expected, not of {reader.stream}")
+        return reader
+
+    def pieces(self, first: int = 0) -> Iterator[tuple[int, Recording]]:
+        """The records in order, as (number of its first record, piece), from a piece with record `first` on.
+
+        No piece begins within what belongs together: a table with its words, a store with the access before it.
+        """
+        begin, held = 0, {name: np.zeros(0, dtype=dtype) for name, dtype in _ARRAYS.items()}
+        with self._open() as reader:
+            # A table that begins before the first block ends well before the record that is asked for.
+            for block in reader.blocks(max(first - 2 * _TABLE_MAX, 0)):
+                new = not len(held["kind"])
+                held = {name: np.concatenate((held[name], block.columns[name])) for name in _ARRAYS}
+                cuts = _cuts(held["kind"], held["flags"], held["addr"])
+                skipped = 0
+                if new:
+                    begin = block.first
+                    skipped = int(cuts[0]) if begin and len(cuts) and block.first < first else 0
+                cut = int(cuts[-1]) if len(cuts) else 0
+                length = len(held["kind"])
+                if not cut and length > _TABLE_MAX + block.records:
+                    if held["kind"][0] == TABLE:
+                        raise TraceError(self.path, begin, f"a table of {_TABLE_MAX} words at most expected")
+                    cut = length - 1  # stores to a frame that has ceased to serve: they do not belong together
+                if cut > skipped:
+                    yield begin + skipped, self._piece(begin + skipped, {k: v[skipped:cut] for k, v in held.items()})
+                held = {name: array[cut:] for name, array in held.items()}
+                begin += cut
+            if len(held["kind"]):
+                yield begin, self._piece(begin, held)
+
+    def _piece(self, begin: int, arrays: dict[str, NDArray[Any]]) -> Recording:
+        scalars = {name: getattr(self, name) for name in _SCALARS}
+        members: dict[str, Any] = arrays | scalars
+        try:
+            return Recording(name=self.name, complete=self.complete, **members)
+        except TraceError as error:
+            raise TraceError(self.path, begin + (error.record or 0), error.expected) from None
+
+    @cached_property
+    def _survey(self) -> _Survey:
+        survey = _Survey()
+        for first, piece in self.pieces():
+            survey.add(first, piece)
+        survey.end()
+        return survey
+
+    @property
+    def memory_size(self) -> int:
+        """Guest RAM in bytes."""
+        return self.nframes << 12
+
+    @property
+    def first_user(self) -> int | None:
+        """As Recording.first_user."""
+        return self._survey.first_user
+
+    @property
+    def first_cr3(self) -> int:
+        """As Recording.first_cr3."""
+        return self._survey.first_cr3 or 0
+
+    @property
+    def direct_map(self) -> int:
+        """As Recording.direct_map."""
+        return self._survey.direct_map
+
+    def __repr__(self) -> str:
+        return f"RecordingFile({self.name!r}, {self.operations} records)"
+
+
+def _cuts(kind: NDArray[np.uint8], flags: NDArray[np.uint16], addr: NDArray[np.uint64]) -> NDArray[np.int64]:
+    """The places, but for both ends, at which records can be parted."""
+    store = kind[1:] == STORE
+    # A store belongs to an access before it, and a flagged one to the same frame's before it: to a table's words.
+    with_access = kind[:-1] == ACCESS
+    same = addr[1:] >> np.uint64(12) == addr[:-1] >> np.uint64(12)
+    follows = (flags[1:] & SNAPSHOT != 0) & same
+    return np.flatnonzero(~(store & (with_access | follows))) + 1
+
+
+def open_recording(path: str | os.PathLike[str] | None = None) -> Recording | RecordingFile:
+    """A recording to replay (None: the one in the package): one by blocks is not read into memory, others are."""
+    return RecordingFile(path) if path is not None and is_recording(path) else load(path)
+
+
+def load(path: str | os.PathLike[str] | None = None) -> Recording:
+    """Read a recording (None: the one that ships with the package) and check every record.
+
+    TraceError says what is wrong: the file, the number of the record if it is one, and what was expected.
+    """
+    if path is None:
+        bundled = importlib.resources.files(__package__) / "data" / f"{BUNDLED}.npz"
+        with importlib.resources.as_file(bundled) as file:
+            return load(file)
+    if is_recording(path):
+        source = RecordingFile(path)
+        with source._open() as reader:
+            blocks = [block.columns for block in reader]
+        return source._piece(0, {name: np.concatenate([block[name] for block in blocks]) for name in _ARRAYS})
+    members: dict[str, Any] = read_arrays(path, (*_ARRAYS, *_SCALARS), ("complete",))
+    if "complete" in members:
+        mark = members["complete"]
+        if mark.shape or mark.dtype != np.bool_:
+            raise TraceError(
+                path, None, f"'complete': one truth value expected, not {mark.dtype} of shape {mark.shape}"
+            )
+        members["complete"] = bool(mark)
+    try:
+        return Recording(name=Path(path).stem, **members)
+    except TraceError as error:
+        raise TraceError(path, error.record, error.expected) from None
+
+
+def read_arrays(
+    path: str | os.PathLike[str], names: Iterable[str], optional: Iterable[str] = ()
+) -> dict[str, NDArray[Any]]:
+    """The named members of an .npz file, and those of `optional` that are there; TraceError unless each can be read."""
+    path = check_path(path)
+    try:
+        with open(path, "rb") as file:
+            if not zipfile.is_zipfile(file):
+                raise TraceError(path, None, "an .npz file expected: this is none, or it is cut short")
+            with zipfile.ZipFile(file) as archive:
+                npy.check_members(archive)
+                there = {name for name in optional if f"{name}.npy" in archive.NameToInfo}
+                return {name: _member(path, archive, name) for name in (*names, *there)}
+    except TraceError:
+        raise
+    except npy.UNREADABLE as error:
+        reason = getattr(error, "strerror", None) or error
+        raise TraceError(path, None, f"a readable .npz file expected: {reason}") from None
+
+
+def _member(path: str, archive: zipfile.ZipFile, name: str) -> NDArray[Any]:
+    if f"{name}.npy" not in archive.NameToInfo:
+        raise TraceError(path, None, f"array {name!r} expected, there is none")
+    try:
+        return npy.parse(archive.read(f"{name}.npy"))
+    except npy.UNREADABLE as error:
+        raise TraceError(path, None, f"array {name!r} cannot be read: {error}") from None
+
+
+def _first(mask: NDArray[np.bool_]) -> int | None:
+    index = int(mask.argmax()) if len(mask) else 0
+    return index if len(mask) and mask[index] else None

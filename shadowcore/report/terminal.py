@@ -1,0 +1,228 @@
+"""What a terminal shows: the tables of studies."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from ..engine.costs import COMPONENTS
+from ..recording.format import INCOMPLETE
+from ..recording.replay import Phase, ReplayResult
+from ..studies.reproduction import Reproduction
+from ..studies.study import Study, StudyDesign
+from ..workload import WorkloadResult
+
+WIDTH = 100
+"""Columns of a table that does not go to a terminal."""
+
+_EXITS = {
+    "fill": "page fault: shadow entry missing",
+    "write": "page fault: more rights for a leaf",
+    "emulate": "page fault: store to a guest table",
+    "guest": "page fault: the guest's own",
+    "mmio": "page fault: device access",
+    "cr3": "CR3 load",
+    "cr0": "CR0 load",
+    "cr4": "CR4 load",
+    "efer": "EFER load",
+    "invlpg": "INVLPG",
+}
+
+
+def _console() -> Console:
+    console = Console(highlight=False)
+    return console if console.is_terminal else Console(highlight=False, width=WIDTH)
+
+
+def comparison(study: Study) -> Table:
+    """Metrics down, designs across."""
+    designs = list(study.designs.values())
+    unit = "operations" if study.kind == "workload" else "records"
+    title = escape(f"{study.workload}: {study.operations:,} {unit}")
+    table = Table(title=title, caption=_caption(study), title_style="bold", caption_justify="left")
+    table.add_column("", no_wrap=True)
+    for design in designs:
+        table.add_column(design.name, justify="right", no_wrap=True)
+
+    def row(name: str, values: Iterable[float], style: str = "", digits: int = 0) -> None:
+        table.add_row(name, *(f"{value:,.{digits}f}" for value in values), style=style)
+
+    def counter(name: str, key: str) -> None:
+        row(name, [design.counters[key] for design in designs])
+
+    for reason, name in _EXITS.items():
+        row(name, [design.exits[reason] for design in designs])
+    row("VM exits, all", [design.exits_total for design in designs], "bold")
+    per = "guest instructions" if study.kind == "recording" else "operations"
+    row(f"  per million {per}", [design.exits_per_million for design in designs], "bold", 2)
+    for part in ("boot", "workload"):
+        replays = [design.result for design in designs if isinstance(design.result, ReplayResult)]
+        phases: list[Phase] = [phase for replay in replays if (phase := getattr(replay, part))]
+        if phases:
+            row(f"  in the {part}", [phase.exits_total for phase in phases])
+            row(f"  in the {part}, per million", [phase.exits_per_million for phase in phases], digits=2)
+    table.add_section()
+    counter("emulated stores", "pf_emulate")
+    counter("shadow pages zapped", "mmu_shadow_zapped")
+    counter("  by floods of stores, or misaligned ones", "mmu_flooded")
+    counter("  recycled for room in the pool", "mmu_recycled")
+    row("shadow pages in use, mean", [design.pages_mean for design in designs], digits=1)
+    row("shadow pages in use, most", [design.pages_max for design in designs])
+    table.add_section()
+    counter("entries read by the processor's walks", "walk_references")
+    counter("guest entries read at exits", "guest_walk_references")
+    if any(design.counters["tlb_misses"] for design in designs):
+        counter("TLB misses", "tlb_misses")
+    table.add_section()
+    row(f"cycles, estimated ({escape(study.costs.name)}), millions", [d.cost.total / 1e6 for d in designs], digits=1)
+    slow = ["" if d.cost.slow_down is None else f"{d.cost.slow_down:,.2f}" for d in designs]
+    table.add_row("slow-down against native, estimated", *slow, style="bold")
+    table.add_section()
+    if study.kind == "recording":
+        row("accesses that reached another gpa", [design.gpa_mismatches or 0 for design in designs])
+    else:
+        table.add_row("the guest did the same", *("yes" if design.history_equal else "no" for design in designs))
+    counter("guest faults", "guest_faults")
+    row("seconds", [design.seconds for design in designs], digits=3)
+    return table
+
+
+def _caption(study: Study) -> str:
+    first = next(iter(study.designs.values())).result
+    if isinstance(first, WorkloadResult):
+        n = first.counters
+        return (
+            f"{n['accesses']:,} accesses of user code, {n['kernel_accesses']:,} of its kernel, {n['cr3_loads']:,} CR3 "
+            f"loads, {n['table_stores']:,} stores to tables, {n['faults']:,} faults; setup left out. Seed {first.seed}."
+        )
+    return _recording_caption(first) + ("" if study.recording_complete else f" {INCOMPLETE}.")
+
+
+def _recording_caption(first: ReplayResult) -> str:
+    millions = first.whole.instructions / 1e6
+    text = (
+        f"{first.whole.records:,} records replayed, {millions:,.0f} million guest instructions: "
+        f"{first.accesses:,} accesses, {first.table_stores:,} stores to tables ({first.physical_stores:,} by "
+        f"mappings that are not known), {first.snapshot_words:,} words of new tables."
+    )
+    if first.boot and first.workload:
+        text += f" Boot ends at record {first.boot.records:,}, the first user-mode access."
+    return text
+
+
+def print_comparison(study: Study) -> None:
+    """Print it."""
+    _console().print(comparison(study))
+
+
+_SWEPT: tuple[tuple[str, Callable[[StudyDesign], str]], ...] = (
+    ("VM exits", lambda d: f"{d.exits_total:,}"),
+    ("emulated", lambda d: f"{d.counters['pf_emulate']:,}"),
+    ("zapped", lambda d: f"{d.counters['mmu_shadow_zapped']:,}"),
+    ("recycled", lambda d: f"{d.counters['mmu_recycled']:,}"),
+    ("pages", lambda d: f"{d.pages_mean:,.1f}"),
+    ("Mcycles", lambda d: f"{d.cost.total / 1e6:,.1f}"),
+    ("slow-down", lambda d: "" if d.cost.slow_down is None else f"{d.cost.slow_down:,.2f}"),
+)
+
+
+def sweep(over: str, studies: Sequence[tuple[Any, Study]]) -> Table:
+    """A row for each design and value of the setting `over`."""
+    from ..studies.settings import written
+
+    first = studies[0][1]
+    unit = "operations" if first.kind == "workload" else "records"
+    title = escape(f"{first.workload}: {first.operations:,} {unit}, over {over}")
+    caption = f"pages: shadow pages in use, mean. Cycles are estimated, by prices of {escape(first.costs.name)}."
+    if not first.recording_complete:
+        caption += f" {INCOMPLETE}."
+    table = Table(title=title, caption=caption, title_style="bold", caption_justify="left")
+    table.add_column("design", no_wrap=True)
+    table.add_column(escape(over), justify="right", no_wrap=True)
+    for name, _ in _SWEPT:
+        table.add_column(name, justify="right", no_wrap=True)
+    for design in dict.fromkeys(name for _, study in studies for name in study.designs):
+        table.add_section()
+        for value, study in studies:
+            if design in study.designs:
+                cells = [show(study.designs[design]) for _, show in _SWEPT]
+                table.add_row(design, escape(written(value)), *cells)
+    return table
+
+
+def print_sweep(over: str, studies: Sequence[tuple[Any, Study]]) -> None:
+    """Print it."""
+    _console().print(sweep(over, studies))
+
+
+def print_run(study: Study) -> None:
+    """What a workload did, and what each design did about it: every counter that is not 0."""
+    designs = list(study.designs.values())
+    first = designs[0].result
+    assert isinstance(first, WorkloadResult)
+    set_ = ", ".join(f"{name} {value}" for name, value in first.parameters.items())
+    table = Table(
+        title=escape(f"{study.workload}: {first.operations:,} operations"),
+        caption=escape(f"{set_}; seed {first.seed}. {study.command}"),
+        title_style="bold",
+        caption_justify="left",
+    )
+    table.add_column("")
+    for design in designs:
+        table.add_column(design.name, justify="right", no_wrap=True)
+
+    def section(name: str, rows: Iterable[tuple[str, list[float]]], digits: int = 0) -> None:
+        shown = [(label, values) for label, values in rows if any(values)]
+        if shown:
+            table.add_section()
+            table.add_row(name, style="bold")
+            for label, values in shown:
+                table.add_row(f"  {escape(label)}", *(f"{value:,.{digits}f}" for value in values))
+
+    section("the guest", [(key, [d.result.counters[key] for d in designs]) for key in first.counters])  # type: ignore[union-attr]
+    section("the engine", [(key, [d.result.stats[key] for d in designs]) for key in first.stats])  # type: ignore[union-attr]
+    section(
+        "shadow pages in use", [("mean", [d.pages_mean for d in designs]), ("most", [d.pages_max for d in designs])]
+    )
+    parts = [(what, [d.cost.components[key] / 1e6 for d in designs]) for key, what in COMPONENTS.items()]
+    section(f"cycles, estimated ({study.costs.name}), millions", parts, 2)
+    table.add_section()
+    table.add_row("slow-down against native, estimated", *(f"{d.cost.slow_down or 0:,.3f}" for d in designs))
+    table.add_row(
+        "operations a second, millions", *(f"{d.operations / 1e6 / max(d.seconds, 1e-9):,.1f}" for d in designs)
+    )
+    table.add_row("history", *(f"{d.history or 0:016x}" for d in designs))
+    _console().print(table)
+
+
+def print_reproduction(found: Reproduction) -> None:
+    """Predicted against published figures."""
+    caption = (
+        f"Calibrated: {found.costs.access:.2f} cycles for an operation, {found.costs.dispatch:,.1f} for an exit beyond "
+        "the processor's part. Given native: on top of the published native figure. Exits for each switch or message."
+    )
+    first = found.figures[0].test
+    table = Table(title="The figures of January 2007", caption=caption, title_style="bold", caption_justify="left")
+    for name in ("test", "column", "published", "predicted", "error", "given native", "error", "exits"):
+        table.add_column(name, justify="left" if name in ("test", "column") else "right")
+    for f in found.figures:
+        if f.column == "native":
+            table.add_section()
+        error = "calibrated" if f.calibrated else f"{f.error(f.predicted, f.published):+.0f} %"
+        given = [f"{f.given_native:.2f}", f"{f.error(f.given_native, f.published):+.0f} %"]
+        shown = given if f.column != "native" and f.test != first else ["", ""]
+        cells = (f"{f.published:g}", f"{f.predicted:.2f}", error, *shown, f"{f.exits:.2f}")
+        table.add_row(f.test, f.column, *cells)
+    _console().print(table)
+    table = Table(title="hackbench with caching, given native, by shadow pages in the pool", title_style="bold")
+    table.add_column("test")
+    for pool in next(iter(found.pools.values())):
+        table.add_column(f"{pool}, s", justify="right")
+        table.add_column("recycled per 1000 messages", justify="right")
+    for test, by_pool in found.pools.items():
+        table.add_row(test, *(cell for s, n in by_pool.values() for cell in (f"{s:.2f}", f"{n:,.0f}")))
+    _console().print(table)

@@ -1,0 +1,129 @@
+"""Settings by name, as a study and the command line take them: of the design, the machine, the guest, the workload."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import re
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from ..config import TLB, Native, Shadow, check_int, design, parse_size
+from ..errors import ConfigError
+from ..guest.options import KernelOptions
+
+if TYPE_CHECKING:
+    from ..workload import Workload
+
+DESIGN = {
+    "pool": "shadow pages in the pool, 4096 bytes each",
+    "min_free": "the pool is refilled when fewer pages than this are free",
+    "refill": "pages that are free after that",
+    "flood_threshold": "consecutive stores to a guest table that zap its shadow pages; none: never",
+    "flood_reset": "true: a fault in between makes them count anew",
+}
+"""Settings of a shadow MMU."""
+MACHINE = {
+    "tlb": "entries of the modelled TLB for pages of 4096 bytes; none: no TLB",
+    "memory": "guest RAM, such as 64MiB (workloads only)",
+}
+GUEST = tuple(field.name for field in dataclasses.fields(KernelOptions) if field.name != "seed")
+"""Settings of the guest kernel (workloads only)."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Split:
+    """Settings, sorted by what they are of."""
+
+    design: dict[str, Any]
+    machine: dict[str, Any]
+    guest: dict[str, Any]
+    parameters: dict[str, Any]
+
+    def check_used(self, designs: Iterable[Native | Shadow]) -> None:
+        """ConfigError for a setting of shadow MMUs that none of the designs has."""
+        chosen = list(designs)
+        for name in self.design:
+            if not any(isinstance(which, Shadow) and (which.keep or name == "pool") for which in chosen):
+                names = ", ".join(which.name for which in chosen)
+                raise ConfigError(f"{name}: it is no setting of {names}; a design that has it is needed")
+
+    def made(self, mmu: str | Native | Shadow) -> Native | Shadow:
+        """The design with its settings; those of a shadow MMU leave `native` alone."""
+        chosen = design(mmu)
+        if not isinstance(chosen, Shadow):
+            return chosen
+        changes = {"pool_pages" if name == "pool" else name: value for name, value in self.design.items()}
+        return dataclasses.replace(chosen, **changes)
+
+    @property
+    def options(self) -> KernelOptions:
+        return KernelOptions(**self.guest)
+
+
+def split(settings: Mapping[str, Any], workload: Workload | None) -> Split:
+    """Sort settings; ConfigError for one that there is not (with the nearest), or not for a recording."""
+    found = Split({}, {}, {}, {})
+    own = workload.parameters if workload else {}
+    for name, value in settings.items():
+        if name in own:
+            found.parameters[name] = value
+        elif name in DESIGN:
+            found.design[name] = value
+        elif name == "tlb" or (name in MACHINE and workload):
+            found.machine[name] = value
+        elif name in GUEST and workload:
+            found.guest[name] = _guest(name, value)
+        else:
+            raise ConfigError(_unknown(name, workload, [*own, *DESIGN, *(MACHINE if workload else ["tlb"])]))
+    if "flood_reset" in found.design and not isinstance(found.design["flood_reset"], bool):
+        raise ConfigError(f"flood_reset: true or false is needed, not {found.design['flood_reset']!r}")
+    for name, value in found.guest.items():
+        if isinstance(getattr(KernelOptions(), name), bool) and not isinstance(value, bool):
+            raise ConfigError(f"{name}: true or false is needed, not {value!r}")
+    if "memory" in found.machine:
+        parse_size(found.machine["memory"])
+    return found
+
+
+def _guest(name: str, value: Any) -> Any:
+    """On the command line, mode 32 is a number, and names are joined by +."""
+    if name == "sloppy" and isinstance(value, str):
+        return tuple(value.split("+"))
+    return str(value) if name == "mode" and type(value) is int else value
+
+
+def _unknown(name: str, workload: Workload | None, known: list[str]) -> str:
+    of = workload.name if workload else "a recording"
+    near = difflib.get_close_matches(name, [*known, *(GUEST if workload else ())], 1)
+    if near:
+        return f"{of}: there is no setting {name!r}; did you mean {near[0]!r}?"
+    more = f"; of its guest: {', '.join(GUEST)}" if workload else ""
+    return f"{of}: there is no setting {name!r}; there are {', '.join(known)}{more}"
+
+
+def tlb(value: Any, default: TLB | None) -> TLB | None:
+    """A TLB from a TLB, a number of entries for small pages (ways as the default has them), None, or "costs"."""
+    if value == "costs":
+        return default
+    if value is None or isinstance(value, TLB):
+        return value
+    entries = check_int("tlb", value, 0, 1 << 20)
+    base = default or TLB()
+    ways = next(ways for ways in range(min(base.small_ways, max(entries, 1)), 0, -1) if entries % ways == 0)
+    return dataclasses.replace(base, small_entries=entries, small_ways=ways)
+
+
+def parse(text: str) -> Any:
+    """A value as it is written on the command line: a number as C writes it, none, true, false, or a text."""
+    word = text.strip()
+    if re.fullmatch(r"[+-]?(0[xX][0-9a-fA-F]+|\d[\d_]*)", word):
+        return int(word, 0) if not re.fullmatch(r"[+-]?0\d+", word) else int(word)
+    return {"none": None, "true": True, "false": False}.get(word.lower(), word)
+
+
+def written(value: Any) -> str:
+    """The reverse of parse."""
+    if isinstance(value, bool) or value is None:
+        return str(value).lower()
+    return "+".join(map(str, value)) if isinstance(value, tuple) else str(value)

@@ -1,0 +1,506 @@
+"""Studies: one workload or recording under several designs, with counters, costs, and how they went over time."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import io
+import os
+import shlex
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .. import notebook, workload
+from ..config import Features, Native, Shadow, check_int, design
+from ..engine import costs as prices
+from ..engine.costs import CostBreakdown, Costs
+from ..engine.machine import VM
+from ..errors import ConfigError, ShadowcoreError
+from ..files import replace
+from ..recording import replay as trace
+from ..recording.format import INCOMPLETE, SUFFIX
+from ..recording.guest import Recording, RecordingFile
+from . import settings
+
+DEFAULT_DESIGNS = ("native", "flush", "cached")
+OPERATIONS = 1_000_000
+"""Of a workload, where nothing else is said."""
+WINDOWS = 200
+"""Windows in a study, about, where nothing else is said."""
+
+Progress = Callable[[str], AbstractContextManager[Callable[[int, int], None] | None]]
+
+
+@dataclasses.dataclass(frozen=True)
+class StudyDesign:
+    """What one design did.
+
+    design: it, with its settings. counters: those of VM.stats, and of the guest: instructions (recordings),
+        operations, guest_cr3_loads, guest_invlpg, guest_faults.
+    cost: cycles. seconds: that the engine took. operations: done (records of a recording).
+    windows: name -> uint64 array with one element a window: counters, exits_total, pages_mean, pages_max, and
+        `operation`, the number of operations done at its end; `cycles`, estimated. Empty if there are no windows.
+    pages_mean, pages_max: shadow pages in use.
+    gpa_mismatches: accesses that reached another gpa than the recorded one. Of a workload: 0 if its history is that of
+        the first design, else None, for how many differ is not known.
+    history: of a workload, the checksum over all of the guest's accesses; history_equal: the same as that of the first
+        design. None for recordings.
+    result: of the run itself, a trace.ReplayResult or workload.WorkloadResult.
+    """
+
+    name: str
+    design: Native | Shadow
+    counters: dict[str, int]
+    cost: CostBreakdown
+    seconds: float
+    operations: int
+    windows: dict[str, NDArray[np.uint64]]
+    pages_mean: float
+    pages_max: int
+    gpa_mismatches: int | None
+    history: int | None
+    history_equal: bool | None
+    result: trace.ReplayResult | workload.WorkloadResult
+
+    @property
+    def exits(self) -> dict[str, int]:
+        """VM exits by reason."""
+        prefix = "exits_"
+        return {k.removeprefix(prefix): n for k, n in self.counters.items() if k.startswith(prefix) and k != _TOTAL}
+
+    @property
+    def exits_total(self) -> int:
+        """VM exits, whatever the reason."""
+        return self.counters[_TOTAL]
+
+    @property
+    def exits_per_million(self) -> float:
+        """VM exits per million guest instructions, or operations where instructions are not known."""
+        work = self.counters.get("instructions") or self.operations
+        return 1e6 * self.exits_total / work if work else 0.0
+
+    def as_dict(self) -> dict[str, Any]:
+        """All but the windows in plain types."""
+        n = self.counters
+        if isinstance(self.result, trace.ReplayResult):
+            return self.result.as_dict() | self.cost.as_dict()
+        plain = {
+            "operations": self.operations,
+            "exits_total": self.exits_total,
+            "exits": self.exits,
+            "exits_per_million": self.exits_per_million,
+            "emulated": n["pf_emulate"],
+            "zapped": n["mmu_shadow_zapped"],
+            "flooded": n["mmu_flooded"],
+            "recycled": n["mmu_recycled"],
+            "walk_references": n["walk_references"],
+            "guest_walk_references": n["guest_walk_references"],
+            "tlb_hits": n["tlb_hits"],
+            "tlb_misses": n["tlb_misses"],
+            "accesses": n["accesses"],
+            "faults": n["guest_faults"],
+            "pages_mean": self.pages_mean,
+            "pages_max": self.pages_max,
+            "gpa_mismatches": self.gpa_mismatches,
+            "history": f"{self.history:#018x}",
+            "history_equal": self.history_equal,
+            "kernel": dict(self.result.counters),
+            "operations_per_second": self.result.operations_per_second,
+            "seconds": self.seconds,
+        }
+        return plain | self.cost.as_dict()
+
+
+_TOTAL = "exits_total"
+
+
+@dataclasses.dataclass(frozen=True)
+class Study:
+    """One workload or recording under several designs.
+
+    workload: its name; kind: "workload" or "recording". operations: asked for (records of the recording).
+    designs: by name. costs: the prices. settings: all that were not left out, by name. command: the shell command that
+    repeats it. window: operations in a window, 0 if there are none.
+    complete: False if it was interrupted; the designs are then those that were done.
+    recording: that was replayed, or None. recording_complete: False if that ended before its time.
+    """
+
+    workload: str
+    kind: str
+    operations: int
+    designs: dict[str, StudyDesign]
+    costs: Costs
+    settings: dict[str, Any]
+    command: str
+    window: int
+    complete: bool = True
+    recording: Recording | RecordingFile | None = None
+
+    @property
+    def recording_complete(self) -> bool:
+        """What was recorded did not end before its time; True of a workload."""
+        return self.recording is None or self.recording.complete
+
+    def as_dict(self) -> dict[str, Any]:
+        """All but the windows in plain types, as `shadowcore compare --json` prints it."""
+        return {
+            "workload": self.workload,
+            "kind": self.kind,
+            "operations": self.operations,
+            "settings": {name: _plain(value) for name, value in self.settings.items()},
+            "command": self.command,
+            "costs": self.costs.as_dict(),
+            "complete": self.complete,
+            "recording_complete": self.recording_complete,
+            "designs": {name: design.as_dict() for name, design in self.designs.items()},
+        }
+
+    def rows(self) -> list[dict[str, Any]]:
+        """One flat row a design: what `--csv` writes and to_pandas has. Names of nested fields are joined by `_`."""
+        return [
+            {"workload": self.workload, "recording_complete": self.recording_complete, "design": name}
+            | _flat(design.as_dict())
+            for name, design in self.designs.items()
+        ]
+
+    def to_csv(self, path: str | os.PathLike[str]) -> None:
+        """Write the rows to a file. OSError where that cannot be done."""
+        write_csv(path, self.rows())
+
+    def to_pandas(self) -> Any:
+        """The rows as a DataFrame with designs as its index. ConfigError where pandas is not installed."""
+        return notebook.pandas().DataFrame(self.rows()).set_index("design")
+
+    def windows_to_pandas(self) -> Any:
+        """Counters by windows as a DataFrame with (design, operation at the window's end) as its index."""
+        frames = [notebook.pandas().DataFrame(d.windows).assign(design=name) for name, d in self.designs.items()]
+        return notebook.pandas().concat(frames).set_index(["design", "operation"])
+
+    def _repr_html_(self) -> str:
+        names = list(self.designs)
+        picked: list[tuple[str, Callable[[StudyDesign], str]]] = [
+            ("VM exits", lambda d: f"{d.exits_total:,}"),
+            ("emulated stores", lambda d: f"{d.counters['pf_emulate']:,}"),
+            ("shadow pages zapped", lambda d: f"{d.counters['mmu_shadow_zapped']:,}"),
+            ("shadow pages in use, mean", lambda d: f"{d.pages_mean:,.1f}"),
+            ("cycles, millions", lambda d: f"{d.cost.total / 1e6:,.1f}"),
+            ("slow-down", lambda d: "" if d.cost.slow_down is None else f"{d.cost.slow_down:.3f}"),
+        ]
+        rows = [(label, *(show(self.designs[name]) for name in names)) for label, show in picked]
+        title = f"{self.workload}: {self.operations:,} operations"
+        return notebook.table(title + ("" if self.recording_complete else f". {INCOMPLETE}"), ("", *names), rows)
+
+    def __repr__(self) -> str:
+        return f"Study({self.workload!r}, {self.operations} operations, {', '.join(self.designs)})"
+
+
+class StudyInterrupted(KeyboardInterrupt):
+    """Ctrl-C in a study; `study` has the designs that were done by then."""
+
+    def __init__(self, study: Study) -> None:
+        super().__init__("interrupted")
+        self.study = study
+
+    __reduce__ = ShadowcoreError.__reduce__
+
+
+def study(
+    source: str | os.PathLike[str] | Recording | RecordingFile | Source | None = None,
+    designs: Iterable[str | Native | Shadow] = DEFAULT_DESIGNS,
+    *,
+    costs: Costs | str = "modern",
+    windows: int | None = None,
+    operations: int | None = None,
+    seed: int | None = None,
+    skip_boot: bool = False,
+    settings: Mapping[str, Any] | None = None,
+    progress: Progress | None = None,
+    **parameters: Any,
+) -> Study:
+    """Run a workload, or replay a recording, under each design.
+
+    source: the name of a workload, the path of a recording, a recording, or None for the one in the package; or what
+        Source.find made of one of these, so that several studies open it once.
+    designs: names of designs, or Native and Shadow objects. costs: a preset of Costs, by its name, or Costs.
+    windows: count by windows of so many operations (records); None: about 200 windows; 0: none.
+    operations: of a workload (None: a million), or records of a recording, at most (None: all).
+    seed: of a workload (None: 0). skip_boot: replay a recording from its first user-mode access on.
+    parameters, settings: of the workload (WORKLOADS[name].parameters), of the guest kernel (KernelOptions), of shadow
+        MMUs (pool, min_free, refill, flood_threshold, flood_reset), and of the machine: memory, tlb (entries for small
+        pages, a TLB, or None; a workload has the TLB of the costs unless told otherwise, a recording none, for what it
+        holds are the accesses that missed one). Settings win; they can have any name. One that nothing here uses is an
+        error.
+    progress: called with the name of each design, gives a context manager whose value, unless None, is called with
+        operations done, and all.
+
+    ConfigError, TraceError. Ctrl-C raises StudyInterrupted.
+    """
+    found = Source.find(source)
+    given = parameters | dict(settings or {})
+    job = _Job(found, designs, prices.find(costs), given, operations, seed, skip_boot, windows)
+    return job.run(progress or (lambda _: nullcontext()))
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """What is studied: `workload`, or else `recording`; argument: how the command line calls it (None: not at all)."""
+
+    workload: workload.Workload | None
+    recording: Recording | RecordingFile | None
+    argument: str | None
+
+    @classmethod
+    def find(cls, source: Any) -> Source:
+        """See `study`. ConfigError, TraceError."""
+        if isinstance(source, cls):
+            return source
+        if isinstance(source, (Recording, RecordingFile)):
+            path = getattr(source, "path", None)
+            bundled = source.name == trace.BUNDLED and path is None
+            return cls(None, source, None if bundled else str(path or f"{source.name}.npz"))
+        if isinstance(source, workload.Workload):
+            return cls(source, None, source.name)
+        if source is None:
+            return cls(None, trace.open_recording(None), None)
+        if isinstance(source, str) and source in workload.WORKLOADS:
+            return cls(workload.find(source), None, source)
+        if not isinstance(source, (str, os.PathLike)):
+            raise ConfigError(f"workload: a name, a path or a recording is needed, not {source!r:.60}")
+        path = Path(source)
+        looks_like_a_file = path.suffix in (".npz", SUFFIX) or len(path.parts) > 1 or isinstance(source, os.PathLike)
+        if looks_like_a_file or path.is_file():
+            return cls(None, trace.open_recording(source), str(source))
+        workload.find(str(source))
+        raise AssertionError  # find has refused it
+
+    @property
+    def name(self) -> str:
+        if self.workload:
+            return self.workload.name
+        assert self.recording is not None
+        return self.recording.name
+
+
+class _Job:
+    """A study that is being made: everything checked, nothing run."""
+
+    def __init__(
+        self,
+        source: Source,
+        designs: Iterable[str | Native | Shadow],
+        costs: Costs,
+        given: Mapping[str, Any],
+        operations: int | None,
+        seed: int | None,
+        skip_boot: bool,
+        windows: int | None,
+    ) -> None:
+        self.source = source
+        self.costs = costs
+        if seed is not None and not source.workload:
+            raise ConfigError("seed: a workload is needed; a recording has nothing random")
+        self.seed = 0 if seed is None else check_int("seed", seed, 0, (1 << 64) - 1)
+        self.split = settings.split(given, source.workload)
+        if isinstance(designs, (str, Native, Shadow)):
+            designs = (designs,)
+        wanted = [(design(which), self.split.made(which)) for which in designs]
+        if not wanted:
+            raise ConfigError("designs: at least one is needed")
+        self.split.check_used(made for _, made in wanted)
+        self.designs: dict[str, Native | Shadow] = {}
+        for _, made in wanted:
+            if made.name in self.designs and self.designs[made.name] != made:
+                raise ConfigError(f"designs: two are called {made.name!r}; give them names")
+            self.designs[made.name] = made
+        self.given = dict(given)
+        limit = 1 << 62 if operations is None else check_int("operations", operations, 1, 1 << 62)
+        if source.workload:
+            if skip_boot:
+                raise ConfigError("skip_boot: a recording is needed; a workload begins after its setup")
+            self.start = 0
+            self.total = OPERATIONS if operations is None else limit
+            self.parameters = source.workload.checked(self.split.parameters)
+            self.options = self.split.options
+            self.tlb = settings.tlb(self.split.machine.get("tlb", "costs"), costs.tlb)
+            self.memory = self.split.machine.get("memory", source.workload.memory)
+        else:
+            assert source.recording is not None
+            user = source.recording.first_user if skip_boot else 0
+            if user is None:
+                raise ConfigError("skip_boot: a recording with user-mode accesses is needed, this one has none")
+            self.start = user
+            self.total = min(source.recording.operations - self.start, limit)
+            self.tlb = settings.tlb(self.split.machine.get("tlb"), costs.tlb)
+        self.window = max(1, self.total // WINDOWS) if windows is None else check_int("windows", windows, 0, 1 << 62)
+        self.command = self._command(wanted, operations, skip_boot)
+
+    def _command(
+        self, wanted: list[tuple[Native | Shadow, Native | Shadow]], operations: int | None, skip: bool
+    ) -> str:
+        words = ["shadowcore", "compare", *([self.source.argument] if self.source.argument else [])]
+        for chosen, _ in wanted:
+            words += ["--mmu", chosen.name]
+        for name, value in self.given.items():
+            words += ["--set", f"{name}={settings.written(value)}"]
+        if operations is not None:
+            words += ["--operations", str(operations)]
+        if self.seed:
+            words += ["--seed", str(self.seed)]
+        if self.costs.name != "modern":
+            words += ["--costs", self.costs.name]
+        if skip:
+            words += ["--skip-boot"]
+        return shlex.join(words)
+
+    def run(self, progress: Progress) -> Study:
+        done: dict[str, StudyDesign] = {}
+        native = None
+        baseline = {"native": Native()} if "native" not in self.designs else {}
+        # Native first: the others are measured against it.
+        order = sorted((baseline | self.designs).items(), key=lambda item: not isinstance(item[1], Native))
+        try:
+            for name, made in order:
+                with progress(name) as report:
+                    result = self._one(made, report, 0 if name in baseline else self.window)
+                counters = _counters(result)
+                if isinstance(made, Native) and native is None:
+                    native = counters
+                if name not in baseline:
+                    done[name] = self._design(name, made, result, counters, native, next(iter(done.values()), None))
+        except KeyboardInterrupt:
+            raise StudyInterrupted(self._study(done, complete=False)) from None
+        return self._study({name: done[name] for name in self.designs}, complete=True)
+
+    def _study(self, done: dict[str, StudyDesign], complete: bool) -> Study:
+        recording = self.source.recording
+        shown = {"costs": self.costs.name, "tlb": None if self.tlb is None else self.tlb.small_entries}
+        if self.source.workload:
+            shown |= {"operations": self.total, "seed": self.seed, "memory": self.memory}
+            shown |= self.parameters | {name: getattr(self.options, name) for name in self.split.guest}
+        else:
+            shown |= {"start": self.start, "operations": self.total}
+        shown |= self.split.design
+        return Study(
+            workload=self.source.name,
+            recording=recording,
+            kind="workload" if self.source.workload else "recording",
+            operations=self.total if recording is None else recording.operations,
+            designs=done,
+            costs=self.costs,
+            settings=shown,
+            command=self.command,
+            window=self.window,
+            complete=complete,
+        )
+
+    def _one(
+        self, made: Native | Shadow, report: Callable[[int, int], None] | None, window: int
+    ) -> trace.ReplayResult | workload.WorkloadResult:
+        if self.source.workload:
+            vm = VM(self.memory, made, tlb=self.tlb, features=Features())
+            return workload.run(
+                self.source.workload.name,
+                vm,
+                seed=self.seed,
+                operations=self.total,
+                options=self.options,
+                progress=report,
+                window=window or max(1, self.total // WINDOWS),  # pages in use are sampled by windows
+                **cast("dict[str, Any]", self.parameters),
+            )
+        assert self.source.recording is not None
+        stop = self.start + self.total
+        return trace.replay(
+            self.source.recording, made, start=self.start, stop=stop, progress=report, window=window, tlb=self.tlb
+        )
+
+    def _design(
+        self,
+        name: str,
+        made: Native | Shadow,
+        result: trace.ReplayResult | workload.WorkloadResult,
+        counters: dict[str, int],
+        native: dict[str, int] | None,
+        first: StudyDesign | None,
+    ) -> StudyDesign:
+        history = getattr(result, "history", None)
+        equal = None if history is None else first is None or history == first.history
+        mismatches = result.gpa_mismatches if isinstance(result, trace.ReplayResult) else 0 if equal else None
+        return StudyDesign(
+            name=name,
+            design=made,
+            counters=counters,
+            cost=self.costs.of(counters, native),
+            seconds=result.seconds,
+            operations=counters["operations"],
+            windows=self._windows(result) if self.window else {},
+            pages_mean=float(result.pages_mean or 0),
+            pages_max=int(result.pages_max or 0),
+            gpa_mismatches=mismatches,
+            history=history,
+            history_equal=equal,
+            result=result,
+        )
+
+    def _windows(self, result: trace.ReplayResult | workload.WorkloadResult) -> dict[str, NDArray[np.uint64]]:
+        """Those of the result, with `cycles`."""
+        windows = dict(result.windows or {})
+        operations = np.diff(windows["operation"], prepend=np.uint64(0))
+        known = {name: column.tolist() for name, column in windows.items() if not name.startswith("pages_")}
+        known |= {"operations": operations.tolist(), "guest_faults": known["faults"], "guest_invlpg": known["invlpg"]}
+        rows = [dict(zip(known, row, strict=True)) for row in zip(*known.values(), strict=True)]
+        windows["cycles"] = np.array([round(self.costs.of(row).total) for row in rows], dtype=np.uint64)
+        return windows
+
+
+def _counters(result: trace.ReplayResult | workload.WorkloadResult) -> dict[str, int]:
+    """Counters of the engine with those of the guest that costs are made of."""
+    if isinstance(result, trace.ReplayResult):
+        return result.whole.counters | {
+            "operations": result.whole.records,
+            "instructions": result.whole.instructions,
+            "guest_cr3_loads": result.cr3_loads,
+            "guest_invlpg": result.whole.counters["invlpg"],
+            "guest_faults": result.faults,
+        }
+    return result.stats | {
+        "operations": result.operations,
+        "guest_cr3_loads": result.counters["cr3_loads"],
+        "guest_invlpg": result.counters["invlpg"],
+        "guest_faults": result.counters["faults"],
+    }
+
+
+def write_csv(path: str | os.PathLike[str], rows: list[dict[str, Any]]) -> None:
+    """Rows with one header line; fields that a row has not are left empty."""
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    file = io.StringIO(newline="")
+    writer = csv.DictWriter(file, names)
+    writer.writeheader()
+    writer.writerows(rows)
+    replace(path, file.getvalue().encode("utf-8"))
+
+
+def _flat(plain: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in plain.items():
+        if isinstance(value, Mapping):
+            flat |= _flat(value, f"{prefix}{name}_")
+        elif isinstance(value, list):
+            flat[prefix + name] = " ".join(map(str, value))
+        else:
+            flat[prefix + name] = value
+    return flat
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, (tuple, list)):
+        return [_plain(item) for item in value]
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    return str(value)

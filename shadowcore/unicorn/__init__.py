@@ -1,0 +1,3 @@
+"""Guests of machine code, in Unicorn."""
+
+from .machine import *  # noqa: F403

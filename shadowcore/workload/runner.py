@@ -1,0 +1,210 @@
+"""Workloads by name, run on the guest kernel; see workload_catalog for what they do, docs/workloads.md for all."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..config import TLB, Features, Native, Shadow, check_int
+from ..engine.machine import VM
+from ..engine.windows import WindowLog
+from ..errors import ConfigError
+from ..guest.kernel import Kernel
+from ..guest.options import KernelOptions
+from .catalog import WORKLOADS
+from .script import Guest, Workload
+
+
+@dataclasses.dataclass(frozen=True)
+class WorkloadResult:
+    """What a run came to.
+
+    operations: of the processor, setup left out: accesses of user code and of the kernel, CR3 loads, INVLPGs.
+    counters: of the kernel; stats: of the VM; both without the setup. setup: operations that the setup took.
+    history: checksum of all accesses from boot on; the same under every design. frames: at the end.
+    seconds: of the work, the setup left out. recording: all operations from boot on (OP_DTYPE), or None.
+    windows: counters in each window of operations, by name (see `windows.WindowLog`), or None; and if there are,
+    pages_mean, pages_max: shadow pages in use, sampled.
+    """
+
+    workload: str
+    design: str
+    seed: int
+    parameters: dict[str, int]
+    operations: int
+    setup: int
+    counters: dict[str, int]
+    stats: dict[str, int]
+    frames: dict[str, int]
+    history: int
+    seconds: float
+    recording: NDArray[Any] | None
+    windows: dict[str, NDArray[np.uint64]] | None = dataclasses.field(default=None, compare=False)
+    pages_mean: float | None = None
+    pages_max: int | None = None
+
+    @property
+    def operations_per_second(self) -> float:
+        """Operations by seconds of this host; 0 if no time passed."""
+        return self.operations / self.seconds if self.seconds else 0.0
+
+    def as_dict(self) -> dict[str, Any]:
+        """All but the recording and the windows, in plain types."""
+        plain = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        del plain["recording"], plain["windows"]
+        return plain | {"operations_per_second": self.operations_per_second}
+
+
+class _Meter:
+    """Carries operations out in parts, so that counters can be read in between: a round may be longer than a window.
+
+    Windows end at the first look after their last operation. Pages in use are those at each look, eight a window.
+    """
+
+    def __init__(self, kernel: Kernel, vm: VM, window: int) -> None:
+        self._kernel, self._stats, self._window = kernel, vm.stats, window
+        self._start = self._seen = _operations(kernel.counters)
+        self._kernel_before = kernel.counters
+        self._end = window
+        self._calls = 1
+        self._log = WindowLog(vm.stats)
+
+    def run(self, calls: NDArray[Any]) -> NDArray[np.uint64]:
+        results, first = [], 0
+        while first < len(calls):
+            part = calls[first : first + self._calls]
+            first += len(part)
+            results.append(self._kernel.run(part))
+            self._look(len(part))
+        return np.concatenate(results) if results else np.zeros(0, dtype=np.uint64)
+
+    def _look(self, calls: int) -> None:
+        counters = self._kernel.counters
+        seen = _operations(counters)
+        pages = self._stats.mmu_cache_miss - self._stats.page_frees
+        self._log.pages(1, pages, pages)
+        each = (seen - self._seen) / calls
+        self._calls = max(1, min(int(self._window / 8 / each), 2 * self._calls) if each else 2 * self._calls)
+        self._seen = seen
+        if seen - self._start >= self._end:
+            self._close(counters)
+
+    def _close(self, counters: dict[str, int]) -> None:
+        done = self._seen - self._start
+        before = self._kernel_before
+        grown = {name: counters[name] - before[name] for name in ("faults", "table_stores", "switches", "cr3_loads")}
+        self._log.count(guest_cr3_loads=grown.pop("cr3_loads"), **grown)
+        self._kernel_before = counters
+        self._end = (done // self._window + 1) * self._window
+        self._log.close(done)
+
+    def results(self) -> dict[str, Any]:
+        """What a WorkloadResult has of it."""
+        if self._log.open:
+            self._close(self._kernel.counters)
+        windows = self._log.arrays(self._seen - self._start)
+        most = int(windows["pages_max"].max(initial=0))
+        return {"windows": windows, "pages_mean": self._log.pages_mean, "pages_max": most}
+
+
+def find(name: str) -> Workload:
+    """The workload of that name; ConfigError with the nearest one if there is none."""
+    if name in WORKLOADS:
+        return WORKLOADS[name]
+    near = difflib.get_close_matches(str(name), WORKLOADS, 1)
+    hint = f"; did you mean {near[0]!r}?" if near else f"; there are {', '.join(WORKLOADS)}"
+    raise ConfigError(f"workload: there is no {name!r}{hint}")
+
+
+def run(
+    name: str,
+    vm: VM | str | Native | Shadow = "cached",
+    *,
+    seed: int = 0,
+    operations: int = 1_000_000,
+    options: KernelOptions | None = None,
+    record: bool = False,
+    audit_every: int = 0,
+    progress: Callable[[int, int], None] | None = None,
+    window: int = 0,
+    tlb: TLB | None = None,
+    **parameters: Any,
+) -> WorkloadResult:
+    """Run a workload until the processor has done `operations`, setup left out; the round in hand is finished.
+
+    vm: a fresh VM, or a design, for which one with the memory that the workload needs is made.
+    seed: of everything random. options: of the kernel; what the workload needs (swap, large pages) is added.
+    record: keep every operation (19 bytes each). audit_every: check all invariants (AuditError) every so many
+        operations, and at the end (0: never). progress: called with operations done, and all.
+    window: count by windows of so many operations (0: do not). tlb: a TLB to model, where the VM is made here.
+    parameters: see WORKLOADS[name].parameters. ConfigError for what cannot be.
+    """
+    workload = find(name)
+    checked = workload.checked(parameters)
+    wanted = check_int("operations", operations, 0, 1 << 62)
+    every = check_int("audit_every", audit_every, 0, 1 << 62)
+    check_int("seed", seed, 0, (1 << 64) - 1)
+    if options is None:
+        options = KernelOptions()
+    if not isinstance(options, KernelOptions):
+        raise ConfigError(f"options: KernelOptions are needed, not {options!r:.60}")
+    needed = {key: max(value, getattr(options, key)) for key, value in workload.options.items()}
+    options = dataclasses.replace(options, seed=seed, **needed)
+    step = check_int("window", window, 0, 1 << 62)
+    if not isinstance(vm, VM):
+        vm = VM(workload.memory, vm, tlb=tlb, features=Features())
+    elif tlb is not None:
+        raise ConfigError("tlb: the VM that was given has its own, or none")
+    kernel = Kernel(vm, options)
+    if record:
+        kernel.record()
+    guest = Guest(kernel, np.random.default_rng(seed))
+    steps = workload.function(guest, **checked)
+    next(steps)
+    counters, stats = kernel.counters, vm.stats.as_dict()
+    setup = _operations(counters)
+    meter = _Meter(kernel, vm, step) if step else None
+    if meter is not None:
+        guest.carry_out = meter.run
+    done, seconds, audited = 0, 0.0, 0
+    while done < wanted:
+        clock = time.perf_counter()
+        next(steps)
+        seconds += time.perf_counter() - clock
+        done = _operations(kernel.counters) - setup
+        if every and done - audited >= every:
+            audited = done
+            vm.audit(strict=True)
+        if progress is not None:
+            progress(min(done, wanted), wanted)
+    if every:
+        vm.audit(strict=True)
+    return WorkloadResult(
+        workload=name,
+        design=vm.mmu.design.name,
+        seed=seed,
+        parameters=checked,
+        operations=done,
+        setup=setup,
+        counters=_since(kernel.counters, counters),
+        stats=_since(vm.stats.as_dict(), stats),
+        frames=kernel.frames,
+        history=kernel.history,
+        seconds=seconds,
+        recording=kernel.recording if record else None,
+        **({} if meter is None else meter.results()),
+    )
+
+
+def _operations(counters: dict[str, int]) -> int:
+    return counters["accesses"] + counters["kernel_accesses"] + counters["cr3_loads"] + counters["invlpg"]
+
+
+def _since(after: dict[str, int], before: dict[str, int]) -> dict[str, int]:
+    return {name: after[name] - before[name] for name in after}

@@ -1,0 +1,181 @@
+"""The law of the house: imports point downwards, between the floors and inside of the engine, and make no circle.
+
+Read are all of them: `import`, `from ... import`, `cimport`, at the top of a file, inside of a function, and those that
+only type checkers see.
+"""
+
+import ast
+import importlib.util
+import re
+from graphlib import TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+FLOORS = (
+    ("errors", "_version"),
+    ("config", "files", "notebook", "npy"),
+    ("engine",),
+    ("_capi", "guest", "pagetables", "recording", "unicorn"),
+    ("embed", "workload"),
+    ("programs", "studies"),
+    ("report",),
+    ("cli", "heat", "html", "importers", "recordings", "timeline", "trace"),
+)
+"""Packages and modules of shadowcore, lowest floor first. Those of one floor do not import each other. `shadowcore`
+itself, the table of contents, may import all, and nobody imports it."""
+
+ENGINE = (
+    "types gmode held costs",
+    "bits counters tlb memo watch",
+    "memory results windows prices",
+    "walker",
+    "state",
+    "rmap",
+    "spte",
+    "pool",
+    "roots emulate invalidate",
+    "fetch invariants",
+    "fault plain",
+    "mmu",
+    "registers audit",
+    "access",
+    "quick",
+    "batch",
+    "vcpu",
+    "snapshot",
+    "machine",
+)
+"""The modules of shadowcore.engine in the same way."""
+
+PYTHON = re.compile(r"^[ \t]*((?:from[ \t]+[\w.]+[ \t]+)?import[ \t]+(?:\([^)]*\)|[^\n#]*))", re.M)
+"""An import of Python in a Cython text."""
+
+
+def modules():
+    """The files of each module, by its name."""
+    found = {}
+    for base in (ROOT / "shadowcore", ROOT / "pyx"):
+        for path in sorted(base.rglob("*.p*")):
+            if path.suffix in (".py", ".pyi", ".pyx", ".pxd"):
+                parts = ["shadowcore", *path.relative_to(base).with_suffix("").parts]
+                found.setdefault(".".join(parts).removesuffix(".__init__"), []).append(path)
+    return found
+
+
+@pytest.fixture(scope="module")
+def cimports():
+    """The function of setup.py."""
+    pytest.importorskip("setuptools")
+    pytest.importorskip("Cython")
+    spec = importlib.util.spec_from_file_location("shadowcore_setup", ROOT / "setup.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.cimports
+
+
+def imported(path, package, cimports):
+    """Dotted names that a file of `package` imports from."""
+    text = path.read_text("utf-8")
+    found = set()
+    if path.suffix in (".pyx", ".pxd"):
+        found = set(cimports(text, package))
+        text = "\n".join(statement for statement in PYTHON.findall(text) if "cimport" not in statement)
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Import):
+            found.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            above = package.split(".")[: package.count(".") + 2 - node.level] if node.level else []
+            origin = ".".join([*above, *filter(None, [node.module])])
+            found.update(f"{origin}.{alias.name}" for alias in node.names)
+    return found
+
+
+@pytest.fixture(scope="module")
+def graph(cimports):
+    """For each module, the modules that it imports, itself left out."""
+    known = modules()
+    result = {}
+    for name, paths in known.items():
+        result[name] = set()
+        for path in paths:
+            package = name if path.stem == "__init__" else name.rpartition(".")[0]
+            for target in imported(path, package, cimports):
+                while target and target not in known:
+                    target = target.rpartition(".")[0]
+                if target and target != name:
+                    result[name].add(target)
+    return result
+
+
+def test_every_import_is_seen(cimports, tmp_path):
+    for name, text in {
+        "a.py": "import shadowcore.a\nfrom . import b\nfrom ..c import d\ndef f():\n    from .e.f import (g,\n h)\n",
+        "a.pyx": "from shadowcore.a cimport b\nfrom shadowcore.c import (\n  d, e)\ndef f():\n  import shadowcore.g\n",
+    }.items():
+        (tmp_path / name).write_text(text, "utf-8")
+    python = imported(tmp_path / "a.py", "shadowcore.x", cimports)
+    assert python == {"shadowcore.a", "shadowcore.x.b", "shadowcore.c.d", "shadowcore.x.e.f.g", "shadowcore.x.e.f.h"}
+    cython = imported(tmp_path / "a.pyx", "shadowcore.x", cimports)
+    assert cython == {
+        "shadowcore.a", "shadowcore.a.b", "shadowcore.c.d", "shadowcore.c.e", "shadowcore.g"
+    }  # fmt: skip
+
+
+def test_floors(graph):
+    floor = {name: number for number, names in enumerate(FLOORS) for name in names}
+    house = {name.split(".")[1] for name in graph if "." in name and not header_only(name)}
+    assert house == set(floor)
+    wrong = []
+    for name, targets in graph.items():
+        if name == "shadowcore" or header_only(name):
+            continue
+        wrong += [
+            f"{name} imports {target}"
+            for target in targets
+            if target == "shadowcore"
+            or (name.split(".")[1] != target.split(".")[1] and floor[target.split(".")[1]] >= floor[name.split(".")[1]])
+        ]
+    assert wrong == []
+
+
+def header_only(name):
+    """A header at the top, which names one of the engine for those who cimport it by its short name."""
+    return all(path.suffix == ".pxd" for path in modules()[name]) and name.count(".") == 1
+
+
+def test_order_inside_of_the_engine(graph):
+    order = {name: number for number, names in enumerate(ENGINE) for name in names.split()}
+    inside = {name.removeprefix("shadowcore.engine."): targets for name, targets in graph.items() if ".engine." in name}
+    assert set(inside) == set(order)
+    wrong = []
+    for name, targets in inside.items():
+        below = {target.removeprefix("shadowcore.engine.") for target in targets if ".engine." in target}
+        wrong += [f"{name} imports {target}" for target in below if order[target] >= order[name]]
+    assert wrong == []
+
+
+def test_no_circle(graph):
+    TopologicalSorter({name: targets for name, targets in graph.items() if name != "shadowcore"}).prepare()
+
+
+def test_short_names_of_headers():
+    """Those that were published before there were packages."""
+    for name in filter(header_only, modules()):
+        (path,) = modules()[name]
+        target = {"events": "counters"}.get(path.stem, path.stem)
+        assert path.read_text("utf-8") == f"from shadowcore.engine.{target} cimport *\n"
+
+
+def printed(title):
+    """The rows of the block of code under the heading `title` of docs/design.md, numbers dropped."""
+    text = (ROOT / "docs" / "design.md").read_text("utf-8")
+    block = text.split(f"### {title}\n", 1)[1].split("```\n", 1)[1].split("```", 1)[0]
+    return tuple(tuple(line.split("  ")[0].split()[1:]) for line in block.strip().splitlines())
+
+
+def test_the_architecture_page_prints_the_same_order():
+    assert printed("Floors")[::-1] == FLOORS
+    assert printed("Inside of the engine")[::-1] == tuple(tuple(names.split()) for names in ENGINE)

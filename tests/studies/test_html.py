@@ -1,0 +1,628 @@
+"""The page of a study: its tables, pictures and embedded JSON agree with the study; nothing of it needs a network."""
+
+import html
+import itertools
+import json
+import os
+import re
+import shutil
+import subprocess
+from html.parser import HTMLParser
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import studies
+
+import shadowcore as sc
+from shadowcore import files, workload
+from shadowcore.recording import replay as trace
+from shadowcore.report import document
+from shadowcore.studies.heat import heat, of_workload
+
+pytest.importorskip("matplotlib", reason="matplotlib is not installed: pip install 'shadowcore[report]'")
+
+from shadowcore.report import page
+
+DESIGNS = ("native", "flush", "cached")
+
+
+@pytest.fixture(scope="module")
+def study():
+    return studies.study()
+
+
+@pytest.fixture(scope="module")
+def text(study, tmp_path_factory):
+    path = tmp_path_factory.mktemp("page") / "out.html"
+    page.write(study, path)
+    return path.read_text("utf-8")
+
+
+class Parsed(HTMLParser):
+    """Tables by id, as lists of rows of text; all tags with their attributes; text of scripts and of `pre`, by id."""
+
+    VOID = ("meta", "br", "line")
+
+    def __init__(self, text):
+        super().__init__(convert_charrefs=True)
+        self.tables, self.tags, self.texts, self.open = {}, [], {}, []
+        self._table = self._cell = self._text = None
+        self.feed(text)
+        self.close()
+        assert not self.open, f"not closed: {self.open}"
+
+    def handle_starttag(self, tag, attributes):
+        attributes = dict(attributes)
+        self.tags.append((tag, attributes))
+        if tag not in self.VOID:
+            self.open.append(tag)
+        if tag == "table":
+            self._table = self.tables.setdefault(attributes["id"], [])
+        elif tag == "tr":
+            self._table.append([])
+        elif tag in ("td", "th"):
+            self._cell = []
+        elif tag in ("script", "pre"):
+            self._text = self.texts.setdefault(attributes.get("id", tag), [])
+
+    def handle_startendtag(self, tag, attributes):
+        self.tags.append((tag, dict(attributes)))
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+        if tag in ("td", "th"):
+            self._table[-1].append("".join(self._cell))
+            self._cell = None
+        elif tag in ("script", "pre"):
+            self._text = None
+
+    def handle_data(self, data):
+        for place in (self._cell, self._text):
+            if place is not None:
+                place.append(data)
+
+
+def by_row(table):
+    """{label: [values of the designs]} of a table of numbers."""
+    made = {}
+    for label, *cells in table[1:]:
+        assert label not in made
+        made[label] = [float(cell.replace(",", "")) if cell else None for cell in cells]
+    return made
+
+
+def check_against_json(tables, plain):
+    """Every table of the page against the embedded study: values, to the digits shown, and nothing is missing."""
+    designs = plain["designs"]
+    summary = by_row(tables["summary"])
+    assert tables["summary"][0] == ["", *designs]
+    keys = {label: key for key, label, _ in page._COUNTERS}
+    counters = 0
+    for label, values in summary.items():
+        if label in keys:
+            counters += 1
+            assert values == [result["counters"][keys[label]] for result in designs.values()], label
+    left_out = [key for key, label, _ in page._COUNTERS if label not in summary]
+    assert not any(result["counters"][key] for key in left_out for result in designs.values())
+    assert counters >= 10
+    assert summary["cycles"] == pytest.approx([result["cost"]["total"] for result in designs.values()], abs=0.5)
+    assert summary["slow-down against native"] == pytest.approx(
+        [result["cost"]["slow_down"] for result in designs.values()], abs=5e-4
+    )
+    assert summary["shadow pages in use, most"] == [result["pages_max"] for result in designs.values()]
+    cost = by_row(tables["cost"])
+    for part in {part for result in designs.values() for part in result["cost"]["cycles"]}:
+        assert cost[part.replace("_", " ")] == pytest.approx(
+            [result["cost"]["cycles"][part] for result in designs.values()], abs=0.5
+        )
+    assert cost["cycles, all"] == pytest.approx(
+        [sum(result["cost"]["cycles"].values()) for result in designs.values()], abs=0.5
+    )
+    for place, result in enumerate(designs.values()):
+        windows = result["windows"]
+        if f"windows-{place}" not in tables:
+            assert not any(windows["exits_total"])
+            continue
+        head, *rows = tables[f"windows-{place}"]
+        reasons = {label: reason for reason, label in page.EXITS.items()}
+        assert [row[0].replace(",", "") for row in rows] == [str(end) for end in windows["operation"]]
+        for column, label in enumerate(head[1:], 1):
+            shown = [int(row[column].replace(",", "")) for row in rows]
+            assert shown == windows[f"exits_{reasons[label]}"]
+        assert [sum(int(cell.replace(",", "")) for cell in row[1:]) for row in rows] == windows["exits_total"]
+    processes = by_row(tables["processes"])
+    heated = plain["processes"]
+    for place, name in enumerate(heated["names"]):
+        matrices = [heated["counts"], *heated["exits"].values()]
+        assert processes[name] == [sum(matrix[place]) for matrix in matrices]
+    regions = by_row(tables["frames"])
+    frames = plain["frames"]
+    busy = {name: [sum(row)] for name, row in zip(frames["names"], frames["counts"], strict=True) if any(row)}
+    assert regions == busy
+
+
+def embedded(parsed):
+    return json.loads("".join(parsed.texts["study"]))
+
+
+def test_tables_show_what_the_embedded_study_says(text):
+    parsed = Parsed(text)
+    check_against_json(parsed.tables, embedded(parsed))
+
+
+def test_the_embedded_study_is_the_study(study, text):
+    plain = embedded(Parsed(text))
+    assert plain["workload"] == study.workload
+    assert plain["operations"] == study.operations
+    assert plain["command"] == study.command
+    assert plain["settings"] == study.settings
+    for name, result in study.designs.items():
+        shown = plain["designs"][name]
+        assert shown["counters"] == result.counters
+        assert shown["cost"]["cycles"] == result.cost.cycles
+        for key, values in result.windows.items():
+            assert shown["windows"][key] == pytest.approx(values.tolist())
+            if key in result.counters:
+                assert sum(shown["windows"][key]) == result.counters[key]
+    assert plain["processes"]["names"] == study.processes["names"]
+    assert plain["frames"]["counts"] == study.frames["counts"].tolist()
+
+
+def test_settings_and_command_are_shown(study, text):
+    parsed = Parsed(text)
+    rows = dict(parsed.tables["settings"][1:])
+    assert rows["pool_pages"] == "256"
+    assert rows["costs.name"] == "made up"
+    assert rows["costs.walks"] == str(studies.CYCLES["walks"])
+    assert "".join(parsed.texts["command"]) == study.command
+
+
+def test_the_page_fetches_nothing(text):
+    for tag, attributes in Parsed(text).tags:
+        assert tag not in ("link", "iframe", "img", "object", "embed", "base"), tag
+        for name, value in attributes.items():
+            if name in ("src", "href", "xlink:href", "action", "data", "srcset"):
+                assert value.startswith(("#", "data:image/png;base64,")), (tag, name, value[:50])
+    assert not re.findall(r"url\((?!#)", text)
+    assert "@import" not in text
+    outside = set(re.findall(r"https?://[^\s\"'<>]+", text))
+    assert outside <= {"http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink"}
+    assert "default-src 'none'" in text
+
+
+def test_pictures(text):
+    parsed = Parsed(text)
+    pictures = [attributes for tag, attributes in parsed.tags if tag == "svg" and "role" in attributes]
+    assert len(pictures) >= 10
+    assert all(len(attributes["aria-label"]) > 20 for attributes in pictures)
+    identifiers = [attributes["id"] for _, attributes in parsed.tags if "id" in attributes]
+    assert len(identifiers) == len(set(identifiers))
+    referred = set(re.findall(r'(?:href="#|url\(#)([^")]+)', text))
+    assert referred <= set(identifiers)
+    # Every colour is a variable of the style sheet, so that a dark page is dark.
+    used = set(re.findall(r"var\(--([\w-]+)\)", text))
+    sheet = re.search(r"<style>(.*?)</style>", text, re.S)[1]
+    assert used <= set(re.findall(r"--([\w-]+):", sheet))
+    assert not re.findall(r"#0102[0-9a-f]{2}", text)
+    # Of each hover description: the path leads to numbers, as many as there are windows or columns.
+    plain = embedded(parsed)
+
+    def at(path):
+        value = plain
+        for key in path:
+            value = value[key]
+        return value
+
+    hovers = [json.loads(a["data-values"]) for _, a in parsed.tags if "data-values" in a]
+    assert len(hovers) >= 10
+    for values in hovers:
+        ends = at(values["operation"])
+        assert ends == sorted(ends)
+        if "rows" in values:
+            counts = at(values["counts"])
+            assert len(counts) == len(values["rows"])
+            assert all(len(row) == len(ends) for row in counts)
+        else:
+            assert values["series"]
+            assert all(len(at(path)) == len(ends) for _, path in values["series"])
+
+
+def test_the_stacked_picture_is_as_high_as_the_exits(study, text):
+    """The outline of the uppermost layer, read from the SVG, is the exits of each window."""
+    place = DESIGNS.index("cached")
+    start = text.index(f'id="exits-{place}-figure_1"')
+    axes = json.loads(re.findall(r'data-axes="([^"]*)"', text[:start])[-1])
+    width, height = map(float, re.findall(r'viewBox="0 0 ([\d.]+) ([\d.]+)"', text[:start])[-1])
+    layers = re.findall(
+        r'<path d="([^"]*)"[^>]*style="fill: var\(--(\w+)\)"', text[start : text.index("</svg>", start)]
+    )
+    outline, name = [layer for layer in layers if layer[1] in page.EXITS][-1]
+    assert name == "invlpg"  # the last that occurs
+    points = [tuple(map(float, pair)) for pair in re.findall(r"([\d.]+) ([\d.]+)", outline)]
+    windows = study.designs["cached"].windows
+    ends = np.concatenate(([0], windows["operation"]))
+    rates = 1000 * windows["exits_total"] / np.diff(ends)
+    left, right, top, bottom = axes[0] * width, axes[1] * width, axes[2] * height, axes[3] * height
+    for i, rate in enumerate(rates):
+        x = left + (right - left) * (ends[i] + ends[i + 1]) / 2 / ends[-1]
+        level = min(
+            a[1] for a, b in itertools.pairwise(points) if a[1] == b[1] and min(a[0], b[0]) < x < max(a[0], b[0])
+        )
+        shown = (bottom - level) / (bottom - top) * 1.04 * rates.max()
+        assert shown == pytest.approx(rate, abs=rates.max() / 1000), i
+
+
+@pytest.mark.parametrize("windows", [1, 7, 320, 321, 1000])
+def test_few_and_many_windows(tmp_path, windows):
+    study = studies.study(20_000, ("cached",), windows)
+    page.write(study, tmp_path / "out.html")
+    plain = embedded(Parsed((tmp_path / "out.html").read_text("utf-8")))
+    shown, given = plain["designs"]["cached"]["windows"], study.designs["cached"].windows
+    assert 0 < len(shown["operation"]) <= document.WINDOWS
+    assert shown["operation"][-1] == given["operation"][-1]
+    assert sum(shown["exits_total"]) == given["exits_total"].sum() > 0
+    assert max(shown["pages_max"]) == given["pages_max"].max() > 0
+    lengths = np.diff([0, *given["operation"]])
+    weighted = float((given["pages_mean"] * lengths).sum() / lengths.sum())
+    assert plain["designs"]["cached"]["pages_mean"] == pytest.approx(weighted)
+
+
+def test_under_five_megabytes(tmp_path, study):
+    """With as many designs as a sweep has, and long windows."""
+    wide = SimpleNamespace(**vars(study))
+    long = studies.study(designs=("cached",), windows=3000).designs["cached"]
+    wide.designs = {f"cached, pool {2**n}, variant {m}": long for n in range(5) for m in range(2)}
+    page.write(wide, tmp_path / "out.html")
+    assert 100_000 < (tmp_path / "out.html").stat().st_size < 5_000_000
+
+
+def test_too_large_is_refused_and_leaves_nothing(tmp_path):
+    huge = studies.study(20_000, ("cached",), 10)
+    huge.settings = {f"setting {n}": "x" * 1000 for n in range(6000)}
+    (tmp_path / "out.html").write_text("older")
+    with pytest.raises(sc.ConfigError, match="5,000,000"):
+        page.write(huge, tmp_path / "out.html")
+    assert [each.name for each in tmp_path.iterdir()] == ["out.html"]
+    assert (tmp_path / "out.html").read_text() == "older"
+
+
+def test_names_cannot_break_the_page(tmp_path, study):
+    nasty = "</script><script>alert(1)</script><!-- \u2028 \"quoted\" & 'single'"
+    renamed = SimpleNamespace(**vars(study))
+    renamed.workload = renamed.command = nasty
+    renamed.settings = {nasty: nasty}
+    renamed.designs = {nasty: study.designs["cached"], "not a number": study.designs["flush"]}
+    page.write(renamed, tmp_path / "out.html")
+    parsed = Parsed((tmp_path / "out.html").read_text("utf-8"))
+    assert sum(tag == "script" for tag, _ in parsed.tags) == 2
+    plain = embedded(parsed)
+    assert plain["workload"] == nasty
+    assert next(iter(plain["designs"])) == nasty
+    assert dict(parsed.tables["settings"][1:]) == {nasty: nasty}
+    assert parsed.tables["summary"][0][1] == nasty
+    assert "".join(parsed.texts["command"]) == nasty
+
+
+def test_what_a_study_may_lack(tmp_path, study):
+    """No windows, no heat, no cost, counters that are no numbers: sections are left out, the rest stands."""
+    bare = SimpleNamespace(
+        workload="bare",
+        settings={},
+        command="shadowcore compare",
+        operations=0,
+        designs={
+            "cached": SimpleNamespace(
+                counters={"exits_total": 3}, cost=None, seconds=float("nan"), operations=0, windows={}
+            )
+        },
+    )
+    page.write(bare, tmp_path / "out.html")
+    parsed = Parsed((tmp_path / "out.html").read_text("utf-8"))
+    assert embedded(parsed)["designs"]["cached"]["seconds"] is None
+    assert by_row(parsed.tables["summary"])["VM exits, all"] == [3]
+    assert "cost" not in parsed.tables
+    assert not [a for tag, a in parsed.tags if tag == "svg" and "role" in a]
+
+
+def test_disk_trouble_is_an_oserror_and_nothing_is_lost(tmp_path, study, monkeypatch):
+    with pytest.raises(FileNotFoundError) as caught:
+        page.write(study, tmp_path / "missing" / "out.html")
+    assert caught.value.filename == str(tmp_path / "missing" / "out.html")
+    (tmp_path / "out.html").write_text("older")
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "replace", full)
+    with pytest.raises(OSError, match="No space") as caught:
+        page.write(study, tmp_path / "out.html")
+    assert caught.value.filename == str(tmp_path / "out.html")
+    assert "\n" not in str(caught.value)
+    assert [each.name for each in tmp_path.iterdir()] == ["out.html"]
+    assert (tmp_path / "out.html").read_text() == "older"
+
+
+def test_replace_goes_through_links_and_keeps_the_usual_rights(tmp_path):
+    (tmp_path / "real.html").write_text("older")
+    (tmp_path / "link.html").symlink_to("real.html")
+    files.replace(tmp_path / "link.html", b"newer")
+    assert (tmp_path / "link.html").is_symlink()
+    assert (tmp_path / "real.html").read_bytes() == b"newer"
+    (tmp_path / "plain").write_bytes(b"")
+    assert (tmp_path / "real.html").stat().st_mode == (tmp_path / "plain").stat().st_mode
+    with pytest.raises(IsADirectoryError):
+        files.replace(tmp_path, b"")
+
+
+def test_the_same_study_gives_the_same_page(tmp_path, study, text):
+    page.write(study, tmp_path / "out.html")
+    assert (tmp_path / "out.html").read_text("utf-8") == text
+
+
+def test_refaults_are_no_more_than_was_removed():
+    filled, removed = np.array([5.0, 5, 5, 0, 9]), np.array([0.0, 3, 4, 4, 1])
+    assert document.refaults(filled, removed).tolist() == [0, 3, 4, 0, 5]
+
+
+# Heat.
+
+
+def test_heat_counts_what_the_recording_says():
+    recording = trace.load().head(120_000)
+    warm = heat(recording, DESIGNS, bins=50, rows=32)
+    frames, processes = warm["frames"], warm["processes"]
+    stores = (recording.kind == trace.STORE) & ~recording.snapshot
+    accesses = recording.kind == trace.ACCESS
+    gfn = (np.where(stores, recording.addr, recording.value) >> np.uint64(12)).astype(np.int64)
+    busy = accesses | stores
+    assert frames["counts"].shape[1] == 50
+    assert 16 < len(frames["counts"]) <= 32
+    assert frames["counts"][-1].any()
+    assert frames["counts"].sum() == (busy & (gfn < recording.nframes)).sum() > 10_000
+    # One cell, counted one by one.
+    row, column = np.unravel_index(frames["counts"].argmax(), frames["counts"].shape)
+    begin, end = ([0, *frames["operation"].tolist()][column + k] for k in (0, 1))
+    first = int(frames["first_frame"][row])
+    inside = [n for n in range(begin, end) if busy[n] and first <= gfn[n] < first + frames["frames_per_row"]]
+    assert frames["counts"][row, column] == len(inside) > 0
+    # Address spaces, followed record by record.
+    loaded, found = "before the first CR3 load", {}
+    for kind, addr, is_busy in zip(recording.kind.tolist(), recording.addr.tolist(), busy.tolist(), strict=True):
+        if kind == trace.LOAD_CR3:
+            loaded = f"CR3 {addr & 0xFFFFFFFFFF000:#x}"
+        found[loaded] = found.get(loaded, 0) + is_busy
+    assert dict(zip(processes["names"], processes["counts"].sum(axis=1).tolist(), strict=True)) == {
+        name: count for name, count in found.items() if count
+    }
+    assert len(processes["names"]) >= 2
+    for name in DESIGNS:
+        assert processes["exits"][name].sum() == trace.replay(recording, name).whole.exits_total
+    assert processes["exits"]["cached"].sum() > 0
+
+
+@pytest.mark.parametrize(("start", "stop"), [(0, 60_000), (30_000, 60_000), (59_999, 60_000), (30_000, None)])
+def test_heat_of_a_part(start, stop):
+    recording = trace.load().head(120_000)
+    warm = heat(recording, ("flush", "cached"), start=start, stop=stop)
+    for name in ("flush", "cached"):
+        replayed = trace.replay(recording, name, start=start, stop=stop)
+        assert warm["processes"]["exits"].get(name, np.zeros(1)).sum() == replayed.whole.exits_total
+    last = 120_000 if stop is None else stop
+    busy = (recording.kind == trace.ACCESS) | ((recording.kind == trace.STORE) & ~recording.snapshot)
+    assert warm["processes"]["counts"].sum() == busy[start:last].sum()
+    assert warm["frames"]["operation"][-1] == last - start
+
+
+def test_heat_given_beside_the_study(tmp_path, study):
+    cold = SimpleNamespace(**vars(study))
+    del cold.frames, cold.processes
+    assert document.document(cold)["frames"] is None
+    warm = {"frames": study.frames, "processes": study.processes}
+    page.write(cold, tmp_path / "out.html", heat=warm)
+    plain = embedded(Parsed((tmp_path / "out.html").read_text("utf-8")))
+    assert plain["frames"]["counts"] == study.frames["counts"].tolist()
+    assert plain["processes"]["names"] == study.processes["names"]
+
+
+def test_heat_of_the_recording_that_a_study_has(tmp_path):
+    cold = studies.study(60_000, ("flush", "cached"), 20, settings={"start": 10_000, "operations": 40_000})
+    warm = {part: getattr(cold, part) for part in ("frames", "processes")}
+    del cold.frames, cold.processes
+    cold.recording = trace.load().head(60_000)
+    page.write(cold, tmp_path / "out.html")
+    plain = embedded(Parsed((tmp_path / "out.html").read_text("utf-8")))
+    expected = heat(cold.recording, ("flush", "cached"), start=10_000, stop=50_000)
+    assert plain["frames"]["counts"] == expected["frames"]["counts"].tolist() != warm["frames"]["counts"].tolist()
+    exits = {name: matrix.tolist() for name, matrix in expected["processes"]["exits"].items()}
+    assert plain["processes"]["exits"] == exits
+
+
+def test_rates():
+    windows = {
+        "operation": np.array([10, 20, 30]),
+        "accesses": np.array([8, 10, 0]),
+        "exits_fill": np.array([2, 5, 0]),
+        "exits_write": np.array([2, 0, 0]),
+        "spte_removed": np.array([0, 4, 0]),
+        "mmu_cache_hit": np.array([0, 3, 0]),
+        "mmu_cache_miss": np.array([2, 1, 0]),
+        "tlb_hits": np.array([4, 9, 0]),
+        "tlb_misses": np.array([4, 1, 0]),
+    }
+    rates = document._rates(windows)
+    assert rates["hits"].tolist() == [0.5, 0.5, 1]
+    assert rates["found"].tolist() == [0, 0.75, 0]
+    assert rates["refaults"].tolist() == [0, 400, 0]
+    assert rates["tlb"].tolist() == [0.5, 0.9, 0]
+
+
+def test_a_study_of_the_package(tmp_path):
+    module = pytest.importorskip("shadowcore.studies.study", reason="there is no shadowcore.studies.study yet")
+    recording = trace.load().head(60_000)
+    made = module.study(recording, DESIGNS)
+    warm = heat(recording, [result.design for result in made.designs.values()])
+    page.write(made, tmp_path / "out.html", heat=warm)
+    parsed = Parsed((tmp_path / "out.html").read_text("utf-8"))
+    plain = embedded(parsed)
+    check_against_json(parsed.tables, plain)
+    for name, result in made.designs.items():
+        assert plain["designs"][name]["counters"]["exits_total"] == result.exits_total
+        assert plain["compare"]["designs"][name]["exits_total"] == result.exits_total
+    assert "".join(parsed.texts["command"]) == made.command
+    made = module.study("pingpong", DESIGNS, operations=200_000)
+    page.write(made, tmp_path / "out.html")
+    parsed = Parsed((tmp_path / "out.html").read_text("utf-8"))
+    assert by_row(parsed.tables["summary"])["VM exits, all"] == [each.exits_total for each in made.designs.values()]
+
+
+@pytest.mark.parametrize("name", ["pingpong", "demand", "shell"])
+def test_heat_of_a_workload(name):
+    small = {"shell": {"work": 2000}, "demand": {"pages": 256}}.get(name, {})
+    warm = of_workload(name, DESIGNS, operations=20_000, seed=5, bins=40, rows=16, **small)
+    ran = {d: workload.run(name, d, seed=5, operations=20_000, **small).stats for d in DESIGNS}
+    processes = warm["processes"]
+    assert processes["counts"].sum() >= 20_000  # a string instruction is one operation, and many accesses
+    assert warm["frames"]["counts"].sum() == processes["counts"].sum()
+    assert processes["counts"].shape == (len(processes["names"]), 40)
+    assert len(processes["names"]) >= (1 if name == "demand" else 2)
+    assert 8 <= len(warm["frames"]["counts"]) <= 16
+    assert warm["frames"]["counts"][-1].any()
+    for design in DESIGNS:
+        assert processes["exits"][design].sum() == ran[design]["exits_total"]
+    assert processes["exits"]["cached"].sum() > 0 == processes["exits"]["native"].sum()
+    if name == "pingpong":
+        halves = processes["counts"].sum(axis=1) / processes["counts"].sum()
+        assert (abs(halves - 0.5) < 0.02).sum() == 2  # two processes take turns
+
+
+def test_heat_of_a_workload_says_what_its_axis_counts(tmp_path, study):
+    warmed = SimpleNamespace(**vars(study) | of_workload("pingpong", ("cached",), operations=5000))
+    page.write(warmed, tmp_path / "out.html")
+    text = (tmp_path / "out.html").read_text("utf-8")
+    assert text.count(">operations, string instructions store by store<") == 3
+    assert "axis" not in study.frames
+
+
+def test_heat_of_a_workload_refuses_what_cannot_be():
+    for arguments, words in (
+        (("pingpnog",), "pingpong"),
+        (("pingpong", ()), "at least one"),
+    ):
+        with pytest.raises(sc.ConfigError, match=words):
+            of_workload(*arguments)
+    with pytest.raises(sc.ConfigError, match="bins"):
+        of_workload("pingpong", bins=0, operations=1000)
+
+
+def test_heat_of_a_file_is_that_of_the_recording_in_memory(tmp_path):
+    recording = trace.load().head(60_000)
+    recording.save(tmp_path / "head.screc")
+    ours = heat(recording, ("cached",))
+    theirs = heat(trace.open_recording(str(tmp_path / "head.screc")), ("cached",))
+    for part in ("frames", "processes"):
+        assert (ours[part]["counts"] == theirs[part]["counts"]).all()
+    assert (ours["processes"]["exits"]["cached"] == theirs["processes"]["exits"]["cached"]).all()
+
+
+def test_many_address_spaces_are_gathered(study):
+    many = SimpleNamespace(**vars(study))
+    counts = np.arange(50 * 4).reshape(50, 4)
+    many.processes = {"counts": counts, "names": [f"p{n}" for n in range(50)], "exits": {"cached": counts * 2}}
+    shown = document.document(many)["processes"]
+    assert shown["names"][0] == "p18"
+    assert shown["names"][-1] == "18 others"
+    assert np.sum(shown["counts"]) == counts.sum()
+    assert np.sum(shown["exits"]["cached"]) == 2 * counts.sum()
+
+
+# In a browser.
+
+
+def browser():
+    for name in ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome"):
+        if found := shutil.which(name):
+            return found
+    return None
+
+
+def rendered(path):
+    """The document after its scripts have run, as a browser writes it."""
+    found = browser()
+    if found is None:
+        pytest.skip("no Chromium or Chrome on PATH")
+    profile = Path(path).parent / "profile"
+    command = [found, "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run"]
+    command += [f"--user-data-dir={profile}", "--virtual-time-budget=10000", "--dump-dom", Path(path).as_uri()]
+    try:
+        done = subprocess.run(command, capture_output=True, timeout=120, check=False)
+    except subprocess.TimeoutExpired:
+        pytest.skip(f"{found} does not come to an end here")
+    if done.returncode or b"<html" not in done.stdout:
+        pytest.skip(f"{found} does not run here: exit status {done.returncode}")
+    return done.stdout.decode("utf-8")
+
+
+PROBE = """
+<script>
+(() => {
+  const errors = [];
+  const shown = [];
+  for (const plot of document.querySelectorAll(".plot[data-values]")) {
+    const box = plot.querySelector("svg").getBoundingClientRect();
+    const [left, right, top, bottom] = JSON.parse(plot.dataset.axes);
+    const x = box.left + box.width * (left + 0.4 * (right - left));
+    const y = box.top + box.height * (top + 0.6 * (bottom - top));
+    plot.dispatchEvent(new PointerEvent("pointermove", { clientX: x, clientY: y, bubbles: true }));
+    shown.push({ values: JSON.parse(plot.dataset.values), tip: plot.querySelector(".tip").textContent,
+      width: box.width, height: box.height });
+  }
+  const tables = {};
+  for (const table of document.querySelectorAll("table"))
+    tables[table.id] = [...table.rows].map((row) => [...row.cells].map((cell) => cell.textContent));
+  const found = document.createElement("pre");
+  found.id = "probe";
+  found.textContent = JSON.stringify({ ready: document.documentElement.dataset.ready, shown, tables,
+    study: JSON.parse(document.getElementById("study").textContent) });
+  document.body.append(found);
+})();
+</script>
+</body>"""
+
+
+def test_in_chromium(tmp_path, study, text):
+    """What a browser makes of the page: its tables against its JSON, and what the pointer is told of each picture."""
+    (tmp_path / "probed.html").write_text(text.replace("</body>", PROBE), "utf-8")
+    found = re.search(r'<pre id="probe">(.*?)</pre>', rendered(tmp_path / "probed.html"), re.S)
+    assert found, "the page's script, or the one that looks at it, failed"
+    seen = json.loads(html.unescape(found[1]))
+    assert seen["ready"] == "yes"
+    check_against_json(seen["tables"], seen["study"])
+    assert seen["study"]["designs"]["cached"]["counters"] == study.designs["cached"].counters
+    assert len(seen["shown"]) >= 10
+    for plot in seen["shown"]:
+        assert plot["width"] > 200
+        assert plot["height"] > 80
+        head, *lines = plot["tip"].split("\n")
+        first, last = (int(n.replace(",", "")) for n in re.fullmatch(r"operations ([\d,]+) to ([\d,]+)", head).groups())
+
+        def at(path):
+            value = seen["study"]
+            for key in path:
+                value = value[key]
+            return value
+
+        ends = at(plot["values"]["operation"])
+        column = ends.index(last)
+        assert first <= 0.4 * ends[-1] <= last
+        if "rows" in plot["values"]:
+            row = int(0.6 * len(plot["values"]["rows"]))
+            value = at(plot["values"]["counts"])[row][column]
+            assert lines == [f"{plot['values']['rows'][row]}: {value:,} {plot['values']['unit']}"]
+        else:
+            assert len(lines) == len(plot["values"]["series"])
+            for line, (label, path) in zip(lines, plot["values"]["series"], strict=True):
+                name, _, value = line.rpartition(": ")
+                assert name == label
+                assert float(value.replace(",", "")) == pytest.approx(at(path)[column], abs=1e-4)

@@ -1,0 +1,137 @@
+"""The timeline of a study keeps the rules of the trace-event format, and has the study's numbers."""
+
+import json
+import math
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import studies
+
+import shadowcore as sc
+from shadowcore.report import timeline
+
+DESIGNS = ("native", "flush", "cached")
+
+
+@pytest.fixture(scope="module")
+def study():
+    return studies.study()
+
+
+def written(study, path, **options):
+    timeline.write(study, path, **options)
+
+    def refuse(text):
+        raise AssertionError(f"{text} is not JSON")
+
+    return json.loads(path.read_text("utf-8"), parse_constant=refuse)
+
+
+def check_format(trace):
+    """What the format asks of counters ("C") and metadata ("M"), and what viewers need besides."""
+    assert set(trace) == {"traceEvents", "displayTimeUnit", "otherData"}
+    assert trace["displayTimeUnit"] in ("ms", "ns")
+    last = -math.inf
+    pids, named = set(), {}
+    for event in trace["traceEvents"]:
+        assert isinstance(event["name"], str)
+        assert event["name"]
+        assert type(event["pid"]) is int
+        assert type(event["tid"]) is int
+        assert isinstance(event["args"], dict)
+        if event["ph"] == "M":
+            assert "ts" not in event
+            assert last == -math.inf, "names come first"
+            if event["name"] == "process_name":
+                assert set(event["args"]) == {"name"}
+                named[event["pid"]] = event["args"]["name"]
+            else:
+                assert event["name"] == "process_sort_index"
+                assert type(event["args"]["sort_index"]) is int
+            continue
+        assert event["ph"] == "C"
+        assert set(event) == {"name", "ph", "pid", "tid", "ts", "args"}
+        assert isinstance(event["ts"], (int, float))
+        assert event["ts"] >= 0
+        assert event["ts"] >= last, "sorted by time"
+        last = event["ts"]
+        assert event["args"]
+        assert all(
+            isinstance(key, str) and type(n) in (int, float) and math.isfinite(n) for key, n in event["args"].items()
+        )
+        pids.add(event["pid"])
+    assert pids
+    assert pids <= set(named)
+    tracks = {}
+    for event in trace["traceEvents"]:
+        if event["ph"] == "C":
+            track = tracks.setdefault((named[event["pid"]], event["name"]), [])
+            assert not track or set(track[-1]["args"]) == set(event["args"]), "a track has the same series throughout"
+            assert not track or event["ts"] >= track[-1]["ts"]
+            track.append(event)
+    return tracks
+
+
+@pytest.mark.parametrize("time", timeline.TIMES)
+def test_the_format_and_the_numbers(tmp_path, study, time):
+    trace = written(study, tmp_path / "out.json", time=time)
+    tracks = check_format(trace)
+    assert trace["otherData"]["command"] == study.command
+    assert json.loads(trace["otherData"]["settings"]) == study.settings
+    for name, result in study.designs.items():
+        label = f"{name} ({study.workload})"
+        windows = result.windows
+        exits = tracks.get((label, "VM exits"), [])
+        assert bool(exits) == (name != "native")
+        for i, event in enumerate(exits[:-1]):
+            for reason, count in event["args"].items():
+                assert count == windows[f"exits_{reason}"][i]
+            assert sum(event["args"].values()) == windows["exits_total"][i]
+        if exits:
+            assert set(exits[-1]["args"].values()) == {0}
+            assert len(exits) == len(windows["operation"]) + 1
+            begins = [event["ts"] for event in exits]
+            if time == "operations":
+                assert begins == [0, *windows["operation"].tolist()]
+            else:
+                assert begins[-1] == pytest.approx(result.cost.microseconds, abs=1e-3)
+            pages = tracks[label, "shadow pages"]
+            assert [event["args"]["max"] for event in pages[:-1]] == windows["pages_max"].tolist()
+            assert [event["args"]["mean"] for event in pages[:-1]] == windows["pages_mean"].tolist()
+        walks = tracks[label, "entries read by walks"]
+        assert sum(event["args"]["in the window"] for event in walks) == result.counters["walk_references"] > 0
+
+
+def test_microseconds_follow_the_cycles_of_windows(study):
+    result = SimpleNamespace(**vars(study.designs["cached"]))
+    cycles = np.zeros(len(result.windows["operation"]))
+    cycles[:2] = 30, 10
+    result.windows = result.windows | {"cycles": cycles}
+    result.cost = SimpleNamespace(microseconds=8.0)
+    changed = SimpleNamespace(**vars(study) | {"designs": {"cached": result}})
+    exits = [e for e in timeline.events(changed, "microseconds")["traceEvents"] if e["name"] == "VM exits"]
+    assert [event["ts"] for event in exits[:4]] == [0, 6, 8, 8]
+
+
+def test_refusals_are_one_line_and_write_nothing(tmp_path, study):
+    bare = SimpleNamespace(**vars(study.designs["cached"]) | {"windows": {}})
+    costless = SimpleNamespace(**vars(study.designs["cached"]) | {"cost": None})
+    for designs, options, words in (
+        ({"cached": bare}, {}, "no windows"),
+        ({"cached": costless}, {"time": "microseconds"}, "cached has no cost"),
+        (study.designs, {"time": "hours"}, "operations, microseconds expected, not 'hours'"),
+    ):
+        with pytest.raises(sc.ConfigError, match=words) as caught:
+            timeline.write(SimpleNamespace(**vars(study) | {"designs": designs}), tmp_path / "out.json", **options)
+        assert "\n" not in str(caught.value)
+    with pytest.raises(FileNotFoundError):
+        timeline.write(study, tmp_path / "missing" / "out.json")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_study_of_the_package(tmp_path):
+    module = pytest.importorskip("shadowcore.studies.study", reason="there is no shadowcore.studies.study yet")
+    made = module.study("pingpong", DESIGNS, operations=200_000)
+    tracks = check_format(written(made, tmp_path / "out.json"))
+    assert tracks[f"cached ({made.workload})", "VM exits"]
