@@ -22,6 +22,7 @@ from shadowcore.engine.batch cimport columns_check, columns_run, sc_columns, sc_
 from shadowcore.engine.bits cimport pte_addr
 from shadowcore.engine.counters cimport sc_stats
 from shadowcore.engine.emulate cimport device_store
+from shadowcore.engine.hooks cimport EVENT_COUNT
 from shadowcore.engine.invariants cimport audit_all, mmu_settle
 from shadowcore.engine.invariants cimport sc_audit as engine_audit
 from shadowcore.engine.memo cimport (
@@ -31,9 +32,7 @@ from shadowcore.engine.memory cimport mem_frame, mem_frame_hpa, mem_gfn, mem_mar
 from shadowcore.engine.mmu cimport Mmu, mmu_resolve
 from shadowcore.engine.prices cimport prices_are_sane, prices_cycles, prices_of, prices_translation, sc_prices
 from shadowcore.engine.registers cimport load_ac
-from shadowcore.engine.state cimport (
-    EVENT_COUNT, linear_address, linear_exists, marked_table, memo_drop, sc_mmu, sc_vcpu,
-)
+from shadowcore.engine.state cimport linear_address, linear_exists, marked_table, memo_drop, sc_mmu, sc_vcpu
 from shadowcore.engine.types cimport (
     ACC_ALL, ACC_U, ACC_W, ACC_X, MODE_32, MODE_OFF, PF_I, PF_U, PF_W, RC_AUDIT, RC_BAD_OP, RC_EXHAUSTED, RC_GP,
     RC_HOOK, RC_MMIO, RC_OK, RC_PF, RC_UNGRANTED, RC_UNHANDLED, SC_NONE, u8, u32, u64,

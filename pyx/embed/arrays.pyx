@@ -5,8 +5,9 @@ from libc.string cimport memset
 
 from shadowcore.engine.batch cimport columns_check, run_columns, sc_columns
 from shadowcore.engine.held cimport Held
+from shadowcore.engine.hooks cimport EVENT_COUNT, POINT_COUNT
 from shadowcore.engine.mmu cimport Mmu
-from shadowcore.engine.state cimport EVENT_COUNT, POINT_COUNT, sc_mmu
+from shadowcore.engine.state cimport sc_mmu
 from shadowcore.engine.types cimport SC_NONE, i64, u8, u32, u64
 from shadowcore.engine.vcpu cimport VCpu
 

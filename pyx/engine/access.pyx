@@ -7,14 +7,14 @@ from shadowcore.engine.access cimport (
 )
 from shadowcore.engine.counters cimport EXIT_INVLPG
 from shadowcore.engine.emulate cimport emulate_store, walk_updated
+from shadowcore.engine.flushes cimport FLUSH_INVLPG, flush_lost
+from shadowcore.engine.hooks cimport count_exit
 from shadowcore.engine.memory cimport mem_frame, mem_gfn, mem_guest_frame, mem_mark_dirty, sc_no_frame
 from shadowcore.engine.mmu cimport mmu_invlpg, mmu_resolve
 from shadowcore.engine.plain cimport fault_plain
 from shadowcore.engine.pool cimport pool_unprotect
 from shadowcore.engine.registers cimport load_ac, load_cr0, load_cr3, load_cr4, load_efer, load_pkru
-from shadowcore.engine.state cimport (
-    FLUSH_INVLPG, count_exit, flush_lost, linear_address, linear_exists, marked_table, memo_drop, sc_mmu, sc_vcpu,
-)
+from shadowcore.engine.state cimport linear_address, linear_exists, marked_table, memo_drop, sc_mmu, sc_vcpu
 from shadowcore.engine.tlb cimport tlb_flush_page
 from shadowcore.engine.types cimport (
     MODE_64, PF_I, PF_U, PF_W, RC_BAD_OP, RC_EMULATE, RC_GP, RC_HOOK, RC_MMIO, RC_OK, RC_PF, RC_UNGRANTED, RC_UNHANDLED,

@@ -6,9 +6,10 @@ call that made the operation raises AuditError after it.
 """
 from dataclasses import dataclass
 
+from shadowcore.engine.hooks cimport POINT_COUNT
 from shadowcore.engine.invariants cimport audit_all, audit_violations, sc_audit
 from shadowcore.engine.mmu cimport Mmu
-from shadowcore.engine.state cimport POINT_COUNT, sc_mmu
+from shadowcore.engine.state cimport sc_mmu
 from shadowcore.engine.types cimport u32
 from shadowcore.engine.watch cimport watch_due, watch_look, watch_raised
 

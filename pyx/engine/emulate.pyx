@@ -5,13 +5,15 @@ A cleared entry is rebuilt by the fault that next needs it.
 from libc.string cimport memcpy
 
 from shadowcore.engine.bits cimport PTE_P
+from shadowcore.engine.flushes cimport FLUSH_STORE, entry_flush
+from shadowcore.engine.hooks cimport POINT_POST_WRITE, POINT_PRE_WRITE, audit_point
 from shadowcore.engine.memory cimport mem_frame, mem_guest_frame, mem_mark_dirty, sc_no_frame
+from shadowcore.engine.page cimport sc_page
 from shadowcore.engine.pool cimport hash_bucket, pool_zap
+from shadowcore.engine.quirks cimport QUIRK_PDE_WRITE
+from shadowcore.engine.role cimport ROLE_QUADRANT, role_direct, role_field, role_level, role_pte_size
 from shadowcore.engine.spte cimport spte_drop
-from shadowcore.engine.state cimport (
-    FLUSH_STORE, POINT_POST_WRITE, POINT_PRE_WRITE, QUIRK_PDE_WRITE, ROLE_QUADRANT, audit_point, entry_flush,
-    role_direct, role_field, role_level, role_pte_size, sc_mmu, sc_page, sc_vcpu,
-)
+from shadowcore.engine.state cimport sc_mmu, sc_vcpu
 from shadowcore.engine.types cimport MODE_32, SC_NONE, u8, u32, u64
 from shadowcore.engine.walker cimport sc_walk, walk_index
 

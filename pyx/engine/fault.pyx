@@ -3,14 +3,14 @@ from shadowcore.engine.bits cimport PTE_A, PTE_D, pte_pkey, pte_rights
 from shadowcore.engine.counters cimport EXIT_EMULATE, EXIT_FILL, EXIT_GUEST, EXIT_MMIO, EXIT_WRITE
 from shadowcore.engine.emulate cimport walk_updated
 from shadowcore.engine.fetch cimport fetch, sc_leaf
+from shadowcore.engine.flushes cimport exit_flush
+from shadowcore.engine.hooks cimport POINT_POST_FAULT, POINT_PRE_FAULT, audit_point, count_exit
 from shadowcore.engine.invalidate cimport invalidate_fault
 from shadowcore.engine.memory cimport mem_frame, sc_no_frame
 from shadowcore.engine.pool cimport pool_has, pool_recycle, pool_zap_all
+from shadowcore.engine.quirks cimport QUIRK_PROCESSOR_CODE, QUIRK_ROLE_WITHOUT_ACCESS, QUIRK_TWO_EXITS
 from shadowcore.engine.roots cimport root_load, root_release, root_slots, root_wanted
-from shadowcore.engine.state cimport (
-    POINT_POST_FAULT, POINT_PRE_FAULT, QUIRK_PROCESSOR_CODE, QUIRK_ROLE_WITHOUT_ACCESS, QUIRK_TWO_EXITS, audit_point,
-    count_exit, exit_flush, sc_mmu, sc_vcpu,
-)
+from shadowcore.engine.state cimport sc_mmu, sc_vcpu
 from shadowcore.engine.types cimport (
     ACC_U, MODE_64, MODE_OFF, MODE_PAE, PF_P, PF_RSVD, PF_W, RC_EMULATE, RC_EXHAUSTED, RC_MMIO, RC_OK, RC_PF, RC_RETRY,
     SC_NONE, u32, u64,

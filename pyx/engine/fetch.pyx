@@ -9,17 +9,19 @@ from shadowcore.engine.bits cimport (
     PTE_A, PTE_D, PTE_G, PTE_P, PTE_U, PTE_W, SPTE_MARK, level_index, level_mask, pte_addr, pte_nx, pte_rights,
 )
 from shadowcore.engine.fetch cimport leaf_install, leaf_replace, sc_leaf
+from shadowcore.engine.flushes cimport FLUSH_LINK, FLUSH_WITHHELD, request_flush
 from shadowcore.engine.memory cimport (
     SC_POOL_HFN, mem_frame, mem_frame_hpa, mem_guest_frame, mem_mark_dirty, mem_pool_page, mem_unlogged, sc_no_frame,
 )
 from shadowcore.engine.pool cimport pool_get, pool_unprotect
+from shadowcore.engine.quirks cimport (
+    QUIRK_DIRTY_LOST, QUIRK_NX_LEAF_ONLY, QUIRK_PAGING_OFF_UNPROTECTED, QUIRK_ROLE_WITHOUT_ACCESS,
+    QUIRK_ROLE_WITHOUT_MODE,
+)
+from shadowcore.engine.role cimport ROLE_DIRTY, ROLE_GLOBAL, ROLE_PKEY
 from shadowcore.engine.roots cimport linear_gfn, make_role, root_load, wp0_leaves
 from shadowcore.engine.spte cimport leaf_remembers, leaf_spte, spte_drop, spte_link
-from shadowcore.engine.state cimport (
-    FLUSH_LINK, FLUSH_WITHHELD, QUIRK_DIRTY_LOST, QUIRK_NX_LEAF_ONLY, QUIRK_PAGING_OFF_UNPROTECTED,
-    QUIRK_ROLE_WITHOUT_ACCESS, QUIRK_ROLE_WITHOUT_MODE, ROLE_DIRTY, ROLE_GLOBAL, ROLE_PKEY, request_flush, sc_mmu,
-    sc_vcpu,
-)
+from shadowcore.engine.state cimport sc_mmu, sc_vcpu
 from shadowcore.engine.types cimport (
     ACC_ALL, ACC_U, ACC_W, ACC_X, MODE_32, MODE_64, MODE_OFF, MODE_PAE, PF_U, PF_W, RC_EXHAUSTED, RC_OK, SC_NONE, u8,
     u32, u64,

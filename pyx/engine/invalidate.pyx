@@ -6,12 +6,12 @@ behind the guest's tables as a TLB does.
 from shadowcore.engine.bits cimport (
     PTE_A, PTE_D, PTE_G, PTE_P, PTE_W, SPTE_MARK, level_index, level_mask, pte_addr, pte_pkey,
 )
+from shadowcore.engine.flushes cimport FLUSH_FAULT, FLUSH_INVLPG, flush_lost, request_flush
 from shadowcore.engine.memory cimport mem_frame, mem_frame_hpa, mem_pool_page, sc_no_frame
 from shadowcore.engine.pool cimport pool_zap
+from shadowcore.engine.role cimport role_level
 from shadowcore.engine.spte cimport leaf_remembers, spte_drop
-from shadowcore.engine.state cimport (
-    FLUSH_FAULT, FLUSH_INVLPG, flush_lost, linear_exists, request_flush, role_level, sc_mmu, sc_vcpu, vcpu_pcid,
-)
+from shadowcore.engine.state cimport linear_exists, sc_mmu, sc_vcpu, vcpu_pcid
 from shadowcore.engine.tlb cimport TLB_ANY_PCID, tlb_flush_fault
 from shadowcore.engine.types cimport MODE_32, MODE_64, MODE_OFF, PF_P, PF_RSVD, RC_OK, SC_NONE, u16, u32, u64
 from shadowcore.engine.walker cimport probe_walk, sc_walk

@@ -21,14 +21,17 @@ from shadowcore.engine.memory cimport (
     SC_RUNNING, SC_WRITTEN, mem_frame, mem_frame_hpa, mem_gfn, mem_guest_frame, mem_leaf_frame, mem_pool_hpa,
     mem_pool_page, mem_slot, mem_unlogged, sc_no_frame,
 )
+from shadowcore.engine.page cimport sc_page
 from shadowcore.engine.pool cimport hash_bucket
+from shadowcore.engine.quirks cimport QUIRK_ROLE_WITHOUT_ACCESS, QUIRK_ROLE_WITHOUT_MODE
 from shadowcore.engine.rmap cimport LIST_MANY, list_first, list_next
+from shadowcore.engine.role cimport (
+    ROLE_ACCESS, ROLE_GLEVELS, ROLE_GLOBAL, ROLE_PKEY, ROLE_PSE, ROLE_QUADRANT, ROLE_WP0, role_direct, role_field,
+    role_level, role_pte_size,
+)
 from shadowcore.engine.roots cimport root_fits
 from shadowcore.engine.spte cimport nonleaf_spte, spte_is_writable
-from shadowcore.engine.state cimport (
-    QUIRK_ROLE_WITHOUT_ACCESS, QUIRK_ROLE_WITHOUT_MODE, ROLE_ACCESS, ROLE_GLEVELS, ROLE_GLOBAL, ROLE_PKEY, ROLE_PSE,
-    ROLE_QUADRANT, ROLE_WP0, memo_drop, role_direct, role_field, role_level, role_pte_size, sc_mmu, sc_page, sc_vcpu,
-)
+from shadowcore.engine.state cimport memo_drop, sc_mmu, sc_vcpu
 from shadowcore.engine.tlb cimport TLB_SIZES, sc_tlb, sc_tlb_entry, tlb_overdue, tlb_valid
 from shadowcore.engine.types cimport (
     ACC_ALL, ACC_U, ACC_W, MODE_32, MODE_64, MODE_LA57, RC_AUDIT, RC_OK, SC_NONE, u8, u32, u64,

@@ -7,20 +7,24 @@ from shadowcore.engine.bits cimport CR4_PGE, PTE_D, PTE_G, PTE_W, SPTE_MARK, pte
 from shadowcore.engine.counters cimport Stats, sc_stats
 from shadowcore.engine.emulate cimport device_store
 from shadowcore.engine.fault cimport page_fault
+from shadowcore.engine.flushes cimport FLUSH_LOG, exit_flush, request_flush
+from shadowcore.engine.hooks cimport POINT_COUNT
 from shadowcore.engine.invalidate cimport invalidate_fault, invalidate_leaves
 from shadowcore.engine.invariants cimport audit_violations, mmu_settle, sc_audit
 from shadowcore.engine.memory cimport (
     SC_POOL_HFN, SC_RUNNING, SC_WRITTEN, Memory, mem_frame, mem_gfn, mem_guest_frame, sc_no_frame,
 )
+from shadowcore.engine.page cimport sc_frame, sc_link, sc_page
 from shadowcore.engine.pool cimport pool_init, pool_recycle, pool_unprotect, pool_zap_all, pool_zap_nonglobal
+from shadowcore.engine.quirks cimport QUIRK_NO_REFILL_AT_CR3, QUIRK_ROOT_EMPTIED
 from shadowcore.engine.rmap cimport list_first, list_next, rmap_remove
+from shadowcore.engine.role cimport (
+    ROLE_ACCESS, ROLE_DIRECT, ROLE_GLEVELS, ROLE_GLOBAL, ROLE_NXE, ROLE_PKEY, ROLE_PSE, ROLE_QUADRANT, ROLE_WP0,
+    role_direct, role_field, role_level,
+)
 from shadowcore.engine.roots cimport root_slots, roots_load, roots_release
 from shadowcore.engine.spte cimport spte_is_writable
-from shadowcore.engine.state cimport (
-    FLUSH_LOG, POINT_COUNT, QUIRK_NO_REFILL_AT_CR3, QUIRK_ROOT_EMPTIED, ROLE_ACCESS, ROLE_DIRECT, ROLE_GLEVELS,
-    ROLE_GLOBAL, ROLE_NXE, ROLE_PKEY, ROLE_PSE, ROLE_QUADRANT, ROLE_WP0, exit_flush, memo_drop, request_flush,
-    role_direct, role_field, role_level, sc_frame, sc_link, sc_mmu, sc_page, sc_vcpu, vcpu_pcid,
-)
+from shadowcore.engine.state cimport memo_drop, sc_mmu, sc_vcpu, vcpu_pcid
 from shadowcore.engine.tlb cimport sc_tlb_entry, tlb_enter, tlb_find
 from shadowcore.engine.types cimport (
     MODE_32, MODE_64, MODE_OFF, PF_W, RC_AUDIT, RC_EXHAUSTED, RC_HOOK, RC_LIVELOCK, RC_MMIO, RC_OK, RC_PF, RC_RETRY,

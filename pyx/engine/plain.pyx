@@ -8,14 +8,15 @@ from shadowcore.engine.bits cimport (
 )
 from shadowcore.engine.counters cimport EXIT_EMULATE, EXIT_FILL, EXIT_WRITE
 from shadowcore.engine.fetch cimport leaf_install, leaf_replace
+from shadowcore.engine.flushes cimport exit_flush
 from shadowcore.engine.gmode cimport gmode_32, gmode_64, gmode_la57, gmode_pae, sc_gmode
+from shadowcore.engine.hooks cimport count_exit
 from shadowcore.engine.memory cimport SC_POOL_HFN, mem_frame, mem_frame_hpa, mem_guest_frame, sc_mem, sc_no_frame
 from shadowcore.engine.pool cimport pool_get
+from shadowcore.engine.quirks cimport QUIRK_NX_LEAF_ONLY, QUIRK_PROCESSOR_CODE, QUIRK_ROLE_WITHOUT_ACCESS
 from shadowcore.engine.roots cimport make_role
 from shadowcore.engine.spte cimport leaf_spte, spte_link
-from shadowcore.engine.state cimport (
-    QUIRK_NX_LEAF_ONLY, QUIRK_PROCESSOR_CODE, QUIRK_ROLE_WITHOUT_ACCESS, count_exit, exit_flush, sc_mmu, sc_vcpu,
-)
+from shadowcore.engine.state cimport sc_mmu, sc_vcpu
 from shadowcore.engine.types cimport ACC_W, MODE_32, MODE_64, MODE_LA57, MODE_PAE, PF_U, PF_W, SC_NONE, u8, u32, u64
 from shadowcore.engine.walker cimport STEP_DOWN, glance_step, leaf_address, rights_fault, sc_paging, table_index
 

@@ -6,14 +6,16 @@ is needed when it is taken again (patch 22 scanned all 512, twice).
 from libc.string cimport memset
 
 from shadowcore.engine.bits cimport PTE_P, pte_addr
+from shadowcore.engine.flushes cimport FLUSH_ZAP, FLUSH_ZAP_UPPER, entry_flush, request_flush
+from shadowcore.engine.hooks cimport EVENT_ZAP, event
 from shadowcore.engine.memory cimport mem_frame, mem_pool_page, sc_no_frame
+from shadowcore.engine.page cimport sc_frame, sc_page
 from shadowcore.engine.pool cimport hash_bucket
+from shadowcore.engine.quirks cimport QUIRK_ROOT_EMPTIED
 from shadowcore.engine.rmap cimport list_first, list_remove, rmap_write_protect
+from shadowcore.engine.role cimport role_direct, role_level, role_pte_size
 from shadowcore.engine.spte cimport spte_is_writable, spte_wipe
-from shadowcore.engine.state cimport (
-    EVENT_ZAP, FLUSH_ZAP, FLUSH_ZAP_UPPER, QUIRK_ROOT_EMPTIED, entry_flush, event, memo_drop, request_flush,
-    role_direct, role_level, role_pte_size, sc_frame, sc_mmu, sc_page,
-)
+from shadowcore.engine.state cimport memo_drop, sc_mmu
 from shadowcore.engine.types cimport SC_NONE, u32, u64
 
 

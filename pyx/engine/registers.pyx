@@ -13,13 +13,16 @@ from shadowcore.engine.bits cimport (
     CR4_SMAP, CR4_SMEP, CR4_UMIP, EFER_LMA, EFER_LME, EFER_NXE, EFER_SCE, cr0_ignored, cr0_kept, cr0_pg, pte_addr,
 )
 from shadowcore.engine.counters cimport EXIT_CR0, EXIT_CR3, EXIT_CR4, EXIT_EFER, sc_stats
+from shadowcore.engine.features cimport (
+    FEAT_FSGSBASE, FEAT_GBPAGES, FEAT_LA57, FEAT_NX, FEAT_PCID, FEAT_PKU, FEAT_PSE36, FEAT_SMAP, FEAT_SMEP, FEAT_UMIP,
+    FEAT_XSAVE,
+)
+from shadowcore.engine.flushes cimport FLUSH_CONTEXT, FLUSH_CR3, flush_lost
+from shadowcore.engine.hooks cimport POINT_POST_CR3, audit_point, count_exit
 from shadowcore.engine.memory cimport mem_guest_frame, sc_mem
 from shadowcore.engine.mmu cimport mmu_new_cr3, mmu_reset
-from shadowcore.engine.state cimport (
-    FEAT_FSGSBASE, FEAT_GBPAGES, FEAT_LA57, FEAT_NX, FEAT_PCID, FEAT_PKU, FEAT_PSE36, FEAT_SMAP, FEAT_SMEP, FEAT_UMIP,
-    FEAT_XSAVE, FLUSH_CONTEXT, FLUSH_CR3, POINT_POST_CR3, QUIRK_ACCESSED_EARLY, QUIRK_IGNORED_BITS_REFUSED, audit_point,
-    count_exit, flush_lost, memo_drop, sc_mmu, sc_vcpu, vcpu_pcid,
-)
+from shadowcore.engine.quirks cimport QUIRK_ACCESSED_EARLY, QUIRK_IGNORED_BITS_REFUSED
+from shadowcore.engine.state cimport memo_drop, sc_mmu, sc_vcpu, vcpu_pcid
 from shadowcore.engine.tlb cimport tlb_flush_all, tlb_flush_pcid
 from shadowcore.engine.types cimport (
     MODE_32, MODE_64, MODE_LA57, MODE_OFF, MODE_PAE, RC_GP, RC_OK, SC_NONE, u8, u32, u64,

@@ -1,8 +1,10 @@
 """The reverse map at work: write protection of a frame."""
 from shadowcore.engine.bits cimport PTE_W
+from shadowcore.engine.flushes cimport FLUSH_PROTECT, request_flush
+from shadowcore.engine.hooks cimport EVENT_PROTECT, event
 from shadowcore.engine.memory cimport mem_gfn
 from shadowcore.engine.rmap cimport list_first, list_next, rmap_remove
-from shadowcore.engine.state cimport EVENT_PROTECT, FLUSH_PROTECT, event, memo_drop, request_flush, sc_mmu
+from shadowcore.engine.state cimport memo_drop, sc_mmu
 from shadowcore.engine.types cimport SC_NONE, u32, u64
 
 

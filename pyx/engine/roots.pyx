@@ -7,11 +7,12 @@ and has four roots, one for each GiB (patch 5): the shadows of the four PAE dire
 from shadowcore.engine.bits cimport PTE_P, level_mask, pte_addr
 from shadowcore.engine.memory cimport mem_pool_hpa
 from shadowcore.engine.pool cimport pool_get
-from shadowcore.engine.roots cimport root_slots
-from shadowcore.engine.state cimport (
-    QUIRK_ABSENT_PDPTES, QUIRK_ROLE_WITHOUT_ACCESS, QUIRK_ROLE_WITHOUT_MODE, ROLE_ACCESS, ROLE_DIRECT, ROLE_GLEVELS,
-    ROLE_LEVEL, ROLE_NXE, ROLE_PSE, ROLE_QUADRANT, ROLE_WP0, memo_drop, sc_mmu, sc_vcpu,
+from shadowcore.engine.quirks cimport QUIRK_ABSENT_PDPTES, QUIRK_ROLE_WITHOUT_ACCESS, QUIRK_ROLE_WITHOUT_MODE
+from shadowcore.engine.role cimport (
+    ROLE_ACCESS, ROLE_DIRECT, ROLE_GLEVELS, ROLE_LEVEL, ROLE_NXE, ROLE_PSE, ROLE_QUADRANT, ROLE_WP0,
 )
+from shadowcore.engine.roots cimport root_slots
+from shadowcore.engine.state cimport memo_drop, sc_mmu, sc_vcpu
 from shadowcore.engine.types cimport ACC_ALL, MODE_32, MODE_64, MODE_OFF, MODE_PAE, SC_NONE, u32, u64
 from shadowcore.engine.walker cimport sc_paging
 

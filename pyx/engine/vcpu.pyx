@@ -11,6 +11,10 @@ from shadowcore.engine.access cimport (
 )
 from shadowcore.engine.batch cimport run_batch
 from shadowcore.engine.bits cimport PTE_P
+from shadowcore.engine.features cimport (
+    FEAT_FSGSBASE, FEAT_GBPAGES, FEAT_LA57, FEAT_NX, FEAT_PCID, FEAT_PKU, FEAT_PSE36, FEAT_SMAP, FEAT_SMEP, FEAT_UMIP,
+    FEAT_XSAVE,
+)
 from shadowcore.engine.memo cimport sc_memo
 from shadowcore.engine.memory cimport SC_WRITTEN, mem_pool_hpa
 from shadowcore.engine.mmu cimport Mmu
@@ -18,10 +22,7 @@ from shadowcore.engine.registers cimport (
     load_ac, load_cr0, load_cr3, load_cr4, load_efer, load_pkru, registers_possible, vcpu_apply, vcpu_init,
 )
 from shadowcore.engine.roots cimport root_fits
-from shadowcore.engine.state cimport (
-    FEAT_FSGSBASE, FEAT_GBPAGES, FEAT_LA57, FEAT_NX, FEAT_PCID, FEAT_PKU, FEAT_PSE36, FEAT_SMAP, FEAT_SMEP, FEAT_UMIP,
-    FEAT_XSAVE, SC_MAX_VCPUS, linear_address, linear_exists, sc_mmu, sc_vcpu,
-)
+from shadowcore.engine.state cimport SC_MAX_VCPUS, linear_address, linear_exists, sc_mmu, sc_vcpu
 from shadowcore.engine.tlb cimport TLB_PAGES, TLB_SIZES, sc_tlb, sc_tlb_entry, tlb_valid
 from shadowcore.engine.types cimport (
     ACC_ALL, ACC_U, ACC_W, ACC_X, MODE_32, MODE_OFF, PF_I, PF_U, PF_W, RC_AUDIT, RC_GP, RC_MMIO, RC_OK, RC_PF, SC_NONE,

@@ -16,9 +16,10 @@ from shadowcore.engine.bits cimport cr0_kept
 from shadowcore.engine.counters cimport EXIT_EMULATE
 from shadowcore.engine.emulate cimport emulate_store
 from shadowcore.engine.held cimport Held
+from shadowcore.engine.hooks cimport count_exit
 from shadowcore.engine.memory cimport mem_frame, mem_guest_frame, mem_mark_dirty, sc_no_frame
 from shadowcore.engine.registers cimport load_cr0, load_cr3, load_cr4
-from shadowcore.engine.state cimport count_exit, sc_mmu, sc_vcpu
+from shadowcore.engine.state cimport sc_mmu, sc_vcpu
 from shadowcore.engine.types cimport PF_W, RC_AUDIT, RC_BAD_OP, RC_GP, RC_OK, RC_PF, u8, u16, u32, u64
 from shadowcore.engine.vcpu cimport VCpu
 from shadowcore.engine.walker cimport probe_walk, sc_walk

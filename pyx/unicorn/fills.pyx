@@ -11,10 +11,10 @@ from shadowcore.engine.access cimport (
 from shadowcore.engine.bits cimport CR4_SMAP
 from shadowcore.engine.memory cimport mem_frame, mem_frame_hpa, sc_no_frame
 from shadowcore.engine.mmu cimport Mmu
-from shadowcore.engine.state cimport (
+from shadowcore.engine.quirks cimport (
     QUIRK_NX_LEAF_ONLY, QUIRK_PROCESSOR_CODE, QUIRK_ROLE_WITHOUT_ACCESS, QUIRK_ROLE_WITHOUT_MODE, QUIRK_ROOT_EMPTIED,
-    linear_address, linear_exists, sc_mmu, sc_vcpu,
 )
+from shadowcore.engine.state cimport linear_address, linear_exists, sc_mmu, sc_vcpu
 from shadowcore.engine.types cimport ACC_W, MODE_OFF, PF_I, PF_U, PF_W, RC_OK, u16, u32, u64
 from shadowcore.engine.vcpu cimport VCpu
 from shadowcore.engine.walker cimport probe_walk, sc_walk

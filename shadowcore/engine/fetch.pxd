@@ -1,11 +1,11 @@
 """The fault path: link the levels of a shadow walk and install its leaf."""
 from shadowcore.engine.bits cimport CR4_PGE, PTE_A, PTE_D, PTE_G, PTE_P, PTE_W, pte_addr
+from shadowcore.engine.flushes cimport FLUSH_LEAF, request_flush
 from shadowcore.engine.memory cimport mem_leaf_frame, mem_slot
+from shadowcore.engine.quirks cimport QUIRK_GLOBAL_WITHOUT_PGE, QUIRK_RMAP_LEAK
 from shadowcore.engine.rmap cimport rmap_add, rmap_remove
 from shadowcore.engine.spte cimport spte_is_writable, spte_put, spte_wipe
-from shadowcore.engine.state cimport (
-    FLUSH_LEAF, QUIRK_GLOBAL_WITHOUT_PGE, QUIRK_RMAP_LEAK, memo_drop, request_flush, sc_mmu, sc_vcpu,
-)
+from shadowcore.engine.state cimport memo_drop, sc_mmu, sc_vcpu
 from shadowcore.engine.types cimport u32, u64
 from shadowcore.engine.walker cimport sc_walk
 

@@ -5,7 +5,8 @@ neighbours of each member, so that adding and removing cost the same whatever th
 small arrays, and search them).
 """
 from shadowcore.engine.memory cimport mem_leaf_frame
-from shadowcore.engine.state cimport sc_link, sc_mmu
+from shadowcore.engine.page cimport sc_link
+from shadowcore.engine.state cimport sc_mmu
 from shadowcore.engine.types cimport u32, u64
 
 cdef enum:

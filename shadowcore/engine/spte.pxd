@@ -1,8 +1,10 @@
 """One shadow entry: how its value is made, and how it comes and goes with the books kept right."""
 from shadowcore.engine.bits cimport PTE_A, PTE_P, PTE_U, PTE_W, SPTE_GUEST_U, SPTE_GUEST_W, pte_nx
 from shadowcore.engine.memory cimport mem_pool_hpa, mem_pool_page
+from shadowcore.engine.page cimport sc_page
 from shadowcore.engine.rmap cimport list_add, list_remove, rmap_add, rmap_remove
-from shadowcore.engine.state cimport memo_drop, role_level, sc_mmu, sc_page
+from shadowcore.engine.role cimport role_level
+from shadowcore.engine.state cimport memo_drop, sc_mmu
 from shadowcore.engine.types cimport ACC_U, ACC_W, ACC_X, u32, u64
 
 cdef inline u64 nonleaf_spte(u32 child) noexcept nogil:

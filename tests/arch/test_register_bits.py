@@ -9,7 +9,7 @@ import numpy as np
 import oracle
 import pytest
 from oracle import CR0_PE, CR0_PG, CR4_PAE, CR4_PCIDE, EFER_LME
-from test_vcpu_registers import DESIGNS, MODES, PAGING, REGISTERS, all_modes_machine, enter_oracle, load, state
+from register_machines import DESIGNS, MODES, PAGING, REGISTERS, all_modes_machine, enter_oracle, load, state
 
 import shadowcore as sc
 

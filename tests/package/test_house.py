@@ -31,8 +31,10 @@ ENGINE = (
     "types gmode held costs",
     "bits counters tlb memo watch",
     "memory results windows prices",
-    "walker",
+    "walker features page quirks role",
     "state",
+    "hooks",
+    "flushes",
     "rmap",
     "spte",
     "pool",
@@ -161,12 +163,16 @@ def test_no_circle(graph):
     TopologicalSorter({name: targets for name, targets in graph.items() if name != "shadowcore"}).prepare()
 
 
+STATE = ["features", "flushes", "hooks", "page", "quirks", "role", "state"]
+"""What the header `state` was cut into."""
+
+
 def test_short_names_of_headers():
     """Those that were published before there were packages."""
     for name in filter(header_only, modules()):
         (path,) = modules()[name]
-        target = {"events": "counters"}.get(path.stem, path.stem)
-        assert path.read_text("utf-8") == f"from shadowcore.engine.{target} cimport *\n"
+        targets = {"events": ["counters"], "state": STATE}.get(path.stem, [path.stem])
+        assert path.read_text("utf-8") == "".join(f"from shadowcore.engine.{name} cimport *\n" for name in targets)
 
 
 def printed(title):

@@ -7,7 +7,7 @@ read-only page, and nothing can be unprotected so that it might.
 import ctypes
 
 import pytest
-from test_dirty_log_stores import PAGE, STATES, STORES, Guest, every_mode
+from page_stores import PAGE, STATES, STORES, Guest, every_mode
 
 import shadowcore as sc
 
