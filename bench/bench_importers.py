@@ -14,8 +14,8 @@ import pytest
 
 import shadowcore as sc
 from shadowcore.recording import importers
-from shadowcore.recording.format import OPERATIONS, PROGRAM, Reader, Writer
 from shadowcore.recording.importers import lackey_text as lackey
+from shadowcore.recordings import OPERATIONS, PROGRAM, Reader, Writer
 
 LINES = 1_000_000
 
@@ -119,7 +119,7 @@ def replay(path, ahead):
     engine = 0.0
     start = time.perf_counter()
     with Reader(path, ahead=ahead) as reader:
-        cpu = reader.machine().vcpus[0]
+        cpu = sc.trace.machine(reader).vcpus[0]
         for ops in reader.operations():
             clock = time.perf_counter()
             cpu.run(ops, data=False)

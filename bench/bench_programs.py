@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from shadowcore import programs
-from shadowcore.recording.format import Event, Writer
+from shadowcore.recordings import Event, Writer
 
 ACCESSES = 1_000_000
 DESIGNS = ("native", "flush", "cached")

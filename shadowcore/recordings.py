@@ -1,6 +1,6 @@
 """The files that recordings lie in: blocks of records, compressed, each with its checksums. docs/recordings.md has all.
 
-The public name of `shadowcore.recording.format`.
+The public names of `shadowcore.recording.format`, `packing`, `writer` and `reader`.
 """
 
 from .recording.format import (
@@ -17,11 +17,10 @@ from .recording.format import (
     WRITE,
     Block,
     Event,
-    Reader,
-    Writer,
-    is_recording,
-    pack,
 )
+from .recording.packing import pack
+from .recording.reader import Reader, is_recording
+from .recording.writer import Writer
 
 __all__ = [
     "BLOCK",

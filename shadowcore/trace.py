@@ -20,6 +20,7 @@ from .recording.replay import (
     RecordingFile,
     ReplayResult,
     load,
+    machine,
     open_recording,
     replay,
 )
@@ -41,6 +42,7 @@ __all__ = [
     "RecordingFile",
     "ReplayResult",
     "load",
+    "machine",
     "open_recording",
     "replay",
 ]

@@ -8,11 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from ..recording import importers
 from .options import JSON, Output, command
 from .progress import progress as _progress
 
 if TYPE_CHECKING:
-    from ..recording.format import Reader, Writer
+    from ..recording.reader import Reader
+    from ..recording.writer import Writer
 
 _NAME = click.option("--name", metavar="NAME", help="What reports call the recording.  [default: as the first file]")
 
@@ -25,11 +27,10 @@ _NAME = click.option("--name", metavar="NAME", help="What reports call the recor
 @click.option(
     "--format",
     "form",
-    type=click.Choice(["auto", "linux", "lackey", "champsim", "csv"]),
+    type=click.Choice(["auto", *importers.FORMATS]),
     default="auto",
     show_default=True,
-    help="What the files are: .npz recordings of guests (linux), texts of Valgrind's lackey, ChampSim's instructions, "
-    "or CSV. auto looks into the first.",
+    help=f"What the files are; auto looks into the first. {importers.described()}",
 )
 @_NAME
 @JSON
@@ -39,8 +40,6 @@ def import_(files: tuple[str, ...], out: str, form: str, name: str | None, as_js
     Files may be compressed (.gz, .xz). Where one cannot be read to its end, what comes before is kept in OUT,
     marked as incomplete.
     """
-    from ..recording import importers
-
     with _progress(Path(files[0]).name, "B") as progress:
         writer = importers.convert(files, out, form, name=name, progress=progress)
     _written(writer, as_json)
@@ -91,7 +90,7 @@ def _written(writer: Writer, as_json: bool, err: bool = False) -> None:
 @JSON
 def info(recording: str, check: bool, as_json: bool) -> None:
     """Say what RECORDING holds: its stream, records, processes, and where it comes from."""
-    from ..recording.format import Reader, is_recording
+    from ..recording.reader import Reader, is_recording
 
     if is_recording(recording):
         with Reader(recording) as reader:
@@ -161,7 +160,7 @@ def _counts(reader: Reader) -> dict[str, Any]:
             events += np.bincount(block.events["kind"], minlength=256)
     if reader.stream == recordings.OPERATIONS:
         if "machine" in reader.header:
-            reader.machine("native")
+            trace.machine(reader, "native")
         names = {int(op): op.name.lower() for op in config.Op}
         return {"counts": {names.get(int(op), str(op)): int(ops[op]) for op in np.flatnonzero(ops)}}
     found = dict(zip(("read", "write", "fetch", "modify"), ops[:4].tolist(), strict=True))

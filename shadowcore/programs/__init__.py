@@ -16,7 +16,8 @@ from ..engine.machine import VM
 from ..errors import ConfigError, EngineError, GuestOutOfMemory
 from ..guest.kernel import NO_PROGRAM, Kernel
 from ..guest.options import Call, File, KernelOptions
-from ..recording.format import INCOMPLETE, Reader
+from ..recording.format import INCOMPLETE
+from ..recording.reader import Reader
 from ..workload import WorkloadResult
 from .spaces import Accesses, Area, Follower, Key, Life, Piece, close_all, open_all, walk
 from .survey import TURN, Fold, Survey, check_addresses, folding, survey

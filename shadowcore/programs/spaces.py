@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 
 from ..errors import ConfigError, TraceError
 from ..guest.options import Prot
-from ..recording.format import PROGRAM, Event, Reader
-from ..recording.importers import CLONE_VM
+from ..recording.format import CLONE_VM, PROGRAM, Event
+from ..recording.reader import Reader
 
 Key = tuple[int, int]
 """A process: number of the recording, number in it."""

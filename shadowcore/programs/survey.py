@@ -17,7 +17,7 @@ from ..config import check_int
 from ..errors import ConfigError, TraceError
 from ..files import check_path
 from ..guest.options import Prot
-from ..recording.format import Reader
+from ..recording.reader import Reader
 from .spaces import Accesses, Area, Follower, Key, Life, Piece, close_all, open_all, walk
 from .touched import FETCH, WRITE, PageSet
 

@@ -23,8 +23,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.resources
 import os
-import zipfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -32,11 +31,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .. import npy
 from ..config import check_int
 from ..errors import TraceError
 from ..files import Replacement, check_path
-from .format import GUEST, SUFFIX, Reader, Writer, is_recording
+from .format import GUEST, SUFFIX
+from .npz import read_arrays
+from .reader import Reader, is_recording
+from .writer import Writer
 
 BUNDLED = "linux-fork"
 """The recording that ships with the package: Debian's 6.1 kernel, boot and 60 shell pipelines."""
@@ -50,6 +51,8 @@ WRITE, USER = 1, 2
 
 _ARRAYS = {"kind": "u1", "flags": "<u2", "insns": "<u4", "addr": "<u8", "value": "<u8"}
 _SCALARS = {"cr0": (1 << 64) - 1, "cr4": (1 << 64) - 1, "efer": (1 << 64) - 1, "nframes": 1 << 40}
+MEMBERS = (*_ARRAYS, *_SCALARS, "complete")
+"""What an .npz recording holds."""
 _OFFSETS_MAX = 1 << 16
 _TABLE_MAX = 1 << 16
 """Records that a piece of a recording may exceed a block by, for the words of a table not to be parted."""
@@ -90,13 +93,8 @@ class Recording:
             array = np.ascontiguousarray(array).view()
             array.flags.writeable = False
             object.__setattr__(self, name, array)
-        for name, highest in _SCALARS.items():
-            scalar = np.asarray(getattr(self, name))
-            lowest = 1 if name == "nframes" else 0
-            if scalar.ndim or scalar.dtype.kind not in "iu" or not lowest <= int(scalar) <= highest:
-                expected = f"{name!r}: one integer from {lowest} to {highest:#x} expected"
-                raise TraceError(self.name, None, f"{expected}, not {scalar.dtype} of shape {scalar.shape}")
-            object.__setattr__(self, name, int(scalar))
+        for name in _SCALARS:
+            object.__setattr__(self, name, _scalar(self.name, name, getattr(self, name)))
         if not self.operations:
             raise TraceError(self.name, None, "at least one record expected")
         self._check_records()
@@ -333,11 +331,8 @@ class RecordingFile:
             self.name = reader.name
             self.operations = reader.records
             self.complete = reader.complete
-            self.cr0, self.cr4, self.efer, self.nframes = (reader.guest[name] for name in _SCALARS)
-        for name, highest in _SCALARS.items():
-            lowest = 1 if name == "nframes" else 0
-            if not lowest <= getattr(self, name) <= highest:
-                raise TraceError(path, None, f"{name!r}: one integer from {lowest} to {highest:#x} expected")
+            values = [_scalar(path, name, np.uint64(reader.guest[name])) for name in _SCALARS]
+        self.cr0, self.cr4, self.efer, self.nframes = values
         if not self.operations:
             raise TraceError(path, None, "at least one record expected")
 
@@ -460,33 +455,21 @@ def load(path: str | os.PathLike[str] | None = None) -> Recording:
         raise TraceError(path, error.record, error.expected) from None
 
 
-def read_arrays(
-    path: str | os.PathLike[str], names: Iterable[str], optional: Iterable[str] = ()
-) -> dict[str, NDArray[Any]]:
-    """The named members of an .npz file, and those of `optional` that are there; TraceError unless each can be read."""
-    path = check_path(path)
-    try:
-        with open(path, "rb") as file:
-            if not zipfile.is_zipfile(file):
-                raise TraceError(path, None, "an .npz file expected: this is none, or it is cut short")
-            with zipfile.ZipFile(file) as archive:
-                npy.check_members(archive)
-                there = {name for name in optional if f"{name}.npy" in archive.NameToInfo}
-                return {name: _member(path, archive, name) for name in (*names, *there)}
-    except TraceError:
-        raise
-    except npy.UNREADABLE as error:
-        reason = getattr(error, "strerror", None) or error
-        raise TraceError(path, None, f"a readable .npz file expected: {reason}") from None
+def registers(path: str | os.PathLike[str]) -> dict[str, int]:
+    """cr0, cr4, efer and nframes of a recording of either format. TraceError."""
+    if is_recording(path):
+        source = RecordingFile(path)
+        return {name: getattr(source, name) for name in _SCALARS}
+    return {name: _scalar(path, name, value) for name, value in read_arrays(path, _SCALARS).items()}
 
 
-def _member(path: str, archive: zipfile.ZipFile, name: str) -> NDArray[Any]:
-    if f"{name}.npy" not in archive.NameToInfo:
-        raise TraceError(path, None, f"array {name!r} expected, there is none")
-    try:
-        return npy.parse(archive.read(f"{name}.npy"))
-    except npy.UNREADABLE as error:
-        raise TraceError(path, None, f"array {name!r} cannot be read: {error}") from None
+def _scalar(file: object, name: str, value: Any) -> int:
+    scalar = np.asarray(value)
+    lowest, highest = 1 if name == "nframes" else 0, _SCALARS[name]
+    if scalar.ndim or scalar.dtype.kind not in "iu" or not lowest <= int(scalar) <= highest:
+        expected = f"{name!r}: one integer from {lowest} to {highest:#x} expected"
+        raise TraceError(file, None, f"{expected}, not {scalar.dtype} of shape {scalar.shape}")
+    return int(scalar)
 
 
 def _first(mask: NDArray[np.bool_]) -> int | None:

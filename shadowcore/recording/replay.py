@@ -1,4 +1,5 @@
-"""Replays: a recorded guest run again on a virtual machine of some design, and what that costs.
+"""Replays: a recorded guest run again on a virtual machine of some design, and what that costs. The machine that a
+recording of operations starts on.
 
 A table store goes through the guest's own mappings, so that write protection is met as in life, and every
 access is checked against the recorded gpa: a replay checks itself.
@@ -17,7 +18,7 @@ from numpy.typing import NDArray
 from ..config import TLB, Features, Native, Shadow, check_int, design
 from ..engine.machine import VM, set_registers
 from ..engine.windows import WindowLog
-from ..errors import AuditError, GeneralProtection, TraceError
+from ..errors import AuditError, ConfigError, GeneralProtection, TraceError
 from .guest import (
     ACCESS,
     BUNDLED,
@@ -35,6 +36,7 @@ from .guest import (
     load,
     open_recording,
 )
+from .reader import Reader
 from .records import replay as replay_records
 
 __all__ = [
@@ -54,6 +56,7 @@ __all__ = [
     "RecordingFile",
     "ReplayResult",
     "load",
+    "machine",
     "open_recording",
     "replay",
 ]
@@ -287,6 +290,27 @@ def replay(
         windows=None if log is None else log.arrays(position - start),
         **counts,
     )
+
+
+def machine(reader: Reader, mmu: str | Native | Shadow = "cached") -> VM:
+    """The virtual machine that a recording of operations starts on, under a design, as it was recorded: memory, and the
+    same registers in each processor. TraceError for another stream, or where there can be no such machine."""
+    start = reader.start()
+    made = design(mmu)
+    try:
+        vm = VM(memory=start["memory"], mmu=made, vcpus=start["vcpus"])
+    except ConfigError as error:
+        raise TraceError(reader.path, None, f"a machine that can be expected: {error}") from None
+    for words, values in reader.memory():
+        vm.memory.words[words] = values
+    for cpu in vm.vcpus:
+        try:
+            set_registers(vm, cpu, **{name: start[name] for name in ("cr0", "cr3", "cr4", "efer")})
+            cpu.pkru, cpu.cr2, cpu.cpl, cpu.ac = start["pkru"], start["cr2"], start["cpl"], bool(start["ac"])
+        except GeneralProtection:
+            raise TraceError(reader.path, None, "registers that a processor can have expected") from None
+    vm.stats.reset()
+    return vm
 
 
 def _plain_flags(piece: Recording, first_user: int | None, base: int) -> NDArray[np.uint16]:

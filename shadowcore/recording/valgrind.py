@@ -13,8 +13,11 @@ from pathlib import Path
 
 from ..errors import ConfigError, TraceError
 from ..files import check_path
-from .format import PROGRAM, Writer
-from .importers import LackeyParser, Processes, kept
+from .format import PROGRAM
+from .importers import kept
+from .importers.lackey import LackeyParser
+from .importers.processes import Processes
+from .writer import Writer
 
 OPTIONS = ("--tool=lackey", "--trace-mem=yes", "--trace-syscalls=yes", "--trace-children=yes", "--vgdb=no")
 HELD_MAX = 1 << 26

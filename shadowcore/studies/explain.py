@@ -18,7 +18,7 @@ from ..config import Features
 from ..engine.machine import VM, set_registers
 from ..errors import ConfigError, GeneralProtection, PageFault, TraceError
 from ..pagetables import FORMATS, NX, PAT, PAT_LARGE, PKEY_SHIFT, PS, A, D, Format, G, P, U, W
-from ..recording.guest import read_arrays
+from ..recording.npz import read_arrays
 
 CR0_WP, CR4_PSE, CR4_SMAP, EFER_NXE = 1 << 16, 1 << 4, 1 << 21, 1 << 11
 PWT, PCD = 1 << 3, 1 << 4

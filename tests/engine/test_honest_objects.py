@@ -16,7 +16,7 @@ from shadowcore.guest.kernel import Kernel
 from shadowcore.guest.options import KernelOptions
 from shadowcore.recording import importers
 from shadowcore.recording import replay as trace
-from shadowcore.recording.format import Reader, Writer, is_recording
+from shadowcore.recordings import Reader, Writer, is_recording
 from shadowcore.studies import explain
 
 

@@ -6,7 +6,7 @@ It takes a recording's segments in their order, and counts what the kernel count
 from collections import Counter
 from dataclasses import dataclass
 
-from shadowcore.recording.format import FETCH, MODIFY, READ, WRITE, Event
+from shadowcore.recordings import FETCH, MODIFY, READ, WRITE, Event
 
 R, W, X = 1, 2, 4
 STACK_PAGES = 2048

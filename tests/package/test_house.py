@@ -163,6 +163,14 @@ def test_no_circle(graph):
     TopologicalSorter({name: targets for name, targets in graph.items() if name != "shadowcore"}).prepare()
 
 
+def test_a_file_format_knows_no_machine(graph):
+    """What reads and writes the files of recordings; the replay is what makes machines of them."""
+    for name in ("format", "packing", "archive", "npz", "reader", "guest"):
+        below = graph[f"shadowcore.recording.{name}"]
+        assert [target for target in below if target.startswith("shadowcore.engine")] == []
+        assert "shadowcore.recording.replay" not in below
+
+
 STATE = ["features", "flushes", "hooks", "page", "quirks", "role", "state"]
 """What the header `state` was cut into."""
 

@@ -18,8 +18,8 @@ from shadowcore.engine.audit import AuditReport, Violation
 from shadowcore.guest import process
 from shadowcore.programs.survey import Fold
 from shadowcore.recording import replay as trace
-from shadowcore.recording.format import Event, Writer
 from shadowcore.recording.guest import RecordingFile
+from shadowcore.recordings import Event, Writer
 from shadowcore.studies import explain, reproduction
 
 PROTOCOLS = range(pickle.HIGHEST_PROTOCOL + 1)

@@ -23,8 +23,8 @@ import shadowcore as sc
 from shadowcore.cli import main
 from shadowcore.recording import importers
 from shadowcore.recording import replay as trace
-from shadowcore.recording.format import FETCH, READ, WRITE, Event, Reader, Writer
 from shadowcore.recording.importers import CHAMPSIM_DTYPE
+from shadowcore.recordings import FETCH, READ, WRITE, Event, Reader, Writer
 
 LACKEY = DATA / "lackey"
 ENVIRONMENT = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
@@ -322,7 +322,7 @@ def test_a_full_disk_while_importing(tmp_path):
     program = """
         import resource
         from shadowcore.cli import main
-        from shadowcore.recording.format import Writer
+        from shadowcore.recordings import Writer
         resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000))
         Writer.__init__.__kwdefaults__["block"] = 10_000
         main()

@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 from places import DATA
 
 import shadowcore as sc
-from shadowcore.recording import format as recordings
+from shadowcore import recordings
 from shadowcore.recording import importers, valgrind
-from shadowcore.recording.format import FETCH, MODIFY, READ, WRITE, Event, Reader
 from shadowcore.recording.importers import lackey_text as lackey
+from shadowcore.recordings import FETCH, MODIFY, READ, WRITE, Event, Reader
 
 DATA = DATA / "lackey"
 TEXTS = [DATA / "parent.txt", DATA / "child.txt"]
@@ -189,7 +189,7 @@ def test_accesses_are_all_there(imported):
 
 @pytest.mark.parametrize("size", [1, 7, 64, 1000])
 def test_the_parts_in_which_a_text_comes_do_not_matter(tmp_path, imported, size, monkeypatch):
-    monkeypatch.setattr(importers, "CHUNK", 4 * size)
+    monkeypatch.setattr(importers.lackey, "ROOM", size)
     monkeypatch.setattr(importers.Source.read, "__defaults__", (size,))
     importers.convert(TEXTS, tmp_path / "b.screc", "lackey")
     assert contents(tmp_path / "b.screc")[:2] == imported[:2]

@@ -18,7 +18,7 @@ import shadowcore as sc
 from shadowcore import npy, programs
 from shadowcore.recording import importers
 from shadowcore.recording import replay as trace
-from shadowcore.recording.format import GUEST, OPERATIONS, PROGRAM, Event, Reader, Writer
+from shadowcore.recordings import GUEST, OPERATIONS, PROGRAM, Event, Reader, Writer
 from shadowcore.studies import explain
 
 REFUSALS = (sc.TraceError, sc.ConfigError, sc.SnapshotError, MemoryError)
@@ -208,7 +208,7 @@ def read(path, kind):
             list(reader)
             if reader.stream == OPERATIONS:
                 list(reader.operations())
-                reader.machine("native")
+                trace.machine(reader, "native")
             elif reader.stream == PROGRAM:
                 list(reader.process(0))
                 programs.run(path, "native", operations=100)

@@ -17,7 +17,7 @@ from shadowcore.cli import programs as cli_programs
 from shadowcore.programs.spaces import close_all, open_all, walk
 from shadowcore.programs.survey import folding, lay_out
 from shadowcore.programs.touched import PageSet
-from shadowcore.recording.format import Event, Reader, Writer
+from shadowcore.recordings import Event, Reader, Writer
 
 FAMILY, TRUE = DATA / "programs" / "family.screc", DATA / "programs" / "true.screc"
 LACKEY = [DATA / "lackey" / "parent.txt", DATA / "lackey" / "child.txt"]

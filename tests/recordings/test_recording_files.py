@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 import shadowcore as sc
 from shadowcore.cli import main
 from shadowcore.recording import replay as trace
-from shadowcore.recording.format import GUEST, PROGRAM, Writer
+from shadowcore.recordings import GUEST, PROGRAM, Writer
 
 SCALARS = ("cr0", "cr4", "efer", "nframes")
 

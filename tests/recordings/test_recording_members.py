@@ -12,7 +12,7 @@ from click.testing import CliRunner
 import shadowcore as sc
 from shadowcore.cli import main
 from shadowcore.recording import replay as trace
-from shadowcore.recording.format import GUEST, OPERATIONS, PROGRAM, Event, Reader, Writer
+from shadowcore.recordings import GUEST, OPERATIONS, PROGRAM, Event, Reader, Writer
 
 KINDS = (OPERATIONS, PROGRAM, GUEST)
 SCALARS = ("cr0", "cr4", "efer", "nframes")
@@ -76,7 +76,7 @@ def tells(path):
 def read(path):
     with Reader(path) as reader:
         if reader.stream == OPERATIONS:
-            reader.machine("native")
+            trace.machine(reader, "native")
             list(reader.operations())
         else:
             list(reader)

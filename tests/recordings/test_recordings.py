@@ -15,11 +15,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import shadowcore as sc
+from shadowcore import recordings
 from shadowcore.files import Replacement
-from shadowcore.recording import format as recordings
 from shadowcore.recording import pages as columns
 from shadowcore.recording import replay as trace
-from shadowcore.recording.format import EVENT_DTYPE, GUEST, OPERATIONS, PROGRAM, STREAMS, Event, Reader, Writer
+from shadowcore.recording.packing import to_npy
+from shadowcore.recording.reader import MEMBER_MAX
+from shadowcore.recordings import EVENT_DTYPE, GUEST, OPERATIONS, PROGRAM, STREAMS, Event, Reader, Writer
 
 # Where the package is imported from by this process, and its children.
 ENVIRONMENT = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
@@ -221,7 +223,7 @@ def test_operations_run_as_they_were_recorded(tmp_path):
         writer.write(ops)
     result = cpu.run(ops)
     with Reader(path) as reader:
-        again = reader.machine("cached")
+        again = trace.machine(reader, "cached")
         parts = [again.vcpus[0].run(batch) for batch in reader.operations()]
         assert [len(part) for part in parts] == [300, 300, 300, 100]
         assert next(reader.operations()).dtype.names == ("op", "user", "size", "addr", "value", "expected")
@@ -247,7 +249,7 @@ def test_machines_with_pcids_ignored_bits_or_a_high_root(tmp_path, design, cr3, 
     with Writer(tmp_path / "ops.screc", OPERATIONS, vm=vm):
         pass
     with Reader(tmp_path / "ops.screc") as reader:
-        again = reader.machine(design)
+        again = trace.machine(reader, design)
     for name in ("cr0", "cr3", "cr4", "efer"):
         assert getattr(again.vcpus[0], name) == getattr(cpu, name)
     if design == "cached":
@@ -358,7 +360,7 @@ def test_a_full_disk(tmp_path, limit):
         import resource, sys
         import numpy as np
         import shadowcore as sc
-        from shadowcore.recording.format import Writer
+        from shadowcore.recordings import Writer
         resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))
         try:
             with Writer("a.screc", "operations", block=500) as writer:
@@ -421,7 +423,7 @@ def test_a_killed_writer_leaves_no_recording(tmp_path):
     program = """
         import os, signal
         import numpy as np
-        from shadowcore.recording.format import Writer
+        from shadowcore.recordings import Writer
         writer = Writer("a.screc", "operations", block=500)
         writer.write(addr=np.arange(5000))
         os.kill(os.getpid(), signal.SIGKILL)
@@ -492,7 +494,7 @@ def rewritten(path, members, follow=True):
 
 
 def array(*numbers, code="u8"):
-    return recordings._npy(np.array(numbers, dtype=code))
+    return to_npy(np.array(numbers, dtype=code))
 
 
 B1 = "blocks/000001-100"
@@ -583,11 +585,11 @@ def test_wrong_events_are_named(small, rows, expected):
         for name, value in row.items():
             event[name] = value
     with pytest.raises(sc.TraceError, match=expected):
-        read(rewritten(small, {f"{B1}/events.npy": recordings._npy(events)}))
+        read(rewritten(small, {f"{B1}/events.npy": to_npy(events)}))
 
 
 def test_a_member_that_inflates_beyond_all_bounds_is_refused_unread(small):
-    huge = rewritten(small, {f"{B1}/op.npy": bytes(recordings._MEMBER_MAX + 1)})
+    huge = rewritten(small, {f"{B1}/op.npy": bytes(MEMBER_MAX + 1)})
     with pytest.raises(sc.TraceError, match=r"bytes at most expected in blocks/000001-100/op.npy"):
         read(huge)
 
@@ -614,7 +616,7 @@ def test_a_reader_refuses_what_it_does_not_hold(small):
         with pytest.raises(sc.TraceError, match="a recording of operations expected, not of a program"):
             reader.operations()
         with pytest.raises(sc.TraceError, match="with the machine that they start on"):
-            reader.machine()
+            trace.machine(reader)
 
 
 def test_leaving_a_reader_in_the_middle_ends_its_threads(small):
@@ -634,7 +636,7 @@ def test_memory_is_bounded(tmp_path):
         import resource, sys
         import numpy as np
         import shadowcore as sc
-        from shadowcore.recording.format import Reader, Writer
+        from shadowcore.recordings import Reader, Writer
         N, PART = 40_000_000, 1_000_000
         if sys.argv[1] == "write":
             vm = sc.VM(memory="16MiB")
@@ -649,7 +651,7 @@ def test_memory_is_bounded(tmp_path):
                     writer.write(op=rng.integers(0, 2, PART), user=1, size=8, addr=addr)
         else:
             with Reader("a.screc") as reader:
-                cpu = reader.machine().vcpus[0]
+                cpu = sc.trace.machine(reader).vcpus[0]
                 done = sum(int((cpu.run(ops, data=False).outcome == 0).sum()) for ops in reader.operations())
                 assert done == N, done
         print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)

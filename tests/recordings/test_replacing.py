@@ -14,7 +14,7 @@ import shadowcore as sc
 from shadowcore import files
 from shadowcore.files import Replacement, replace
 from shadowcore.recording import replay as trace
-from shadowcore.recording.format import OPERATIONS, Reader, Writer
+from shadowcore.recordings import OPERATIONS, Reader, Writer
 from shadowcore.studies.study import write_csv
 
 ENVIRONMENT = os.environ | {
@@ -212,11 +212,11 @@ def test_a_recording_without_room_says_so_each_time(tmp_path):
     import resource
     import shadowcore as sc
     from shadowcore.recording import importers
-    from shadowcore.recording.format import Writer
+    from shadowcore.recordings import Writer
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
     try:
         with Writer("out.screc", "program", block=500) as writer:
-            importers.import_csv(["in.csv"], writer)
+            importers.csv.read(["in.csv"], writer)
     except sc.TraceError as error:
         assert error.file == "out.screc", error
         assert "room for the recording expected: File too large" in str(error), error

@@ -15,7 +15,8 @@ import shadowcore as sc
 from shadowcore.cli import main
 from shadowcore.recording import importers
 from shadowcore.recording import replay as trace
-from shadowcore.recording.format import GUEST, INCOMPLETE, Reader, Writer
+from shadowcore.recording.format import INCOMPLETE
+from shadowcore.recordings import GUEST, Reader, Writer
 
 FILES = DATA / "odd-files"
 SCALARS = ("cr0", "cr4", "efer", "nframes")
