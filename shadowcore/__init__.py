@@ -33,7 +33,8 @@ from .guest.kernel import CALL_DTYPE, Kernel
 from .guest.options import Call, File, KernelOptions, Program, Prot, Touch
 from .guest.process import Process
 from .pagetables import PageTables
-from .studies.study import Study, StudyDesign, StudyInterrupted, study
+from .studies.results import Study, StudyDesign
+from .studies.study import StudyInterrupted, study
 
 __all__ = [
     "CALL_DTYPE",

@@ -17,7 +17,7 @@ from .options import COSTS, JSON, OPERATIONS, POOL, SEED, SET, Output, Series, S
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from ..studies.study import Study
+    from ..studies.results import Study
 
 DEFAULT_DESIGNS = ("native", "flush", "cached")
 
@@ -173,7 +173,7 @@ def _show(over: str | None, done: list[tuple[Any, Study]], as_json: bool) -> Non
 
 
 def _csv(over: str | None, done: list[tuple[Any, Study]], file: str) -> None:
-    from ..studies.study import write_csv
+    from ..studies.results import write_csv
 
     rows = [({over: value} if over else {}) | row for value, made in done for row in made.rows()]
     _to_file(file, lambda path: write_csv(path, rows))

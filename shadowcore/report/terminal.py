@@ -13,7 +13,7 @@ from ..engine.costs import COMPONENTS
 from ..recording.format import INCOMPLETE
 from ..recording.replay import Phase, ReplayResult
 from ..studies.reproduction import Reproduction
-from ..studies.study import Study, StudyDesign
+from ..studies.results import Study, StudyDesign
 from ..workload import WorkloadResult
 
 WIDTH = 100

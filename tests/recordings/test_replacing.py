@@ -15,7 +15,7 @@ from shadowcore import files
 from shadowcore.files import Replacement, replace
 from shadowcore.recording import replay as trace
 from shadowcore.recordings import OPERATIONS, Reader, Writer
-from shadowcore.studies.study import write_csv
+from shadowcore.studies.results import write_csv
 
 ENVIRONMENT = os.environ | {
     "PYTHONPATH": os.pathsep.join([str(Path(sc.__file__).parents[1]), str(Path(__file__).parent)])
@@ -47,7 +47,7 @@ BEGIN = """
     import os, resource, signal
     import shadowcore as sc
     import shadowcore.files
-    from shadowcore.studies.study import write_csv
+    from shadowcore.studies.results import write_csv
 """
 
 
