@@ -4,18 +4,14 @@ from __future__ import annotations
 
 import zipfile
 import zlib
-from typing import NamedTuple
 
 from ..files import Replacement
 
 __all__ = ["Archive", "Mark"]
 
 
-class Mark(NamedTuple):
-    """An archive at some moment: bytes and members that it had."""
-
-    size: int
-    members: int
+Mark = tuple[int, int]
+"""Of an archive at some moment: bytes in the file, and members."""
 
 
 class Archive:
@@ -54,15 +50,16 @@ class Archive:
 
     def mark(self) -> Mark:
         """What `forget` goes back to."""
-        return Mark(self._zip.start_dir, len(self._zip.filelist))
+        return self._zip.start_dir, len(self._zip.filelist)
 
     def forget(self, mark: Mark) -> None:
         """The members after `mark` are no more, in the file neither. OSError where it cannot be cut."""
-        del self._zip.filelist[mark.members :]
+        size, members = mark
+        del self._zip.filelist[members:]
         self._zip.NameToInfo = {info.filename: info for info in self._zip.filelist}
-        self._zip.start_dir = mark.size
-        self._file.truncate(mark.size)
-        self._file.seek(mark.size)
+        self._zip.start_dir = size
+        self._file.truncate(size)
+        self._file.seek(size)
 
     def check_room(self) -> None:
         """OSError unless the table of contents finds room: an archive can be closed but once."""
