@@ -1,4 +1,6 @@
 """The MMU of a VM: resolving an access, roots on register loads, INVLPG, dirty logs, and the view from Python."""
+import os
+
 import numpy as np
 
 from libc.string cimport memset
@@ -33,7 +35,7 @@ from shadowcore.engine.types cimport (
 from shadowcore.engine.walker cimport guest_walk, rights_fault, sc_walk, shadow_walk
 from shadowcore.engine.watch cimport watch_due, watch_look, watch_raised
 
-from shadowcore.config import Shadow, check_int, check_ints, design as checked_design
+from shadowcore.config import Shadow, check_bool, check_int, check_ints, design as checked_design
 from shadowcore.engine.memory import allocate, window
 from shadowcore.errors import AuditError, ConfigError, EngineError, PoolExhausted
 
@@ -239,6 +241,7 @@ cdef class Mmu:
         self.c.free_head = self.c.young = self.c.old = SC_NONE
         self._arrays = []
         self._vcpus = []
+        self._general = os.environ.get("SHADOWCORE_GENERAL", "0") not in ("", "0")
         self.c.quirks = int(design.quirks)
         if not isinstance(design, Shadow):
             self.c.marks = <u64 *>self._array(sizeof(u64) * memory.mem.nframes)
@@ -407,6 +410,19 @@ cdef class Mmu:
         self.c.can_emulate = NULL
         if callback is not None:
             self.c.can_emulate = _ask_can_emulate
+
+    @property
+    def general(self) -> bool:
+        """For debugging and tests: every access takes the general way, and no fast path (memo, glance, common fault).
+        Nothing but the time may tell. The environment variable SHADOWCORE_GENERAL=1 has new machines begin with it."""
+        return self._general
+
+    @general.setter
+    def general(self, value):
+        self.idle()
+        self._general = check_bool("general", value)
+        for cpu in self._vcpus:
+            cpu._take_fast_paths(not self._general)
 
     def fail_pages(self, after, count=1) -> None:
         """For tests: `after` more pages can be taken from the pool, then `count` attempts fail."""

@@ -9,7 +9,7 @@ from shadowcore.engine.bits cimport (
 from shadowcore.engine.counters cimport EXIT_EMULATE, EXIT_FILL, EXIT_WRITE
 from shadowcore.engine.fetch cimport leaf_install, leaf_replace
 from shadowcore.engine.flushes cimport exit_flush
-from shadowcore.engine.gmode cimport gmode_32, gmode_64, gmode_la57, gmode_pae, sc_gmode
+from shadowcore.engine.gmode cimport GLANCE, gmode_32, gmode_64, gmode_la57, gmode_pae, sc_gmode
 from shadowcore.engine.hooks cimport count_exit
 from shadowcore.engine.memory cimport SC_POOL_HFN, mem_frame, mem_frame_hpa, mem_guest_frame, sc_mem, sc_no_frame
 from shadowcore.engine.pool cimport pool_get
@@ -18,7 +18,9 @@ from shadowcore.engine.roots cimport make_role
 from shadowcore.engine.spte cimport leaf_spte, spte_link
 from shadowcore.engine.state cimport sc_mmu, sc_vcpu
 from shadowcore.engine.types cimport ACC_W, MODE_32, MODE_64, MODE_LA57, MODE_PAE, PF_U, PF_W, SC_NONE, u8, u32, u64
-from shadowcore.engine.walker cimport STEP_DOWN, glance_step, leaf_address, rights_fault, sc_paging, table_index
+from shadowcore.engine.walker cimport (
+    STEP_DOWN, STEP_LEAF, leaf_address, rights_fault, sc_paging, table_index, walk_step,
+)
 
 
 cdef enum:
@@ -29,7 +31,7 @@ cdef enum:
 cdef inline bint _is_usual(const sc_mmu *mmu, const sc_vcpu *v, u32 below) noexcept nogil:
     """Nothing is set that looks into faults, and no page has to be recycled first. below: tables below the root."""
     return not (mmu.quirks & UNUSUAL or mmu.audit_points or mmu.fail_for or mmu.mem.logging
-                or v.tlb != NULL or (mmu.n_pte4 and mmu.n_pte8)
+                or v.memo == NULL or (mmu.n_pte4 and mmu.n_pte8)
                 or (mmu.keep and (mmu.n_free < mmu.min_free or mmu.n_free < below)))
 
 
@@ -69,18 +71,18 @@ cdef inline u64 _plain(sc_mmu *mmu, sc_vcpu *v, u64 va, u32 access, bint *emulat
     base = p.pdpte[(va >> 30) & 3] & pte_addr() if g.pae_root else p.root
     if g.pae_root and not p.pdpte[(va >> 30) & 3] & PTE_P:
         return ~<u64>0
-    if g.top >= 5 and glance_step(m, p, va, &base, &entry, &all_, 5, g) != STEP_DOWN:
+    if g.top >= 5 and walk_step(m, p, va, access, NULL, &base, &entry, &all_, 5, g) != STEP_DOWN:
         return ~<u64>0
-    if g.top >= 4 and glance_step(m, p, va, &base, &entry, &all_, 4, g) != STEP_DOWN:
+    if g.top >= 4 and walk_step(m, p, va, access, NULL, &base, &entry, &all_, 4, g) != STEP_DOWN:
         return ~<u64>0
-    if g.top >= 3 and glance_step(m, p, va, &base, &entry, &all_, 3, g) != STEP_DOWN:
+    if g.top >= 3 and walk_step(m, p, va, access, NULL, &base, &entry, &all_, 3, g) != STEP_DOWN:
         return ~<u64>0
-    if glance_step(m, p, va, &base, &entry, &all_, 2, g) != STEP_DOWN:
+    if walk_step(m, p, va, access, NULL, &base, &entry, &all_, 2, g) != STEP_DOWN:
         return ~<u64>0
     table = base >> 12
     above = <u32>(all_ & (PTE_W | PTE_U)) | <u32>(all_ >> 63)
     leaf = mem_guest_frame(m, base) + table_index(va, 1, g.pte_size) * g.pte_size
-    if glance_step(m, p, va, &base, &entry, &all_, 1, g) != STEP_DOWN or not all_ & PTE_A:
+    if walk_step(m, p, va, access, NULL, &base, &entry, &all_, 1, g) != STEP_LEAF or not all_ & PTE_A:
         return ~<u64>0
     acc = <u32>(all_ & (PTE_W | PTE_U)) | <u32>(all_ >> 63)
     if g.pte_size == 8:
@@ -148,11 +150,11 @@ cdef u64 fault_plain(sc_mmu *mmu, sc_vcpu *v, u64 va, u32 access, bint *emulate)
     """The access `access` (PF_W, PF_U, PF_I) at the canonical address `va`, under a shadow MMU, if it is one that takes
     a plain fault and then succeeds, or has to be emulated: where it leads. Else all ones, and nothing has changed."""
     if v.guest.mode == MODE_64:
-        return _plain(mmu, v, va, access, emulate, 4, gmode_64(False, True))
+        return _plain(mmu, v, va, access, emulate, 4, gmode_64(False, GLANCE))
     if v.guest.mode == MODE_PAE:
-        return _plain(mmu, v, va, access, emulate, 2, gmode_pae(False, True))
+        return _plain(mmu, v, va, access, emulate, 2, gmode_pae(False, GLANCE))
     if v.guest.mode == MODE_32:
-        return _plain(mmu, v, va, access, emulate, 2, gmode_32(False, True))
+        return _plain(mmu, v, va, access, emulate, 2, gmode_32(False, GLANCE))
     if v.guest.mode == MODE_LA57:
-        return _plain(mmu, v, va, access, emulate, 5, gmode_la57(False, True))
+        return _plain(mmu, v, va, access, emulate, 5, gmode_la57(False, GLANCE))
     return ~<u64>0

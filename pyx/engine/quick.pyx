@@ -6,9 +6,9 @@ the one right way. Which of the two does an access can be seen in nothing but th
 """
 from libc.string cimport memcpy, memset
 
-from shadowcore.engine.access cimport OP_FETCH, OP_WRITE, access_fault, sc_op, sc_result, vcpu_access, vcpu_op
+from shadowcore.engine.access cimport OP_FETCH, OP_WRITE, access_missed, sc_op, sc_result, vcpu_op
 from shadowcore.engine.bits cimport PTE_P, PTE_PS, is_canonical, pte_addr
-from shadowcore.engine.gmode cimport gmode_32, gmode_64, gmode_la57, gmode_pae, sc_gmode
+from shadowcore.engine.gmode cimport GLANCE, gmode_32, gmode_64, gmode_la57, gmode_pae, sc_gmode
 from shadowcore.engine.memo cimport (
     KIND_NONE, KIND_USER, MEMO_REGIONS, memo_context, memo_entry, memo_is, memo_mask, memo_note, memo_promote, memo_put,
     memo_region, memo_region_tag, memo_spill, memo_tag, sc_memo, sc_memo_entry,
@@ -18,10 +18,10 @@ from shadowcore.engine.quick cimport PACKED, element_word, load_op, load_plain, 
 from shadowcore.engine.results cimport sc_row
 from shadowcore.engine.state cimport MARK_STORED, MARK_TABLE, marked_table, memo_drop, sc_mmu, sc_vcpu
 from shadowcore.engine.types cimport (
-    MODE_32, MODE_64, MODE_LA57, MODE_OFF, MODE_PAE, PF_I, PF_U, PF_W, RC_AUDIT, RC_BAD_OP, RC_OK, i64, u8, u16, u32,
+    MODE_32, MODE_64, MODE_LA57, MODE_PAE, PF_I, PF_U, PF_W, RC_AUDIT, RC_BAD_OP, RC_OK, i64, u8, u16, u32,
     u64,
 )
-from shadowcore.engine.walker cimport glance_body, probe_walk, sc_paging, sc_walk, table_index
+from shadowcore.engine.walker cimport probe_walk, sc_paging, sc_walk, table_index, walk_body
 from shadowcore.engine.watch cimport watch_due
 
 cdef extern from *:
@@ -169,28 +169,27 @@ cdef u64 _remember(sc_mmu *mmu, sc_batch *b, sc_vcpu *v) noexcept nogil:
     """
     cdef u64 va = b.va
     cdef u32 code = _code(b.word)
-    cdef u64 frame, context
-    if not mmu.shadow and v.guest.mode != MODE_OFF:
-        context = memo_context(v.memo, mmu.memo_epoch)
+    cdef u64 context = memo_context(v.memo, mmu.memo_epoch)
+    cdef u64 frame
+    if not mmu.shadow:
         if v.memo.marked[memo_region(va)] != memo_region_tag(va, context):
             if not _mark_tables(mmu, v, va):
                 return memo_context(v.memo, mmu.memo_epoch)
             context = memo_context(v.memo, mmu.memo_epoch)
             v.memo.marked[memo_region(va)] = memo_region_tag(va, context)
-    if not mmu.shadow and _access[code] & PF_W:
-        frame = mem_frame(mmu.mem, b.target >> 12)
-        if marked_table(mmu, frame):
-            return memo_context(v.memo, mmu.memo_epoch)
-        mmu.marks[frame] = mmu.memo_epoch << 2 | MARK_STORED
-    memo_put(v.memo, memo_context(v.memo, mmu.memo_epoch), va, _kind[code], b.target)
-    return memo_context(v.memo, mmu.memo_epoch)
+        if _access[code] & PF_W:
+            frame = mem_frame(mmu.mem, b.target >> 12)
+            if marked_table(mmu, frame):
+                return context
+            mmu.marks[frame] = mmu.memo_epoch << 2 | MARK_STORED
+    memo_put(v.memo, context, va, _kind[code], b.target)
+    return context
 
 
 cdef inline u64 _hits(sc_mmu *mmu, sc_batch *b, const sc_vcpu *v, u64 context, u64 i, u64 stop, u32 *words,
                       bint plain) noexcept nogil:
     """Where operations from number i on lead that are in the memo, up to the first that is not; returns its number.
-    The loop is kept this small for everything in it to have a register. words: what
-    the operations are, if bytes move.
+    The loop is kept this small for everything in it to have a register. words: what the operations are, if bytes move.
 
     At most HITS operations: so many numbers of entries read, each at most 5, add up to less than 4096."""
     cdef const u8 *element = b.ops.base + <i64>i * b.ops.stride
@@ -246,7 +245,7 @@ cdef inline u64 _glances(sc_mmu *mmu, sc_batch *b, sc_vcpu *v, u64 context, u64 
     say of the last, and b.va, b.word of which access, if it was the only one that was asked for."""
     cdef const u8 *element = b.ops.base + <i64>i * b.ops.stride
     cdef i64 stride = PACKED if plain else b.ops.stride
-    cdef const sc_mem *m = mmu.mem
+    cdef sc_mem *m = mmu.mem
     cdef const sc_paging *p = &v.hw if g.host else &v.guest
     cdef sc_memo *memo = v.memo
     cdef sc_memo_entry *e
@@ -266,7 +265,7 @@ cdef inline u64 _glances(sc_mmu *mmu, sc_batch *b, sc_vcpu *v, u64 context, u64 
     cdef u64 target = 0
     cdef u32 word = 0
     cdef u32 code
-    cdef int read = 0
+    cdef u32 read = 0
     while i < stop:
         word = _word(b, element, plain)
         code = _code(word)
@@ -275,8 +274,7 @@ cdef inline u64 _glances(sc_mmu *mmu, sc_batch *b, sc_vcpu *v, u64 context, u64 
         offset = va & 4095
         if offset > 4088 or _kind[code] == KIND_NONE or not is_canonical(va, canonical):
             break                   # it may reach into the next page, or is no plain access
-        read = glance_body(m, p, va, _access[code], &target, g)
-        if read < 0:
+        if walk_body(m, p, va, _access[code], NULL, &target, &read, g) != RC_OK:
             break
         if g.host:
             frame = (target >> 12) - m.ram_hfn
@@ -353,45 +351,6 @@ cdef inline void _fetch_tables(sc_mmu *mmu, sc_batch *b, sc_vcpu *v, u64 i, u64 
                 sc_prefetch(slot[k])
 
 
-cdef inline void _fetch_ahead(sc_mmu *mmu, sc_batch *b, sc_vcpu *v, u64 i, u64 stop, bint plain) noexcept nogil:
-    """_fetch_tables, of the tables that the processor walks."""
-    if mmu.shadow:
-        if v.hw.mode == MODE_64:
-            _fetch_tables(mmu, b, v, i, stop, plain, gmode_64(True, True))
-        elif v.hw.mode == MODE_PAE:
-            _fetch_tables(mmu, b, v, i, stop, plain, gmode_pae(True, True))
-        else:
-            _fetch_tables(mmu, b, v, i, stop, plain, gmode_la57(True, True))
-    elif v.guest.mode == MODE_64:
-        _fetch_tables(mmu, b, v, i, stop, plain, gmode_64(False, True))
-    elif v.guest.mode == MODE_PAE:
-        _fetch_tables(mmu, b, v, i, stop, plain, gmode_pae(False, True))
-    elif v.guest.mode == MODE_32:
-        _fetch_tables(mmu, b, v, i, stop, plain, gmode_32(False, True))
-    elif v.guest.mode == MODE_LA57:
-        _fetch_tables(mmu, b, v, i, stop, plain, gmode_la57(False, True))
-
-
-cdef inline u64 _glance(sc_mmu *mmu, sc_batch *b, sc_vcpu *v, u64 context, u64 i, u64 stop, u32 *words,
-                        bint plain) noexcept nogil:
-    """_glances, for the tables that the processor walks."""
-    if mmu.shadow:
-        if v.hw.mode == MODE_64:
-            return _glances(mmu, b, v, context, i, stop, words, plain, gmode_64(True, True))
-        if v.hw.mode == MODE_PAE:
-            return _glances(mmu, b, v, context, i, stop, words, plain, gmode_pae(True, True))
-        return _glances(mmu, b, v, context, i, stop, words, plain, gmode_la57(True, True))
-    if v.guest.mode == MODE_64:
-        return _glances(mmu, b, v, context, i, stop, words, plain, gmode_64(False, True))
-    if v.guest.mode == MODE_PAE:
-        return _glances(mmu, b, v, context, i, stop, words, plain, gmode_pae(False, True))
-    if v.guest.mode == MODE_32:
-        return _glances(mmu, b, v, context, i, stop, words, plain, gmode_32(False, True))
-    if v.guest.mode == MODE_LA57:
-        return _glances(mmu, b, v, context, i, stop, words, plain, gmode_la57(False, True))
-    return i
-
-
 cdef u64 _spilled(sc_mmu *mmu, sc_batch *b, sc_vcpu *v, u64 context, u64 i, bint plain) noexcept nogil:
     """Operation i if the second part of the memo has it: i + 1, else i. b.word: what it is."""
     cdef const u8 *element = b.ops.base + <i64>i * b.ops.stride
@@ -412,16 +371,13 @@ cdef u64 _spilled(sc_mmu *mmu, sc_batch *b, sc_vcpu *v, u64 context, u64 i, bint
     return i + 1
 
 
-cdef inline u64 _quick(sc_mmu *mmu, sc_batch *b, u64 i, u64 stop, bint plain) noexcept nogil:
+cdef inline u64 _quick(sc_mmu *mmu, sc_batch *b, sc_vcpu *v, u64 i, u64 stop, bint plain, sc_gmode g) noexcept nogil:
     """Do operations from number i on, up to the first that is not a plain access that the tables allow as they are;
     returns its number. In groups: while the bytes of one are on their way to the cache, more are looked at."""
     cdef u64 first = i
-    cdef sc_vcpu *v = mmu.vcpus[b.number]
     cdef u64 context, group, begin, after
     cdef u32 room[AHEAD]            # what the operations of a group are, if bytes move: as judged, so moved
     cdef u32 *words                 # ... by their numbers
-    if v.memo == NULL or b.ops.at[5] != <u64>-1:
-        return i                    # a modelled TLB; operations of several vcpus
     context = memo_context(v.memo, mmu.memo_epoch)
     while i < stop:
         begin = i
@@ -439,13 +395,13 @@ cdef inline u64 _quick(sc_mmu *mmu, sc_batch *b, u64 i, u64 stop, bint plain) no
                         words[i] = b.word
                     i = after
                     continue
-            if b.data and not mmu.shadow:
+            if b.data and not g.host:
                 # Stores come before the walks that follow them.
                 _moves(mmu, b, begin, i, words, plain)
                 begin = i
             if b.far and not b.remember and i == begin:
-                _fetch_ahead(mmu, b, v, i, group, plain)
-            after = _glance(mmu, b, v, context, i, i + 1 if b.remember else group, words, plain)
+                _fetch_tables(mmu, b, v, i, group, plain, g)
+            after = _glances(mmu, b, v, context, i, i + 1 if b.remember else group, words, plain, g)
             if after == i:
                 break
             if b.remember:
@@ -459,12 +415,34 @@ cdef inline u64 _quick(sc_mmu *mmu, sc_batch *b, u64 i, u64 stop, bint plain) no
     return i
 
 
-cdef u64 _quick_plain(sc_mmu *mmu, sc_batch *b, u64 i, u64 stop) noexcept nogil:
-    return _quick(mmu, b, i, stop, True)
+cdef inline u64 _by_mode(sc_mmu *mmu, sc_batch *b, u64 i, u64 stop, bint plain) noexcept nogil:
+    """_quick, for the tables that the processor walks; the mode stays for as long as nothing but accesses are made."""
+    cdef sc_vcpu *v = mmu.vcpus[b.number]
+    if v.memo == NULL or b.ops.at[5] != <u64>-1:
+        return i                    # no fast path is open; operations of several vcpus
+    if mmu.shadow:
+        if v.hw.mode == MODE_64:
+            return _quick(mmu, b, v, i, stop, plain, gmode_64(True, GLANCE))
+        if v.hw.mode == MODE_PAE:
+            return _quick(mmu, b, v, i, stop, plain, gmode_pae(True, GLANCE))
+        return _quick(mmu, b, v, i, stop, plain, gmode_la57(True, GLANCE))
+    if v.guest.mode == MODE_64:
+        return _quick(mmu, b, v, i, stop, plain, gmode_64(False, GLANCE))
+    if v.guest.mode == MODE_PAE:
+        return _quick(mmu, b, v, i, stop, plain, gmode_pae(False, GLANCE))
+    if v.guest.mode == MODE_32:
+        return _quick(mmu, b, v, i, stop, plain, gmode_32(False, GLANCE))
+    if v.guest.mode == MODE_LA57:
+        return _quick(mmu, b, v, i, stop, plain, gmode_la57(False, GLANCE))
+    return i
 
 
-cdef u64 _quick_other(sc_mmu *mmu, sc_batch *b, u64 i, u64 stop) noexcept nogil:
-    return _quick(mmu, b, i, stop, False)
+cdef u64 _packed(sc_mmu *mmu, sc_batch *b, u64 i, u64 stop) noexcept nogil:
+    return _by_mode(mmu, b, i, stop, True)
+
+
+cdef u64 _any_layout(sc_mmu *mmu, sc_batch *b, u64 i, u64 stop) noexcept nogil:
+    return _by_mode(mmu, b, i, stop, False)
 
 
 cdef int quick_chunk(sc_mmu *mmu, sc_batch *b, u64 *done, u64 stop) noexcept nogil:
@@ -484,7 +462,7 @@ cdef int quick_chunk(sc_mmu *mmu, sc_batch *b, u64 *done, u64 stop) noexcept nog
     while True:
         if exits < STREAK and i < stop and b.ops.base[<i64>i * b.ops.stride + <i64>b.ops.at[0]] <= OP_FETCH:
             before = i
-            i = _quick_plain(mmu, b, i, stop) if b.plain else _quick_other(mmu, b, i, stop)
+            i = _packed(mmu, b, i, stop) if b.plain else _any_layout(mmu, b, i, stop)
             if i > before:
                 exits = 0
         if i == stop:
@@ -501,8 +479,8 @@ cdef int quick_chunk(sc_mmu *mmu, sc_batch *b, u64 *done, u64 stop) noexcept nog
             break
         if o.op > OP_FETCH:
             rc = vcpu_op(mmu, mmu.vcpus[o.vcpu], &o, b.data, &r)
-        elif not access_fault(mmu, mmu.vcpus[o.vcpu], &o, b.data, &r):
-            rc = vcpu_access(mmu, mmu.vcpus[o.vcpu], &o, b.data, &r)
+        else:
+            rc = access_missed(mmu, mmu.vcpus[o.vcpu], &o, b.data, &r)
         if rc < 0:
             break
         b.gpa[i] = r.gpa

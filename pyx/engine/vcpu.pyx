@@ -6,8 +6,8 @@ from cython cimport freelist
 from libc.string cimport memset
 
 from shadowcore.engine.access cimport (
-    OP_ADD, OP_AND, OP_CMPXCHG, OP_FETCH, OP_INVLPG, OP_OR, OP_READ, OP_WRITE, OP_XCHG, OP_XOR, access_glance, sc_op,
-    sc_result, vcpu_access, vcpu_op,
+    OP_ADD, OP_AND, OP_CMPXCHG, OP_FETCH, OP_INVLPG, OP_OR, OP_READ, OP_WRITE, OP_XCHG, OP_XOR, access_do, sc_op,
+    sc_result, vcpu_op,
 )
 from shadowcore.engine.batch cimport run_batch
 from shadowcore.engine.bits cimport PTE_P
@@ -213,11 +213,16 @@ cdef class VCpu:
             self._make_tlb(tlb)
         else:
             self._memo = allocate(sizeof(sc_memo))
-            self.c.memo = <sc_memo *><size_t>self._memo.ctypes.data
+            self._take_fast_paths(not mmu.general)
         mmu._vcpus.append(self)
         mmu.c.vcpus[mmu.c.n_vcpus] = &self.c
         mmu.c.n_vcpus += 1
         vcpu_init(&mmu.c, &self.c)
+
+    def _take_fast_paths(self, on) -> None:
+        """For `Mmu.general`: without a memo no fast path is open."""
+        if self.c.tlb == NULL:
+            self.c.memo = <sc_memo *><size_t>self._memo.ctypes.data if on else NULL
 
     def export_state(self) -> dict:
         """Registers, roots and flood counter: with `tlb_arrays`, all that a vcpu is (VM.save)."""
@@ -480,9 +485,7 @@ cdef class VCpu:
             o.expected[0] = value & _WORD
             o.expected[1] = value >> 64
         self.mmu.idle()
-        rc = RC_OK
-        if not access_glance(&self.mmu.c, &self.c, &o, True, r):
-            rc = vcpu_access(&self.mmu.c, &self.c, &o, True, r)
+        rc = access_do(&self.mmu.c, &self.c, &o, True, r)
         if self.mmu.c.audit_found:
             rc = RC_AUDIT
         if rc == RC_OK:

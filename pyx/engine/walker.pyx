@@ -2,84 +2,68 @@
 from libc.string cimport memset
 
 from shadowcore.engine.bits cimport PTE_A, PTE_P, PTE_PS, level_mask, pte_nx
-from shadowcore.engine.gmode cimport gmode_32, gmode_64, gmode_la57, gmode_pae
+from shadowcore.engine.gmode cimport GLANCE, PROBE, WALK, gmode_32, gmode_64, gmode_la57, gmode_pae
 from shadowcore.engine.memory cimport sc_mem
 from shadowcore.engine.types cimport (
     ACC_ALL, ACC_U, ACC_W, ACC_X, MODE_32, MODE_64, MODE_LA57, MODE_OFF, MODE_PAE, PF_I, PF_U, PF_W, RC_OK, u32, u64,
 )
-from shadowcore.engine.walker cimport glance_body, sc_paging, sc_walk, walk_body
+from shadowcore.engine.walker cimport sc_paging, sc_walk, walk_body
 
 
-cdef inline int walk_identity(u64 va, sc_walk *w) noexcept nogil:
+cdef inline int _identity(u64 va, sc_walk *w, u64 *gpa, u32 *references, int what) noexcept nogil:
     """Paging off: the linear address is the gpa, as if one entry of each root slot mapped its GiB."""
-    w.va = va
-    w.pte_size = 8
-    w.gpa = va
-    w.access = ACC_ALL
-    w.pkey = 0
-    w.references = 0
-    w.updated = 0
-    w.dirtied = False
-    w.level = w.top = 3
+    gpa[0] = va
+    references[0] = 0
+    if what != GLANCE:
+        w.va = va
+        w.pte_size = 8
+        w.access = ACC_ALL
+        w.pkey = 0
+        w.updated = 0
+        w.dirtied = False
+        w.level = w.top = 3
     return RC_OK
+
+
+cdef inline int _walk(sc_mem *m, const sc_paging *p, u64 va, u32 access, sc_walk *w, u64 *gpa, u32 *references,
+                      bint host, int what) noexcept nogil:
+    """walk_body for the mode of `p`; host and what are constants."""
+    if p.mode == MODE_64:
+        return walk_body(m, p, va, access, w, gpa, references, gmode_64(host, what))
+    if p.mode == MODE_PAE:
+        return walk_body(m, p, va, access, w, gpa, references, gmode_pae(host, what))
+    if p.mode == MODE_LA57:
+        return walk_body(m, p, va, access, w, gpa, references, gmode_la57(host, what))
+    if not host and p.mode == MODE_32:
+        return walk_body(m, p, va, access, w, gpa, references, gmode_32(host, what))
+    return _identity(va, w, gpa, references, what)
 
 
 cdef int guest_walk(sc_mem *m, const sc_paging *p, u64 va, u32 access, sc_walk *w) noexcept nogil:
     """Walk the guest's tables for `access` (PF_W, PF_U, PF_I), setting A and D."""
-    if p.mode == MODE_64:
-        return walk_body(m, p, va, access, w, gmode_64(False, False))
-    if p.mode == MODE_PAE:
-        return walk_body(m, p, va, access, w, gmode_pae(False, False))
-    if p.mode == MODE_32:
-        return walk_body(m, p, va, access, w, gmode_32(False, False))
-    if p.mode == MODE_LA57:
-        return walk_body(m, p, va, access, w, gmode_la57(False, False))
-    return walk_identity(va, w)
+    return _walk(m, p, va, access, w, &w.gpa, &w.references, False, WALK)
 
 
 cdef int probe_walk(sc_mem *m, const sc_paging *p, u64 va, u32 access, sc_walk *w) noexcept nogil:
     """guest_walk without any side effect."""
-    if p.mode == MODE_64:
-        return walk_body(m, p, va, access, w, gmode_64(False, True))
-    if p.mode == MODE_PAE:
-        return walk_body(m, p, va, access, w, gmode_pae(False, True))
-    if p.mode == MODE_32:
-        return walk_body(m, p, va, access, w, gmode_32(False, True))
-    if p.mode == MODE_LA57:
-        return walk_body(m, p, va, access, w, gmode_la57(False, True))
-    return walk_identity(va, w)
+    return _walk(m, p, va, access, w, &w.gpa, &w.references, False, PROBE)
 
 
 cdef int shadow_walk(sc_mem *m, const sc_paging *p, u64 va, u32 access, sc_walk *w) noexcept nogil:
     """Walk the shadow tables as the processor does; p.root and p.pdpte hold hpas."""
-    if p.mode == MODE_64:
-        return walk_body(m, p, va, access, w, gmode_64(True, False))
-    if p.mode == MODE_LA57:
-        return walk_body(m, p, va, access, w, gmode_la57(True, False))
-    return walk_body(m, p, va, access, w, gmode_pae(True, False))
+    return _walk(m, p, va, access, w, &w.gpa, &w.references, True, WALK)
 
 
 cdef int guest_glance(const sc_mem *m, const sc_paging *p, u64 va, u32 access, u64 *gpa) noexcept nogil:
     """Entries that a walk of the guest's tables reads, and where it leads; -1 if the walk has more to do than that."""
-    if p.mode == MODE_64:
-        return glance_body(m, p, va, access, gpa, gmode_64(False, True))
-    if p.mode == MODE_PAE:
-        return glance_body(m, p, va, access, gpa, gmode_pae(False, True))
-    if p.mode == MODE_32:
-        return glance_body(m, p, va, access, gpa, gmode_32(False, True))
-    if p.mode == MODE_LA57:
-        return glance_body(m, p, va, access, gpa, gmode_la57(False, True))
-    gpa[0] = va
-    return 0
+    cdef u32 references
+    return <int>references if _walk(<sc_mem *>m, p, va, access, NULL, gpa, &references, False, GLANCE) == RC_OK else -1
 
 
 cdef int shadow_glance(const sc_mem *m, const sc_paging *p, u64 va, u32 access, u64 *hpa) noexcept nogil:
     """guest_glance, of the shadow tables."""
-    if p.mode == MODE_64:
-        return glance_body(m, p, va, access, hpa, gmode_64(True, True))
-    if p.mode == MODE_LA57:
-        return glance_body(m, p, va, access, hpa, gmode_la57(True, True))
-    return glance_body(m, p, va, access, hpa, gmode_pae(True, True))
+    cdef u32 references
+    return <int>references if _walk(<sc_mem *>m, p, va, access, NULL, hpa, &references, True, GLANCE) == RC_OK else -1
 
 
 cdef inline bint _refused(const sc_paging *p, u32 acc, u32 access) noexcept nogil:

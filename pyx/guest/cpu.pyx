@@ -5,7 +5,7 @@ A supervisor access that faults is a panic: the kernel made the tables that it u
 from libc.stdlib cimport realloc
 from libc.string cimport memcpy, memset
 
-from shadowcore.engine.access cimport OP_CR3, OP_INVLPG, OP_READ, OP_WRITE, access_shortest, sc_op, sc_result, vcpu_op
+from shadowcore.engine.access cimport OP_CR3, OP_INVLPG, OP_READ, OP_WRITE, access_do, sc_op, sc_result, vcpu_op
 from shadowcore.engine.types cimport RC_OK, u8, u32, u64
 from shadowcore.guest.state cimport (
     NO_PROCESS, RC_NOLOG, RC_PANIC, USER_PCID, guest_mix, guest_remember, sc_glog, sc_guest,
@@ -46,7 +46,7 @@ cdef int cpu_access(sc_guest *g, u32 op, u32 size, u64 va, u64 value, sc_result 
     o.addr = va
     o.value[0] = value
     g.n.kernel_accesses += 1
-    rc = access_shortest(g.mmu, g.v, &o, True, r)
+    rc = access_do(g.mmu, g.v, &o, True, r)
     return RC_PANIC if rc > 0 else rc
 
 

@@ -1,7 +1,7 @@
 """What the guest's processes do. An access that faults is taken to the kernel, serviced, and made again."""
 from libc.string cimport memset
 
-from shadowcore.engine.access cimport OP_ADD, OP_FETCH, OP_READ, OP_WRITE, access_shortest, sc_op, sc_result
+from shadowcore.engine.access cimport OP_ADD, OP_FETCH, OP_READ, OP_WRITE, access_do, sc_op, sc_result
 from shadowcore.engine.types cimport RC_GP, RC_MMIO, RC_OK, u8, u16, u32, u64
 from shadowcore.guest.cpu cimport cpu_access, cpu_enter, cpu_leave, cpu_log, cpu_string, cpu_string_at, cpu_work
 from shadowcore.guest.fault cimport fault_service
@@ -72,7 +72,7 @@ cdef inline int _one(sc_guest *g, sc_op *o, sc_result *r) noexcept nogil:
             rc = cpu_log(g, o.op, o.user, o.size, o.addr, o.value[0])
             if rc != RC_OK:
                 return rc
-        rc = access_shortest(g.mmu, g.v, o, True, r)
+        rc = access_do(g.mmu, g.v, o, True, r)
         if rc == RC_OK:
             guest_remember(g, r.gpa, r.value[0] ^ o.value[0])
             return RC_OK

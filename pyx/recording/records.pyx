@@ -10,7 +10,7 @@ import numpy as np
 from libc.string cimport memcpy, memset
 
 from shadowcore.engine.access cimport (
-    OP_INVLPG, OP_READ, OP_WRITE, access_shortest, op_is_access, sc_op, sc_result, vcpu_op,
+    OP_INVLPG, OP_READ, OP_WRITE, access_do, op_is_access, sc_op, sc_result, vcpu_op,
 )
 from shadowcore.engine.bits cimport cr0_kept
 from shadowcore.engine.counters cimport EXIT_EMULATE
@@ -98,7 +98,7 @@ cdef int _access(sc_mmu *mmu, sc_vcpu *v, u32 op, u64 va, bint user, u32 size, u
     o.addr = va
     o.value[0] = value
     if op_is_access(op):
-        return access_shortest(mmu, v, &o, data, r)
+        return access_do(mmu, v, &o, data, r)
     return vcpu_op(mmu, v, &o, data, r)
 
 

@@ -6,7 +6,7 @@ way. They are served here, without Python. All others are handed to a method of 
 from libc.string cimport memset
 
 from shadowcore.engine.access cimport (
-    OP_FETCH, OP_READ, OP_WRITE, access_fault, access_glance, sc_op, sc_result, vcpu_access,
+    OP_FETCH, OP_READ, OP_WRITE, access_glance, access_missed, sc_op, sc_result,
 )
 from shadowcore.engine.bits cimport CR4_SMAP
 from shadowcore.engine.memory cimport mem_frame, mem_frame_hpa, sc_no_frame
@@ -131,9 +131,9 @@ cdef bint _serve(const sc_fills *f, void *uc, u64 page, int kind, sc_fill_entry 
                 return False
     if op.op == OP_WRITE and not _is_plain_store(mmu, v, page, op.user):
         return False
-    if not access_glance(mmu, v, &op, False, &r) and not access_fault(mmu, v, &op, False, &r):
+    if not access_glance(mmu, v, &op, False, &r):
         # What fails here, for want of pages, fails again where it can be raised.
-        if not _leads_to_ram(mmu, v, &op) or vcpu_access(mmu, v, &op, False, &r) != RC_OK or r.emulated:
+        if not _leads_to_ram(mmu, v, &op) or access_missed(mmu, v, &op, False, &r) != RC_OK or r.emulated:
             return False
     if mmu.shadow:
         frame = mem_frame(mmu.mem, r.gpa >> 12)

@@ -33,7 +33,7 @@ cdef struct sc_vcpu:
     u32 features                    # FEAT_*
     int maxphyaddr
     sc_tlb *tlb                     # NULL: no TLB is modelled
-    sc_memo *memo                   # NULL: a TLB is
+    sc_memo *memo                   # NULL: no fast path is open (a TLB is modelled, or Mmu.general)
 
 # Can the store of nbytes at gva, gpa be emulated? 1 yes, 0 no (an embedder's instruction emulator may not know it), -1
 # the callback failed and the access is to be given up.

@@ -8,7 +8,7 @@ from shadowcore.engine.bits cimport (
     PTE_A, PTE_D, PTE_P, PTE_PS, PTE_U, PTE_W, level_index, level_mask, pte_addr, pte_nx, pte_pkey, pte_rights,
 )
 from shadowcore.engine.gmode cimport sc_gmode
-from shadowcore.engine.memory cimport SC_POOL_HFN, mem_guest_frame, mem_host_frame, mem_mark_dirty, sc_mem
+from shadowcore.engine.memory cimport SC_POOL_HFN, mem_guest_frame, mem_mark_dirty, sc_mem
 from shadowcore.engine.types cimport ACC_ALL, ACC_U, PF_I, PF_P, PF_PK, PF_RSVD, PF_U, PF_W, RC_OK, RC_PF, u8, u32, u64
 
 # What a walk needs to know of the processor's registers.
@@ -91,47 +91,65 @@ cdef enum:
     STEP_LEAF = 1
     STEP_FAULT = 2
 
+cdef inline bint walk_table(const sc_mem *m, u64 base, u8 **table, sc_gmode g) noexcept nogil:
+    """Find the table at `base`; False where there is no memory. Shadow tables lie in the pool."""
+    if g.host:
+        base -= <u64>SC_POOL_HFN << 12
+        table[0] = <u8 *>m.pool + base
+        return base < m.pool_pages << 12
+    table[0] = mem_guest_frame(m, base)
+    return table[0] != NULL
+
 cdef inline void set_entry_bits(sc_mem *m, sc_walk *w, int level, u64 bits, sc_gmode g) noexcept nogil:
-    cdef u64 base = w.table[level] << 12
-    cdef u8 *table = mem_host_frame(m, base) if g.host else mem_guest_frame(m, base)
+    cdef u8 *table
+    walk_table(m, w.table[level] << 12, &table, g)
     w.entry[level] |= bits
     w.updated |= 1 << level
     table[table_index(w.va, level, g.pte_size) * g.pte_size] |= <u8>bits    # bits 5 and 6: the low byte of an entry
     if not g.host:
         mem_mark_dirty(m, w.table[level])
 
-cdef inline int walk_step(sc_mem *m, const sc_paging *p, u32 access, sc_walk *w, u64 *base, u64 *all_, int level,
-                          sc_gmode g) noexcept nogil:
+cdef inline int walk_step(sc_mem *m, const sc_paging *p, u64 va, u32 access, sc_walk *w, u64 *base, u64 *entry,
+                          u64 *all_, int level, sc_gmode g) noexcept nogil:
     """The entry of `level`, in the table at base[0], which becomes the table below. all_: AND of the entries, bit 63
     inverted."""
-    cdef u64 entry
-    cdef u32 index = table_index(w.va, level, g.pte_size)
     cdef u32 ps
-    cdef u8 *table = mem_host_frame(m, base[0]) if g.host else mem_guest_frame(m, base[0])
-    w.table[level] = base[0] >> 12
-    if table == NULL:               # no memory behind the table: nothing is present there
-        w.references -= 1           # and no entry was read
-        w.entry[level] = 0
-        w.error_code = access_code(p, access)
+    cdef u8 *table
+    if g.reports:
+        w.table[level] = base[0] >> 12
+    if not walk_table(m, base[0], &table, g):       # nothing is present there
+        if g.reports:
+            w.references -= 1       # and no entry was read
+            w.entry[level] = 0
+            w.error_code = access_code(p, access)
         return STEP_FAULT
-    entry = (<u64 *>table)[index] if g.pte_size == 8 else (<u32 *>table)[index]
-    w.entry[level] = entry
-    all_[0] &= entry ^ pte_nx()
-    base[0] = entry & (pte_addr() if g.pte_size == 8 else 0xFFFFF000U)
-    if not (entry ^ p.usual) & p.strange[level]:
-        return STEP_LEAF if level == 1 else STEP_DOWN
-    if not entry & PTE_P:
-        w.error_code = access_code(p, access)
+    entry[0] = ((<u64 *>table)[level_index(va, level)] if g.pte_size == 8
+                else (<u32 *>table)[table_index(va, level, 4)])
+    if g.reports:
+        w.entry[level] = entry[0]
+    all_[0] &= entry[0] ^ pte_nx()
+    if not (entry[0] ^ p.usual) & p.strange[level]:
+        if level == 1:
+            return STEP_LEAF
+        base[0] = entry[0] & (pte_addr() if g.pte_size == 8 else 0xFFFFF000U)
+        return STEP_DOWN
+    if not entry[0] & PTE_P:
+        if g.reports:
+            w.error_code = access_code(p, access)
         return STEP_FAULT
-    ps = (entry >> 7) & 1
-    if entry & p.reserved[ps][level]:
-        w.error_code = access_code(p, access) | PF_P | PF_RSVD
+    ps = (entry[0] >> 7) & 1
+    if entry[0] & p.reserved[ps][level]:
+        if g.reports:
+            w.error_code = access_code(p, access) | PF_P | PF_RSVD
         return STEP_FAULT
-    if not g.silent and not g.host and p.accessed_early and not entry & PTE_A:
+    if g.sets and not g.host and p.accessed_early and not entry[0] & PTE_A:
         set_entry_bits(m, w, level, PTE_A, g)
         all_[0] &= ~<u64>PTE_A      # the end of the walk need not know
     if level == 1 or (ps and (p.large_levels >> level) & 1):
         return STEP_LEAF
+    if g.strict:
+        return STEP_FAULT           # an odd entry that leads on all the same: the walk proper may find that
+    base[0] = entry[0] & (pte_addr() if g.pte_size == 8 else 0xFFFFF000U)
     return STEP_DOWN
 
 cdef inline u64 leaf_address(u64 entry, u64 va, int level, sc_gmode g) noexcept nogil:
@@ -145,145 +163,91 @@ cdef inline u64 leaf_address(u64 entry, u64 va, int level, sc_gmode g) noexcept 
     # PSE-36: bits 20:13 are physical bits 39:32
     return (entry & 0xFFC00000U) | (((entry >> 13) & 0xFF) << 32) | (va & 0x3FFFFF)
 
-cdef inline int walk_end(sc_mem *m, const sc_paging *p, u32 access, sc_walk *w, u64 all_, int level,
-                         sc_gmode g) noexcept nogil:
-    """Rights, address, and A and D, after the leaf at `level`."""
-    cdef u64 entry = w.entry[level]
-    cdef u32 fault
-    w.level = level
-    w.references = g.top + 1 - level
-    w.access = <u32>(all_ & (PTE_W | PTE_U)) | <u32>(all_ >> 63)
-    w.pkey = pte_pkey(entry) if g.pte_size == 8 else 0
-    w.gpa = leaf_address(entry, w.va, level, g)
-    fault = rights_fault(p, w.access, w.pkey, access)
-    if fault:
-        w.error_code = access_code(p, access) | fault
-        return RC_PF
-    if g.silent or (all_ & PTE_A and (entry & PTE_D or not access & PF_W)):
-        return RC_OK
-    if not entry & PTE_D and access & PF_W:
+cdef inline void walk_update(sc_mem *m, u32 access, sc_walk *w, int level, sc_gmode g) noexcept nogil:
+    """Set A in each entry of a complete walk that lacks it, and D in the leaf, of `level`, for a store."""
+    if not w.entry[level] & PTE_D and access & PF_W:
         w.dirtied = True
         set_entry_bits(m, w, level, PTE_A | PTE_D, g)
-    elif not entry & PTE_A:
-        set_entry_bits(m, w, level, PTE_A, g)
-    level += 1
     while level <= g.top:
         if not w.entry[level] & PTE_A:
             set_entry_bits(m, w, level, PTE_A, g)
         level += 1
+
+cdef inline int walk_end(sc_mem *m, const sc_paging *p, u64 va, u32 access, sc_walk *w, u64 *gpa, u32 *references,
+                         u64 entry, u64 all_, int level, sc_gmode g) noexcept nogil:
+    """Rights, address, and A and D, after the leaf `entry` at `level`."""
+    cdef u32 acc = <u32>(all_ & (PTE_W | PTE_U)) | <u32>(all_ >> 63)
+    cdef u32 pkey = pte_pkey(entry) if g.pte_size == 8 else 0
+    cdef u32 fault
+    # One branch for both: which accesses are stores cannot be foreseen. PF_W lies 5 bits below D.
+    cdef bint clear = ((~all_ & PTE_A) | (~entry & <u64>((access & PF_W) << 5))) != 0
+    if g.strict and clear:
+        return RC_PF
+    fault = rights_fault(p, acc, pkey, access)
+    if g.strict and fault:
+        return RC_PF
+    gpa[0] = leaf_address(entry, va, level, g)
+    references[0] = g.top + 1 - level
+    if g.reports:
+        w.level = level
+        w.access = acc
+        w.pkey = pkey
+        if fault:
+            w.error_code = access_code(p, access) | fault
+            return RC_PF
+    if g.sets and clear:
+        walk_update(m, access, w, level, g)
     return RC_OK
 
 cdef inline int walk_stopped(sc_walk *w, int level, sc_gmode g) noexcept nogil:
     """The walk ended at `level`, with an error code."""
-    w.level = level
-    w.references += g.top + 1 - level
+    if g.reports:
+        w.level = level
+        w.references += g.top + 1 - level
     return RC_PF
 
-cdef inline int walk_body(sc_mem *m, const sc_paging *p, u64 va, u32 access, sc_walk *w, sc_gmode g) noexcept nogil:
-    """Walk `va`; RC_OK with gpa, access and levels in w, or RC_PF with error_code."""
+cdef inline int walk_body(sc_mem *m, const sc_paging *p, u64 va, u32 access, sc_walk *w, u64 *gpa, u32 *references,
+                          sc_gmode g) noexcept nogil:
+    """Walk `va`. RC_OK with gpa (of the shadow: the hpa) and references, the entries read; or RC_PF, with an error code
+    in w where that is filled. w: NULL unless g.reports."""
     cdef u64 base
+    cdef u64 entry = 0
     cdef u64 all_ = ~<u64>0
     cdef int step
-    w.va = va
-    w.top = g.top
-    w.pte_size = g.pte_size
-    w.references = 0
-    w.updated = 0
-    w.dirtied = False
+    if g.reports:
+        w.va = va
+        w.top = g.top
+        w.pte_size = g.pte_size
+        w.references = 0
+        w.updated = 0
+        w.dirtied = False
     if g.pae_root:
         base = p.pdpte[(va >> 30) & 3]
         if not base & PTE_P:
-            w.error_code = access_code(p, access)
+            if g.reports:
+                w.error_code = access_code(p, access)
             return walk_stopped(w, 3, g)
         base &= pte_addr()
     else:
         base = p.root
-    if g.top >= 5 and walk_step(m, p, access, w, &base, &all_, 5, g) != STEP_DOWN:
+    if g.top >= 5 and walk_step(m, p, va, access, w, &base, &entry, &all_, 5, g) != STEP_DOWN:
         return walk_stopped(w, 5, g)
-    if g.top >= 4 and walk_step(m, p, access, w, &base, &all_, 4, g) != STEP_DOWN:
+    if g.top >= 4 and walk_step(m, p, va, access, w, &base, &entry, &all_, 4, g) != STEP_DOWN:
         return walk_stopped(w, 4, g)
     if g.top >= 3:
-        step = walk_step(m, p, access, w, &base, &all_, 3, g)
+        step = walk_step(m, p, va, access, w, &base, &entry, &all_, 3, g)
         if step == STEP_LEAF:
-            return walk_end(m, p, access, w, all_, 3, g)
+            return walk_end(m, p, va, access, w, gpa, references, entry, all_, 3, g)
         if step == STEP_FAULT:
             return walk_stopped(w, 3, g)
-    step = walk_step(m, p, access, w, &base, &all_, 2, g)
+    step = walk_step(m, p, va, access, w, &base, &entry, &all_, 2, g)
     if step == STEP_LEAF:
-        return walk_end(m, p, access, w, all_, 2, g)
+        return walk_end(m, p, va, access, w, gpa, references, entry, all_, 2, g)
     if step == STEP_FAULT:
         return walk_stopped(w, 2, g)
-    if walk_step(m, p, access, w, &base, &all_, 1, g) == STEP_FAULT:
+    if walk_step(m, p, va, access, w, &base, &entry, &all_, 1, g) == STEP_FAULT:
         return walk_stopped(w, 1, g)
-    return walk_end(m, p, access, w, all_, 1, g)
-
-# The glance: a walk that has nothing to write and nothing to report. It says where an access leads if every entry is
-# as it must be, A and D included; for all else the walk above has to be made.
-cdef inline int glance_step(const sc_mem *m, const sc_paging *p, u64 va, u64 *base, u64 *entry, u64 *all_, int level,
-                            sc_gmode g) noexcept nogil:
-    cdef u8 *table
-    if g.host:
-        base[0] -= <u64>SC_POOL_HFN << 12
-        if base[0] >= m.pool_pages << 12:
-            return STEP_FAULT
-        table = <u8 *>m.pool + base[0]
-    else:
-        table = mem_guest_frame(m, base[0])
-        if table == NULL:
-            return STEP_FAULT
-    entry[0] = ((<u64 *>table)[level_index(va, level)] if g.pte_size == 8
-                else (<u32 *>table)[table_index(va, level, 4)])
-    all_[0] &= entry[0] ^ pte_nx()
-    if (entry[0] ^ p.usual) & p.strange[level]:
-        if entry[0] & (PTE_P | PTE_PS) == PTE_P | PTE_PS and not entry[0] & p.reserved[1][level] and (
-                (p.large_levels >> level) & 1):
-            return STEP_LEAF
-        return STEP_FAULT
-    base[0] = entry[0] & (pte_addr() if g.pte_size == 8 else 0xFFFFF000U)
-    return STEP_DOWN
-
-cdef inline int glance_end(const sc_paging *p, u64 va, u32 access, u64 entry, u64 all_, u64 *gpa, int level,
-                           sc_gmode g) noexcept nogil:
-    """A and D, rights, and the address, after the leaf at `level`."""
-    cdef u32 acc = <u32>(all_ & (PTE_W | PTE_U)) | <u32>(all_ >> 63)
-    # One branch for both: which accesses are stores cannot be foreseen. PF_W lies 5 bits below D.
-    if (~all_ & PTE_A) | (~entry & <u64>((access & PF_W) << 5)):
-        return -1
-    if rights_fault(p, acc, pte_pkey(entry) if g.pte_size == 8 else 0, access):
-        return -1
-    gpa[0] = leaf_address(entry, va, level, g)
-    return g.top + 1 - level
-
-cdef inline int glance_body(const sc_mem *m, const sc_paging *p, u64 va, u32 access, u64 *gpa,
-                            sc_gmode g) noexcept nogil:
-    """Entries read and where they lead (shadow: the hpa), or -1: walk."""
-    cdef u64 base, pdpte
-    cdef u64 entry = 0
-    cdef u64 all_ = ~<u64>0
-    cdef int step = STEP_DOWN
-    if g.pae_root:
-        pdpte = p.pdpte[(va >> 30) & 3]
-        if not pdpte & PTE_P:
-            return -1
-        base = pdpte & pte_addr()
-    else:
-        base = p.root
-    if g.top >= 5 and glance_step(m, p, va, &base, &entry, &all_, 5, g) != STEP_DOWN:
-        return -1
-    if g.top >= 4 and glance_step(m, p, va, &base, &entry, &all_, 4, g) != STEP_DOWN:
-        return -1
-    if g.top >= 3:
-        step = glance_step(m, p, va, &base, &entry, &all_, 3, g)
-        if step == STEP_LEAF:
-            return glance_end(p, va, access, entry, all_, gpa, 3, g)
-        if step == STEP_FAULT:
-            return -1
-    step = glance_step(m, p, va, &base, &entry, &all_, 2, g)
-    if step == STEP_LEAF:
-        return glance_end(p, va, access, entry, all_, gpa, 2, g)
-    if step == STEP_FAULT or glance_step(m, p, va, &base, &entry, &all_, 1, g) != STEP_DOWN:
-        return -1
-    return glance_end(p, va, access, entry, all_, gpa, 1, g)
+    return walk_end(m, p, va, access, w, gpa, references, entry, all_, 1, g)
 
 cdef int guest_walk(sc_mem *m, const sc_paging *p, u64 va, u32 access, sc_walk *w) noexcept nogil
 cdef int shadow_walk(sc_mem *m, const sc_paging *p, u64 va, u32 access, sc_walk *w) noexcept nogil
