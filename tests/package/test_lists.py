@@ -323,6 +323,23 @@ def test_every_copy_of_a_list_is_that_list(texts, kind):
     assert complaints(texts, kind) == []
 
 
+@pytest.mark.parametrize(
+    ("kind", "file", "one", "other"),
+    [
+        ("counter", HEADER, "uint64_t tlb_hits;", "uint64_t tlb_misses;"),
+        ("counter", ENGINE + "counters.pyi", "tlb_hits", "tlb_misses"),
+        ("exit", "pyx/engine/counters.pyx", '"cr0"', '"cr3"'),
+        ("feature", CONFIG, "smep: bool", "smap: bool"),
+        ("quirk", CONFIG, "RMAP_LEAK =", "PDE_WRITE ="),
+        ("flush", "pyx/engine/mmu.pyx", '"leaf"', '"link"'),
+    ],
+)
+def test_two_that_change_places_are_noticed(texts, kind, file, one, other):
+    swapped = texts[file].replace(one, "\0").replace(other, one).replace("\0", other)
+    assert swapped != texts[file]
+    assert complaints({**texts, file: swapped}, kind)
+
+
 NUMBERS = r"^([A-Z]\w+(?:, [A-Z]\w+)*) = ((?:0x[0-9A-Fa-f]+|\d+|<<|\||, | )+)$"
 """A line of Python that gives numbers names."""
 
