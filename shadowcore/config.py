@@ -117,9 +117,12 @@ class Features:
 
     def __post_init__(self) -> None:
         _plain(self, maxphyaddr=check_int("features.maxphyaddr", self.maxphyaddr, 32, 52))
-        for each in fields(self):
-            if each.name != "maxphyaddr":
-                _plain(self, **{each.name: check_bool(f"features.{each.name}", getattr(self, each.name))})
+        for name in FEATURES:
+            _plain(self, **{name: check_bool(f"features.{name}", getattr(self, name))})
+
+
+FEATURES = tuple(each.name for each in fields(Features) if each.name != "maxphyaddr")
+"""Names of the features. Their bits, in the engine and in shadowcore.h, are numbered in this order."""
 
 
 @dataclass(frozen=True)

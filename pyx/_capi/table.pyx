@@ -15,11 +15,12 @@ from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
 from libc.string cimport memcpy, memset
 
 from shadowcore.engine.access cimport (
-    OP_CR0, OP_CR3, OP_CR4, OP_EFER, OP_FETCH, OP_INVLPG, OP_OR, OP_PKRU, OP_READ, OP_WRITE, access_shortest,
-    op_is_access, sc_op, sc_result, vcpu_op,
+    OP_CMPXCHG, OP_COUNT, OP_CR0, OP_CR3, OP_CR4, OP_EFER, OP_FETCH, OP_INVLPG, OP_PKRU, OP_READ, OP_WRITE,
+    access_shortest, op_is_access, sc_op, sc_result, vcpu_op,
 )
 from shadowcore.engine.batch cimport columns_check, columns_run, sc_columns, sc_columns_out
 from shadowcore.engine.bits cimport pte_addr
+from shadowcore.engine.check cimport sc_check
 from shadowcore.engine.counters cimport sc_stats
 from shadowcore.engine.emulate cimport device_store
 from shadowcore.engine.hooks cimport EVENT_COUNT
@@ -40,7 +41,7 @@ from shadowcore.engine.types cimport (
 from shadowcore.engine.walker cimport probe_walk, sc_walk, shadow_glance
 
 from shadowcore._version import __version__
-from shadowcore.config import TLB, Features, MemorySlot, Quirk
+from shadowcore.config import FEATURES as _FEATURES, TLB, Features, MemorySlot, Quirk
 from shadowcore.config import design as named_design
 from shadowcore.engine.costs import find as find_costs
 from shadowcore.engine.machine import VM
@@ -204,6 +205,8 @@ cdef enum:
     NOTED_RIGHTS = 55               # 3 bits: ACC_*
     COPY = 4096
 
+sc_check(ACC_ALL >> (64 - NOTED_RIGHTS) == 0)
+
 cdef struct sc_place:
     int lock
     bint no_memo                    # see batch.columns_run
@@ -350,7 +353,6 @@ cdef object _setting(u32 value, none=0):
 cdef object _make(const sc_config *c):
     cdef u32 i
     cdef list names = ["native", "flush", "cached", "kvm-2007"]
-    cdef list features = ["nx", "gbpages", "la57", "pse36", "smep", "smap", "pku", "pcid", "umip", "fsgsbase", "xsave"]
     if c.design >= len(names):
         raise ConfigError(f"design: {c.design} is not 0 to {len(names) - 1}")
     settings = {}
@@ -366,10 +368,10 @@ cdef object _make(const sc_config *c):
         settings["quirks"] = Quirk(bits)
     if "min_free" in settings and "refill" not in settings:
         settings["refill"] = max(25, settings["min_free"])
-    has = _setting(c.features) if c.features else (1 << len(features)) - 1
-    if has >> len(features):
+    has = _setting(c.features) if c.features else (1 << len(_FEATURES)) - 1
+    if has >> len(_FEATURES):
         raise ConfigError(f"features: {has:#x} has bits that are no SC_FEATURE_*")
-    made = Features(maxphyaddr=c.maxphyaddr or 46, **{name: bool(has >> bit & 1) for bit, name in enumerate(features)})
+    made = Features(maxphyaddr=c.maxphyaddr or 46, **{name: bool(has >> bit & 1) for bit, name in enumerate(_FEATURES)})
     tlb = None
     if c.tlb_entries[0] or c.tlb_entries[1] or c.tlb_entries[2]:
         sizes = {}
@@ -741,9 +743,10 @@ cdef int _bad_access(const sc_access *a, const sc_outcome *o) noexcept nogil:
         return _fail_struct("sc_access", a.struct_size, sizeof(sc_access))
     if o.struct_size != sizeof(sc_outcome):
         return _fail_struct("sc_outcome", o.struct_size, sizeof(sc_outcome))
-    if not op_is_access(a.kind) or a.kind > OP_OR + 1:
+    if not op_is_access(a.kind) or a.kind >= OP_COUNT:
         return _fail(SC_E_ARGUMENT, "access->kind is no kind of access")
-    if a.kind != OP_FETCH and (a.size == 0 or a.size & (a.size - 1) or a.size > 16 or (a.size == 16 and a.kind > 10)):
+    if a.kind != OP_FETCH and (a.size == 0 or a.size & (a.size - 1) or a.size > 16
+                               or (a.size == 16 and a.kind > OP_CMPXCHG)):
         return _fail(SC_E_ARGUMENT, "access->size is not 1, 2, 4 or 8 (or 16, for loads, stores and CMPXCHG)")
     if a.reserved or a.flags & ~(SC_DATA | SC_BRIEF):
         return _fail(SC_E_ARGUMENT, "access->reserved is not 0, or flags has bits that are none")

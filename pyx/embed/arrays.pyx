@@ -17,7 +17,7 @@ from shadowcore.errors import ConfigError
 EVENTS = ("exit", "zap", "protect", "flush")
 assert len(EVENTS) == EVENT_COUNT
 
-cdef dict _KINDS = {"r": 0, "w": 1, "x": 2}
+cdef dict _KINDS = {"r": Op.READ.value, "w": Op.WRITE.value, "x": Op.FETCH.value}
 cdef object _WORDS = np.dtype("<u8")
 cdef object _SIGNED = np.dtype("<i8")
 cdef tuple _BYTES = (np.dtype("u1"), np.dtype("?"))

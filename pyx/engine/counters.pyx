@@ -1,19 +1,23 @@
 """Counters by KVM's names, and how they are read from Python."""
 from libc.string cimport memset
 
-from shadowcore.engine.counters cimport sc_stats
+from shadowcore.engine.counters cimport EXIT_COUNT, EXIT_FAULTS, sc_stats
 from shadowcore.engine.types cimport u64
 
 EXIT_REASONS = ("fill", "write", "emulate", "guest", "mmio", "cr0", "cr3", "cr4", "efer", "invlpg")
-PF_REASONS = EXIT_REASONS[:5]
+assert len(EXIT_REASONS) == EXIT_COUNT
+PF_REASONS = EXIT_REASONS[:EXIT_FAULTS]
 
-COUNTERS = (
-    "pf_taken", "pf_fixed", "pf_guest", "pf_emulate", "pf_mmio", "pf_spurious", "tlb_flush", "remote_tlb_flush",
-    "invlpg", "mmu_shadow_zapped", "mmu_pte_write", "mmu_pde_zapped", "mmu_flooded", "mmu_recycled",
-    "mmu_cache_miss", "mmu_cache_hit", "mmu_unprotect", "page_frees", "spte_installed", "spte_removed",
-    "rmap_protected", "root_loads", "gp_guest", "accesses", "walk_references", "guest_walk_references",
-    "tlb_hits", "tlb_misses",
-)
+
+cdef tuple _names():
+    """The fields of sc_stats but for `exits`, in their order."""
+    cdef sc_stats stats
+    memset(&stats, 0, sizeof(stats))
+    fields = <dict>stats
+    return tuple([name for name in fields if name != "exits"])
+
+
+COUNTERS = _names()
 
 assert sizeof(sc_stats) == 8 * (len(EXIT_REASONS) + len(COUNTERS))
 

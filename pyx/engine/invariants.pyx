@@ -15,7 +15,7 @@ from libc.string cimport memset
 from shadowcore.engine.bits cimport (
     PTE_A, PTE_D, PTE_G, PTE_P, PTE_PS, SPTE_MARK, level_index, level_mask, pte_addr, pte_pkey, pte_rights,
 )
-from shadowcore.engine.counters cimport EXIT_MMIO
+from shadowcore.engine.counters cimport EXIT_FAULTS
 from shadowcore.engine.invariants cimport SC_MAX_FINDINGS, sc_audit, sc_finding
 from shadowcore.engine.memory cimport (
     SC_RUNNING, SC_WRITTEN, mem_frame, mem_frame_hpa, mem_gfn, mem_guest_frame, mem_leaf_frame, mem_pool_hpa,
@@ -26,7 +26,7 @@ from shadowcore.engine.pool cimport hash_bucket
 from shadowcore.engine.quirks cimport QUIRK_ROLE_WITHOUT_ACCESS, QUIRK_ROLE_WITHOUT_MODE
 from shadowcore.engine.rmap cimport LIST_MANY, list_first, list_next
 from shadowcore.engine.role cimport (
-    ROLE_ACCESS, ROLE_GLEVELS, ROLE_GLOBAL, ROLE_PKEY, ROLE_PSE, ROLE_QUADRANT, ROLE_WP0, role_direct, role_field,
+    ROLE_GLEVELS, ROLE_GLOBAL, ROLE_PKEY, ROLE_PSE, ROLE_QUADRANT, ROLE_WP0, role_access, role_direct, role_field,
     role_level, role_pte_size,
 )
 from shadowcore.engine.roots cimport root_fits
@@ -179,7 +179,7 @@ cdef void _check_leaf(sc_mmu *mmu, u32 number, u32 index, sc_audit *a) noexcept 
     cdef u64 spte = mmu.table[number * 512 + index]
     cdef u64 gfn = mem_gfn(mmu.mem, mem_leaf_frame(mmu.mem, spte))
     cdef u32 mode = role_field(page.role, ROLE_GLEVELS, 15)
-    cdef u32 allowed = role_field(page.role, ROLE_ACCESS, 7)
+    cdef u32 allowed = role_access(page.role)
     cdef u32 granted = pte_rights(spte)
     cdef u32 pkey = role_field(page.role, ROLE_PKEY, 15)
     cdef u64 gpte, named
@@ -231,8 +231,8 @@ cdef void _check_link(sc_mmu *mmu, u32 number, u32 index, sc_audit *a) noexcept 
         _report(a, 1, S_ABSENT, number, index, page.gfn)
         return
     if not mmu.quirks & QUIRK_ROLE_WITHOUT_ACCESS:
-        granted = role_field(child.role, ROLE_ACCESS, 7)
-        allowed = role_field(page.role, ROLE_ACCESS, 7) & pte_rights(gpte)
+        granted = role_access(child.role)
+        allowed = role_access(page.role) & pte_rights(gpte)
         if role_direct(child.role) and not gpte & PTE_D:
             allowed &= ~<u32>ACC_W
         if granted & ~allowed or (granted != allowed and not role_direct(child.role)):
@@ -547,7 +547,7 @@ cdef void check_counters(sc_mmu *mmu, sc_audit *a) noexcept nogil:
     cdef u32 number, index
     cdef u64 reasons = 0
     cdef u64 present = 0
-    for index in range(EXIT_MMIO + 1):
+    for index in range(EXIT_FAULTS):
         reasons += mmu.stats.exits[index]
     if mmu.shadow and reasons != mmu.stats.pf_taken:
         _report(a, 9, S_EXITS, SC_NONE, 0, 0)

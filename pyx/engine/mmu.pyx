@@ -6,11 +6,12 @@ import numpy as np
 from libc.string cimport memset
 
 from shadowcore.engine.bits cimport CR4_PGE, PTE_D, PTE_G, PTE_W, SPTE_MARK, pte_addr
+from shadowcore.engine.check cimport sc_check
 from shadowcore.engine.counters cimport Stats, sc_stats
 from shadowcore.engine.emulate cimport device_store
 from shadowcore.engine.fault cimport page_fault
-from shadowcore.engine.flushes cimport FLUSH_LOG, exit_flush, request_flush
-from shadowcore.engine.hooks cimport POINT_COUNT
+from shadowcore.engine.flushes cimport FLUSH_COUNT, FLUSH_LOG, exit_flush, request_flush
+from shadowcore.engine.hooks cimport EVENT_COUNT, POINT_COUNT
 from shadowcore.engine.invalidate cimport invalidate_fault, invalidate_leaves
 from shadowcore.engine.invariants cimport audit_violations, mmu_settle, sc_audit
 from shadowcore.engine.memory cimport (
@@ -18,10 +19,10 @@ from shadowcore.engine.memory cimport (
 )
 from shadowcore.engine.page cimport sc_frame, sc_link, sc_page
 from shadowcore.engine.pool cimport pool_init, pool_recycle, pool_unprotect, pool_zap_all, pool_zap_nonglobal
-from shadowcore.engine.quirks cimport QUIRK_NO_REFILL_AT_CR3, QUIRK_ROOT_EMPTIED
+from shadowcore.engine.quirks cimport QUIRK_COUNT, QUIRK_NO_REFILL_AT_CR3, QUIRK_ROOT_EMPTIED
 from shadowcore.engine.rmap cimport list_first, list_next, rmap_remove
 from shadowcore.engine.role cimport (
-    ROLE_ACCESS, ROLE_DIRECT, ROLE_GLEVELS, ROLE_GLOBAL, ROLE_NXE, ROLE_PKEY, ROLE_PSE, ROLE_QUADRANT, ROLE_WP0,
+    ROLE_DIRECT, ROLE_GLEVELS, ROLE_GLOBAL, ROLE_NXE, ROLE_PKEY, ROLE_PSE, ROLE_QUADRANT, ROLE_WP0, role_access,
     role_direct, role_field, role_level,
 )
 from shadowcore.engine.roots cimport root_slots, roots_load, roots_release
@@ -190,6 +191,12 @@ _LISTS = ("free_head", "young", "old")
 cdef object _WORD = 0xFFFFFFFFFFFFFFFF
 FLUSHES = ("protect", "zap", "zap_upper", "store", "withheld", "leaf", "link", "log", "cr3", "context", "invlpg",
            "fault")
+assert len(FLUSHES) == FLUSH_COUNT
+# A bit each, in fields of sc_mmu.
+sc_check(FLUSH_COUNT <= 8 * sizeof((<sc_mmu *>NULL).lost_flushes))
+sc_check(QUIRK_COUNT <= 8 * sizeof((<sc_mmu *>NULL).quirks))
+sc_check(POINT_COUNT <= 8 * sizeof((<sc_mmu *>NULL).audit_points))
+sc_check(EVENT_COUNT <= 8 * sizeof((<sc_mmu *>NULL).events))
 
 
 cdef int _ask_can_emulate(void *hook, u64 gva, u64 gpa, u32 nbytes) noexcept with gil:
@@ -459,7 +466,7 @@ cdef class Mmu:
             out[i] = (
                 number, p.gfn, role_field(p.role, ROLE_GLEVELS, 15), role_level(p.role),
                 role_field(p.role, ROLE_QUADRANT, 3), role_field(p.role, ROLE_DIRECT, 1),
-                role_field(p.role, ROLE_ACCESS, 7), role_field(p.role, ROLE_NXE, 1), role_field(p.role, ROLE_PSE, 1),
+                role_access(p.role), role_field(p.role, ROLE_NXE, 1), role_field(p.role, ROLE_PSE, 1),
                 role_field(p.role, ROLE_WP0, 1), role_field(p.role, ROLE_GLOBAL, 1),
                 role_field(p.role, ROLE_PKEY, 15), p.root_count,
                 np.count_nonzero(self.memory.tables[number] & 1), len(self._list(p.parents)), n - 1 - i,

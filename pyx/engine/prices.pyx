@@ -3,7 +3,7 @@ from libc.math cimport isfinite
 from libc.string cimport memset
 
 from shadowcore.engine.counters cimport (
-    EXIT_CR0, EXIT_CR3, EXIT_CR4, EXIT_EFER, EXIT_EMULATE, EXIT_FILL, EXIT_GUEST, EXIT_INVLPG, EXIT_MMIO, EXIT_WRITE,
+    EXIT_CR0, EXIT_CR3, EXIT_CR4, EXIT_EFER, EXIT_FAULTS, EXIT_FILL, EXIT_GUEST, EXIT_INVLPG, EXIT_MMIO, EXIT_WRITE,
     sc_stats,
 )
 from shadowcore.engine.types cimport u64
@@ -35,7 +35,9 @@ cdef double prices_cycles(const sc_prices *p, const sc_stats *before, const sc_s
         for i in range(sizeof(sc_stats) // sizeof(u64)):
             new[i] -= old[i]
     misses = n.tlb_misses if n.tlb_hits or n.tlb_misses else n.accesses
-    faults = n.exits[EXIT_FILL] + n.exits[EXIT_WRITE] + n.exits[EXIT_EMULATE] + n.exits[EXIT_GUEST] + n.exits[EXIT_MMIO]
+    faults = 0
+    for i in range(EXIT_FAULTS):
+        faults += n.exits[i]
     loads = n.exits[EXIT_CR0] + n.exits[EXIT_CR3] + n.exits[EXIT_CR4] + n.exits[EXIT_EFER]
     return (prices_translation(p, misses, n.walk_references)
             + faults * p.exit_fault + loads * p.exit_register + n.exits[EXIT_INVLPG] * p.exit_invlpg

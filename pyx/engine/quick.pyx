@@ -6,12 +6,16 @@ the one right way. Which of the two does an access can be seen in nothing but th
 """
 from libc.string cimport memcpy, memset
 
-from shadowcore.engine.access cimport OP_FETCH, OP_WRITE, access_missed, sc_op, sc_result, vcpu_op
+from shadowcore.engine.access cimport (
+    OP_COUNT, OP_FETCH, OP_READ, OP_WRITE, access_missed, sc_op, sc_result, vcpu_op,
+)
 from shadowcore.engine.bits cimport PTE_P, PTE_PS, is_canonical, pte_addr
+from shadowcore.engine.check cimport sc_check
 from shadowcore.engine.gmode cimport GLANCE, gmode_32, gmode_64, gmode_la57, gmode_pae, sc_gmode
 from shadowcore.engine.memo cimport (
-    KIND_NONE, KIND_USER, MEMO_REGIONS, memo_context, memo_entry, memo_is, memo_mask, memo_note, memo_promote, memo_put,
-    memo_region, memo_region_tag, memo_spill, memo_tag, sc_memo, sc_memo_entry,
+    KIND_FETCH, KIND_NONE, KIND_STORE, KIND_USER, MEMO_DENIED, MEMO_EPOCH, MEMO_EPOCHS, MEMO_KINDS, MEMO_REGIONS,
+    memo_context, memo_entry, memo_is, memo_mask, memo_note, memo_promote, memo_put, memo_region, memo_region_tag,
+    memo_spill, memo_tag, sc_memo, sc_memo_entry,
 )
 from shadowcore.engine.memory cimport mem_frame, mem_gfn, mem_guest_frame, mem_host_frame, sc_mem, sc_no_frame
 from shadowcore.engine.quick cimport PACKED, element_word, load_op, load_plain, op_stands, sc_batch
@@ -54,6 +58,22 @@ cdef u32 _access[1024]               # PF_*
 cdef u8 _kind[1024]                  # KIND_*, KIND_NONE where it is no load, store or fetch, or not usual
 
 cdef u64 _bytes[9]                  # by size: the bits of so many bytes
+
+# Below USUAL a word has room for every code of an operation, whether there is one or not: none is taken for another.
+sc_check(8 * sizeof((<sc_op *>NULL).op) == 8)
+sc_check(USUAL == 1 << 8)
+sc_check(<int>OP_COUNT <= <int>USUAL)
+# _fill_tables makes a kind of the code of a load, store or fetch; quick_usual passes codes of two bits.
+sc_check(OP_READ == 0)
+sc_check(<int>OP_WRITE == <int>KIND_STORE)
+sc_check(<int>OP_FETCH == <int>KIND_FETCH)
+sc_check(OP_FETCH <= 3)
+# A tag has a bit for each kind, above those of the epoch, and no access is of the last.
+sc_check(KIND_USER == KIND_FETCH + 1)
+sc_check(KIND_USER + KIND_FETCH < KIND_NONE)
+sc_check(KIND_NONE < MEMO_KINDS)
+sc_check(MEMO_DENIED + MEMO_KINDS == 8 * sizeof(u64))
+sc_check(MEMO_EPOCHS >> (MEMO_DENIED - MEMO_EPOCH) == 0)
 
 
 cdef void _fill_tables() noexcept nogil:

@@ -12,10 +12,11 @@ from shadowcore.engine.bits cimport (
     CR0_CD, CR0_NW, CR0_PE, CR0_WP, CR4_FSGSBASE, CR4_LA57, CR4_OSXSAVE, CR4_PAE, CR4_PCIDE, CR4_PGE, CR4_PKE, CR4_PSE,
     CR4_SMAP, CR4_SMEP, CR4_UMIP, EFER_LMA, EFER_LME, EFER_NXE, EFER_SCE, cr0_ignored, cr0_kept, cr0_pg, pte_addr,
 )
+from shadowcore.engine.check cimport sc_check
 from shadowcore.engine.counters cimport EXIT_CR0, EXIT_CR3, EXIT_CR4, EXIT_EFER, sc_stats
 from shadowcore.engine.features cimport (
-    FEAT_FSGSBASE, FEAT_GBPAGES, FEAT_LA57, FEAT_NX, FEAT_PCID, FEAT_PKU, FEAT_PSE36, FEAT_SMAP, FEAT_SMEP, FEAT_UMIP,
-    FEAT_XSAVE,
+    FEAT_COUNT, FEAT_FSGSBASE, FEAT_GBPAGES, FEAT_LA57, FEAT_NX, FEAT_PCID, FEAT_PKU, FEAT_PSE36, FEAT_SMAP, FEAT_SMEP,
+    FEAT_UMIP, FEAT_XSAVE,
 )
 from shadowcore.engine.flushes cimport FLUSH_CONTEXT, FLUSH_CR3, flush_lost
 from shadowcore.engine.hooks cimport POINT_POST_CR3, audit_point, count_exit
@@ -28,6 +29,8 @@ from shadowcore.engine.types cimport (
     MODE_32, MODE_64, MODE_LA57, MODE_OFF, MODE_PAE, RC_GP, RC_OK, SC_NONE, u8, u32, u64,
 )
 from shadowcore.engine.walker cimport paging_refused, paging_reserved, pdptes_valid
+
+sc_check(FEAT_COUNT <= 8 * sizeof((<sc_vcpu *>NULL).features))
 
 
 cdef inline int _mode(u64 cr0, u64 cr4, u64 efer) noexcept nogil:

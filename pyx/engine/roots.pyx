@@ -5,16 +5,32 @@ and has four roots, one for each GiB (patch 5): the shadows of the four PAE dire
 32-bit directory, or with paging off four direct pages. A page is pinned while it is a root (patch 25).
 """
 from shadowcore.engine.bits cimport PTE_P, level_mask, pte_addr
+from shadowcore.engine.check cimport sc_check
 from shadowcore.engine.memory cimport mem_pool_hpa
 from shadowcore.engine.pool cimport pool_get
 from shadowcore.engine.quirks cimport QUIRK_ABSENT_PDPTES, QUIRK_ROLE_WITHOUT_ACCESS, QUIRK_ROLE_WITHOUT_MODE
 from shadowcore.engine.role cimport (
-    ROLE_ACCESS, ROLE_DIRECT, ROLE_GLEVELS, ROLE_LEVEL, ROLE_NXE, ROLE_PSE, ROLE_QUADRANT, ROLE_WP0,
+    ROLE_ACCESS, ROLE_BITS, ROLE_DIRECT, ROLE_DIRTY, ROLE_GLEVELS, ROLE_GLOBAL, ROLE_LEVEL, ROLE_NXE, ROLE_PKEY,
+    ROLE_PSE, ROLE_QUADRANT, ROLE_WP0,
 )
 from shadowcore.engine.roots cimport root_slots
 from shadowcore.engine.state cimport memo_drop, sc_mmu, sc_vcpu
-from shadowcore.engine.types cimport ACC_ALL, MODE_32, MODE_64, MODE_OFF, MODE_PAE, SC_NONE, u32, u64
+from shadowcore.engine.types cimport ACC_ALL, MODE_32, MODE_64, MODE_LA57, MODE_OFF, MODE_PAE, SC_NONE, u32, u64
 from shadowcore.engine.walker cimport sc_paging
+
+# A role has room for all its fields, none of which reaches into the next: modes, levels, quadrants, rights, keys.
+sc_check(ROLE_BITS <= 8 * sizeof(u32))
+sc_check(MODE_LA57 >> (ROLE_LEVEL - ROLE_GLEVELS) == 0)
+sc_check(5 >> (ROLE_QUADRANT - ROLE_LEVEL) == 0)
+sc_check(3 >> (ROLE_DIRECT - ROLE_QUADRANT) == 0)
+sc_check(1 >> (ROLE_ACCESS - ROLE_DIRECT) == 0)
+sc_check(ACC_ALL >> (ROLE_NXE - ROLE_ACCESS) == 0)
+sc_check(1 >> (ROLE_PSE - ROLE_NXE) == 0)
+sc_check(1 >> (ROLE_WP0 - ROLE_PSE) == 0)
+sc_check(1 >> (ROLE_GLOBAL - ROLE_WP0) == 0)
+sc_check(1 >> (ROLE_PKEY - ROLE_GLOBAL) == 0)
+sc_check(15 >> (ROLE_DIRTY - ROLE_PKEY) == 0)
+sc_check(1 >> (ROLE_BITS - ROLE_DIRTY) == 0)
 
 
 cdef bint wp0_leaves(const sc_paging *g) noexcept nogil:

@@ -11,10 +11,7 @@ from shadowcore.engine.access cimport (
 )
 from shadowcore.engine.batch cimport run_batch
 from shadowcore.engine.bits cimport PTE_P
-from shadowcore.engine.features cimport (
-    FEAT_FSGSBASE, FEAT_GBPAGES, FEAT_LA57, FEAT_NX, FEAT_PCID, FEAT_PKU, FEAT_PSE36, FEAT_SMAP, FEAT_SMEP, FEAT_UMIP,
-    FEAT_XSAVE,
-)
+from shadowcore.engine.features cimport FEAT_COUNT
 from shadowcore.engine.memo cimport sc_memo
 from shadowcore.engine.memory cimport SC_WRITTEN, mem_pool_hpa
 from shadowcore.engine.mmu cimport Mmu
@@ -30,7 +27,7 @@ from shadowcore.engine.types cimport (
 )
 from shadowcore.engine.walker cimport probe_walk, sc_walk, walk_index
 
-from shadowcore.config import TLB, Features, check_int, check_ints, taken
+from shadowcore.config import FEATURES as _FEATURES, TLB, Features, check_int, check_ints, taken
 from shadowcore.engine.memory import allocate, window
 from shadowcore.errors import ConfigError, GeneralProtection, MMIOAccess, PageFault
 
@@ -114,6 +111,7 @@ cdef list _levels(const sc_walk *w):
 cdef object _ARRAY = np.ndarray
 _READ = "r"
 cdef dict _ACCESS = {_READ: 0, "w": PF_W, "x": PF_I}
+assert len(_FEATURES) == FEAT_COUNT     # a bit each, in this order
 cdef dict _MODIFY = {"xchg": OP_XCHG, "add": OP_ADD, "and": OP_AND, "or": OP_OR, "xor": OP_XOR}
 
 
@@ -204,11 +202,9 @@ cdef class VCpu:
         self.mmu = mmu
         self.c.number = mmu.c.n_vcpus
         self.c.maxphyaddr = features.maxphyaddr
-        for name, bit in (("nx", FEAT_NX), ("gbpages", FEAT_GBPAGES), ("la57", FEAT_LA57), ("pse36", FEAT_PSE36),
-                          ("smep", FEAT_SMEP), ("smap", FEAT_SMAP), ("pku", FEAT_PKU), ("pcid", FEAT_PCID),
-                          ("umip", FEAT_UMIP), ("fsgsbase", FEAT_FSGSBASE), ("xsave", FEAT_XSAVE)):
+        for bit, name in enumerate(_FEATURES):
             if getattr(features, name):
-                self.c.features |= bit
+                self.c.features |= <u32>1 << <int>bit
         if tlb is not None:
             self._make_tlb(tlb)
         else:

@@ -2,10 +2,12 @@
 from libc.string cimport memset
 
 from shadowcore.engine.bits cimport PTE_A, PTE_P, PTE_PS, level_mask, pte_nx
+from shadowcore.engine.check cimport sc_check
 from shadowcore.engine.gmode cimport GLANCE, PROBE, WALK, gmode_32, gmode_64, gmode_la57, gmode_pae
 from shadowcore.engine.memory cimport sc_mem
 from shadowcore.engine.types cimport (
-    ACC_ALL, ACC_U, ACC_W, ACC_X, MODE_32, MODE_64, MODE_LA57, MODE_OFF, MODE_PAE, PF_I, PF_U, PF_W, RC_OK, u32, u64,
+    ACC_ALL, ACC_U, ACC_W, ACC_X, MODE_32, MODE_64, MODE_LA57, MODE_OFF, MODE_PAE, PF_ACCESSES, PF_ASKED, PF_I, PF_P,
+    PF_PK, PF_RSVD, PF_SGX, PF_SS, PF_U, PF_W, RC_OK, u16, u32, u64,
 )
 from shadowcore.engine.walker cimport sc_paging, sc_walk, walk_body
 
@@ -78,14 +80,27 @@ cdef inline bint _refused(const sc_paging *p, u32 acc, u32 access) noexcept nogi
     return p.smap and not user and acc & ACC_U and not p.ac
 
 
+# A bit for each combination of rights; a place for each access that an error code can tell.
+sc_check(8 * sizeof((<sc_paging *>NULL).refused[0]) == ACC_ALL + 1)
+sc_check((PF_ASKED | PF_PK | PF_SS) < PF_ACCESSES)
+# What an access asks for says nothing of the answer, and the whole fits into 16 bits (sc_row, RunResult.error_code).
+sc_check((PF_ASKED & (PF_P | PF_RSVD | PF_PK | PF_SGX)) == 0)
+sc_check(PF_SGX >> (8 * sizeof(u16)) == 0)
+
+
 cdef void paging_refused(sc_paging *p) noexcept nogil:
-    """Fill p.refused from p.wp, p.smep, p.smap and p.ac."""
-    cdef u32 acc, access
-    for acc in range(8):
-        p.refused[acc] = 0
-        for access in range(32):
+    """Fill p.refused from p.wp, p.smep, p.smap and p.ac. An access that there is not is refused by all rights."""
+    cdef u32 acc
+    cdef u32 access = 0
+    memset(p.refused, 0xFF, sizeof(p.refused))
+    while True:                     # each subset of PF_ASKED
+        p.refused[access] = 0
+        for acc in range(ACC_ALL + 1):
             if _refused(p, acc, access):
-                p.refused[acc] |= <u32>1 << access
+                p.refused[access] |= 1 << acc
+        access = (access - PF_ASKED) & PF_ASKED
+        if access == 0:
+            return
 
 
 cdef bint pdptes_valid(const u64 *pdpte, int maxphyaddr) noexcept nogil:

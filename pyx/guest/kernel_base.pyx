@@ -21,14 +21,16 @@ from shadowcore.engine.memory import allocate
 from shadowcore.errors import ConfigError, GuestOutOfMemory, GuestPanic
 from shadowcore.guest.options import DIRECT_MAPS as _DIRECT_MAPS, SLOPPY as _SLOPPY, KernelOptions
 
-COUNTERS = (
-    "accesses", "kernel_accesses", "cr3_loads", "invlpg", "full_flushes", "table_stores", "leaf_installs",
-    "leaf_clears", "write_protects", "tables_made", "tables_freed", "roots_made", "tables_reused", "pages_zeroed",
-    "pages_copied", "switches", "syscalls", "faults", "faults_zero", "faults_zero_page", "faults_file",
-    "faults_around", "faults_copied", "faults_reused", "faults_swap", "faults_large", "faults_spurious", "faults_segv",
-    "stack_growth", "forks", "execs", "exits", "age_scanned", "age_young", "swapped_out", "swapped_in",
-    "pipe_writes", "pipe_reads", "pipe_blocked",
-)
+
+cdef tuple _names():
+    """The fields of sc_gcount, in their order."""
+    cdef sc_gcount counts
+    memset(&counts, 0, sizeof(counts))
+    fields = <dict>counts
+    return tuple(fields)
+
+
+COUNTERS = _names()
 assert len(COUNTERS) * sizeof(u64) == sizeof(sc_gcount)
 assert _OP_DTYPE.itemsize == sizeof(sc_glog)
 

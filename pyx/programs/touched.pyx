@@ -2,6 +2,7 @@
 import numpy as np
 
 from libc.stdlib cimport calloc, free
+from libc.string cimport memset
 
 from shadowcore.engine.held cimport held_owners
 from shadowcore.engine.types cimport u8, u16, u64
@@ -16,9 +17,13 @@ cdef enum:
     C_READ = 1
     C_WRITE = 2
     C_FETCH = 4
+    MODIFY = 3                      # the last code of an access, see recordings
     FIRST = 1 << 10                 # slots
 
-cdef u8[4] _BITS = [C_READ, C_WRITE, C_FETCH, C_READ | C_WRITE]
+# By the code of an access. `add` refuses codes that there are not; who changes the array meanwhile gets nothing noted.
+cdef u8[256] _BITS
+memset(_BITS, 0, sizeof(_BITS))
+_BITS[0], _BITS[1], _BITS[2], _BITS[MODIFY] = C_READ, C_WRITE, C_FETCH, C_READ | C_WRITE
 
 
 cdef class PageSet:
@@ -79,11 +84,17 @@ cdef class PageSet:
         """Accesses of a program (op as recordings have it). Two arrays: pages that are new, or of which something new
         was done, in order of that (a page comes once for each news); and what was done to them, all of it."""
         cdef Py_ssize_t n = op.shape[0]
+        cdef Py_ssize_t i
+        cdef u8 odd = 0
         cdef list pages = []
         cdef list flags = []
         cdef list _owners = held_owners(op.base) + held_owners(size.base) + held_owners(addr.base)
         if size.shape[0] != n or addr.shape[0] != n:
             raise ValueError("op, size and addr: arrays of one length are needed")
+        for i in range(n):
+            odd |= op[i] > MODIFY
+        if odd:
+            raise ValueError(f"op: a code that is none of 0 to {MODIFY}")
         self._enter()
         try:
             self._add(op, size, addr, pages, flags)
@@ -109,7 +120,7 @@ cdef class PageSet:
             for i in range(n):
                 page = addr[i] >> 12
                 last = (addr[i] + (size[i] - 1 if size[i] else 0)) >> 12
-                bits = _BITS[op[i] & 3]
+                bits = _BITS[op[i]]
                 while True:
                     if page != known:
                         slot = self._find(page)

@@ -7,6 +7,7 @@ import json
 import click
 
 from ..config import DESIGNS
+from ..engine.audit import POINTS
 from ..errors import ConfigError
 from .options import JSON, POOL, RECORDING, Address, Name, command
 
@@ -50,7 +51,7 @@ def walk(image: str, gva: int, cr3: int | None, write: bool, fetch: bool, user: 
 @click.option(
     "--at",
     "points",
-    type=click.Choice(("pre-fault", "post-fault", "pre-write", "post-write", "post-cr3")),
+    type=click.Choice(POINTS),
     multiple=True,
     help="Audit at this point as well, each time (slow); may be repeated.  [default: none]",
 )

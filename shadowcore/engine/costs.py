@@ -13,6 +13,7 @@ from typing import Any
 
 from ..config import TLB
 from ..errors import ConfigError
+from .counters import PF_REASONS
 
 COMPONENTS = {
     "work": "the guest's own instructions",
@@ -271,7 +272,7 @@ class Costs:
         leaves = min(misses, references)
         cr3_exits, invlpg_exits = n("exits_cr3"), n("exits_invlpg")
         registers = cr3_exits + n("exits_cr0") + n("exits_cr4") + n("exits_efer")
-        page_faults = sum(n(f"exits_{reason}") for reason in ("fill", "write", "emulate", "guest", "mmio"))
+        page_faults = sum(n(f"exits_{reason}") for reason in PF_REASONS)
         exits = page_faults + registers + invlpg_exits
         hardware = page_faults * self.exit_fault + registers * self.exit_register + invlpg_exits * self.exit_invlpg
         return {

@@ -1,7 +1,9 @@
-"""Counters. Every field is a u64, in the order of events.COUNTERS, so that the struct is also a flat array."""
+"""Counters. Every field is a u64, so that the struct is also a flat array. The order is that of sc_counters in
+shadowcore.h; the names in Python (counters.COUNTERS) are made from the struct."""
 from shadowcore.engine.types cimport u64
 
-# Why control left the guest. Page faults come first, by what the fault turned out to be.
+# Why control left the guest, in the order of counters.EXIT_REASONS. Page faults come first, by what the fault turned
+# out to be.
 cdef enum:
     EXIT_FILL = 0                   # a shadow entry was missing
     EXIT_WRITE = 1                  # a present leaf got more rights (dirty bit, write access)
@@ -14,9 +16,10 @@ cdef enum:
     EXIT_EFER = 8
     EXIT_INVLPG = 9
     EXIT_COUNT = 10
+    EXIT_FAULTS = 5                 # the first so many are page faults
 
 cdef struct sc_stats:
-    u64 exits[EXIT_COUNT]         # by reason, above
+    u64 exits[EXIT_COUNT]           # by reason, above
     u64 pf_taken                    # page-fault exits
     u64 pf_fixed                    # of these, mended (with those that go on to emulation); not with paging off
     u64 pf_guest                    # of these, injected into the guest

@@ -1,4 +1,4 @@
-"""What a processor can: fields of shadowcore.config.Features, a bit each."""
+"""What a processor can, a bit each: sc_vcpu.features. In the order of shadowcore.config.FEATURES."""
 
 cdef enum:
     FEAT_NX = 1 << 0
@@ -12,3 +12,4 @@ cdef enum:
     FEAT_UMIP = 1 << 8
     FEAT_FSGSBASE = 1 << 9
     FEAT_XSAVE = 1 << 10
+    FEAT_COUNT = 11

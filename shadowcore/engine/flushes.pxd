@@ -4,7 +4,7 @@ from shadowcore.engine.quirks cimport QUIRK_EXIT_FLUSHES
 from shadowcore.engine.state cimport sc_mmu
 from shadowcore.engine.types cimport SC_NONE, u32
 
-# Why a TLB has to be flushed.
+# Why a TLB has to be flushed, in the order of mmu.FLUSHES.
 cdef enum:
     FLUSH_PROTECT = 0               # a frame became a guest table: its writable sptes lost W
     FLUSH_ZAP = 1                   # a leaf table was zapped
@@ -18,6 +18,7 @@ cdef enum:
     FLUSH_CONTEXT = 9               # the guest loaded CR0, CR4 or EFER
     FLUSH_INVLPG = 10               # the guest's INVLPG
     FLUSH_FAULT = 11                # a page fault of the guest
+    FLUSH_COUNT = 12
 
 cdef inline bint flush_lost(const sc_mmu *mmu, int why) noexcept nogil:
     return mmu.lost_flushes >> why & 1

@@ -11,7 +11,7 @@ cdef enum:
     POINT_POST_CR3 = 4              # after a load of CR3
     POINT_COUNT = 5
 
-# What an embedder can be told of, where it happens.
+# What an embedder can be told of, where it happens, in the order of embed.EVENTS.
 cdef enum:
     EVENT_EXIT = 0                  # detail: EXIT_*; address: linear address, or the value of the register
     EVENT_ZAP = 1                   # a shadow page goes. detail: its number; address: its gfn

@@ -19,12 +19,14 @@ cdef enum:
     MEMO_DENIED = 56                # first bit of the kinds
     MEMO_EPOCHS = 0xFFF0            # epochs that differ in their 16 bits
 
-# Kinds of accesses: load, store, fetch by supervisor code, then by user code. The last two are always denied.
+# Kinds of accesses: load, store, fetch by supervisor code, then by user code. One more is that of no access: always
+# denied.
 cdef enum:
     KIND_STORE = 1
     KIND_FETCH = 2
-    KIND_USER = 3
+    KIND_USER = 3                   # so many a privilege level has
     KIND_NONE = 7
+    MEMO_KINDS = 8                  # kinds that there are bits for
 
 cdef struct sc_memo_entry:
     u64 tag

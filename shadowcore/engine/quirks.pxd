@@ -1,4 +1,5 @@
-"""Defects of the series of January 2007, one by one: members of shadowcore.config.Quirk, bit by bit."""
+"""Defects of the series of January 2007, one by one: members of shadowcore.config.Quirk, bit by bit in
+sc_mmu.quirks."""
 
 cdef enum:
     QUIRK_TWO_EXITS = 1 << 0
@@ -17,3 +18,4 @@ cdef enum:
     QUIRK_EXIT_FLUSHES = 1 << 13
     QUIRK_GLOBAL_WITHOUT_PGE = 1 << 14
     QUIRK_IGNORED_BITS_REFUSED = 1 << 15
+    QUIRK_COUNT = 16

@@ -1,5 +1,5 @@
 """What, besides the gfn, identifies a shadow page: 32 bits."""
-from shadowcore.engine.types cimport u32
+from shadowcore.engine.types cimport ACC_ALL, u32
 
 cdef enum:
     ROLE_GLEVELS = 0                # bits 0-3: guest paging levels, MODE_*
@@ -13,12 +13,17 @@ cdef enum:
     ROLE_GLOBAL = 17                # bit 17: direct: G of every leaf
     ROLE_PKEY = 18                  # bits 18-21: direct: protection key of every leaf
     ROLE_DIRTY = 22                 # bit 22: direct, wp0, leaves not writable for the guest: its entry is dirty
+    ROLE_BITS = 23                  # bits in use
 
 cdef inline u32 role_field(u32 role, int at, u32 mask) noexcept nogil:
     return (role >> at) & mask
 
 cdef inline int role_level(u32 role) noexcept nogil:
     return <int>role_field(role, ROLE_LEVEL, 15)
+
+cdef inline u32 role_access(u32 role) noexcept nogil:
+    """ACC_* of ROLE_ACCESS."""
+    return role_field(role, ROLE_ACCESS, ACC_ALL)
 
 cdef inline bint role_direct(u32 role) noexcept nogil:
     return role_field(role, ROLE_DIRECT, 1)

@@ -51,8 +51,9 @@ T = TypeVar("T")
 FORMAT = "shadowcore VM"
 VERSION = 1
 """Of the format; a file of another one is refused."""
-NONE = 0xFFFFFFFF
+SC_NONE = 0xFFFFFFFF
 LIST_MANY = 0x80000000
+ROLE_LEVEL = 4
 _ARRAYS = ("table", "pages", "frames", "links", "hash")
 _UNFIT = (KeyError, ValueError, TypeError, OverflowError, IndexError, AttributeError)
 """What making a VM of a state raises that does not fit together."""
@@ -269,7 +270,7 @@ def _restore(vm: Machine, state: dict[str, Any], members: dict[str, NDArray[Any]
         saved = {name: members[f"mmu_{name}"].reshape(-1) for name in _ARRAYS}
         _check_shadow(vm, {name: saved[name].view(arrays[name].dtype).reshape(arrays[name].shape) for name in _ARRAYS})
         for cpu in vm.vcpus:
-            cpu.import_state(cpu.export_state() | {"roots": [NONE] * 4})
+            cpu.import_state(cpu.export_state() | {"roots": [SC_NONE] * 4})
         _write_shadow(vm, saved)
     vm.mmu.import_state(state["mmu"])
     for cpu, registers in zip(vm.vcpus, state["vcpus"], strict=True):
@@ -294,7 +295,7 @@ def _check_shadow(vm: Machine, arrays: dict[str, Any]) -> None:
     pages, table = arrays["pages"], arrays["table"]
 
     def within(values: NDArray[Any], limit: int, what: str, none: bool = True) -> None:
-        if np.any((values >= limit) & ~((values == NONE) & none)):
+        if np.any((values >= limit) & ~((values == SC_NONE) & none)):
             raise SnapshotError("", f"{what} within 0 to {limit - 1} expected")
 
     for name in ("hash_next", "prev", "next"):
@@ -308,7 +309,7 @@ def _check_shadow(vm: Machine, arrays: dict[str, Any]) -> None:
             raise SnapshotError("", "lists of many sptes that have a first one expected")
     for name in ("prev", "next"):
         within(arrays["links"][name], sptes + 1, f"links.{name}", none=False)
-    level = (pages["role"] >> 4) & 15
+    level = (pages["role"] >> ROLE_LEVEL) & 15
     within(level[pages["active"] != 0] - np.uint32(1), 5, "levels", none=False)
     address = (table & np.uint64(0x000FFFFFFFFFF000)) >> np.uint64(12)
     present = (table & np.uint64(1)) != 0

@@ -39,6 +39,13 @@ cdef enum:
     PF_RSVD = 8                     # a reserved bit was set in a present entry
     PF_I = 16                       # the access was an instruction fetch
     PF_PK = 32                      # protection key violation
+    PF_SS = 64                      # the access was one to a shadow stack
+    PF_SGX = 1 << 15                # refused by SGX, after the walk
+
+# What an access asks for, in the bits by which an error code tells it. The other bits of an error code are answers.
+cdef enum:
+    PF_ASKED = PF_W | PF_U | PF_I   # of an access that there is; shadow stacks are not built
+    PF_ACCESSES = 2 * PF_SS         # what an access may ask for is a number below this
 
 # Rights, as in a role: what the entries above allow.
 cdef enum:

@@ -9,7 +9,9 @@ from shadowcore.engine.bits cimport (
 )
 from shadowcore.engine.gmode cimport sc_gmode
 from shadowcore.engine.memory cimport SC_POOL_HFN, mem_guest_frame, mem_mark_dirty, sc_mem
-from shadowcore.engine.types cimport ACC_ALL, ACC_U, PF_I, PF_P, PF_PK, PF_RSVD, PF_U, PF_W, RC_OK, RC_PF, u8, u32, u64
+from shadowcore.engine.types cimport (
+    ACC_ALL, ACC_U, PF_ACCESSES, PF_I, PF_P, PF_PK, PF_RSVD, PF_U, PF_W, RC_OK, RC_PF, u8, u32, u64,
+)
 
 # What a walk needs to know of the processor's registers.
 cdef struct sc_paging:
@@ -18,7 +20,6 @@ cdef struct sc_paging:
     u64 reserved[2][6]              # bits that must be 0 in a present entry, by [PS bit][level]
     u64 usual                       # what entries have of the bits in `strange`: P, with accessed_early A as well
     u64 strange[6]                  # by level: bits that tell an entry which just leads on (level 1: to a page)
-    u32 refused[8]                  # by ACC_* of a whole walk: bit PF_* is set if such an access is refused
     u32 large_levels                # bit L: an entry of level L with PS is a leaf
     u32 pkru                        # PKRU
     int mode                        # MODE_*
@@ -30,6 +31,7 @@ cdef struct sc_paging:
     bint ac                         # EFLAGS.AC
     bint fetch_coded                # fetches show in error codes: NXE with 8-byte entries, or SMEP
     bint accessed_early             # quirk: A is set on the way down, before rights are judged
+    u8 refused[PF_ACCESSES]         # by access (PF_ASKED): bit ACC_* is set if those rights of a whole walk refuse it
 
 cdef struct sc_walk:
     u64 va                          # linear address
@@ -74,7 +76,7 @@ cdef inline u32 key_fault(const sc_paging *p, u32 acc, u32 pkey, u32 access) noe
 
 cdef inline u32 rights_fault(const sc_paging *p, u32 acc, u32 pkey, u32 access) noexcept nogil:
     """0 if `access` (PF_W, PF_U, PF_I) is allowed by rights `acc`, else PF_P, with PF_PK where a key forbids it."""
-    cdef u32 fault = (p.refused[acc] >> access) & PF_P
+    cdef u32 fault = (p.refused[access] >> acc) & PF_P
     if p.pke and not access & PF_I:
         fault |= key_fault(p, acc, pkey, access)
     return fault

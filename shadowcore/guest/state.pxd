@@ -111,7 +111,7 @@ cdef struct sc_gasid:
     u32 flush_user                  # the PCID of the user's root has to be flushed at its next load
     u64 changed                     # sc_gproc.changed when the PCID was last flushed
 
-cdef struct sc_gcount:              # u64s, in the order of kernel_base.COUNTERS
+cdef struct sc_gcount:              # u64s; kernel_base.COUNTERS are their names
     u64 accesses                    # of user code
     u64 kernel_accesses             # of the kernel; a string instruction is one
     u64 cr3_loads

@@ -123,9 +123,23 @@ enum {
     SC_EVENT_EXIT = 0,    /* detail: SC_EXIT_*; address: the linear address, or the value of the register */
     SC_EVENT_ZAP = 1,     /* a shadow page goes. detail: its number; address: its gfn */
     SC_EVENT_PROTECT = 2, /* a shadow entry lost W: its frame became a guest table. detail: entry; address: gfn */
-    SC_EVENT_FLUSH = 3,   /* TLBs have to be flushed. detail: why (0 a frame became a table, 1 and 2 zap, 3 a store,
-                             4 W withheld, 5 leaf, 6 link, 7 dirty log, 10 INVLPG, 11 a fault of the guest) */
+    SC_EVENT_FLUSH = 3,   /* TLBs have to be flushed. detail: SC_FLUSH_* */
     SC_EVENTS = 4
+};
+/* Why TLBs have to be flushed, the detail of SC_EVENT_FLUSH. */
+enum {
+    SC_FLUSH_PROTECT = 0,   /* a frame became a guest table: its writable entries lost W */
+    SC_FLUSH_ZAP = 1,       /* a leaf table was zapped */
+    SC_FLUSH_ZAP_UPPER = 2, /* a table above the leaves was zapped */
+    SC_FLUSH_STORE = 3,     /* an emulated store dropped a present entry */
+    SC_FLUSH_WITHHELD = 4,  /* W was withheld from a new leaf */
+    SC_FLUSH_LEAF = 5,      /* a present leaf lost W or got another frame */
+    SC_FLUSH_LINK = 6,      /* an upper entry was turned to another page */
+    SC_FLUSH_LOG = 7,       /* a dirty log was started or cleared */
+    SC_FLUSH_CR3 = 8,       /* the guest loaded CR3: its own flush, of which there is no event */
+    SC_FLUSH_CONTEXT = 9,   /* ... CR0, CR4 or EFER: likewise */
+    SC_FLUSH_INVLPG = 10,   /* an INVLPG dropped a shadow entry */
+    SC_FLUSH_FAULT = 11     /* a page fault of the guest dropped a shadow entry */
 };
 #define SC_EVENT_MASK(kind) (1u << (kind))
 #define SC_NO_VCPU 0xFFFFFFFFu

@@ -10,9 +10,23 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .._version import __version__
+from ..engine.counters import PF_REASONS
 
 WINDOWS = 320
 """Windows of a design that a file holds, at most: neighbours are added up until there are no more."""
+EXITS = {
+    "fill": "page fault: shadow entry missing",
+    "write": "page fault: more rights for a leaf",
+    "emulate": "page fault: store to a guest table",
+    "guest": "page fault: the guest's own",
+    "mmio": "page fault: device access",
+    "cr3": "CR3 load",
+    "cr0": "CR0 load",
+    "cr4": "CR4 load",
+    "efer": "EFER load",
+    "invlpg": "INVLPG",
+}
+"""VM exits by reason, as reports call them, in the order in which they are listed and stacked."""
 ROWS = 32
 """Address spaces that have a row of their own: those with most accesses."""
 
@@ -140,7 +154,7 @@ def _rates(windows: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[np.float64]
         return np.divide(part, whole, out=np.zeros(len(part)), where=whole > 0)
 
     accesses = of("accesses")
-    faults = sum((of(f"exits_{reason}") for reason in ("fill", "write", "emulate", "guest", "mmio")), nothing)
+    faults = sum((of(f"exits_{reason}") for reason in PF_REASONS), nothing)
     found, made = of("mmu_cache_hit"), of("mmu_cache_miss")
     hits, misses = of("tlb_hits"), of("tlb_misses")
     rates = {

@@ -22,25 +22,12 @@ from ..recording.format import INCOMPLETE
 from ..recording.guest import Recording, RecordingFile
 from ..studies.heat import heat, of_workload
 from . import plots
-from .document import WINDOWS, document, edges
+from .document import EXITS, WINDOWS, document, edges
 
 __all__ = ["LARGEST", "heat", "of_workload", "write"]
 
 LARGEST = 5_000_000
 """Bytes that a file has at most."""
-EXITS = {
-    "fill": "page fault: shadow entry missing",
-    "write": "page fault: more rights for a leaf",
-    "emulate": "page fault: store to a guest table",
-    "guest": "page fault: the guest's own",
-    "mmio": "page fault: device access",
-    "cr3": "CR3 load",
-    "cr0": "CR0 load",
-    "cr4": "CR4 load",
-    "efer": "EFER load",
-    "invlpg": "INVLPG",
-}
-"""VM exits by reason, in the order in which they are stacked."""
 
 _COUNTERS = (
     ("exits_total", "VM exits, all", "strong"),

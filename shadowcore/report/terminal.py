@@ -15,22 +15,10 @@ from ..recording.replay import Phase, ReplayResult
 from ..studies.reproduction import Reproduction
 from ..studies.results import Study, StudyDesign
 from ..workload import WorkloadResult
+from .document import EXITS
 
 WIDTH = 100
 """Columns of a table that does not go to a terminal."""
-
-_EXITS = {
-    "fill": "page fault: shadow entry missing",
-    "write": "page fault: more rights for a leaf",
-    "emulate": "page fault: store to a guest table",
-    "guest": "page fault: the guest's own",
-    "mmio": "page fault: device access",
-    "cr3": "CR3 load",
-    "cr0": "CR0 load",
-    "cr4": "CR4 load",
-    "efer": "EFER load",
-    "invlpg": "INVLPG",
-}
 
 
 def _console() -> Console:
@@ -54,7 +42,7 @@ def comparison(study: Study) -> Table:
     def counter(name: str, key: str) -> None:
         row(name, [design.counters[key] for design in designs])
 
-    for reason, name in _EXITS.items():
+    for reason, name in EXITS.items():
         row(name, [design.exits[reason] for design in designs])
     row("VM exits, all", [design.exits_total for design in designs], "bold")
     per = "guest instructions" if study.kind == "recording" else "operations"

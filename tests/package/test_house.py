@@ -28,9 +28,9 @@ FLOORS = (
 itself, the table of contents, may import all, and nobody imports it."""
 
 ENGINE = (
-    "types gmode held costs",
+    "types check gmode held",
     "bits counters tlb memo watch",
-    "memory results windows prices",
+    "memory results windows prices costs",
     "walker features page quirks role",
     "state",
     "hooks",

@@ -380,6 +380,10 @@ def test_page_sets_are_sets():
         assert len(pages) == len(mine)
     pages.clear()
     assert len(pages) == 0
+    for code in (4, 255):  # none is taken for another
+        with pytest.raises(ValueError, match="op: a code that is none of 0 to 3"):
+            pages.add(np.array([0, code], np.uint8), np.ones(2, np.uint16), np.zeros(2, np.uint64))
+    assert len(pages) == 0
 
 
 # -- what cannot be ------------------------------------------------------------------------------------------------
