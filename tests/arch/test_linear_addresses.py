@@ -6,6 +6,7 @@ import ctypes
 import numpy as np
 import pytest
 from guest2007 import DATA, PAGE, USER, Guest, every_mode
+from operations import operations
 
 import shadowcore as sc
 from shadowcore.studies.explain import explain
@@ -23,13 +24,6 @@ def aliases(mode):
     """Addresses that differ from USER in bits which no table is indexed by."""
     width = 48 if mode == "64" else 57
     return [USER | 1 << width, USER | 1 << 63, USER | (1 << 64) - (1 << width), USER | 1 << 62 | 1 << width]
-
-
-def batch(*rows):
-    ops = np.zeros(len(rows), sc.OP_DTYPE)
-    for i, (op, addr, value) in enumerate(rows):
-        ops[i] = op, 0, 8, addr, value
-    return ops
 
 
 def refused(call, *args):
@@ -82,7 +76,7 @@ def test_walk_levels(mode):
             assert guest.cpu.walk_levels(USER | high) == walked
             assert guest.cpu.translate(USER | high).gpa == DATA
             assert guest.cpu.read(USER | high) == guest.cpu.read(USER)
-            assert guest.cpu.run(batch((sc.Op.READ, USER | high, 0))).gpa.tolist() == [DATA]
+            assert guest.cpu.run(operations((sc.Op.READ, USER | high, 0))).gpa.tolist() == [DATA]
 
 
 @pytest.mark.parametrize("warm", [False, True], ids=["cold", "warm"])
@@ -101,7 +95,7 @@ def test_batches_refuse_what_is_not_canonical(mode, design, data, warm):
         rows += [(op, va + 8 * k, 0xBAD) for op in kinds for k in range(3)]
         rows += [(op, USER + (number % 2) * PAGE + 8, 1) for op in kinds] * 8
         rows += [(kinds[number % 3], va + 16, 0xBAD)]
-    ops = batch(*rows)
+    ops = operations(*rows)
     ops = np.concatenate([ops, np.tile(ops, 100)])
     bad = ops["addr"] >> 12 != (ops["addr"] & 0x7FFF_FFFF) >> 12
     for run in (
@@ -126,7 +120,7 @@ def test_batches_of_addresses_that_are_not_canonical_alone(mode, design):
     for op in (sc.Op.READ, sc.Op.WRITE, sc.Op.FETCH):
         guest = Guest(mode, design)
         rows = [(op, va + i * PAGE, 0xBAD) for i in range(8) for va in aliases(mode)]
-        result = guest.cpu.run(batch(*rows))
+        result = guest.cpu.run(operations(*rows))
         assert result.outcome.tolist() == [2] * len(rows)
         assert guest.vm.stats.pf_taken == 0
         assert not (guest.vm.memory.words == 0xBAD).any()
@@ -168,7 +162,7 @@ def test_invlpg_of_what_is_not_canonical_does_nothing(mode, tlb):
     assert leaf
     for va in aliases(mode):
         guest.cpu.invlpg(va)
-        guest.cpu.run(batch((sc.Op.INVLPG, va, 0)))
+        guest.cpu.run(operations((sc.Op.INVLPG, va, 0)))
         assert guest.leaf(USER) == leaf
     assert guest.vm.stats.exits["invlpg"] == 2 * len(aliases(mode))
     guest.cpu.invlpg(USER)

@@ -18,8 +18,7 @@ LISTED = NX | oracle.bits(8, 1)
 
 
 def machine(tables, design):
-    vm = sc.VM(memory=int(tables["nframes"]) * oracle.PAGE, mmu=DESIGNS[design])
-    streams.put_frames(vm, tables["mem_gfn"], tables["mem_page"])
+    vm = streams.machine(tables, DESIGNS[design])
     cpu = vm.vcpus[0]
     streams.set_registers(cpu, tables)
     # The guests run with SMAP: a supervisor read of a user page needs EFLAGS.AC.

@@ -14,6 +14,7 @@ import pytest
 import streams
 from hypothesis import given
 from hypothesis import strategies as st
+from operations import operations
 from oracle import (
     CR0,
     CR0_PG,
@@ -320,7 +321,7 @@ def engine_run(reference, design, logged=False):
     def run_batch():
         if not batch:
             return
-        ops = streams.ops_array(batch, sc.OP_DTYPE)
+        ops = operations(*batch)
         result = cpu.run(ops)
         columns = (np.asarray(getattr(result, key)).tolist() for key in ("outcome", "error_code", "gpa", "value"))
         seen.extend(zip(*columns, strict=True))

@@ -9,8 +9,6 @@ import pytest
 import streams
 from oracle import GENERAL_PROTECTION, PAGE_FAULT, READ
 
-import shadowcore as sc
-
 # `flush` behaves like 2.6.20-rc3, which erred in two streams (its guest sees the wrong frame, nothing
 # worse). A design that mends these defects passes too: at the listed operations, and nowhere else, its
 # answer may be the one recorded for the old code.  (stream: operations at which it erred, the first of
@@ -21,17 +19,12 @@ FLUSH_EXCEPTIONS = {
 }
 
 
-def machine(data, design):
-    vm = sc.VM(memory=int(data["nframes"]) * 4096, mmu=streams.strict(design))
-    streams.put_frames(vm, data["mem_gfn"], data["mem_page"])
-    return vm, vm.vcpus[0]
-
-
 def play(name, design):
     """Run a stream in slices that end at its checkpoints, with an audit at each.  Returns the machine and the
     results as columns."""
     data = streams.stream(name)
-    vm, cpu = machine(data, design)
+    vm = streams.machine(data, streams.strict(design))
+    cpu = vm.vcpus[0]
     ops = data["ops"]
     columns = {"outcome": [], "error_code": [], "gpa": [], "value": []}
     ends = sorted({*(data["ckpt_op"].astype(int) + 1).tolist(), len(ops)})

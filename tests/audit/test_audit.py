@@ -1,130 +1,63 @@
-"""Each invariant broken by hand, and an audit that sees just that.
-
-The state is broken behind the engine's back: through the live arrays of the MMU, by bytes of guest memory that change
-without a store, by registers and counters put back other than they were, by flushes that do not happen. A machine is
-audited before it is broken, so that what is reported is what was done to it.
-"""
+"""Each invariant broken by hand (`broken`), and an audit that sees just that."""
 
 import numpy as np
 import pytest
-import ruins
-from guest2007 import DATA, MODES, PAGE, RAM, USED, USER, A, D, Guest, P, U, W
+from broken import (
+    ABSENT,
+    ALIAS,
+    CHILD,
+    CLEAN,
+    DIRTY_FREE,
+    ENTRIES,
+    EXITS,
+    FORMATS,
+    FRAME,
+    HASH,
+    HEAD,
+    HW_ROOT,
+    LARGE,
+    LEAF,
+    LEVEL,
+    LINK,
+    LIST,
+    MANY,
+    NONE,
+    NONGLOBAL,
+    PARENT_FOREIGN,
+    PARENT_MISSING,
+    POOL,
+    READ_ONLY,
+    RIGHTS,
+    RMAP_FOREIGN,
+    RMAP_MISSING,
+    ROOT,
+    ROOTS,
+    SHADOWED,
+    SLOTS,
+    SPTES,
+    SUM,
+    TABLE,
+    TLB_LOG,
+    TLB_SHADOW,
+    TLB_STALE,
+    TLB_TABLE,
+    TWICE,
+    UNPROTECTED,
+    UNUSED,
+    behind,
+    found,
+    free_page,
+    gfn_of,
+    machine,
+    place,
+    scalars,
+    spte,
+)
+from guest2007 import DATA, MODES, PAGE, USER, D, P, U, W
 
-import shadowcore as sc
 from shadowcore.engine.counters import COUNTERS, EXIT_REASONS
 from shadowcore.engine.invariants import SENTENCES
 from shadowcore.pagetables import NX, PS
-
-# What the audit says.
-FRAME = "the shadow leaf maps a frame that the guest's entry does not name"
-RIGHTS = "the shadow leaf grants more than the guest's tables do"
-CLEAN = "the shadow leaf is writable, the guest's entry is not dirty"
-ABSENT = "the guest's entry is not present, the shadow entry is"
-TABLE = "the shadow entry leads to the shadow of another table than the guest's entry names"
-UNPROTECTED = "a writable spte maps a frame that is a shadowed guest table"
-RMAP_MISSING = "a writable leaf is not in the reverse map of its frame, or not once"
-RMAP_FOREIGN = "the reverse map lists an entry that is not a writable leaf of the frame"
-CHILD = "a present non-leaf entry points to no active page of the level below"
-PARENT_MISSING = "a present non-leaf entry is not among its child's parents, or not once"
-PARENT_FOREIGN = "the parents of a page list an entry that does not point to it"
-HASH = "the hash misses an active page, or holds it twice, or in the wrong bucket"
-TWICE = "two active pages have the same gfn and role"
-SUM = "free pages and active pages do not add up to the pool"
-DIRTY_FREE = "a free page is not all zero"
-ENTRIES = "the count or the bitmap of used entries is wrong"
-SHADOWED = "the count of shadow pages of a frame is wrong"
-ROOTS = "a page's root count is not the number of root slots that hold it"
-HW_ROOT = "the root that the processor walks from is not the root that the vcpu holds"
-EXITS = "page-fault exits are not the sum of their reasons"
-SPTES = "present sptes are not those installed less those removed"
-LIST = "the active list does not lead back from its old end as it led there"
-SLOTS = "a page does not know of a memory slot that it maps"
-FORMATS = "the count of pages by entry size of their guest tables is wrong"
-NONGLOBAL = "a leaf table that has to go at a CR3 load is not marked so"
-TLB_STALE = "a TLB entry outlives a flush that covers it"
-TLB_TABLE = "a TLB entry lets stores reach a shadowed guest table unseen"
-TLB_LOG = "a TLB entry lets stores reach a frame whose dirty log does not show it"
-TLB_SHADOW = (
-    "a TLB entry leads where the shadow that it was made of does not lead any more, or allows stores that it does not"
-)
-LINK = "an entry above the leaves is neither 0 nor a link to a page"
-LEAF = "a leaf maps what is no frame of guest RAM"
-HEAD = "the head of a list does not tell how many members it has"
-LEVEL = "a page in use has a level that there is not"
-ROOT = "a root is not the page that its vcpu's registers ask for"
-
-NONE = 0xFFFFFFFF  # no page
-MANY = 0x80000000  # in the head of a list: of two and more
-POOL = 40
-
-every_mode = pytest.mark.parametrize("mode", MODES)
-
-# Linear addresses in use besides USER; ALIAS leads to the same frame.
-ALIAS = USER + (16 << 20)
-READ_ONLY = ALIAS + PAGE
-UNWRITTEN = ALIAS + 2 * PAGE
-DEVICE = ALIAS + 3 * PAGE
-LARGE = USER + (64 << 20)
-UNUSED = DATA // 2  # a frame that no spte maps, with a smaller number than those that are mapped, but 0
-
-
-def machine(mode, design=None):
-    """A guest that has used pages of every kind."""
-    guest = Guest(mode, design or sc.Shadow.cached(pool_pages=POOL))
-    large = 1 << guest.tables.format.shift(2)
-    guest.map(ALIAS, DATA)
-    guest.map(READ_ONLY, DATA + PAGE, rights="rxu")
-    guest.map(UNWRITTEN, DATA + 2 * PAGE, dirty=False)
-    guest.map(DEVICE, RAM)
-    guest.map(LARGE, 0, large, page_size=large)
-    for va in (USER, ALIAS, LARGE):
-        guest.cpu.write(va, 1)
-    for va in (READ_ONLY, UNWRITTEN):
-        guest.cpu.read(va)
-    with pytest.raises(sc.MMIOAccess):
-        guest.cpu.read(DEVICE)
-    guest.see(guest.entry(USER))
-    assert guest.vm.audit().ok
-    return guest
-
-
-def place(guest, va, level=1):
-    """(pool page, index) of the shadow entry of `level` for `va`."""
-    return next((page, index) for at, page, index, _ in guest.path(va) if at == level)
-
-
-def spte(guest, va, level=1):
-    """The number of that entry."""
-    page, index = place(guest, va, level)
-    return page * 512 + index
-
-
-def gfn_of(guest, page):
-    return int(guest.vm.mmu.arrays["pages"]["gfn"][page])
-
-
-def behind(guest, gpa, change):
-    """Give the guest's entry at `gpa` another value without a store that anybody could see."""
-    entry = guest.vm.memory.bytes[gpa : gpa + guest.size].view(f"<u{guest.size}")
-    entry[0] = change(int(entry[0]))
-
-
-def free_page(guest):
-    return int(np.flatnonzero(guest.vm.mmu.arrays["pages"]["active"] == 0)[-1])
-
-
-def page_of(guest, **fields):
-    return int(guest.pages(**fields)["page"][0])
-
-
-def scalars(guest, **changed):
-    """Put other values in place of the MMU's own."""
-    guest.vm.mmu.import_state(guest.vm.mmu.export_state() | changed)
-
-
-def found(vm):
-    return [(v.invariant, v.what, v.page, v.index, v.gfn) for v in vm.audit().violations]
-
 
 # -- one case for each way to break it: what the audit then finds -----------------------------------------------
 
@@ -586,373 +519,7 @@ def upper_entry_is_a_large_page(guest):
     return [("I4", LINK, page, index, gfn_of(guest, page))]
 
 
-@pytest.mark.parametrize("mode", MODES)
-def test_leaf_beyond_ram(mode):
-    """The reverse map is of frames: what a leaf maps that is not writable is checked beside it."""
-    guest = machine(mode)
-    page, index = place(guest, READ_ONLY)
-    guest.vm.mmu.writable_arrays()["table"][page, index] += np.uint64(RAM)
-    assert ("I3", LEAF, page, index, gfn_of(guest, page)) in found(guest.vm)
-    with pytest.raises(sc.AuditError):
-        guest.cpu.read(READ_ONLY)
-
-
 @case(HEAD)
 def head_of_no_list_says_many(guest):
     guest.vm.mmu.writable_arrays()["frames"]["rmap"][UNUSED >> 12] = MANY
     return [("I3", HEAD, None, 0, UNUSED >> 12)]
-
-
-@pytest.mark.parametrize("mode", MODES)
-def test_head_of_one_says_many(mode):
-    """Removing the one would take the neighbour that it has not as the first."""
-    guest = machine(mode)
-    child, _ = place(guest, USER)
-    guest.vm.mmu.writable_arrays()["pages"]["parents"][child] |= np.uint32(MANY)
-    assert ("I4", HEAD, child, 0, gfn_of(guest, child)) in found(guest.vm)
-
-
-@pytest.mark.parametrize("level", [0, 6, 15])
-@pytest.mark.parametrize("mode", MODES)
-def test_level_that_there_is_not(mode, level):
-    guest = machine(mode)
-    page, _ = place(guest, USER)
-    role = guest.vm.mmu.writable_arrays()["pages"]["role"]
-    role[page] = role[page] & ~np.uint32(0xF0) | np.uint32(level << 4)
-    del role
-    assert ("I6", LEVEL, page, 0, gfn_of(guest, page)) in found(guest.vm)
-
-
-@pytest.mark.parametrize("field", [0, 4, 10])
-@pytest.mark.parametrize("mode", MODES)
-def test_root_of_another_format(mode, field):
-    """Levels of the guest, level of the page, direct."""
-    guest = machine(mode)
-    slot, root = next((slot, root) for slot, root in enumerate(guest.vm.mmu.roots()) if root is not None)
-    guest.vm.mmu.writable_arrays()["pages"]["role"][root] ^= np.uint32(1 << field)
-    assert ("I7", ROOT, root, slot, gfn_of(guest, root)) in found(guest.vm)
-
-
-# -- I1 where a guest's rights are those of several entries ------------------------------------------------------
-
-
-def reported_at(guest, invariant, *places):
-    """The audit finds something, all of it about `invariant` and at some of the places."""
-    violations = found(guest.vm)
-    return bool(violations) and {(v[0], v[2], v[3]) for v in violations} <= {(invariant, *at) for at in places}
-
-
-BITS = {"W": W, "U": U, "NX": NX}
-UPPER = [
-    (mode, level, bit)
-    for mode, top in (("32", 2), ("pae", 2), ("64", 4), ("la57", 5))
-    for level in range(2, top + 1)
-    for bit in BITS
-    if (mode, bit) != ("32", "NX")
-]
-
-
-@pytest.mark.parametrize(("mode", "level", "bit"), UPPER)
-def test_rights_withdrawn_in_an_upper_table(mode, level, bit):
-    """The guest's rights are the AND over its tables; here an upper entry takes one away behind the MMU's back."""
-    guest = machine(mode)
-    behind(guest, guest.entry(USER, level), lambda entry: entry ^ BITS[bit])
-    entries = {(page, index) for at, page, index, _ in guest.path(USER) if at <= level}
-    if level > 2:  # what hangs below that entry besides
-        entries |= {place(guest, va) for va in (USER, ALIAS, READ_ONLY, UNWRITTEN, LARGE)}
-        entries |= {place(guest, va, at) for va in (ALIAS, LARGE) for at in range(2, level + 1)}
-    assert reported_at(guest, "I1", *entries)
-
-
-LARGE_CHANGES = [
-    (mode, change) for mode in MODES for change in ("frame", "W", "U", "D", "NX", "P") if (mode, change) != ("32", "NX")
-]
-
-
-@pytest.mark.parametrize(("mode", "change"), LARGE_CHANGES)
-def test_entry_of_a_large_page_changed(mode, change):
-    """The leaves of a large page are compared with the one entry that maps it."""
-    guest = machine(mode)
-    bits = {**BITS, "P": P, "D": D, "frame": 1 << guest.tables.format.shift(2)}[change]
-    behind(guest, guest.entry(LARGE, 2), lambda entry: entry ^ bits)
-    assert reported_at(guest, "I1", place(guest, LARGE), place(guest, LARGE, 2))
-
-
-@every_mode
-def test_table_entry_becomes_a_large_page(mode):
-    """PS set in an entry whose table has a shadow: the guest has other memory there now, or a reserved bit."""
-    guest = machine(mode)
-    behind(guest, guest.entry(USER, 2), lambda entry: entry | PS)
-    assert reported_at(guest, "I1", place(guest, USER, 2))
-
-
-def test_ps_means_nothing_in_a_directory_without_pse():
-    """CR4.PSE = 0: bit 7 of a 4-byte directory entry is ignored, so that nothing is wrong."""
-    guest = Guest("32")
-    guest.cpu.cr4 = 0
-    behind(guest, guest.entry(USER, 2), lambda entry: entry | PS)
-    guest.cpu.write(USER, 1)
-    assert guest.vm.audit().ok
-    behind(guest, guest.entry(USER, 2), lambda entry: entry & ~PS)
-    assert guest.vm.audit().ok
-
-
-@pytest.mark.parametrize("mode", ["64", "la57"])
-def test_protection_key_lost(mode):
-    """A key is part of the rights: a leaf with key 0 is open where the guest's entry has a key that PKRU closes."""
-    guest = machine(mode)
-    guest.map(USER + 6 * PAGE, UNUSED, pkey=5)
-    guest.cpu.cr4 |= 1 << 22
-    guest.cpu.read(USER + 6 * PAGE)
-    assert guest.vm.audit().ok
-    page, index = place(guest, USER + 6 * PAGE)
-    guest.vm.mmu.writable_arrays()["table"][page, index] &= ~np.uint64(15 << 59)
-    assert reported_at(guest, "I1", (page, index))
-
-
-@every_mode
-def test_leaf_for_stores_without_wp(mode):
-    """With CR0.WP = 0 a leaf may be W against the guest's entry, if U is off and the entry is dirty: no violation. One
-    that is U as well is one."""
-    guest = machine(mode)
-    guest.cpu.cr0 &= ~(1 << 16)
-    guest.cpu.write(READ_ONLY, 1)
-    page, index = place(guest, READ_ONLY)
-    leaf = int(guest.vm.mmu.table(page)[index])
-    assert leaf & W
-    assert not leaf & U
-    assert guest.vm.audit().ok
-    guest.vm.mmu.writable_arrays()["table"][page, index] |= np.uint64(U)
-    assert found(guest.vm) == [("I1", RIGHTS, page, index, guest.table(READ_ONLY))]
-
-
-def test_active_list_that_is_a_ring():
-    guest = machine("64")
-    state = guest.vm.mmu.export_state()
-    guest.vm.mmu.writable_arrays()["pages"]["next"][state["old"]] = state["young"]
-    violations = found(guest.vm)
-    assert {invariant for invariant, *_ in violations} == {"I6"}
-    assert ("I6", SUM, None, 0, 0) in violations
-    assert ("I6", LIST, state["young"], 0, gfn_of(guest, state["young"])) in violations
-
-
-@every_mode
-def test_page_that_survives_cr3_loads_by_mistake(mode):
-    """`flush`: a page that holds a leaf without G has to go at a CR3 load, and is known by its mark."""
-    guest = machine(mode, "flush")
-    page, _ = place(guest, USER)
-    guest.vm.mmu.writable_arrays()["pages"]["nonglobal"][page] = 0
-    assert found(guest.vm) == [("I6", NONGLOBAL, page, 0, gfn_of(guest, page))]
-
-
-# -- `flush` and `native` -----------------------------------------------------------------------------------------
-
-
-@every_mode
-def test_flush_may_lag_behind_the_tables(mode):
-    """It learns of edits at INVLPG and register loads: I1 and I2 do not apply, the others do."""
-    guest = machine(mode, "flush")
-    behind(guest, guest.entry(USER), lambda entry: 0)
-    guest.edit(ALIAS, 0)
-    assert guest.vm.audit().ok
-    page, index = place(guest, USER, 2)
-    link = int(guest.vm.mmu.table(page)[index])
-    for child in (free_page(guest), page):  # a page that is free; one that is not of the level below
-        guest.vm.mmu.writable_arrays()["table"][page, index] = link & 0xFFF | guest.vm.memory.pool_hpa + child * PAGE
-        violations = found(guest.vm)
-        assert {v[0] for v in violations} == {"I4"}
-        assert ("I4", CHILD, page, index, gfn_of(guest, page)) in violations
-    guest.vm.mmu.writable_arrays()["table"][page, index] = link
-    assert guest.vm.audit().ok
-
-
-def test_native_has_only_counters():
-    vm = sc.VM(memory=1 << 20, mmu="native")
-    vm.vcpus[0].write(0, 1)
-    report = vm.audit(strict=True)
-    assert (report.ok, report.count, report.sptes, report.violations) == (True, 0, 0, ())
-    state = vm.mmu.export_state()
-    state["counters"][len(EXIT_REASONS) + COUNTERS.index("spte_installed")] = 1
-    vm.mmu.import_state(state)
-    assert found(vm) == [("I9", SPTES, None, 0, 0)]
-
-
-# -- I8: flushes that do not happen -------------------------------------------------------------------------------
-
-
-def with_tlb(design="cached", vcpus=1):
-    """64-bit mode with a TLB, a window over the tables, and four pages from USER on."""
-    vm = sc.VM(memory=RAM, mmu=design, tlb=sc.TLB(), vcpus=vcpus)
-    tables = sc.PageTables(vm.memory, "64")
-    tables.map(USER, DATA, 4 * PAGE, **USED)
-    tables.map(0, 0, RAM, "rw", 4096, accessed=True, dirty=True)
-    for cpu in vm.vcpus:
-        for name, value in tables.registers.items():
-            setattr(cpu, name, value)
-    return vm, tables
-
-
-def only(vm, sentence, *besides):
-    """The page numbers of which the audit finds `sentence`; it finds nothing else but `besides`."""
-    violations = vm.audit().violations
-    assert {(v.invariant, v.what, v.page) for v in violations} <= {("I8", s, None) for s in (sentence, *besides)}
-    return {v.gfn for v in violations if v.what == sentence}
-
-
-def move(vm, tables, va, gpa):
-    """The guest's own store that leads `va` elsewhere; the flush that a shadow MMU would do of itself is lost."""
-    vm.mmu.lose_flushes("store")
-    vm.vcpus[0].write(tables.entry(va).gpa, gpa | P | W | U | A | D)
-
-
-CALM = sc.Shadow.cached(flood_threshold=None)
-
-
-@pytest.mark.parametrize("design", ["native", CALM, "flush"], ids=["native", "cached", "flush"])
-@pytest.mark.parametrize(
-    ("name", "flush"),
-    [
-        ("invlpg", lambda cpu: cpu.invlpg(USER + 123)),
-        ("cr3", lambda cpu: setattr(cpu, "cr3", cpu.cr3)),
-        ("context", lambda cpu: setattr(cpu, "cr4", cpu.cr4 ^ 1 << 7)),
-    ],
-    ids=["invlpg", "cr3", "context"],
-)
-def test_flush_of_the_guest_that_is_lost(design, name, flush):
-    """Pages lead elsewhere by now. Until the guest flushes its TLB may know the old frames; after that it may not, and
-    after a flush that was lost it does. (Under a shadow MMU, what the shadow has dropped by then leads nowhere there:
-    in `cached` at the store, in `flush` at the INVLPG.)"""
-    vm, tables = with_tlb(design)
-    cpu = vm.vcpus[0]
-    lagging = () if design == "native" else (TLB_SHADOW,)
-    for number, lost in enumerate(((), (name,))):
-        for i in range(2):
-            cpu.write(USER + i * PAGE, 1)
-        for i in range(2):
-            move(vm, tables, USER + i * PAGE, UNUSED + (2 * number + i) * PAGE)
-        assert only(vm, TLB_STALE, *lagging) == set()
-        assert only(vm, TLB_SHADOW) <= ({USER + i * PAGE >> 12 for i in range(2)} if design is CALM else set())
-        vm.mmu.lose_flushes("store", *lost)
-        flush(cpu)
-        stale = only(vm, TLB_STALE, *lagging)
-        expected = {USER + i * PAGE >> 12 for i in range(1 if name == "invlpg" else 2)} if lost else set()
-        if design == "flush":  # the pages that it zaps cost the TLB its entries in another way
-            assert stale <= expected
-        else:  # what led to the tables was in the TLB as well
-            assert expected <= stale <= expected | ({tables.entry(USER).gpa >> 12} if lost else set())
-
-
-@pytest.mark.parametrize("lost", [(), ("protect",)], ids=["done", "lost"])
-def test_flush_of_write_protection_that_is_lost(lost):
-    """A frame becomes a guest table while a TLB entry still lets stores through to it."""
-    vm, tables = with_tlb()
-    cpu = vm.vcpus[0]
-    table, va = 0x300000, USER + (2 << 20)
-    tables.set_entry(va, 2, table | P | W | U)
-    cpu.write(table, DATA | P | W | U | A | D)
-    vm.mmu.lose_flushes(*lost)
-    assert vm.audit().ok
-    cpu.read(va, user=True)
-    assert only(vm, TLB_TABLE, TLB_SHADOW) == ({table >> 12} if lost else set())
-    assert only(vm, TLB_SHADOW, TLB_TABLE) == ({table >> 12} if lost else set())
-
-
-def test_flush_of_a_dirty_log_that_is_lost():
-    vm, _ = with_tlb()
-    vm.memory.start_dirty_log()
-    cpu = vm.vcpus[0]
-    for lost in ((), ("log",)):
-        vm.mmu.lose_flushes(*lost)
-        cpu.write(USER, 1)
-        cpu.read(USER + 3 * PAGE)  # may be writable, and then is logged too
-        assert vm.audit().ok
-        vm.memory.clear_dirty_log()
-        assert (DATA >> 12 in only(vm, TLB_LOG, TLB_SHADOW)) == bool(lost)
-        assert (USER >> 12 in only(vm, TLB_SHADOW, TLB_LOG)) == bool(lost)
-
-
-def test_violations_of_the_tlb_say_where():
-    """A line of the report names the page: without it nobody can look further."""
-    vm, tables = with_tlb("native")
-    vm.vcpus[0].write(USER, 1)
-    move(vm, tables, USER, UNUSED)
-    vm.mmu.lose_flushes("invlpg")
-    vm.vcpus[0].invlpg(USER)
-    (violation,) = vm.audit().violations
-    assert TLB_STALE in str(violation)
-    assert f"{USER >> 12:#x}" in str(violation) or f"{USER:#x}" in str(violation)
-
-
-# -- what a user sees ---------------------------------------------------------------------------------------------
-
-
-def test_clean_report():
-    guest = machine("64")
-    report = guest.vm.audit()
-    present = int(np.count_nonzero(guest.vm.memory.pool & np.uint64(1)))
-    assert (report.ok, report.count, report.violations, report.sptes) == (True, 0, (), present)
-    assert str(report) == f"audit clean, {present} sptes"
-    assert guest.vm.audit(strict=True) == report
-
-
-def test_broken_report():
-    guest = machine("64")
-    page, index = place(guest, USER)
-    behind(guest, guest.entry(USER), lambda entry: entry & ~W)
-    scalars(guest, n_free=0)
-    report = guest.vm.audit()
-    line = f"I1: {RIGHTS} (page {page}, entry {index}, gfn {guest.table(USER):#x})"
-    assert (report.ok, report.count) == (False, 2)
-    head, *lines = str(report).splitlines()
-    assert head.startswith("2 violation")
-    assert sorted(lines) == sorted([line, f"I6: {SUM}"])
-    assert sc.Violation("I1", RIGHTS, page, index, guest.table(USER)) in report.violations
-
-
-def test_strict_audit():
-    guest = machine("64")
-    page, _ = place(guest, USER)
-    guest.vm.mmu.writable_arrays()["pages"]["root_count"][page] = 1
-    report = guest.vm.audit()
-    with pytest.raises(sc.AuditError) as caught:
-        guest.vm.audit(strict=True)
-    assert caught.value.violations == report.violations
-    assert "I7" in str(caught.value)
-    assert ROOTS in str(caught.value)
-
-
-def test_more_violations_than_are_kept():
-    """All are counted, the first 64 are kept; the report and the error give the number of all."""
-    guest = Guest("64", pages=200)
-    for i in range(200):
-        guest.cpu.write(USER + i * PAGE, 1)
-    assert guest.vm.audit().ok
-    for i in range(200):
-        behind(guest, guest.entry(USER + i * PAGE), lambda entry: entry & ~D)
-    report = guest.vm.audit()
-    assert (report.count, len(report.violations)) == (200, 64)
-    assert {v.what for v in report.violations} == {CLEAN}
-    assert str(report).startswith("200 violation")
-    with pytest.raises(sc.AuditError, match="200 violation"):
-        guest.vm.audit(strict=True)
-
-
-def test_audit_changes_nothing():
-    guest = machine("64")
-    for break_it in (lambda: None, lambda: behind(guest, guest.entry(USER), lambda entry: 0)):
-        break_it()
-        arrays = {name: array.copy() for name, array in guest.vm.mmu.arrays.items()}
-        state = guest.vm.mmu.export_state(), guest.cpu.export_state(), guest.vm.memory.bytes.tobytes()
-        guest.vm.audit()
-        assert state == (guest.vm.mmu.export_state(), guest.cpu.export_state(), guest.vm.memory.bytes.tobytes())
-        for name, array in guest.vm.mmu.arrays.items():
-            np.testing.assert_array_equal(array, arrays[name])
-
-
-# -- a structure in ruins -----------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("name", ruins.NAMES)
-def test_audit_of_ruins(name):
-    """Whatever the arrays hold, an audit ends, and follows no index out of them."""
-    ruins.in_a_process(name, seed=1, rounds=150)

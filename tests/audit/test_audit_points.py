@@ -21,8 +21,7 @@ def test_nothing_is_found_and_nothing_changes(name, design):
     data = streams.stream(name)
     ends = []
     for points in ((), POINTS):
-        vm = sc.VM(memory=int(data["nframes"]) * PAGE, mmu=design, features=sc.Features(maxphyaddr=40))
-        streams.put_frames(vm, data["mem_gfn"], data["mem_page"])
+        vm = streams.machine(data, design, features=sc.Features(maxphyaddr=40))
         vm.audit_points = points
         assert vm.audit_points == points
         result = vm.vcpus[0].run(data["ops"][:600])

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from operations import operations
 
 import shadowcore as sc
 
@@ -75,14 +76,6 @@ def test_register_values_of_more_than_64_bits(machine, name, value):
 # -- batches -----------------------------------------------------------------------------------------------
 
 
-def ops(*rows):
-    array = np.zeros(len(rows), dtype=sc.OP_DTYPE)
-    for i, row in enumerate(rows):
-        for name, value in row.items():
-            array[name][i] = value
-    return array
-
-
 GOOD = {"op": sc.Op.WRITE, "size": 8, "addr": 0x10, "value": 0x4321}
 
 
@@ -90,13 +83,13 @@ GOOD = {"op": sc.Op.WRITE, "size": 8, "addr": 0x10, "value": 0x4321}
 @pytest.mark.parametrize("op", [sc.Op.READ, sc.Op.WRITE])
 def test_batch_with_a_bad_size(machine, op, size):
     """Found before anything runs: the good store in front of it has not been done."""
-    batch = ops(GOOD, {"op": op, "size": size, "addr": 0x20})
+    batch = operations(GOOD, {"op": op, "size": size, "addr": 0x20})
     refuses(machine, sc.ConfigError, machine.vcpus[0].run, batch)
 
 
 @pytest.mark.parametrize("op", [99, 255])
 def test_batch_with_an_unknown_operation(machine, op):
-    refuses(machine, sc.ConfigError, machine.vcpus[0].run, ops(GOOD, {"op": op, "size": 8}))
+    refuses(machine, sc.ConfigError, machine.vcpus[0].run, operations(GOOD, {"op": op, "size": 8}))
 
 
 def without(*names):
@@ -139,17 +132,17 @@ def test_batch_of_another_type(machine, batch):
 
 
 def test_batch_of_two_dimensions(machine):
-    refuses(machine, sc.ConfigError, machine.vcpus[0].run, ops(GOOD, GOOD).reshape(1, 2))
+    refuses(machine, sc.ConfigError, machine.vcpus[0].run, operations(GOOD, GOOD).reshape(1, 2))
 
 
 def test_empty_batch_is_fine(machine):
-    result = machine.vcpus[0].run(ops())
+    result = machine.vcpus[0].run(operations())
     assert len(result.outcome) == len(result.gpa) == 0
 
 
 def test_packed_aligned_strided_and_read_only_batches_are_fine(machine):
     """`run` takes any array whose fields have the names; it never writes to it."""
-    rows = ops(GOOD, {"op": sc.Op.READ, "size": 8, "addr": 0x10}, GOOD)
+    rows = operations(GOOD, {"op": sc.Op.READ, "size": 8, "addr": 0x10}, GOOD)
     names = ("op", "user", "size", "addr", "value")
     packed = np.dtype([(name, sc.OP_DTYPE[name]) for name in names])
     aligned = np.dtype([(name, sc.OP_DTYPE[name]) for name in reversed(names)], align=True)

@@ -3,6 +3,7 @@ short way these take, and however many walks are under way at once."""
 
 import numpy as np
 import pytest
+from operations import operations
 from oracle import A, D, P, W
 
 import shadowcore as sc
@@ -14,13 +15,8 @@ FRAMES = [0x1_0000, 0x2_0000, 0x3_0000]
 FLAGS = P | W | A | D
 
 
-def operations(rows, aligned):
-    """(op, addr, value) as an array, packed or not."""
-    fields = [(name, sc.OP_DTYPE[name]) for name in ("op", "user", "size", "addr", "value")]
-    ops = np.zeros(len(rows), np.dtype(fields, align=True) if aligned else sc.OP_DTYPE)
-    ops["size"] = 4
-    ops["op"], ops["addr"], ops["value"] = np.array(rows, np.uint64).T
-    return ops
+# Not packed: with the padding of a C structure.
+ALIGNED = np.dtype([(name, sc.OP_DTYPE[name]) for name in ("op", "user", "size", "addr", "value")], align=True)
 
 
 class Guest:
@@ -47,7 +43,7 @@ class Guest:
         return (sc.Op.WRITE, WINDOW + (self.entry & 0xFFF), frame | FLAGS)
 
     def run(self, *rows):
-        result = self.cpu.run(operations(rows, self.aligned))
+        result = self.cpu.run(operations(*rows, dtype=ALIGNED if self.aligned else sc.OP_DTYPE, size=4))
         assert not result.outcome.any()
         return result.value.tolist()
 

@@ -10,6 +10,7 @@ import itertools
 
 import numpy as np
 import pytest
+from guest2007 import every_mode
 from page_stores import (
     CR0_WP,
     CR4_PKE,
@@ -24,7 +25,6 @@ from page_stores import (
     TABLES,
     Guest,
     batch,
-    every_mode,
     outcome,
     ran,
     same_as_native,

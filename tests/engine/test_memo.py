@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import streams
 from guest2007 import DATA, PAGE, USER, Guest, W
+from operations import operations
 
 import shadowcore as sc
 from shadowcore.pagetables import P, U
@@ -11,11 +12,9 @@ from shadowcore.pagetables import P, U
 COLUMNS = ("outcome", "error_code", "gpa", "value", "exits", "emulated")
 
 
-def machine(name, design):
+def machine(name, design, tlb=None):
     data = streams.stream(name)
-    vm = sc.VM(memory=int(data["nframes"]) * PAGE, mmu=design, features=sc.Features(maxphyaddr=40))
-    streams.put_frames(vm, data["mem_gfn"], data["mem_page"])
-    return vm, data["ops"]
+    return streams.machine(data, design, tlb=tlb, features=sc.Features(maxphyaddr=40)), data["ops"]
 
 
 def one_by_one(vm, ops):
@@ -38,27 +37,12 @@ def test_streams(name, design):
         ops = ops[:300]
     ops = np.repeat(ops, np.where(streams.is_access(ops), 3, 1))
     result = vm.vcpus[0].run(ops)
-    data = streams.stream(name)
-    other = sc.VM(
-        memory=int(data["nframes"]) * PAGE,
-        mmu=design,
-        features=sc.Features(maxphyaddr=40),
-        tlb=sc.TLB(small_entries=0, large_entries=0, huge_entries=0),
-    )
-    streams.put_frames(other, data["mem_gfn"], data["mem_page"])
+    other, _ = machine(name, design, sc.TLB(small_entries=0, large_entries=0, huge_entries=0))
     single = one_by_one(other, ops)
     for key in COLUMNS:
         np.testing.assert_array_equal(getattr(result, key), single[key], key)
     assert counters(vm) == counters(other)
     assert np.array_equal(vm.memory.bytes, other.memory.bytes)
-
-
-def operations(*rows):
-    ops = np.zeros(len(rows), sc.OP_DTYPE)
-    ops["size"] = 8
-    for i, (op, addr, value) in enumerate(rows):
-        ops["op"][i], ops["addr"][i], ops["value"][i] = op, addr, value
-    return ops
 
 
 @pytest.mark.parametrize("design", ["native", "cached"])

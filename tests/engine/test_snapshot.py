@@ -5,7 +5,7 @@ import zipfile
 
 import numpy as np
 import pytest
-from streams import put_frames, stream
+from streams import machine, stream
 
 import shadowcore as sc
 from shadowcore.engine import snapshot
@@ -17,8 +17,7 @@ RESULTS = ("outcome", "error_code", "gpa", "value", "exits", "emulated")
 def half_way(name, design, tlb=None):
     """A VM in the middle of a recorded stream, and the operations that are left."""
     data = stream(name)
-    vm = sc.VM(int(data["nframes"]) << 12, design, tlb=tlb)
-    put_frames(vm, data["mem_gfn"], data["mem_page"])
+    vm = machine(data, design, tlb=tlb)
     middle = len(data["ops"]) // 2
     vm.vcpus[0].run(data["ops"][:middle])
     return vm, data["ops"][middle:]

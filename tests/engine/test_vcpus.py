@@ -1,13 +1,10 @@
-"""Several vcpus over one MMU: operations that say who performs them, and all that one does to another."""
-
-import random
+"""Several processors in one VM: whose an operation is, what one does to the others, and modes beside each other."""
 
 import numpy as np
 import oracle
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from oracle import CR0, CR0_PE, CR0_PG, CR3, CR4, CR4_PCIDE, FETCH, INVLPG, READ, WRITE, D, P, U, W
+from oracle import CR0, CR0_PE, CR0_PG, CR3, CR4, CR4_PCIDE, INVLPG, READ, WRITE, D, P, U, W
+from several_vcpus import ALIGNED, FLUSHES, OPS, delta, ops, pair
 from tlb_machine import (
     ACC_W,
     DATA_A,
@@ -16,60 +13,18 @@ from tlb_machine import (
     DESIGNS,
     DIRECT,
     KEEP,
-    LARGE,
     MIB,
     MODES,
     X,
     Y,
-    Z,
     hits,
     invariants,
     leaf,
-    machine,
     pages,
     start,
-    words,
 )
-from tlb_programs import MODES as PROGRAM_MODES
-from tlb_programs import NUMBERS, TLBS, Together
 
 import shadowcore as sc
-
-OPS = np.dtype([*sc.OP_DTYPE.descr, ("vcpu", "u1")])
-ALIGNED = np.dtype(OPS.descr[::-1], align=True)
-
-
-def ops(*rows, dtype=OPS):
-    """Rows (vcpu, op, address, value)."""
-    array = np.zeros(len(rows), dtype=dtype)
-    for row, (vcpu, op, address, value) in zip(array, rows, strict=True):
-        row["vcpu"], row["op"], row["addr"], row["value"], row["size"] = vcpu, op, address, value, 8
-    return array
-
-
-def pair(mmu="cached", mode="64", tlb=True, vcpus=2, same=True, **settings):
-    """(vm, tables, vcpus) with X, Y, Z mapped to data, and the direct map; with same=False the vcpus but the first
-    have their paging off."""
-    vm, tables = machine(mmu, mode, sc.TLB() if tlb else None, vcpus, **settings)
-    if not tlb:
-        vm = sc.VM(memory=8 * MIB, mmu=mmu, vcpus=vcpus, **settings)
-        vm.memory.words[: 6 * MIB // 8 : 512] = np.arange(0, 6 * MIB, 4096)
-        tables = sc.PageTables(vm, mode)
-    for va, gpa in ((X, DATA_A), (Y, DATA_B), (Z, DATA_C)):
-        tables.map(va, gpa, 4096, "rwx", dirty=True)
-    tables.map(DIRECT, 0, 8 * MIB, "rwx", page_size=4096, dirty=True)
-    return vm, tables, [start(vm, tables, i) if same or i == 0 else vm.vcpus[i] for i in range(vcpus)]
-
-
-def delta(vm, names, action, *arguments, **settings):
-    """What an action adds to some counters."""
-    before = [getattr(vm.stats, name) for name in names]
-    action(*arguments, **settings)
-    return tuple(getattr(vm.stats, name) - b for name, b in zip(names, before, strict=True))
-
-
-FLUSHES = ("tlb_flush", "remote_tlb_flush")
-
 
 # -- operations ------------------------------------------------------------------------------------------
 
@@ -303,102 +258,6 @@ def test_cr3_load_in_flush_throws_away_everybodys_tables(mode):
     assert vm.audit().ok
 
 
-# -- roots -----------------------------------------------------------------------------------------------
-
-
-def root_counts(vm):
-    """{gfn: root count} of the pages that serve as roots, added up."""
-    counts = {}
-    for page in vm.mmu.pages:
-        if page["root_count"]:
-            counts[int(page["gfn"])] = counts.get(int(page["gfn"]), 0) + int(page["root_count"])
-    return counts
-
-
-@pytest.mark.parametrize("mode", MODES)
-def test_roots_are_shared_and_pinned_by_both(mode):
-    """Both walk from the same shadow pages; they are roots until the last has left."""
-    vm, _, (first, second) = pair("cached", mode)
-    assert vm.mmu.roots(0) == vm.mmu.roots(1)
-    held = [root for root in vm.mmu.roots(0) if root is not None]
-    number = {int(page["page"]): int(page["root_count"]) for page in vm.mmu.pages}
-    assert [number[root] for root in held] == [2] * len(held)
-    assert delta(vm, ("mmu_cache_miss", "pf_taken"), first.read, X) > (0, 1)
-    # What the one has filled serves the other.
-    assert delta(vm, ("mmu_cache_miss", "pf_taken"), second.read, X) == (0, 0)
-    first.cr0 &= ~CR0_PG
-    number = {int(page["page"]): int(page["root_count"]) for page in vm.mmu.pages}
-    assert [number[root] for root in held] == [1] * len(held)
-    assert set(vm.mmu.roots(0)).isdisjoint(held)
-    vm.mmu.zap_all()
-    assert [root for root in vm.mmu.roots(1) if root is not None] == held
-    assert second.read(X) == DATA_A
-    assert first.read(DATA_C) == DATA_C
-    assert vm.audit().ok
-
-
-def test_root_that_another_edits_stays_a_root():
-    """A flood of stores by one to the root that the other walks from: emptied, kept, and right."""
-    vm, tables, (first, second) = pair()
-    other = sc.PageTables(vm, "64", allocate=range(0x180, 0x1A0))
-    other.map(X, DATA_C, 4096, "rw")
-    other.map(DIRECT, 0, 8 * MIB, "rw", page_size=4096)
-    second.cr3 = other.cr3
-    assert (first.read(X), second.read(X)) == (DATA_A, DATA_C)
-    assert root_counts(vm) == {tables.root >> 12: 1, other.root >> 12: 1}
-    (root,) = vm.mmu.roots(0)
-    for _ in range(3):
-        second.write(DIRECT + tables.root + 0xFF8, 0)
-    assert vm.stats.mmu_flooded == 1
-    assert vm.mmu.roots(0) == [root]
-    assert first.read(X) == DATA_A
-    # The entry of the other's root: both address spaces become the same below it.
-    second.write(DIRECT + tables.root, words(vm, other.root)[0])
-    assert first.read(X) == DATA_C
-    assert vm.audit().ok
-
-
-@pytest.mark.parametrize("mode", MODES)
-def test_recycling_passes_over_the_roots_of_all(mode):
-    """A small pool, two address spaces, one vcpu in each: whoever needs room takes it from what is no root."""
-    vm, _, (first, second) = pair(sc.Shadow.cached(pool_pages=12, min_free=2, refill=3), mode, tlb=False)
-    other = sc.PageTables(vm, mode, allocate=range(0x180, 0x1A0))
-    for va, gpa in ((X, DATA_B), (Y, DATA_C), (Z, DATA_A)):
-        other.map(va, gpa, 4096, "rwx")
-    second.cr3 = other.cr3
-    roots = vm.mmu.roots(0), vm.mmu.roots(1)
-    for _ in range(20):
-        assert [first.read(va) for va in (X, Y, Z)] == [DATA_A, DATA_B, DATA_C]
-        assert [second.read(va) for va in (X, Y, Z)] == [DATA_B, DATA_C, DATA_A]
-        assert vm.audit().ok
-    assert vm.stats.mmu_recycled > 0 or mode == "64"
-    if mode in ("64", "la57"):
-        assert (vm.mmu.roots(0), vm.mmu.roots(1)) == roots
-
-
-def test_pool_that_the_roots_of_all_fill():
-    """PoolExhausted names the roots that pin the pool, the other's too; who had his pages goes on."""
-    vm, tables, (first, second) = pair(sc.Shadow.cached(pool_pages=4, min_free=0, refill=0), "64", tlb=False)
-    spaces = [sc.PageTables(vm, "64", allocate=range(0x180 + 32 * i, 0x1A0 + 32 * i)) for i in range(2)]
-    for i, space in enumerate(spaces):
-        space.map(X, (DATA_B, DATA_C)[i], 4096, "rw")
-    assert first.read(X) == DATA_A
-    second.cr3 = spaces[0].cr3
-    # Each needs four pages, and the roots of both are two of the four.
-    rows = ops((0, CR3, 0, tables.cr3), (1, READ, X, 0))
-    with pytest.raises(sc.PoolExhausted) as caught:
-        first.run(rows)
-    assert set(caught.value.roots) <= {tables.root >> 12, spaces[0].root >> 12}
-    assert tables.root >> 12 in caught.value.roots
-    assert caught.value.had == 4
-    assert len(caught.value.result) == 1
-    assert vm.audit().ok
-    # With one root for both there is room.
-    second.cr3 = tables.cr3
-    assert first.read(X) == second.read(X) == DATA_A
-    assert vm.audit().ok
-
-
 # -- modes -----------------------------------------------------------------------------------------------
 
 
@@ -490,102 +349,3 @@ def test_pcids_are_each_vcpus_own():
     assert (first.read(X), second.read(X)) == (DATA_A, DATA_C)
     second.cr3 = tables.cr3 | 1
     assert (first.read(X), second.read(X)) == (DATA_A, DATA_A)
-
-
-# -- a batch is the same as one by one -------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("mmu", DESIGNS)
-@pytest.mark.parametrize("mode", MODES)
-def test_batch_is_the_same_as_single_operations(mmu, mode):
-    """One array with a vcpu in each row, and the same operations vcpu by vcpu: results, counters, memory."""
-    rng = random.Random(11)
-    rows = []
-    for _ in range(400):
-        vcpu, op = rng.randrange(3), rng.choice([READ, READ, WRITE, FETCH, INVLPG])
-        base = rng.choice([X, Y, Z, LARGE, DIRECT + 6 * MIB + rng.randrange(8) * 4096])
-        rows.append((vcpu, op, base + 8 * rng.randrange(4, 512), rng.choice([0, DATA_A | P | W | U])))
-
-    def run(by_one):
-        vm, _, cpus = pair(mmu, mode, vcpus=3)
-        if by_one:
-            results = [cpus[row[0]].run(ops(row)[list(sc.OP_DTYPE.names)]) for row in rows]
-        else:
-            results = [cpus[0].run(ops(*rows))]
-        names = ("outcome", "error_code", "gpa", "value", "exits", "emulated")
-        columns = [np.concatenate([getattr(r, name) for r in results]).tolist() for name in names]
-        return columns, vm.stats.as_dict(), vm.memory.bytes.tobytes(), [cpu.tlb.tolist() for cpu in cpus]
-
-    assert run(True) == run(False)
-
-
-# -- random programs of two ------------------------------------------------------------------------------
-
-# Pairs of modes in one memory.  (A table of 4-byte entries read as one of 8-byte entries is not much of a table, but
-# it is one.)
-PAIRS = [("64", "64"), ("pae", "pae"), ("32", "32"), ("64", "pae"), ("64", "32"), ("32", "pae")]
-FEWER = settings(max_examples=settings().max_examples // 6)
-
-EXACT = {
-    "native": "native",
-    "cached": sc.Shadow.cached(pool_pages=40),
-    "cached, 12 pages": sc.Shadow.cached(pool_pages=12),
-    "cached, every store zaps": sc.Shadow.cached(pool_pages=40, flood_threshold=1),
-}
-
-
-def interleaved(modes, design, tlb, program, **habits):
-    """A program of numbers, the lowest bit of each of which says whose step it is."""
-    together = Together([PROGRAM_MODES[mode] for mode in modes], design, tlb, **habits)
-    for number in program:
-        together.step(number >> 1, number & 1)
-    together.finish()
-    return together
-
-
-def seeded(first, count, steps=50):
-    for seed in range(first, first + count):
-        rng = random.Random(seed)
-        yield rng, [rng.getrandbits(48) for _ in range(steps)]
-
-
-@pytest.mark.parametrize("design", EXACT)
-@pytest.mark.parametrize("modes", PAIRS)
-def test_interleaved_without_a_tlb(modes, design):
-    """Two vcpus in turn, each against an oracle that walks the tables at each access, over one memory."""
-    for _, program in seeded(0, 60):
-        interleaved(modes, EXACT[design], None, program, holds=False)
-
-
-@pytest.mark.parametrize("modes", PAIRS)
-def test_interleaved_programs(modes):
-    """The same, searched for."""
-
-    @FEWER
-    @given(st.sampled_from(sorted(EXACT)), st.lists(NUMBERS, max_size=50))
-    def run(design, program):
-        interleaved(modes, EXACT[design], None, program, holds=False)
-
-    run()
-
-
-@pytest.mark.parametrize("mmu", DESIGNS)
-@pytest.mark.parametrize("modes", PAIRS)
-def test_interleaved_with_tlbs(modes, mmu):
-    """Each vcpu with a TLB of its own, against what the architecture lets each remember; an invalidation by one does
-    nothing for the other."""
-    design = {"native": "native", "cached": sc.Shadow.cached(pool_pages=40)}.get(mmu, sc.Shadow.flush(quirks=0))
-    for rng, program in seeded(500, 60):
-        interleaved(modes, design, rng.choice(TLBS), program)
-
-
-def test_interleaved_programs_do_something():
-    """Both vcpus succeed in most of their accesses, and edit tables that the other uses."""
-    outcomes = []
-    for _, program in seeded(0, 10):
-        vm = interleaved(("64", "pae"), EXACT["cached"], None, program, holds=False).vm
-        outcomes.append((vm.stats.accesses, vm.stats.pf_guest, vm.stats.pf_emulate, vm.stats.remote_tlb_flush))
-    accesses, faults, emulated, remote = np.sum(outcomes, axis=0)
-    assert faults < accesses / 3
-    assert emulated > accesses / 20
-    assert remote > accesses / 20

@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 import pytest
-from click.testing import CliRunner
+from commands import refused, run
 from places import ROOT
 
 import shadowcore as sc
@@ -199,21 +199,16 @@ def test_a_recording_without_a_workload_cannot_calibrate(recording, tmp_path):
 
 
 def test_commands():
-    run = CliRunner().invoke
-    listed = run(cli_workload.workloads)
-    assert listed.exit_code == 0
-    assert [line.split()[0] for line in listed.output.splitlines()] == list(WORKLOADS)
-    one = run(cli_workload.workloads, ["shell"]).output
+    assert [line.split()[0] for line in run("workloads").splitlines()] == list(WORKLOADS)
+    one = run("workloads", "shell")
     for parameter in WORKLOADS["shell"].parameters:
         assert parameter in one
-    plain = json.loads(run(cli_workload.workloads, ["--json"]).output)
+    plain = json.loads(run("workloads", "--json"))
     assert plain["pingpong"]["parameters"]["pages"]["default"] == 16
-    assert "did you mean" in str(run(cli_workload.workloads, ["shel"]).exception)
-    table = run(cli_workload.calibration, ["--spaces", "8"])
-    assert table.exit_code == 0
-    assert "linux-fork, per address space" in table.output
+    assert "did you mean" in refused("workloads", "shel")
+    assert "linux-fork, per address space" in run("calibration", "--spaces", 8)
     assert all(command.help for command in cli_workload.COMMANDS)
-    plain = json.loads(run(cli_workload.calibration, ["--spaces", "8", "--json"]).output)
+    plain = json.loads(run("calibration", "--spaces", 8, "--json"))
     assert plain[0]["recording"] == "linux-fork"
 
 

@@ -9,6 +9,11 @@ import numpy as np
 
 import shadowcore as sc
 
+DATA = 0x40_0000
+TABLES = 0x80_0000
+DESIGNS = ("native", "flush", "cached", "kvm-2007")
+OK, PF, GP, MMIO = 0, 1, 2, 3
+
 HEADER = Path(sc.get_include()) / "shadowcore.h"
 TEXT = re.sub(r"/\*.*?\*/", "", HEADER.read_text("utf-8"), flags=re.S)
 TYPES = {"uint8_t": c_uint8, "uint16_t": c_uint16, "uint32_t": c_uint32, "uint64_t": c_uint64, "double": c_double}
@@ -104,9 +109,8 @@ class Guest:
 
     def __init__(self, design="cached", mode="64", size=8 << 20, start=True, pages=256, **config):
         self.memory = sc.embed.allocate(size)
-        names = ("native", "flush", "cached", "kvm-2007")
         self.config = made(
-            Config, design=names.index(design), memory=self.memory.ctypes.data, memory_size=size, **config
+            Config, design=DESIGNS.index(design), memory=self.memory.ctypes.data, memory_size=size, **config
         )
         self.vm = c_uint64()
         rc = API.vm_create(self.config, self.vm)
@@ -115,8 +119,8 @@ class Guest:
         self.twin = sc.VM(sc.embed.allocate(size), sc.config.design(design, **settings) if settings else design)
         self.cpu = self.twin.vcpus[0]
         self.tables = sc.PageTables(self.twin.memory, mode, allocate=range(16, 64))
-        self.tables.map(0x40_0000, 0x20_0000, pages * 4096, "rwxu")
-        self.tables.map(0x80_0000, 16 * 4096, 48 * 4096, "rwx" if mode == "32" else "rw")
+        self.tables.map(DATA, 0x20_0000, pages * 4096, "rwxu")
+        self.tables.map(TABLES, 16 * 4096, 48 * 4096, "rwx" if mode == "32" else "rw")
         self.memory[:] = self.twin.memory.bytes
         if start:
             for name, value in self.tables.registers.items():

@@ -1,8 +1,7 @@
 """A guest with pages of every kind beside each other, and every kind of store to them; `native` is the measure."""
 
 import numpy as np
-import pytest
-from guest2007 import MODES
+from operations import WIDE, operations
 
 import shadowcore as sc
 from shadowcore.pagetables import A, D
@@ -14,7 +13,6 @@ BASE = 0x400000 * 63  # the last pages of a leaf table of every mode, and the fi
 PLACE = 256  # gfn of the first data frame
 CR0_WP, CR4_SMEP, CR4_SMAP, CR4_PKE = 1 << 16, 1 << 20, 1 << 21, 1 << 22
 
-every_mode = pytest.mark.parametrize("mode", MODES)
 
 # The registers under which supervisor code stores to read-only pages: name: (bits of CR4, EFLAGS.AC).
 STATES = {
@@ -85,9 +83,8 @@ class Guest:
 
 
 def batch(op, va, value, size, user=False):
-    ops = np.zeros(1, [*sc.OP_DTYPE.descr, ("value_high", "<u8"), ("expected", "<u8"), ("expected_high", "<u8")])
-    ops[0] = op, user, size, va, value & (1 << 64) - 1, value >> 64, 0, 0
-    return ops
+    row = {"op": op, "user": user, "size": size, "addr": va, "value": value & (1 << 64) - 1, "value_high": value >> 64}
+    return operations(row, dtype=WIDE)
 
 
 def ran(guest, ops, data=True):

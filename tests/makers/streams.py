@@ -102,6 +102,13 @@ def put_frames(vm, gfns, pages):
     frames[np.asarray(gfns, dtype=np.intp)] = pages
 
 
+def machine(data, mmu, **settings):
+    """A VM with the memory that a stream or a Linux dump begins with."""
+    vm = sc.VM(memory=int(data["nframes"]) * oracle.PAGE, mmu=mmu, **settings)
+    put_frames(vm, data["mem_gfn"], data["mem_page"])
+    return vm
+
+
 def frames_of(vm):
     """{gfn: bytes} of the frames that are not all zero."""
     frames = vm.memory.bytes.reshape(-1, oracle.PAGE)
@@ -110,11 +117,3 @@ def frames_of(vm):
 
 def different_frames(got, wanted):
     return sorted(gfn for gfn in got.keys() | wanted.keys() if got.get(gfn) != wanted.get(gfn))
-
-
-def ops_array(rows, dtype):
-    """Rows (op, addr, value, size, user) as an operation array of the engine's dtype."""
-    ops = np.zeros(len(rows), dtype=dtype)
-    for name, column in zip(("op", "addr", "value", "size", "user"), zip(*rows, strict=True), strict=True):
-        ops[name] = np.array(column, dtype=np.uint64)
-    return ops

@@ -12,6 +12,7 @@ import pkgutil
 
 import numpy as np
 import pytest
+from operations import operations
 
 import shadowcore as sc
 from shadowcore.engine.audit import AuditReport, Violation
@@ -58,16 +59,10 @@ def machine(**settings):
     return vm
 
 
-def operations(*rows):
-    ops = np.zeros(len(rows), dtype=sc.OP_DTYPE)
-    for i, (op, addr, size) in enumerate(rows):
-        ops[i]["op"], ops[i]["addr"], ops[i]["size"], ops[i]["value"] = op, addr, size, 0x1234567890 + i
-    return ops
-
-
 def a_run(data=True, size=8):
     found = [(1, 0x400000, size), (0, 0x400000, size), (0, 0x900000, 8), (0, 0x408000, 8), (2, 0x401000, 1), (7, 0, 1)]
-    return machine().vcpus[0].run(operations(*found * 3), data=data)
+    rows = [(op, addr, 0x1234567890 + i, size) for i, (op, addr, size) in enumerate(found * 3)]
+    return machine().vcpus[0].run(operations(*rows), data=data)
 
 
 def same(a, b):

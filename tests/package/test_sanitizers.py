@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 from places import ROOT
 
-EMBEDDING = ["tests/embedding/test_capi.py", "tests/embedding/test_embed.py", "tests/engine/test_threads.py"]
+EMBEDDING = [f"tests/embedding/test_{part}.py" for part in ("capi", "capi_misuse", "capi_prices", "capi_vms", "embed")]
+EMBEDDING += ["tests/engine/test_threads.py"]
 # A plug-in without Python is a program that would need the sanitizers as well.
-NEVER = ["tests/embedding/test_capi.py::test_a_plugin_without_python"]
+NEVER = ["tests/embedding/test_capi_vms.py::test_a_plugin_without_python"]
 # These measure memory, time or allocations, of which sanitizers have their own; or start programs under Valgrind.
 MEASURED = [
     "tests/studies/test_cli_study.py::test_the_main_job_is_quick",

@@ -5,12 +5,11 @@ import json
 
 import numpy as np
 import pytest
-from click.testing import CliRunner
+from commands import run
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import shadowcore as sc
-from shadowcore.cli import main
 from shadowcore.recording import replay as trace
 from shadowcore.recordings import GUEST, PROGRAM, Writer
 
@@ -191,15 +190,11 @@ def test_commands_take_either_file(tmp_path, linux):
     short.save(tmp_path / "a.screc")
     found = []
     for name in ("a.npz", "a.screc"):
-        result = CliRunner().invoke(main, ["compare", str(tmp_path / name), "--json"])
-        assert result.exit_code == 0, result.output
-        plain = json.loads(result.output)
+        plain = json.loads(run("compare", tmp_path / name, "--json"))
         plain.pop("workload")
         assert name in plain.pop("command")
         for design in plain["designs"].values():
             del design["seconds"]
         found.append(plain)
     assert found[0] == found[1]
-    result = CliRunner().invoke(main, ["audit", str(tmp_path / "a.screc"), "--every", "30000"])
-    assert result.exit_code == 0
-    assert "60,000 records, 2 audits, no violations" in result.output
+    assert "60,000 records, 2 audits, no violations" in run("audit", tmp_path / "a.screc", "--every", 30_000)

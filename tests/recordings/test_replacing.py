@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from commands import COMMAND
 
 import shadowcore as sc
 from shadowcore import files
@@ -241,7 +242,7 @@ def test_a_recording_without_room_says_so_each_time(tmp_path):
     ],
 )
 def test_commands_whose_output_cannot_be_written(arguments):
-    command = [sys.executable, "-c", "from shadowcore.cli import main; main()", *arguments]
+    command = [*COMMAND, *arguments]
     with open("/dev/full", "w") as full:
         done = subprocess.run(command, env=ENVIRONMENT, stdout=full, stderr=subprocess.PIPE, text=True, timeout=60)
     assert done.returncode == 2
@@ -249,7 +250,7 @@ def test_commands_whose_output_cannot_be_written(arguments):
 
 
 def test_a_reader_that_has_seen_enough_is_no_error():
-    command = [sys.executable, "-c", "from shadowcore.cli import main; main()", "workloads"]
+    command = [*COMMAND, "workloads"]
     read, write = os.pipe()
     os.close(read)
     try:

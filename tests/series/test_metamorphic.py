@@ -17,8 +17,7 @@ USUAL = (256, 3)
 def seen_by_guest(name, pool_pages, flood_threshold):
     data = streams.stream(name)
     design = sc.Shadow.cached(pool_pages=pool_pages, flood_threshold=flood_threshold)
-    vm = sc.VM(memory=int(data["nframes"]) * 4096, mmu=design)
-    streams.put_frames(vm, data["mem_gfn"], data["mem_page"])
+    vm = streams.machine(data, design)
     result = vm.vcpus[0].run(data["ops"])
     assert vm.audit().ok
     columns = [np.asarray(getattr(result, key)) for key in ("outcome", "error_code", "gpa", "value")]

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 from guest2007 import BELOW_ROOT, DATA, MODES, PAGE, USER, A, Guest
+from operations import operations
 
 import shadowcore as sc
 
@@ -18,10 +19,7 @@ def run(mode, design, rows, single):
         guest.tables.set_entry(USER + i * span, 2, entry | A)  # a walk that sets bits is no plain one
     guest.cpu.cr3 = guest.cpu.cr3
     guest.vm.mmu.zap_all()  # what was there before the guest came to this mode
-    ops = np.zeros(len(rows), sc.OP_DTYPE)
-    ops["size"] = 8
-    for i, (op, table, page) in enumerate(rows):
-        ops["op"][i], ops["addr"][i] = op, USER + table * span + page * PAGE
+    ops = operations(*[(op, USER + table * span + page * PAGE) for op, table, page in rows])
     if single:
         exits = []
         for op, addr in zip(ops["op"].tolist(), ops["addr"].tolist(), strict=True):

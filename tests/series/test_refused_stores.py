@@ -7,7 +7,8 @@ read-only page, and nothing can be unprotected so that it might.
 import ctypes
 
 import pytest
-from page_stores import PAGE, STATES, STORES, Guest, every_mode
+from guest2007 import every_mode
+from page_stores import PAGE, STATES, STORES, Guest
 
 import shadowcore as sc
 

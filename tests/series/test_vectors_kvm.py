@@ -36,12 +36,6 @@ ADDRESS = 0x000F_FFFF_FFFF_F000
 NO_ROOT = 65535
 
 
-def machine(data, mmu):
-    vm = sc.VM(memory=int(data["nframes"]) * 4096, mmu=mmu)
-    streams.put_frames(vm, data["mem_gfn"], data["mem_page"])
-    return vm, vm.vcpus[0]
-
-
 def end_of(data, engine):
     """Number of operations that an engine got through before its host crashed or hung."""
     outcome, operation = data[f"{engine}_stop"].tolist()
@@ -147,7 +141,8 @@ def test_kvm_2007(name):
     TLB flushes, faults mended, faults injected, present entries. At each checkpoint: the pages in the order of
     the active list, every entry with its bits, the length of every reverse map, the roots, all memory."""
     data = streams.stream(name)
-    vm, cpu = machine(data, "kvm-2007")
+    vm = streams.machine(data, "kvm-2007")
+    cpu = vm.vcpus[0]
     end = end_of(data, "after")
     assert STOPS.get(name, (len(data["ops"]),))[0] == end
     checkpoints = {int(op): i for i, op in enumerate(data["ckpt_op"]) if op < end}
@@ -175,7 +170,8 @@ def test_where_the_original_stopped(name):
     """No crash and no hang is reproduced: from the operation that ended the original, each one either raises a
     typed error that names the cause or has the architecture's answer; and the structure stays sound."""
     data = streams.stream(name)
-    vm, cpu = machine(data, "kvm-2007")
+    vm = streams.machine(data, "kvm-2007")
+    cpu = vm.vcpus[0]
     stop = STOPS[name][0]
     cpu.run(data["ops"][:stop])
     outcome, error, gpa = (column[stop:] for column in streams.architecture(data["before_res"]))
@@ -232,7 +228,8 @@ CACHED_EXCEPTIONS = {
 
 
 def exits_and_stores(data, mmu, end):
-    vm, cpu = machine(data, streams.strict(mmu))
+    vm = streams.machine(data, streams.strict(mmu))
+    cpu = vm.vcpus[0]
     result = cpu.run(data["ops"][:end])
     assert vm.audit().ok
     return result.exits, result.emulated

@@ -2,16 +2,14 @@
 
 import json
 import subprocess
-import sys
 import time
 
 import numpy as np
 import pytest
 import streams
-from click.testing import CliRunner
+from commands import COMMAND, refused, run
 
 import shadowcore as sc
-from shadowcore.cli import main
 from shadowcore.recording import replay as trace
 
 IMAGE = str(streams.DATA / "linux-pagetables" / "linux_4lvl.npz")
@@ -32,20 +30,6 @@ def workload(tmp_path_factory):
     path = tmp_path_factory.mktemp("recordings") / "workload.npz"
     trace.load().head(560_000).save(path)
     return str(path)
-
-
-def run(*arguments, status=0):
-    result = CliRunner().invoke(main, [str(a) for a in arguments])
-    assert result.exit_code == status, result.output
-    return result.output
-
-
-def refused(*arguments):
-    """Exit status 2, and one line that names the command."""
-    output = run(*arguments, status=2)
-    assert output.startswith("shadowcore: ")
-    assert output.count("\n") == 1
-    return output
 
 
 # -- compare ---------------------------------------------------------------------------------------------
@@ -123,7 +107,7 @@ def test_compare_tells_boot_from_workload(workload):
 def test_the_main_job_takes_less_than_five_seconds():
     """All default designs on the whole bundled recording, from the start of Python; no progress in pipes."""
     began = time.monotonic()
-    command = [sys.executable, "-c", "from shadowcore.cli import main; main()", "compare", "--json"]
+    command = [*COMMAND, "compare", "--json"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert time.monotonic() - began < 5
     assert done.stderr == ""

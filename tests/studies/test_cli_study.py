@@ -11,14 +11,12 @@ import time
 import types
 
 import pytest
-from click.testing import CliRunner
+from commands import COMMAND, refused, run
 
 import shadowcore as sc
 from shadowcore import workload
-from shadowcore.cli import main
 from shadowcore.recording import replay as trace
 
-COMMAND = [sys.executable, "-c", "from shadowcore.cli import main; main()"]
 SHORT = ("--operations", 20_000)
 
 
@@ -27,19 +25,6 @@ def recording(tmp_path_factory):
     path = tmp_path_factory.mktemp("recordings") / "boot.npz"
     trace.load().head(20_000).save(path)
     return str(path)
-
-
-def run(*arguments, status=0):
-    result = CliRunner().invoke(main, [str(a) for a in arguments])
-    assert result.exit_code == status, result.output
-    return result.output
-
-
-def refused(*arguments):
-    output = run(*arguments, status=2)
-    assert output.startswith("shadowcore: ")
-    assert output.count("\n") == 1
-    return output
 
 
 # -- compare ---------------------------------------------------------------------------------------------

@@ -7,7 +7,6 @@ import os
 import re
 import shutil
 import subprocess
-from html.parser import HTMLParser
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,12 +15,14 @@ import pytest
 import studies
 
 import shadowcore as sc
-from shadowcore import files, workload
+from shadowcore import files
 from shadowcore.recording import replay as trace
 from shadowcore.report import document
-from shadowcore.studies.heat import heat, of_workload
+from shadowcore.studies.heat import heat
 
 pytest.importorskip("matplotlib", reason="matplotlib is not installed: pip install 'shadowcore[report]'")
+
+from html_pages import Parsed, by_row, check_against_json, embedded
 
 from shadowcore.report import page
 
@@ -29,122 +30,10 @@ DESIGNS = ("native", "flush", "cached")
 
 
 @pytest.fixture(scope="module")
-def study():
-    return studies.study()
-
-
-@pytest.fixture(scope="module")
 def text(study, tmp_path_factory):
     path = tmp_path_factory.mktemp("page") / "out.html"
     page.write(study, path)
     return path.read_text("utf-8")
-
-
-class Parsed(HTMLParser):
-    """Tables by id, as lists of rows of text; all tags with their attributes; text of scripts and of `pre`, by id."""
-
-    VOID = ("meta", "br", "line")
-
-    def __init__(self, text):
-        super().__init__(convert_charrefs=True)
-        self.tables, self.tags, self.texts, self.open = {}, [], {}, []
-        self._table = self._cell = self._text = None
-        self.feed(text)
-        self.close()
-        assert not self.open, f"not closed: {self.open}"
-
-    def handle_starttag(self, tag, attributes):
-        attributes = dict(attributes)
-        self.tags.append((tag, attributes))
-        if tag not in self.VOID:
-            self.open.append(tag)
-        if tag == "table":
-            self._table = self.tables.setdefault(attributes["id"], [])
-        elif tag == "tr":
-            self._table.append([])
-        elif tag in ("td", "th"):
-            self._cell = []
-        elif tag in ("script", "pre"):
-            self._text = self.texts.setdefault(attributes.get("id", tag), [])
-
-    def handle_startendtag(self, tag, attributes):
-        self.tags.append((tag, dict(attributes)))
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag
-        if tag in ("td", "th"):
-            self._table[-1].append("".join(self._cell))
-            self._cell = None
-        elif tag in ("script", "pre"):
-            self._text = None
-
-    def handle_data(self, data):
-        for place in (self._cell, self._text):
-            if place is not None:
-                place.append(data)
-
-
-def by_row(table):
-    """{label: [values of the designs]} of a table of numbers."""
-    made = {}
-    for label, *cells in table[1:]:
-        assert label not in made
-        made[label] = [float(cell.replace(",", "")) if cell else None for cell in cells]
-    return made
-
-
-def check_against_json(tables, plain):
-    """Every table of the page against the embedded study: values, to the digits shown, and nothing is missing."""
-    designs = plain["designs"]
-    summary = by_row(tables["summary"])
-    assert tables["summary"][0] == ["", *designs]
-    keys = {label: key for key, label, _ in page._COUNTERS}
-    counters = 0
-    for label, values in summary.items():
-        if label in keys:
-            counters += 1
-            assert values == [result["counters"][keys[label]] for result in designs.values()], label
-    left_out = [key for key, label, _ in page._COUNTERS if label not in summary]
-    assert not any(result["counters"][key] for key in left_out for result in designs.values())
-    assert counters >= 10
-    assert summary["cycles"] == pytest.approx([result["cost"]["total"] for result in designs.values()], abs=0.5)
-    assert summary["slow-down against native"] == pytest.approx(
-        [result["cost"]["slow_down"] for result in designs.values()], abs=5e-4
-    )
-    assert summary["shadow pages in use, most"] == [result["pages_max"] for result in designs.values()]
-    cost = by_row(tables["cost"])
-    for part in {part for result in designs.values() for part in result["cost"]["cycles"]}:
-        assert cost[part.replace("_", " ")] == pytest.approx(
-            [result["cost"]["cycles"][part] for result in designs.values()], abs=0.5
-        )
-    assert cost["cycles, all"] == pytest.approx(
-        [sum(result["cost"]["cycles"].values()) for result in designs.values()], abs=0.5
-    )
-    for place, result in enumerate(designs.values()):
-        windows = result["windows"]
-        if f"windows-{place}" not in tables:
-            assert not any(windows["exits_total"])
-            continue
-        head, *rows = tables[f"windows-{place}"]
-        reasons = {label: reason for reason, label in page.EXITS.items()}
-        assert [row[0].replace(",", "") for row in rows] == [str(end) for end in windows["operation"]]
-        for column, label in enumerate(head[1:], 1):
-            shown = [int(row[column].replace(",", "")) for row in rows]
-            assert shown == windows[f"exits_{reasons[label]}"]
-        assert [sum(int(cell.replace(",", "")) for cell in row[1:]) for row in rows] == windows["exits_total"]
-    processes = by_row(tables["processes"])
-    heated = plain["processes"]
-    for place, name in enumerate(heated["names"]):
-        matrices = [heated["counts"], *heated["exits"].values()]
-        assert processes[name] == [sum(matrix[place]) for matrix in matrices]
-    regions = by_row(tables["frames"])
-    frames = plain["frames"]
-    busy = {name: [sum(row)] for name, row in zip(frames["names"], frames["counts"], strict=True) if any(row)}
-    assert regions == busy
-
-
-def embedded(parsed):
-    return json.loads("".join(parsed.texts["study"]))
 
 
 def test_tables_show_what_the_embedded_study_says(text):
@@ -366,98 +255,6 @@ def test_refaults_are_no_more_than_was_removed():
     assert document.refaults(filled, removed).tolist() == [0, 3, 4, 0, 5]
 
 
-# Heat.
-
-
-def test_heat_counts_what_the_recording_says():
-    recording = trace.load().head(120_000)
-    warm = heat(recording, DESIGNS, bins=50, rows=32)
-    frames, processes = warm["frames"], warm["processes"]
-    stores = (recording.kind == trace.STORE) & ~recording.snapshot
-    accesses = recording.kind == trace.ACCESS
-    gfn = (np.where(stores, recording.addr, recording.value) >> np.uint64(12)).astype(np.int64)
-    busy = accesses | stores
-    assert frames["counts"].shape[1] == 50
-    assert 16 < len(frames["counts"]) <= 32
-    assert frames["counts"][-1].any()
-    assert frames["counts"].sum() == (busy & (gfn < recording.nframes)).sum() > 10_000
-    # One cell, counted one by one.
-    row, column = np.unravel_index(frames["counts"].argmax(), frames["counts"].shape)
-    begin, end = ([0, *frames["operation"].tolist()][column + k] for k in (0, 1))
-    first = int(frames["first_frame"][row])
-    inside = [n for n in range(begin, end) if busy[n] and first <= gfn[n] < first + frames["frames_per_row"]]
-    assert frames["counts"][row, column] == len(inside) > 0
-    # Address spaces, followed record by record.
-    loaded, found = "before the first CR3 load", {}
-    for kind, addr, is_busy in zip(recording.kind.tolist(), recording.addr.tolist(), busy.tolist(), strict=True):
-        if kind == trace.LOAD_CR3:
-            loaded = f"CR3 {addr & 0xFFFFFFFFFF000:#x}"
-        found[loaded] = found.get(loaded, 0) + is_busy
-    assert dict(zip(processes["names"], processes["counts"].sum(axis=1).tolist(), strict=True)) == {
-        name: count for name, count in found.items() if count
-    }
-    assert len(processes["names"]) >= 2
-    for name in DESIGNS:
-        assert processes["exits"][name].sum() == trace.replay(recording, name).whole.exits_total
-    assert processes["exits"]["cached"].sum() > 0
-
-
-@pytest.mark.parametrize(("start", "stop"), [(0, 60_000), (30_000, 60_000), (59_999, 60_000), (30_000, None)])
-def test_heat_of_a_part(start, stop):
-    recording = trace.load().head(120_000)
-    warm = heat(recording, ("flush", "cached"), start=start, stop=stop)
-    for name in ("flush", "cached"):
-        replayed = trace.replay(recording, name, start=start, stop=stop)
-        assert warm["processes"]["exits"].get(name, np.zeros(1)).sum() == replayed.whole.exits_total
-    last = 120_000 if stop is None else stop
-    busy = (recording.kind == trace.ACCESS) | ((recording.kind == trace.STORE) & ~recording.snapshot)
-    assert warm["processes"]["counts"].sum() == busy[start:last].sum()
-    assert warm["frames"]["operation"][-1] == last - start
-
-
-def test_heat_given_beside_the_study(tmp_path, study):
-    cold = SimpleNamespace(**vars(study))
-    del cold.frames, cold.processes
-    assert document.document(cold)["frames"] is None
-    warm = {"frames": study.frames, "processes": study.processes}
-    page.write(cold, tmp_path / "out.html", heat=warm)
-    plain = embedded(Parsed((tmp_path / "out.html").read_text("utf-8")))
-    assert plain["frames"]["counts"] == study.frames["counts"].tolist()
-    assert plain["processes"]["names"] == study.processes["names"]
-
-
-def test_heat_of_the_recording_that_a_study_has(tmp_path):
-    cold = studies.study(60_000, ("flush", "cached"), 20, settings={"start": 10_000, "operations": 40_000})
-    warm = {part: getattr(cold, part) for part in ("frames", "processes")}
-    del cold.frames, cold.processes
-    cold.recording = trace.load().head(60_000)
-    page.write(cold, tmp_path / "out.html")
-    plain = embedded(Parsed((tmp_path / "out.html").read_text("utf-8")))
-    expected = heat(cold.recording, ("flush", "cached"), start=10_000, stop=50_000)
-    assert plain["frames"]["counts"] == expected["frames"]["counts"].tolist() != warm["frames"]["counts"].tolist()
-    exits = {name: matrix.tolist() for name, matrix in expected["processes"]["exits"].items()}
-    assert plain["processes"]["exits"] == exits
-
-
-def test_rates():
-    windows = {
-        "operation": np.array([10, 20, 30]),
-        "accesses": np.array([8, 10, 0]),
-        "exits_fill": np.array([2, 5, 0]),
-        "exits_write": np.array([2, 0, 0]),
-        "spte_removed": np.array([0, 4, 0]),
-        "mmu_cache_hit": np.array([0, 3, 0]),
-        "mmu_cache_miss": np.array([2, 1, 0]),
-        "tlb_hits": np.array([4, 9, 0]),
-        "tlb_misses": np.array([4, 1, 0]),
-    }
-    rates = document._rates(windows)
-    assert rates["hits"].tolist() == [0.5, 0.5, 1]
-    assert rates["found"].tolist() == [0, 0.75, 0]
-    assert rates["refaults"].tolist() == [0, 400, 0]
-    assert rates["tlb"].tolist() == [0.5, 0.9, 0]
-
-
 def test_a_study_of_the_package(tmp_path):
     module = pytest.importorskip("shadowcore.studies.study", reason="there is no shadowcore.studies.study yet")
     recording = trace.load().head(60_000)
@@ -475,55 +272,6 @@ def test_a_study_of_the_package(tmp_path):
     page.write(made, tmp_path / "out.html")
     parsed = Parsed((tmp_path / "out.html").read_text("utf-8"))
     assert by_row(parsed.tables["summary"])["VM exits, all"] == [each.exits_total for each in made.designs.values()]
-
-
-@pytest.mark.parametrize("name", ["pingpong", "demand", "shell"])
-def test_heat_of_a_workload(name):
-    small = {"shell": {"work": 2000}, "demand": {"pages": 256}}.get(name, {})
-    warm = of_workload(name, DESIGNS, operations=20_000, seed=5, bins=40, rows=16, **small)
-    ran = {d: workload.run(name, d, seed=5, operations=20_000, **small).stats for d in DESIGNS}
-    processes = warm["processes"]
-    assert processes["counts"].sum() >= 20_000  # a string instruction is one operation, and many accesses
-    assert warm["frames"]["counts"].sum() == processes["counts"].sum()
-    assert processes["counts"].shape == (len(processes["names"]), 40)
-    assert len(processes["names"]) >= (1 if name == "demand" else 2)
-    assert 8 <= len(warm["frames"]["counts"]) <= 16
-    assert warm["frames"]["counts"][-1].any()
-    for design in DESIGNS:
-        assert processes["exits"][design].sum() == ran[design]["exits_total"]
-    assert processes["exits"]["cached"].sum() > 0 == processes["exits"]["native"].sum()
-    if name == "pingpong":
-        halves = processes["counts"].sum(axis=1) / processes["counts"].sum()
-        assert (abs(halves - 0.5) < 0.02).sum() == 2  # two processes take turns
-
-
-def test_heat_of_a_workload_says_what_its_axis_counts(tmp_path, study):
-    warmed = SimpleNamespace(**vars(study) | of_workload("pingpong", ("cached",), operations=5000))
-    page.write(warmed, tmp_path / "out.html")
-    text = (tmp_path / "out.html").read_text("utf-8")
-    assert text.count(">operations, string instructions store by store<") == 3
-    assert "axis" not in study.frames
-
-
-def test_heat_of_a_workload_refuses_what_cannot_be():
-    for arguments, words in (
-        (("pingpnog",), "pingpong"),
-        (("pingpong", ()), "at least one"),
-    ):
-        with pytest.raises(sc.ConfigError, match=words):
-            of_workload(*arguments)
-    with pytest.raises(sc.ConfigError, match="bins"):
-        of_workload("pingpong", bins=0, operations=1000)
-
-
-def test_heat_of_a_file_is_that_of_the_recording_in_memory(tmp_path):
-    recording = trace.load().head(60_000)
-    recording.save(tmp_path / "head.screc")
-    ours = heat(recording, ("cached",))
-    theirs = heat(trace.open_recording(str(tmp_path / "head.screc")), ("cached",))
-    for part in ("frames", "processes"):
-        assert (ours[part]["counts"] == theirs[part]["counts"]).all()
-    assert (ours["processes"]["exits"]["cached"] == theirs["processes"]["exits"]["cached"]).all()
 
 
 def test_many_address_spaces_are_gathered(study):

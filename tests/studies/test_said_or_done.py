@@ -1,14 +1,12 @@
 """A command that ends with status 0 has done what was asked; what it cannot do, or not in whole, it says."""
 
 import json
-import os
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
-from click.testing import CliRunner
+from commands import COMMAND, ENVIRONMENT, refused, run
 from places import DATA
 
 import shadowcore as sc
@@ -21,20 +19,6 @@ from shadowcore.recordings import GUEST, Reader, Writer
 FILES = DATA / "odd-files"
 SCALARS = ("cr0", "cr4", "efer", "nframes")
 SHORT = ("--operations", 2000)
-ENVIRONMENT = os.environ | {"PYTHONPATH": str(Path(sc.__file__).parent.parent)}
-
-
-def run(*arguments, status=0):
-    result = CliRunner().invoke(main, [str(a) for a in arguments])
-    assert result.exit_code == status, result.output
-    return result.output
-
-
-def refused(*arguments):
-    output = run(*arguments, status=2)
-    assert output.startswith("shadowcore: ")
-    assert output.count("\n") == 1
-    return output
 
 
 @pytest.fixture(scope="module")
@@ -276,9 +260,8 @@ def test_every_command_is_among_those_whose_output_fails():
 
 
 def full(command, arguments, tmp_path):
-    code = [sys.executable, "-c", "from shadowcore.cli import main; main()"]
     with open("/dev/full", "w") as disk:
-        words = [*code, command, *map(str, arguments)]
+        words = [*COMMAND, command, *map(str, arguments)]
         return subprocess.run(
             words, cwd=tmp_path, env=ENVIRONMENT, stdout=disk, stderr=subprocess.PIPE, text=True, check=False
         )

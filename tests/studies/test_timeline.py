@@ -6,17 +6,11 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import studies
 
 import shadowcore as sc
 from shadowcore.report import timeline
 
 DESIGNS = ("native", "flush", "cached")
-
-
-@pytest.fixture(scope="module")
-def study():
-    return studies.study()
 
 
 def written(study, path, **options):

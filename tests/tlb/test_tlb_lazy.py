@@ -7,9 +7,9 @@ import lazy_oracle
 import numpy as np
 import oracle
 import pytest
-import streams
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from operations import operations
 from oracle import CR3, CR4, CR4_PCIDE, CR4_PGE, INVLPG, OK, READ, WRITE
 from tlb_programs import (
     MODES,
@@ -180,7 +180,7 @@ def run_careful(careful, design, tlb):
 
     def run_batch():
         if batch:
-            result = vm.vcpus[0].run(streams.ops_array(batch, sc.OP_DTYPE))
+            result = vm.vcpus[0].run(operations(*batch))
             seen.extend(
                 zip(*(getattr(result, key).tolist() for key in ("outcome", "error_code", "gpa", "value")), strict=True)
             )
