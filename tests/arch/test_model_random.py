@@ -12,7 +12,7 @@ import numpy as np
 import oracle
 import pytest
 import streams
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from operations import operations
 from oracle import (
@@ -44,6 +44,7 @@ from oracle import (
     U,
     W,
 )
+from samples import sampled_examples
 
 import shadowcore as sc
 
@@ -367,10 +368,12 @@ IDENTICAL = {
 }
 
 
+@sampled_examples()
 @pytest.mark.parametrize("mode", MODES)
-def test_program(mode):
+def test_program(mode, examples):
     """`native` and `cached` are identical to walking at every access, whatever the guest does."""
 
+    @settings(max_examples=examples)
     @given(programs(MODES[mode]))
     def run(program):
         registers, entries, steps = program
@@ -383,12 +386,14 @@ def test_program(mode):
     run()
 
 
+@sampled_examples()
 @pytest.mark.parametrize("mode", MODES)
-def test_program_that_flushes_after_every_edit(mode):
+def test_program_that_flushes_after_every_edit(mode, examples):
     """`flush`, like a TLB, sees edits only at invalidations; a guest that makes one after each edit cannot
     tell it from walking at every access.  (Without the two habits of 2007 that are that baseline's costs,
     of which one shows: A set by accesses that then fault.)"""
 
+    @settings(max_examples=examples)
     @given(programs(MODES[mode]))
     def run(program):
         registers, entries, steps = program
@@ -404,11 +409,13 @@ def test_program_that_flushes_after_every_edit(mode):
     run()
 
 
+@sampled_examples()
 @pytest.mark.parametrize("design", ["native", "cached"])
 @pytest.mark.parametrize("mode", MODES)
-def test_translate_only_asks(mode, design):
+def test_translate_only_asks(mode, design, examples):
     """`translate` in the middle of a program: the oracle's answer, and nothing has changed."""
 
+    @settings(max_examples=examples)
     @given(programs(MODES[mode]), st.lists(NUMBERS, min_size=1, max_size=8))
     def run(program, questions):
         registers, entries, steps = program

@@ -5,6 +5,7 @@ import pytest
 import ruins
 from broken import CLEAN, RIGHTS, ROOTS, SUM, behind, machine, place, scalars
 from guest2007 import PAGE, USER, D, Guest, W
+from samples import sampled
 
 import shadowcore as sc
 
@@ -77,7 +78,8 @@ def test_audit_changes_nothing():
 # -- a structure in ruins -----------------------------------------------------------------------------------------
 
 
+@sampled("rounds", 150, part=3)
 @pytest.mark.parametrize("name", ruins.NAMES)
-def test_audit_of_ruins(name):
+def test_audit_of_ruins(name, rounds):
     """Whatever the arrays hold, an audit ends, and follows no index out of them."""
-    ruins.in_a_process(name, seed=1, rounds=150)
+    ruins.in_a_process(name, seed=1, rounds=rounds)

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracle import FETCH, INVLPG, READ, WRITE, P, U, W
+from samples import sampled, sampled_examples
 from several_vcpus import ops, pair
 from tlb_machine import (
     DATA_A,
@@ -56,7 +57,6 @@ def test_batch_is_the_same_as_single_operations(mmu, mode):
 # Pairs of modes in one memory.  (A table of 4-byte entries read as one of 8-byte entries is not much of a table, but
 # it is one.)
 PAIRS = [("64", "64"), ("pae", "pae"), ("32", "32"), ("64", "pae"), ("64", "32"), ("32", "pae")]
-FEWER = settings(max_examples=settings().max_examples // 6)
 
 EXACT = {
     "native": "native",
@@ -81,19 +81,21 @@ def seeded(first, count, steps=50):
         yield rng, [rng.getrandbits(48) for _ in range(steps)]
 
 
+@sampled("number", 60)
 @pytest.mark.parametrize("design", EXACT)
 @pytest.mark.parametrize("modes", PAIRS)
-def test_interleaved_without_a_tlb(modes, design):
+def test_interleaved_without_a_tlb(modes, design, number):
     """Two vcpus in turn, each against an oracle that walks the tables at each access, over one memory."""
-    for _, program in seeded(0, 60):
+    for _, program in seeded(0, number):
         interleaved(modes, EXACT[design], None, program, holds=False)
 
 
+@sampled_examples(share=6)
 @pytest.mark.parametrize("modes", PAIRS)
-def test_interleaved_programs(modes):
+def test_interleaved_programs(modes, examples):
     """The same, searched for."""
 
-    @FEWER
+    @settings(max_examples=examples)
     @given(st.sampled_from(sorted(EXACT)), st.lists(NUMBERS, max_size=50))
     def run(design, program):
         interleaved(modes, EXACT[design], None, program, holds=False)
@@ -101,13 +103,14 @@ def test_interleaved_programs(modes):
     run()
 
 
+@sampled("number", 60)
 @pytest.mark.parametrize("mmu", DESIGNS)
 @pytest.mark.parametrize("modes", PAIRS)
-def test_interleaved_with_tlbs(modes, mmu):
+def test_interleaved_with_tlbs(modes, mmu, number):
     """Each vcpu with a TLB of its own, against what the architecture lets each remember; an invalidation by one does
     nothing for the other."""
     design = {"native": "native", "cached": sc.Shadow.cached(pool_pages=40)}.get(mmu, sc.Shadow.flush(quirks=0))
-    for rng, program in seeded(500, 60):
+    for rng, program in seeded(500, number):
         interleaved(modes, design, rng.choice(TLBS), program)
 
 

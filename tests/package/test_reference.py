@@ -54,6 +54,7 @@ def test_everything_public_has_a_docstring(name):
     assert missing == []
 
 
+@pytest.mark.slow
 @pytest.mark.packaging
 def test_the_site_is_built_without_a_warning(tmp_path):
     """By Sphinx, warnings as errors, from docs/; the inventory of the site has every public name."""

@@ -13,6 +13,8 @@ EMBEDDING = [f"tests/embedding/test_{part}.py" for part in ("capi", "capi_misuse
 EMBEDDING += ["tests/engine/test_threads.py"]
 # A plug-in without Python is a program that would need the sanitizers as well.
 NEVER = ["tests/embedding/test_capi_vms.py::test_a_plugin_without_python"]
+# Random programs, of which the default suite runs a sample.
+RANDOM = [f"tests/{name}.py" for name in ("arch/test_model_random", "tlb/test_tlb_lazy", "engine/test_vcpus_random")]
 # These measure memory, time or allocations, of which sanitizers have their own; or start programs under Valgrind.
 MEASURED = [
     "tests/studies/test_cli_study.py::test_the_main_job_is_quick",
@@ -77,3 +79,4 @@ def test_embedding_under_sanitizers(sanitized):
 def test_everything_under_sanitizers(sanitized):
     """Half an hour."""
     sanitized(*without(NEVER + MEASURED))
+    sanitized("-m", "slow", *RANDOM)

@@ -20,6 +20,7 @@ MODULES = sorted(".".join(path.relative_to(PACKAGE).with_suffix("").parts) for p
 ALLOWLIST = DATA / "stubtest_allowlist.txt"
 
 
+@pytest.mark.slow
 def test_stubs_agree_with_the_modules(tmp_path):
     """Names, signatures, defaults and kinds of attributes, as stubtest compares them."""
     pytest.importorskip("mypy", reason="stubtest comes with mypy, which is not installed")

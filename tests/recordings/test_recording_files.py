@@ -14,6 +14,7 @@ from shadowcore.recording import replay as trace
 from shadowcore.recordings import GUEST, PROGRAM, Writer
 
 SCALARS = ("cr0", "cr4", "efer", "nframes")
+TINY = ((1, 1500), (2, 2500), (13, 6000))  # blocks of so many records, and so many records of them
 
 
 @pytest.fixture(scope="module")
@@ -47,10 +48,14 @@ def test_lossless(tmp_path, linux):
     assert path.stat().st_size < (tmp_path / "linux.npz").stat().st_size
 
 
+@pytest.fixture(scope="module")
+def in_blocks(linux, tmp_path_factory):
+    return write(linux, tmp_path_factory.mktemp("whole") / "linux.screc", 10_007)
+
+
 @pytest.mark.parametrize("design", ["native", "flush", "cached", "kvm-2007"])
-def test_the_whole_recording_in_blocks(tmp_path, linux, design):
-    path = write(linux, tmp_path / "linux.screc", 10_007)
-    streamed = trace.open_recording(path)
+def test_the_whole_recording_in_blocks(in_blocks, linux, design):
+    streamed = trace.open_recording(in_blocks)
     assert isinstance(streamed, trace.RecordingFile)
     assert (streamed.operations, streamed.first_user, streamed.first_cr3) == (1_262_787, 542_801, 2059)
     assert (streamed.memory_size, streamed.direct_map) == (linux.memory_size, linux.direct_map)
@@ -64,10 +69,13 @@ def part(linux):
     return linux.head(20_000)
 
 
-@pytest.mark.parametrize("block", [1, 2, 13, 1000])
-def test_tiny_blocks(tmp_path, part, block):
+@pytest.mark.parametrize(
+    ("block", "records"),
+    [(1, 600), (2, 1000), (13, 2500), (1000, 20_000), *(pytest.param(*big, marks=pytest.mark.slow) for big in TINY)],
+)
+def test_tiny_blocks(tmp_path, part, block, records):
     """Tables and their words, and stores with their accesses, lie across the ends of blocks."""
-    short = part.head({1: 1500, 2: 2500, 13: 6000}.get(block, 20_000))
+    short = part.head(records)
     streamed = trace.open_recording(write(short, tmp_path / "part.screc", block))
     pieces = list(streamed.pieces())
     assert [base for base, _ in pieces] == np.cumsum([0, *(piece.operations for _, piece in pieces)])[:-1].tolist()

@@ -8,3 +8,9 @@ import studies
 def study():
     """A study of the whole bundled recording; whoever changes it copies it first."""
     return studies.study()
+
+
+@pytest.fixture(scope="session")
+def small():
+    """A study of the first records, for what does not depend on their number."""
+    return studies.study(20_000, windows=10)

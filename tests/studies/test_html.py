@@ -167,8 +167,8 @@ def test_under_five_megabytes(tmp_path, study):
     assert 100_000 < (tmp_path / "out.html").stat().st_size < 5_000_000
 
 
-def test_too_large_is_refused_and_leaves_nothing(tmp_path):
-    huge = studies.study(20_000, ("cached",), 10)
+def test_too_large_is_refused_and_leaves_nothing(tmp_path, small):
+    huge = SimpleNamespace(**vars(small))
     huge.settings = {f"setting {n}": "x" * 1000 for n in range(6000)}
     (tmp_path / "out.html").write_text("older")
     with pytest.raises(sc.ConfigError, match="5,000,000"):
@@ -177,12 +177,12 @@ def test_too_large_is_refused_and_leaves_nothing(tmp_path):
     assert (tmp_path / "out.html").read_text() == "older"
 
 
-def test_names_cannot_break_the_page(tmp_path, study):
+def test_names_cannot_break_the_page(tmp_path, small):
     nasty = "</script><script>alert(1)</script><!-- \u2028 \"quoted\" & 'single'"
-    renamed = SimpleNamespace(**vars(study))
+    renamed = SimpleNamespace(**vars(small))
     renamed.workload = renamed.command = nasty
     renamed.settings = {nasty: nasty}
-    renamed.designs = {nasty: study.designs["cached"], "not a number": study.designs["flush"]}
+    renamed.designs = {nasty: small.designs["cached"], "not a number": small.designs["flush"]}
     page.write(renamed, tmp_path / "out.html")
     parsed = Parsed((tmp_path / "out.html").read_text("utf-8"))
     assert sum(tag == "script" for tag, _ in parsed.tags) == 2
@@ -194,7 +194,7 @@ def test_names_cannot_break_the_page(tmp_path, study):
     assert "".join(parsed.texts["command"]) == nasty
 
 
-def test_what_a_study_may_lack(tmp_path, study):
+def test_what_a_study_may_lack(tmp_path):
     """No windows, no heat, no cost, counters that are no numbers: sections are left out, the rest stands."""
     bare = SimpleNamespace(
         workload="bare",
@@ -215,9 +215,9 @@ def test_what_a_study_may_lack(tmp_path, study):
     assert not [a for tag, a in parsed.tags if tag == "svg" and "role" in a]
 
 
-def test_disk_trouble_is_an_oserror_and_nothing_is_lost(tmp_path, study, monkeypatch):
+def test_disk_trouble_is_an_oserror_and_nothing_is_lost(tmp_path, small, monkeypatch):
     with pytest.raises(FileNotFoundError) as caught:
-        page.write(study, tmp_path / "missing" / "out.html")
+        page.write(small, tmp_path / "missing" / "out.html")
     assert caught.value.filename == str(tmp_path / "missing" / "out.html")
     (tmp_path / "out.html").write_text("older")
 
@@ -226,7 +226,7 @@ def test_disk_trouble_is_an_oserror_and_nothing_is_lost(tmp_path, study, monkeyp
 
     monkeypatch.setattr(os, "replace", full)
     with pytest.raises(OSError, match="No space") as caught:
-        page.write(study, tmp_path / "out.html")
+        page.write(small, tmp_path / "out.html")
     assert caught.value.filename == str(tmp_path / "out.html")
     assert "\n" not in str(caught.value)
     assert [each.name for each in tmp_path.iterdir()] == ["out.html"]

@@ -130,12 +130,12 @@ def test_heat_of_a_workload(name):
         assert (abs(halves - 0.5) < 0.02).sum() == 2  # two processes take turns
 
 
-def test_heat_of_a_workload_says_what_its_axis_counts(tmp_path, study):
-    warmed = SimpleNamespace(**vars(study) | of_workload("pingpong", ("cached",), operations=5000))
+def test_heat_of_a_workload_says_what_its_axis_counts(tmp_path, small):
+    warmed = SimpleNamespace(**vars(small) | of_workload("pingpong", ("cached",), operations=5000))
     page.write(warmed, tmp_path / "out.html")
     text = (tmp_path / "out.html").read_text("utf-8")
     assert text.count(">operations, string instructions store by store<") == 3
-    assert "axis" not in study.frames
+    assert "axis" not in small.frames
 
 
 def test_heat_of_a_workload_refuses_what_cannot_be():

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from operations import operations
 from oracle import CR3, CR4, CR4_PCIDE, CR4_PGE, INVLPG, OK, READ, WRITE
+from samples import sampled, sampled_examples
 from tlb_programs import (
     MODES,
     PROGRAMS,
@@ -30,7 +31,7 @@ from tlb_programs import (
 import shadowcore as sc
 
 # Half of what the profile asks for: evenly random programs find more, and are run besides.
-FEWER = settings(max_examples=settings().max_examples // 2)
+fewer_examples = sampled_examples(share=2)
 
 # Variants of each design, with what the model has to know of their habits.
 DESIGNS = {
@@ -56,13 +57,14 @@ def program_on(mode, variant, tlb, program):
     return together
 
 
+@fewer_examples
 @pytest.mark.parametrize("design", DESIGNS)
 @pytest.mark.parametrize("mode", MODES)
-def test_every_outcome_is_allowed(mode, design):
+def test_every_outcome_is_allowed(mode, design, examples):
     variants = DESIGNS[design]
     tlbs = TLBS if design == "native" else [*TLBS, None]
 
-    @FEWER
+    @settings(max_examples=examples)
     @given(st.sampled_from(variants), st.sampled_from(tlbs), PROGRAMS)
     def run(variant, tlb, program):
         program_on(MODES[mode], variant, tlb, program)
@@ -70,10 +72,11 @@ def test_every_outcome_is_allowed(mode, design):
     run()
 
 
+@sampled("number", 150)
 @pytest.mark.parametrize("design", DESIGNS)
 @pytest.mark.parametrize("mode", MODES)
-def test_long_programs(mode, design):
-    for seed, tlb, program in seeded(1000, 150):
+def test_long_programs(mode, design, number):
+    for seed, tlb, program in seeded(1000, number):
         variant = DESIGNS[design][seed % len(DESIGNS[design])]
         try:
             program_on(MODES[mode], variant, tlb, program)
@@ -209,11 +212,12 @@ def assert_same(careful, design, tlb):
     return vm
 
 
+@fewer_examples
 @pytest.mark.parametrize("mode", MODES)
-def test_who_invalidates_cannot_tell(mode):
+def test_who_invalidates_cannot_tell(mode, examples):
     """A program that keeps the rules is identical to one on a processor without a TLB, in every design."""
 
-    @FEWER
+    @settings(max_examples=examples)
     @given(st.sampled_from(["INVLPG", "CR4.PGE"]), st.sampled_from(TLBS), PROGRAMS)
     def run(invalidate, tlb, program):
         careful = Careful(MODES[mode], invalidate)
@@ -241,12 +245,13 @@ class Careless(Careful):
                 Steps.step(self, step)
 
 
+@fewer_examples
 @pytest.mark.parametrize("mode", MODES)
-def test_cached_sees_every_edit(mode):
+def test_cached_sees_every_edit(mode, examples):
     """`cached` flushes when a table is stored to: where no translation may outlive a load of CR3, no program at all
     can tell that there is a TLB."""
 
-    @FEWER
+    @settings(max_examples=examples)
     @given(st.sampled_from(TLBS), PROGRAMS)
     def run(tlb, program):
         careless = Careless(MODES[mode], None)
