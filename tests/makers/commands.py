@@ -2,6 +2,8 @@
 
 import os
 import sys
+import time
+from pathlib import Path
 
 from click.testing import CliRunner
 
@@ -25,3 +27,15 @@ def refused(*arguments):
     assert output.startswith("shadowcore: ")
     assert output.count("\n") == 1
     return output
+
+
+def wait_for_work(process, seconds=1.5):
+    """Until a process that was started has had so much time of the processor: it then is beyond its imports, however
+    many others run. Where that cannot be seen, 2 s pass."""
+    stat = Path(f"/proc/{process.pid}/stat")
+    if not stat.exists():
+        time.sleep(2)
+        return
+    ticks = os.sysconf("SC_CLK_TCK")
+    while process.poll() is None and sum(map(int, stat.read_text().rsplit(")", 1)[1].split()[11:13])) < seconds * ticks:
+        time.sleep(0.05)

@@ -7,11 +7,10 @@ import pty
 import signal
 import subprocess
 import sys
-import time
 import types
 
 import pytest
-from commands import COMMAND, refused, run
+from commands import COMMAND, refused, run, wait_for_work
 
 import shadowcore as sc
 from shadowcore import workload
@@ -188,7 +187,7 @@ def test_ctrl_c_prints_what_was_done():
     process = subprocess.Popen(
         COMMAND + arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
     )
-    time.sleep(2)
+    wait_for_work(process)
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=30)
     assert process.returncode == 130
@@ -203,7 +202,7 @@ def test_progress_on_a_terminal_only():
         "TERM": "xterm",
         "COLUMNS": "120",
     }
-    command = [*COMMAND, "compare", "database", "--operations", "3000000", "--json"]
+    command = [*COMMAND, "compare", "database", "--mmu", "cached", "--operations", "3000000", "--json"]
     ours, theirs = pty.openpty()
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=theirs, env=environment)
     os.close(theirs)
