@@ -14,34 +14,18 @@ import time
 
 import numpy as np
 import pytest
-from click.testing import CliRunner
+from commands import COMMAND, ENVIRONMENT, refused, run
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from places import DATA
 
 import shadowcore as sc
-from shadowcore.cli import main
 from shadowcore.recording import importers
 from shadowcore.recording import replay as trace
 from shadowcore.recording.importers import CHAMPSIM_DTYPE
 from shadowcore.recordings import FETCH, READ, WRITE, Event, Reader, Writer
 
 LACKEY = DATA / "lackey"
-ENVIRONMENT = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-COMMAND = [sys.executable, "-c", "from shadowcore.cli import main; main()"]
-
-
-def run(*arguments, status=0):
-    result = CliRunner().invoke(main, [str(argument) for argument in arguments])
-    assert result.exit_code == status, result.output
-    return result.output
-
-
-def refused(*arguments):
-    output = run(*arguments, status=2)
-    assert output.startswith("shadowcore: ")
-    assert output.count("\n") == 1
-    return output
 
 
 def rows_of(path):
