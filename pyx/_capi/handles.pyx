@@ -129,7 +129,7 @@ cdef int handle_new(object vm, sc_vm *handle) except -1:
         raise MemoryError(f"there are {MAX_VMS} VMs with handles, and no more can have one")
     Py_INCREF(vm)
     p.owner = <PyObject *>vm
-    p.mmu = &mmu.c
+    p.mmu = mmu.c
     p.function = NULL
     p.context = NULL
     p.no_memo = False
