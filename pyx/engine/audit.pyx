@@ -45,7 +45,7 @@ def audit(Mmu mmu):
     cdef sc_audit a
     mmu.enter(True)
     with nogil:
-        audit_all(&mmu.c, &a)
+        audit_all(mmu.c, &a)
     mmu.leave()
     error = watch_raised(&mmu.watch)
     if error is not None:

@@ -293,7 +293,7 @@ cdef int columns_run(sc_mmu *mmu, u32 number, const sc_columns *c, u64 n, bint d
 
 
 cdef object _run(Mmu shell, sc_batch *b, u64 n, const sc_columns *columns):
-    cdef sc_mmu *mmu = &shell.c
+    cdef sc_mmu *mmu = shell.c
     cdef bint wide = columns == NULL and _check_values(b, n, mmu.n_vcpus)
     cdef RunResult result
     cdef Block more

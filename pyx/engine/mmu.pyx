@@ -3,6 +3,7 @@ import os
 
 import numpy as np
 
+from libc.stdlib cimport calloc, free
 from libc.string cimport memset
 
 from shadowcore.engine.bits cimport CR4_PGE, PTE_D, PTE_G, PTE_W, SPTE_MARK, pte_addr
@@ -235,7 +236,9 @@ cdef class Mmu:
 
     def __cinit__(self, Memory memory, design):
         cdef u64 buckets = 4
-        memset(&self.c, 0, sizeof(self.c))
+        self.c = <sc_mmu *>calloc(1, sizeof(sc_mmu))
+        if self.c == NULL:
+            raise MemoryError
         memset(&self.counters, 0, sizeof(self.counters))
         design = checked_design(design)
         self.memory = memory
@@ -270,13 +273,16 @@ cdef class Mmu:
         self.c.frames = <sc_frame *>self._array(sizeof(sc_frame) * memory.mem.nframes)
         self.c.links = <sc_link *>self._array(sizeof(sc_link) * 512 * self.c.pool_pages)
         self.c.hash = <u32 *>self._array(sizeof(u32) * buckets)
-        pool_init(&self.c)
+        pool_init(self.c)
+
+    def __dealloc__(self):
+        free(self.c)
 
     cdef int idle(self) except -1:
         """EngineError while another thread runs a batch on this VM, or a callback of it: one VM, one user at a time;
         and while somebody holds an array of writable_arrays. AuditError if what was written there cannot be used."""
         cdef sc_audit a
-        if self.c.mem.busy and mmu_settle(&self.c, &a) != RC_OK:
+        if self.c.mem.busy and mmu_settle(self.c, &a) != RC_OK:
             self.still()
             raise AuditError(audit_violations(&a), a.n, "writable_arrays")
         return 0
@@ -510,7 +516,7 @@ cdef class Mmu:
             if member > most or <u32>len(members) == most:
                 raise EngineError(f"a list of sptes leads to entry {member - 1}, which is not one: see vm.audit()")
             members.append(member - 1)
-            member = list_next(&self.c, head, member)
+            member = list_next(self.c, head, member)
         return members
 
     def roots(self, vcpu=0):
@@ -522,14 +528,14 @@ cdef class Mmu:
     def unprotect(self, gfn) -> bool:
         """Zap the shadow pages of the guest table at `gfn`; True if there were any."""
         self._shadow("unprotect")
-        cdef bint found = pool_unprotect(&self.c, check_int("gfn", gfn, 0, (1 << 52) - 1))
+        cdef bint found = pool_unprotect(self.c, check_int("gfn", gfn, 0, (1 << 52) - 1))
         self._report()
         return found
 
     def zap_all(self) -> None:
         """Zap every shadow page; roots in use stay, empty."""
         self._shadow("zap_all")
-        pool_zap_all(&self.c)
+        pool_zap_all(self.c)
         self._report()
 
     def _report(self):
@@ -544,7 +550,7 @@ cdef class Mmu:
         cdef u32 part
         while left:
             part = <u32>min(left, 4096 - (address & 4095))
-            device_store(&self.c, address, at, part)
+            device_store(self.c, address, at, part)
             address += part
             at += part
             left -= part
@@ -580,7 +586,7 @@ cdef class Mmu:
     def export_state(self) -> dict:
         """The scalars of the MMU and its counters; with `arrays` and the vcpus' states, all of it (VM.save)."""
         self.still()
-        cdef sc_mmu *c = &self.c
+        cdef sc_mmu *c = self.c
         state = {"n_free": c.n_free, "n_active": c.n_active, "free_head": c.free_head, "young": c.young, "old": c.old,
                  "n_pte4": c.n_pte4, "n_pte8": c.n_pte8, "flush_epoch": c.flush_epoch, "spte_base": c.spte_base}
         state["counters"] = self.stats.as_array().tolist()
@@ -594,7 +600,7 @@ cdef class Mmu:
         writable_arrays.
         """
         self.still()
-        cdef sc_mmu *c = &self.c
+        cdef sc_mmu *c = self.c
         cdef u64 *counters = <u64 *>&self.counters
         cdef list counted = check_ints("counters", state.get("counters"), sizeof(sc_stats) // sizeof(u64), _WORD)
         cdef u32 none = SC_NONE
@@ -616,7 +622,7 @@ cdef class Mmu:
         self.idle()
         cdef int index = check_int("slot", slot, 0, <int>self.c.mem.nslots - 1)
         if self.c.shadow:
-            mmu_protect_slot(&self.c, index)
+            mmu_protect_slot(self.c, index)
             self._report()
 
     def _shadow(self, what):

@@ -3,6 +3,7 @@ import numpy as np
 
 from cpython.long cimport PyLong_AsLong, PyLong_AsUnsignedLongLong, PyLong_CheckExact
 from cython cimport freelist
+from libc.stdlib cimport calloc, free
 from libc.string cimport memset
 
 from shadowcore.engine.access cimport (
@@ -27,6 +28,7 @@ from shadowcore.engine.types cimport (
 )
 from shadowcore.engine.walker cimport probe_walk, sc_walk, walk_index
 
+from shadowcore._version import __version__
 from shadowcore.config import FEATURES as _FEATURES, TLB, Features, check_int, check_ints, taken
 from shadowcore.engine.memory import allocate, window
 from shadowcore.errors import ConfigError, GeneralProtection, MMIOAccess, PageFault
@@ -45,6 +47,9 @@ cdef class Translation:
     entry: the guest's leaf entry. level: its level. levels: (level, gpa of the entry, entry) from the top. With paging
     off there are no entries.
     """
+
+    cdef sc_walk w
+    cdef int mode
 
     @property
     def gpa(self) -> int:
@@ -198,7 +203,9 @@ cdef class VCpu:
             tlb = taken(TLB, tlb, "tlb")
         if mmu.c.n_vcpus == SC_MAX_VCPUS:
             raise ConfigError(f"vcpus: at most {SC_MAX_VCPUS}")
-        memset(&self.c, 0, sizeof(self.c))
+        self.c = <sc_vcpu *>calloc(1, sizeof(sc_vcpu))
+        if self.c == NULL:
+            raise MemoryError
         self.mmu = mmu
         self.c.number = mmu.c.n_vcpus
         self.c.maxphyaddr = features.maxphyaddr
@@ -211,9 +218,12 @@ cdef class VCpu:
             self._memo = allocate(sizeof(sc_memo))
             self._take_fast_paths(not mmu.general)
         mmu._vcpus.append(self)
-        mmu.c.vcpus[mmu.c.n_vcpus] = &self.c
+        mmu.c.vcpus[mmu.c.n_vcpus] = self.c
         mmu.c.n_vcpus += 1
-        vcpu_init(&mmu.c, &self.c)
+        vcpu_init(mmu.c, self.c)
+
+    def __dealloc__(self):
+        free(self.c)
 
     def _take_fast_paths(self, on) -> None:
         """For `Mmu.general`: without a memo no fast path is open."""
@@ -222,7 +232,7 @@ cdef class VCpu:
 
     def export_state(self) -> dict:
         """Registers, roots and flood counter: with `tlb_arrays`, all that a vcpu is (VM.save)."""
-        cdef sc_vcpu *c = &self.c
+        cdef sc_vcpu *c = self.c
         self.mmu.still()
         return {"cr0": c.cr0, "cr2": c.cr2, "cr3": c.cr3, "cr4": c.cr4, "efer": c.efer, "pkru": c.guest.pkru,
                 "ac": bool(c.guest.ac), "cpl": c.cpl, "pdptes": list(self.pdptes),
@@ -235,7 +245,7 @@ cdef class VCpu:
         lead to these registers, or where a root is not the page that they ask for, or no page that is held as a root.
         That the counts of roots agree is checked by the first call that uses the VM, as after Mmu.writable_arrays.
         """
-        cdef sc_vcpu c = self.c
+        cdef sc_vcpu c = self.c[0]
         cdef u32 none = SC_NONE
         cdef u32 page
         cdef bint ac
@@ -266,13 +276,13 @@ cdef class VCpu:
             c.hw.pdpte[i] = 0
             if page == SC_NONE:
                 continue
-            if page >= self.mmu.c.pool_pages or not root_fits(&self.mmu.c, &c, i, page):
+            if page >= self.mmu.c.pool_pages or not root_fits(self.mmu.c, &c, i, page):
                 raise ConfigError(f"roots: page {page} is not the root that the registers ask for")
-            if _held(&self.mmu.c, &c, page) > self.mmu.c.pages[page].root_count:
+            if _held(self.mmu.c, &c, page) > self.mmu.c.pages[page].root_count:
                 raise ConfigError(f"roots: page {page} is not held as a root so often")
             c.hw.pdpte[i] = mem_pool_hpa(page) | PTE_P
             c.hw.root = mem_pool_hpa(page)
-        self.c = c
+        self.c[0] = c
         self.mmu.c.mem.busy |= SC_WRITTEN
 
     @property
@@ -369,7 +379,7 @@ cdef class VCpu:
 
     @cr0.setter
     def cr0(self, value):
-        self._loaded(load_cr0(&self._idle().c, &self.c, _register("cr0", value)))
+        self._loaded(load_cr0(self._idle().c, self.c, _register("cr0", value)))
 
     @property
     def cr2(self) -> int:
@@ -392,7 +402,7 @@ cdef class VCpu:
 
     @cr3.setter
     def cr3(self, value):
-        self._loaded(load_cr3(&self._idle().c, &self.c, _register("cr3", value)))
+        self._loaded(load_cr3(self._idle().c, self.c, _register("cr3", value)))
 
     @property
     def cr4(self) -> int:
@@ -401,7 +411,7 @@ cdef class VCpu:
 
     @cr4.setter
     def cr4(self, value):
-        self._loaded(load_cr4(&self._idle().c, &self.c, _register("cr4", value)))
+        self._loaded(load_cr4(self._idle().c, self.c, _register("cr4", value)))
 
     @property
     def efer(self) -> int:
@@ -410,7 +420,7 @@ cdef class VCpu:
 
     @efer.setter
     def efer(self, value):
-        self._loaded(load_efer(&self._idle().c, &self.c, _register("efer", value)))
+        self._loaded(load_efer(self._idle().c, self.c, _register("efer", value)))
 
     @property
     def pkru(self) -> int:
@@ -420,7 +430,7 @@ cdef class VCpu:
     @pkru.setter
     def pkru(self, value):
         self.mmu.idle()
-        load_pkru(&self.mmu.c, &self.c, check_int("pkru", value, 0, (1 << 32) - 1))
+        load_pkru(self.mmu.c, self.c, check_int("pkru", value, 0, (1 << 32) - 1))
 
     @property
     def ac(self) -> bool:
@@ -431,7 +441,7 @@ cdef class VCpu:
     @ac.setter
     def ac(self, value):
         self.mmu.idle()
-        load_ac(&self.mmu.c, &self.c, bool(value))
+        load_ac(self.mmu.c, self.c, bool(value))
 
     @property
     def cpl(self) -> int:
@@ -481,7 +491,7 @@ cdef class VCpu:
             o.expected[0] = value & _WORD
             o.expected[1] = value >> 64
         self.mmu.idle()
-        rc = access_do(&self.mmu.c, &self.c, &o, True, r)
+        rc = access_do(self.mmu.c, self.c, &o, True, r)
         if self.mmu.c.audit_found:
             rc = RC_AUDIT
         if rc == RC_OK:
@@ -541,7 +551,7 @@ cdef class VCpu:
         o.op = OP_INVLPG
         o.addr = _address(gva)
         self.mmu.idle()
-        vcpu_op(&self.mmu.c, &self.c, &o, True, &r)
+        vcpu_op(self.mmu.c, self.c, &o, True, &r)
         self.mmu._report()
 
     def translate(self, gva, access=_READ, user=None):
@@ -558,17 +568,13 @@ cdef class VCpu:
                 raise ConfigError(f"access: {access!r} is not 'r', 'w' or 'x'")
             wanted = _ACCESS[access]
         self.mmu.idle()
-        self._walk(va, wanted, user, t)
-        return t
-
-    cdef int _walk(self, u64 va, u32 access, object user, Translation t) except -1:
         if self.c.cpl == 3 if user is None else user:
-            access |= PF_U
-        va = _linear(&self.c, va)
+            wanted |= PF_U
+        va = _linear(self.c, va)
         t.mode = self.c.guest.mode
-        if probe_walk(self.mmu.c.mem, &self.c.guest, va, access, &t.w) == RC_PF:
+        if probe_walk(self.mmu.c.mem, &self.c.guest, va, wanted, &t.w) == RC_PF:
             raise PageFault(va, t.w.error_code)
-        return 0
+        return t
 
     def walk_levels(self, gva) -> list:
         """Entries that a walk of `gva` examines, as (level, gpa of the entry, entry) from the top, up to the one
@@ -579,7 +585,7 @@ cdef class VCpu:
         cdef sc_walk w
         cdef u64 va = _address(gva)
         self.mmu.idle()
-        va = _linear(&self.c, va)
+        va = _linear(self.c, va)
         if self.c.guest.mode == MODE_OFF:
             return []
         probe_walk(self.mmu.c.mem, &self.c.guest, va, 0, &w)
@@ -607,14 +613,34 @@ cdef class VCpu:
         return f"VCpu({self.c.number}, mode {self.mode}, cr3={self.c.cr3:#x})"
 
 
-cdef sc_mmu *mmu_struct(object vm) except NULL:
-    """The structure behind a VM, for other packages; good for as long as the VM lives. TypeError for anything else."""
-    return &(<Mmu?>vm.mmu).c
+cdef sc_mmu *vm_mmu(object vm) except NULL:
+    return (<Mmu?>vm.mmu).c
 
 
-cdef sc_vcpu *vcpu_struct(object vm, u32 number) except NULL:
-    """That of its vcpu of this number."""
-    cdef sc_mmu *mmu = mmu_struct(vm)
+cdef sc_vcpu *vm_vcpu(object vm, u32 number) except NULL:
+    cdef sc_mmu *mmu = vm_mmu(vm)
     if number >= mmu.n_vcpus:
         raise ConfigError(f"vcpu: there is no number {number}, the VM has {mmu.n_vcpus}")
     return mmu.vcpus[number]
+
+
+cdef int shared_check(const sc_shared *theirs, u32 n) except -1:
+    """ImportError, with both sizes, for the first structure that another module was compiled with and is not ours."""
+    cdef sc_shared ours[SC_SHARED]
+    cdef size_t size
+    cdef u32 i
+    shared_sizes(ours)
+    for i in range(n):
+        size = ours[i].size if i < SC_SHARED else 0
+        if theirs[i].size != size:
+            raise ImportError(
+                f"{theirs[i].name.decode()}: {theirs[i].size} bytes in the module that asks, {size} in shadowcore "
+                f"{__version__}, which runs: compile it with the headers of that"
+            )
+    return 0
+
+
+# What modules find that were compiled when the inline functions of the header were these: no sizes are compared.
+for _old, _new in (("mmu_struct", "vm_mmu"), ("vcpu_struct", "vm_vcpu")):
+    globals()["__pyx_capi__"][_old] = globals()["__pyx_capi__"][_new]
+del _old, _new

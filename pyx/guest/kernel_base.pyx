@@ -87,8 +87,8 @@ cdef class KernelBase:
                               f"at most {high}")
         if slot.size >> 12 >= 0xFFFFFFFF:
             raise ConfigError(f"vm: memory of {slot.size} bytes: at most {0xFFFFFFFE} frames are managed")
-        self.g.mmu = &self._cpu.mmu.c
-        self.g.v = &self._cpu.c
+        self.g.mmu = self._cpu.mmu.c
+        self.g.v = self._cpu.c
         self.g.ram = self.g.mmu.mem.ram
         self.g.mode = _MODES[options.mode]
         self.g.all_frames = slot.size >> 12

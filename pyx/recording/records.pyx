@@ -236,7 +236,7 @@ def replay(vm, dict arrays, start, stop, direct_map=0xFFFF888000000000):
     `.record`, the next one, and `.result`, the counts; Ctrl-C is Interrupted.
     """
     cdef VCpu cpu = vm.vcpus[0]
-    cdef sc_mmu *mmu = &cpu.mmu.c
+    cdef sc_mmu *mmu = cpu.mmu.c
     cdef sc_replay t
     cdef u64 i = start
     cdef u64 end = stop
@@ -261,7 +261,7 @@ def replay(vm, dict arrays, start, stop, direct_map=0xFFFF888000000000):
         while i < end and rc >= 0 and error is None:
             with nogil:
                 while i < end:
-                    rc = _record(mmu, &cpu.c, &t, i)
+                    rc = _record(mmu, cpu.c, &t, i)
                     if mmu.audit_found:
                         rc = RC_AUDIT
                     if rc < 0:

@@ -70,7 +70,7 @@ cdef inline bint _is_plain_store(const sc_mmu *mmu, const sc_vcpu *v, u64 va, bi
 
 def is_plain_store(VCpu cpu not None, u64 gva, bint user) -> bool:
     """The processor may make a store of `cpu` to `gva` by itself. If not, the emulator has to, or may have to."""
-    return _is_plain_store(&cpu.mmu.c, &cpu.c, gva, user)
+    return _is_plain_store(cpu.mmu.c, cpu.c, gva, user)
 
 
 cdef bint _in_table(const sc_fills *f, void *uc, u64 page) noexcept nogil:
@@ -203,8 +203,8 @@ cdef class Fills:
         cdef Mmu mmu = cpu.mmu
         self.cpu = cpu
         self.other, self.is_plain, self.flush = other, is_plain, flush
-        self.c.mmu = &mmu.c
-        self.c.v = &cpu.c
+        self.c.mmu = mmu.c
+        self.c.v = cpu.c
         self.c.read = <sc_register_read>read
         self.c.cs, self.c.flags, self.c.tables[0], self.c.tables[1], self.c.tables[2] = registers
         self.c.owner = <void *>self

@@ -13,7 +13,7 @@ cdef void mmu_invlpg(sc_mmu *mmu, sc_vcpu *v, u64 va) noexcept nogil
 cdef void mmu_protect_slot(sc_mmu *mmu, int slot) noexcept nogil
 
 cdef class Mmu:
-    cdef sc_mmu c
+    cdef sc_mmu *c                  # its own; outside of the object, whose size other modules are compiled with
     cdef sc_stats counters
     cdef readonly Memory memory
     cdef readonly Stats stats

@@ -52,6 +52,9 @@ ENGINE = (
 )
 """The modules of shadowcore.engine in the same way."""
 
+CAPI = ("header", "handles", "accesses lifecycle look", "table")
+"""Those of shadowcore._capi."""
+
 PYTHON = re.compile(r"^[ \t]*((?:from[ \t]+[\w.]+[ \t]+)?import[ \t]+(?:\([^)]*\)|[^\n#]*))", re.M)
 """An import of Python in a Cython text."""
 
@@ -148,13 +151,15 @@ def header_only(name):
     return all(path.suffix == ".pxd" for path in modules()[name]) and name.count(".") == 1
 
 
-def test_order_inside_of_the_engine(graph):
-    order = {name: number for number, names in enumerate(ENGINE) for name in names.split()}
-    inside = {name.removeprefix("shadowcore.engine."): targets for name, targets in graph.items() if ".engine." in name}
+@pytest.mark.parametrize(("package", "rows"), [("engine", ENGINE), ("_capi", CAPI)])
+def test_order_inside_of_a_package(graph, package, rows):
+    order = {name: number for number, names in enumerate(rows) for name in names.split()}
+    prefix = f"shadowcore.{package}."
+    inside = {name.removeprefix(prefix): targets for name, targets in graph.items() if name.startswith(prefix)}
     assert set(inside) == set(order)
     wrong = []
     for name, targets in inside.items():
-        below = {target.removeprefix("shadowcore.engine.") for target in targets if ".engine." in target}
+        below = {target.removeprefix(prefix) for target in targets if target.startswith(prefix)}
         wrong += [f"{name} imports {target}" for target in below if order[target] >= order[name]]
     assert wrong == []
 

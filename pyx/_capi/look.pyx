@@ -1,0 +1,237 @@
+"""Registers, and what the engine did: counters, prices, events, audits."""
+from libc.string cimport memcpy, memset
+
+from shadowcore._capi.handles cimport (
+    MAX_VMS, enter, fail, fail_python, fail_rc, fail_struct, leave, places, refused, sc_place, vcpu_of, with_python,
+)
+from shadowcore._capi.header cimport (
+    SC_AC, SC_CPL, SC_CR0, SC_CR2, SC_CR3, SC_CR4, SC_E_ARGUMENT, SC_E_NULL, SC_E_PYTHON, SC_EFER, SC_PKRU,
+    sc_audit_result, sc_counters, sc_event, sc_event_function, sc_vm,
+)
+from shadowcore.engine.access cimport (
+    OP_CR0, OP_CR3, OP_CR4, OP_EFER, OP_INVLPG, OP_PKRU, sc_op, sc_result, vcpu_op,
+)
+from shadowcore.engine.counters cimport sc_stats
+from shadowcore.engine.hooks cimport EVENT_COUNT
+from shadowcore.engine.invariants cimport audit_all, sc_audit
+from shadowcore.engine.prices cimport prices_are_sane, prices_cycles, prices_of, sc_prices
+from shadowcore.engine.registers cimport load_ac
+from shadowcore.engine.state cimport sc_mmu, sc_vcpu
+from shadowcore.engine.types cimport RC_AUDIT, RC_OK, SC_NONE, u8, u32, u64
+
+from shadowcore.engine.costs import find as find_costs
+
+cdef sc_prices _price_lists[MAX_VMS]  # each of the handle in the place of that number
+
+
+# Registers
+
+cdef int api_register_read(sc_vm vm, u32 vcpu, u32 reg, u64 *value) noexcept nogil:
+    cdef sc_place *p
+    cdef sc_vcpu *v
+    cdef int rc = RC_OK
+    if value == NULL:
+        return fail(SC_E_NULL, "value is NULL")
+    p = enter(vm)
+    if p == NULL:
+        return refused(vm)
+    v = vcpu_of(p.mmu, vcpu)
+    if v == NULL:
+        rc = SC_E_ARGUMENT
+    elif reg == SC_CR0:
+        value[0] = v.cr0
+    elif reg == SC_CR2:
+        value[0] = v.cr2
+    elif reg == SC_CR3:
+        value[0] = v.cr3
+    elif reg == SC_CR4:
+        value[0] = v.cr4
+    elif reg == SC_EFER:
+        value[0] = v.efer
+    elif reg == SC_PKRU:
+        value[0] = v.guest.pkru
+    elif reg == SC_AC:
+        value[0] = v.guest.ac
+    elif reg == SC_CPL:
+        value[0] = v.cpl
+    else:
+        rc = fail(SC_E_ARGUMENT, "reg is no register")
+    leave(p)
+    return rc
+
+
+cdef int _load(sc_mmu *mmu, sc_vcpu *v, u32 op, u64 value) noexcept nogil:
+    cdef sc_op o
+    cdef sc_result r
+    cdef int rc
+    memset(&o, 0, sizeof(o))
+    o.op = <u8>op
+    o.addr = o.value[0] = value
+    rc = vcpu_op(mmu, v, &o, True, &r)
+    if rc >= 0 and mmu.audit_found:
+        rc = RC_AUDIT
+    return rc if rc >= 0 else fail_rc(mmu, rc)
+
+
+cdef int api_register_load(sc_vm vm, u32 vcpu, u32 reg, u64 value) noexcept nogil:
+    cdef sc_place *p = enter(vm)
+    cdef sc_vcpu *v
+    cdef int rc = RC_OK
+    if p == NULL:
+        return refused(vm)
+    v = vcpu_of(p.mmu, vcpu)
+    if v == NULL:
+        rc = SC_E_ARGUMENT
+    elif reg == SC_CR0:
+        rc = _load(p.mmu, v, OP_CR0, value)
+    elif reg == SC_CR2:
+        v.cr2 = value
+    elif reg == SC_CR3:
+        rc = _load(p.mmu, v, OP_CR3, value)
+    elif reg == SC_CR4:
+        rc = _load(p.mmu, v, OP_CR4, value)
+    elif reg == SC_EFER:
+        rc = _load(p.mmu, v, OP_EFER, value)
+    elif reg == SC_PKRU and value >> 32 == 0:
+        rc = _load(p.mmu, v, OP_PKRU, value)
+    elif reg == SC_AC and value <= 1:
+        load_ac(p.mmu, v, value != 0)
+    elif reg == SC_CPL and (value == 0 or value == 3):
+        v.cpl = <u32>value
+    else:
+        rc = fail(SC_E_ARGUMENT, "reg is no register, or value none that it can have")
+    leave(p)
+    return rc
+
+
+cdef int api_invlpg(sc_vm vm, u32 vcpu, u64 gva) noexcept nogil:
+    cdef sc_place *p = enter(vm)
+    cdef sc_vcpu *v
+    cdef int rc
+    if p == NULL:
+        return refused(vm)
+    v = vcpu_of(p.mmu, vcpu)
+    rc = SC_E_ARGUMENT if v == NULL else _load(p.mmu, v, OP_INVLPG, gva)
+    leave(p)
+    return rc
+
+
+# Counters, prices, events, audits
+
+cdef int api_counters(sc_vm vm, sc_counters *counters) noexcept nogil:
+    cdef sc_place *p
+    if counters == NULL:
+        return fail(SC_E_NULL, "counters is NULL")
+    if counters.struct_size != sizeof(sc_counters):
+        return fail_struct("sc_counters", counters.struct_size, sizeof(sc_counters))
+    p = enter(vm)
+    if p == NULL:
+        return refused(vm)
+    memcpy(counters.exits, p.mmu.stats, sizeof(sc_stats))       # the same fields in the same order: see below
+    leave(p)
+    return RC_OK
+
+
+assert sizeof(sc_counters) == 8 + sizeof(sc_stats)
+
+
+cdef int _prices_with_gil(const char *preset, sc_prices *prices) noexcept with gil:
+    try:
+        return prices_of(find_costs((<bytes>preset).decode()), prices)
+    except BaseException as error:
+        return fail_python(error)
+
+
+cdef int api_prices(const char *preset, sc_prices *prices) noexcept nogil:
+    if preset == NULL or prices == NULL:
+        return fail(SC_E_NULL, "preset or prices is NULL")
+    if prices.struct_size != sizeof(sc_prices):
+        return fail_struct("sc_prices", prices.struct_size, sizeof(sc_prices))
+    if with_python() != RC_OK:
+        return SC_E_PYTHON
+    return _prices_with_gil(preset, prices)
+
+
+cdef int api_set_prices(sc_vm vm, const sc_prices *prices) noexcept nogil:
+    cdef sc_place *p
+    cdef sc_prices copy
+    if prices != NULL:
+        copy = prices[0]
+        prices = &copy
+        if prices.struct_size != sizeof(sc_prices):
+            return fail_struct("sc_prices", prices.struct_size, sizeof(sc_prices))
+        if prices.reserved or not prices_are_sane(prices):
+            return fail(SC_E_ARGUMENT, "prices->reserved is not 0, or a price is negative or no number")
+    p = enter(vm)
+    if p == NULL:
+        return refused(vm)
+    p.prices = NULL
+    if prices != NULL:
+        _price_lists[p - places] = prices[0]
+        p.prices = &_price_lists[p - places]
+    leave(p)
+    return RC_OK
+
+
+cdef int api_cycles(sc_vm vm, double *cycles) noexcept nogil:
+    cdef sc_place *p
+    if cycles == NULL:
+        return fail(SC_E_NULL, "cycles is NULL")
+    p = enter(vm)
+    if p == NULL:
+        return refused(vm)
+    cycles[0] = prices_cycles(p.prices, NULL, p.mmu.stats) if p.prices != NULL else 0
+    leave(p)
+    return RC_OK
+
+
+cdef void _on_engine_event(sc_mmu *mmu, u32 kind, u32 detail, u32 vcpu, u64 address) noexcept nogil:
+    cdef sc_place *p = <sc_place *>mmu.event_context
+    cdef sc_event event
+    event.struct_size = sizeof(sc_event)
+    event.kind = kind
+    event.detail = detail
+    event.vcpu = vcpu
+    event.address = address
+    event.vm = p.handle
+    p.function(p.context, &event)
+
+
+cdef int api_on_event(sc_vm vm, u32 mask, sc_event_function function, void *context) noexcept nogil:
+    cdef sc_place *p
+    if mask >> EVENT_COUNT:
+        return fail(SC_E_ARGUMENT, "mask has bits that are no SC_EVENT_*")
+    p = enter(vm)
+    if p == NULL:
+        return refused(vm)
+    p.function = function
+    p.context = context
+    p.mmu.events = mask if function != NULL else 0
+    p.mmu.event = _on_engine_event
+    p.mmu.event_context = p
+    leave(p)
+    return RC_OK
+
+
+cdef int api_audit(sc_vm vm, sc_audit_result *result) noexcept nogil:
+    cdef sc_place *p
+    cdef sc_audit a
+    if result == NULL:
+        return fail(SC_E_NULL, "result is NULL")
+    if result.struct_size != sizeof(sc_audit_result):
+        return fail_struct("sc_audit_result", result.struct_size, sizeof(sc_audit_result))
+    p = enter(vm)
+    if p == NULL:
+        return refused(vm)
+    audit_all(p.mmu, &a)
+    memset(<u8 *>result + sizeof(u32), 0, sizeof(sc_audit_result) - sizeof(u32))
+    result.violations = a.n
+    result.sptes = a.sptes
+    result.page = SC_NONE
+    if a.n:
+        result.invariant = a.found[0].invariant
+        result.page = a.found[0].page
+        result.index = a.found[0].index
+        result.gfn = a.found[0].gfn
+    leave(p)
+    return RC_OK

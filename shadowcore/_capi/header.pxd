@@ -1,0 +1,125 @@
+"""shadowcore.h: its structures, codes and the table of functions. What each means is said there."""
+from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
+
+from shadowcore.engine.prices cimport sc_prices
+
+cdef extern from "shadowcore.h" nogil:
+    enum:
+        SC_ABI_VERSION
+        SC_E_NULL
+        SC_E_STRUCT
+        SC_E_HANDLE
+        SC_E_BUSY
+        SC_E_ARGUMENT
+        SC_E_ALIGNMENT
+        SC_E_MEMORY
+        SC_E_POOL
+        SC_E_FILE
+        SC_E_PYTHON
+        SC_E_CALLBACK
+        SC_E_ENGINE
+        SC_CR0
+        SC_CR2
+        SC_CR3
+        SC_CR4
+        SC_EFER
+        SC_PKRU
+        SC_AC
+        SC_CPL
+        SC_DATA
+        SC_BRIEF
+        SC_SETTING_ZERO
+        SC_EXITS
+    const char *SC_CAPSULE
+    ctypedef uint64_t sc_vm
+
+    ctypedef struct sc_memory_slot:
+        uint64_t gpa
+        uint64_t size
+
+    ctypedef struct sc_config:
+        uint32_t struct_size, design
+        void *memory
+        uint64_t memory_size
+        const sc_memory_slot *slots
+        uint32_t n_slots, vcpus, pool_pages, min_free, refill, flood_threshold, quirks, features, maxphyaddr
+        uint32_t tlb_entries[3]
+        uint32_t tlb_ways[3]
+        uint32_t reserved
+
+    ctypedef struct sc_access:
+        uint32_t struct_size, vcpu
+        uint64_t gva
+        uint8_t kind, size, user, flags
+        uint32_t reserved
+        uint64_t value[2]
+        uint64_t expected[2]
+
+    ctypedef struct sc_outcome:
+        uint32_t struct_size, error_code
+        uint64_t gpa, hpa
+        void *host
+        uint64_t value[2]
+        uint32_t exits, references, guest_references, cycles
+        uint8_t outcome, emulated, page_shift, rights
+        uint32_t reserved
+
+    ctypedef struct sc_accesses:
+        uint32_t struct_size, vcpu
+        uint64_t count
+        const uint64_t *gva
+        const uint64_t *value
+        const uint8_t *kind
+        const uint8_t *size
+        const uint8_t *user
+        uint8_t all_kind, all_size, all_user, flags
+        uint32_t reserved
+        uint64_t *gpa
+        uint64_t *loaded
+        uint16_t *error_code
+        uint16_t *exits
+        uint8_t *outcome
+        uint8_t *emulated
+        uint64_t done
+
+    ctypedef struct sc_counters:
+        uint32_t struct_size, reserved
+        uint64_t exits[1]
+
+    ctypedef struct sc_event:
+        uint32_t struct_size, kind, detail, vcpu
+        uint64_t address
+        sc_vm vm
+
+    ctypedef void (*sc_event_function)(void *context, const sc_event *event) noexcept nogil
+
+    ctypedef struct sc_audit_result:
+        uint32_t struct_size, violations
+        uint64_t sptes
+        uint32_t invariant, page, index, reserved
+        uint64_t gfn
+
+    ctypedef struct sc_api:
+        uint32_t abi_version, struct_size
+        const char *version
+        int (*vm_create)(const sc_config *, sc_vm *) noexcept nogil
+        int (*vm_destroy)(sc_vm) noexcept nogil
+        int (*register_read)(sc_vm, uint32_t, uint32_t, uint64_t *) noexcept nogil
+        int (*register_load)(sc_vm, uint32_t, uint32_t, uint64_t) noexcept nogil
+        int (*invlpg)(sc_vm, uint32_t, uint64_t) noexcept nogil
+        int (*access)(sc_vm, const sc_access *, sc_outcome *) noexcept nogil
+        int (*translate)(sc_vm, const sc_access *, sc_outcome *) noexcept nogil
+        int (*access_many)(sc_vm, sc_accesses *) noexcept nogil
+        int (*store)(sc_vm, uint64_t, const void *, uint64_t) noexcept nogil
+        int (*stored)(sc_vm, uint64_t, uint64_t) noexcept nogil
+        int (*host_address)(sc_vm, uint64_t, void **) noexcept nogil
+        int (*counters)(sc_vm, sc_counters *) noexcept nogil
+        int (*on_event)(sc_vm, uint32_t, sc_event_function, void *) noexcept nogil
+        int (*audit)(sc_vm, sc_audit_result *) noexcept nogil
+        int (*save)(sc_vm, const char *) noexcept nogil
+        int (*vm_load)(const char *, void *, uint64_t, sc_vm *) noexcept nogil
+        const char *(*last_error)() noexcept nogil
+        int (*vm_adopt)(void *, sc_vm *) noexcept nogil
+        int (*prices)(const char *, sc_prices *) noexcept nogil
+        int (*set_prices)(sc_vm, const sc_prices *) noexcept nogil
+        int (*cycles)(sc_vm, double *) noexcept nogil
