@@ -8,6 +8,7 @@ from libc.string cimport memcpy, memset
 
 from shadowcore.engine.access cimport OP_FETCH, OP_WRITE, access_fault, sc_op, sc_result, vcpu_access, vcpu_op
 from shadowcore.engine.bits cimport PTE_P, PTE_PS, is_canonical, pte_addr
+from shadowcore.engine.designs.native cimport MARK_STORED, MARK_TABLE, marked_table
 from shadowcore.engine.gmode cimport gmode_32, gmode_64, gmode_la57, gmode_pae, sc_gmode
 from shadowcore.engine.memo cimport (
     KIND_NONE, KIND_USER, MEMO_REGIONS, memo_context, memo_entry, memo_is, memo_mask, memo_note, memo_promote, memo_put,
@@ -16,7 +17,7 @@ from shadowcore.engine.memo cimport (
 from shadowcore.engine.memory cimport mem_frame, mem_gfn, mem_guest_frame, mem_host_frame, sc_mem, sc_no_frame
 from shadowcore.engine.quick cimport PACKED, element_word, load_op, load_plain, op_stands, sc_batch
 from shadowcore.engine.results cimport sc_row
-from shadowcore.engine.state cimport MARK_STORED, MARK_TABLE, marked_table, memo_drop, sc_mmu, sc_vcpu
+from shadowcore.engine.state cimport memo_drop, sc_mmu, sc_vcpu
 from shadowcore.engine.types cimport (
     MODE_32, MODE_64, MODE_LA57, MODE_OFF, MODE_PAE, PF_I, PF_U, PF_W, RC_AUDIT, RC_BAD_OP, RC_OK, i64, u8, u16, u32,
     u64,
