@@ -6,7 +6,7 @@ import operator
 import re
 from dataclasses import dataclass, field, fields
 from enum import IntEnum, IntFlag
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 
@@ -191,6 +191,9 @@ class Native:
     name: str = field(default="native", init=False)
     quirks: Quirk = Quirk.NONE
 
+    engine: ClassVar[str] = "native"
+    """The file of engine/designs in which it is made."""
+
     def __post_init__(self) -> None:
         object.__setattr__(self, "quirks", _quirks(self.quirks, Quirk.IGNORED_BITS_REFUSED))
 
@@ -233,6 +236,11 @@ class Shadow:
             flood_reset=check_bool("flood_reset", self.flood_reset),
             quirks=_quirks(self.quirks, Quirk.KVM_2007),
         )
+
+    @property
+    def engine(self) -> str:
+        """The file of engine/designs in which it is made."""
+        return "cached" if self.keep else "flush"
 
     @classmethod
     def cached(cls, **settings: Any) -> Shadow:

@@ -13,15 +13,16 @@ from shadowcore.engine.access cimport (
 from shadowcore.engine.batch cimport columns_check, columns_run, sc_columns, sc_columns_out
 from shadowcore.engine.bits cimport pte_addr
 from shadowcore.engine.check cimport sc_check
+from shadowcore.engine.designs.native cimport store_seen
 from shadowcore.engine.counters cimport sc_stats
 from shadowcore.engine.emulate cimport device_store
 from shadowcore.engine.memo cimport (
     KIND_USER, memo_context, memo_entry, memo_is, memo_mask, memo_put, memo_spill, memo_tag, sc_memo_entry,
 )
-from shadowcore.engine.memory cimport mem_frame, mem_frame_hpa, mem_gfn, mem_mark_dirty, sc_mem, sc_no_frame
+from shadowcore.engine.memory cimport mem_frame, mem_frame_hpa, mem_gfn, sc_mem, sc_no_frame
 from shadowcore.engine.mmu cimport mmu_resolve
 from shadowcore.engine.prices cimport prices_cycles, prices_translation, sc_prices
-from shadowcore.engine.state cimport linear_address, linear_exists, marked_table, memo_drop, sc_mmu, sc_vcpu
+from shadowcore.engine.state cimport linear_address, linear_exists, sc_mmu, sc_vcpu
 from shadowcore.engine.types cimport (
     ACC_ALL, ACC_U, ACC_W, ACC_X, MODE_32, MODE_OFF, PF_I, PF_U, PF_W, RC_AUDIT, RC_GP, RC_MMIO, RC_OK, RC_PF, SC_NONE,
     u8, u32, u64,
@@ -175,9 +176,7 @@ cdef int _native(sc_mmu *mmu, sc_vcpu *v, const sc_access *a, u64 va, sc_outcome
             o.rights = <u8>w.access
     _bytes(a, host, o)
     if access & PF_W:
-        mem_mark_dirty(mmu.mem, w.gpa >> 12)
-        if marked_table(mmu, mem_frame(mmu.mem, w.gpa >> 12)):
-            memo_drop(mmu)
+        store_seen(mmu, w.gpa)
     return rc
 
 

@@ -6,15 +6,16 @@ from shadowcore.engine.access cimport (
     OP_WRITE, OP_XCHG, op_is_access, op_is_rmw, sc_op, sc_result,
 )
 from shadowcore.engine.counters cimport EXIT_INVLPG
+from shadowcore.engine.design cimport design_exit, design_invlpg
+from shadowcore.engine.designs.native cimport store_seen
 from shadowcore.engine.emulate cimport emulate_store, walk_updated
 from shadowcore.engine.flushes cimport FLUSH_INVLPG, flush_lost
-from shadowcore.engine.hooks cimport count_exit
 from shadowcore.engine.memory cimport mem_frame, mem_gfn, mem_guest_frame, mem_mark_dirty, sc_no_frame
-from shadowcore.engine.mmu cimport mmu_invlpg, mmu_resolve
 from shadowcore.engine.plain cimport fault_plain
 from shadowcore.engine.pool cimport pool_unprotect
 from shadowcore.engine.registers cimport load_ac, load_cr0, load_cr3, load_cr4, load_efer, load_pkru
-from shadowcore.engine.state cimport linear_address, linear_exists, marked_table, memo_drop, sc_mmu, sc_vcpu
+from shadowcore.engine.resolve cimport resolve
+from shadowcore.engine.state cimport is_shadowed, linear_address, linear_exists, sc_mmu, sc_vcpu
 from shadowcore.engine.tlb cimport tlb_flush_page
 from shadowcore.engine.types cimport (
     MODE_64, PF_I, PF_U, PF_W, RC_BAD_OP, RC_EMULATE, RC_GP, RC_HOOK, RC_MMIO, RC_OK, RC_PF, RC_UNGRANTED, RC_UNHANDLED,
@@ -52,14 +53,7 @@ cdef inline void _modify(u32 op, u64 *now, const sc_op *o, u32 size) noexcept no
 
 
 cdef inline bint _is_table(const sc_mmu *mmu, u64 gpa) noexcept nogil:
-    return mmu.shadow and mmu.frames[mem_frame(mmu.mem, gpa >> 12)].shadowed != 0
-
-
-cdef inline void _native_store(sc_mmu *mmu, u64 gpa) noexcept nogil:
-    """What has to be known of a store under `native`, which sees them all."""
-    mem_mark_dirty(mmu.mem, gpa >> 12)
-    if marked_table(mmu, mem_frame(mmu.mem, gpa >> 12)):
-        memo_drop(mmu)
+    return is_shadowed(mmu, mem_frame(mmu.mem, gpa >> 12))
 
 
 cdef void _store(sc_mmu *mmu, sc_vcpu *v, const sc_part *part, const u8 *bytes, bint data, sc_result *r) noexcept nogil:
@@ -72,7 +66,7 @@ cdef void _store(sc_mmu *mmu, sc_vcpu *v, const sc_part *part, const u8 *bytes, 
     if mmu.shadow:
         mem_mark_dirty(mmu.mem, part.gpa >> 12)     # a page that was a table until now had no W granted, which logs it
     else:
-        _native_store(mmu, part.gpa)
+        store_seen(mmu, part.gpa)
 
 
 cdef inline void _look_again(const sc_mmu *mmu, sc_part *part) noexcept nogil:
@@ -125,7 +119,7 @@ cdef int _resolve(sc_mmu *mmu, sc_vcpu *v, u32 access, sc_part *parts, int n, sc
         if device != RC_OK and access & PF_W and said[i] == RC_OK:
             rc = _walk_only(mmu, v, parts[i].va, access, &w)
         else:
-            rc = mmu_resolve(mmu, v, parts[i].va, access, &w)
+            rc = resolve(mmu, v, parts[i].va, access, &w)
         parts[i].gpa = w.gpa
         if rc == RC_OK or rc == RC_EMULATE:
             parts[i].table = _is_table(mmu, w.gpa)
@@ -176,7 +170,7 @@ cdef int _one_page(sc_mmu *mmu, sc_vcpu *v, const sc_op *o, u64 va, u32 access, 
     """vcpu_access of a load, store or fetch that lies within one page."""
     cdef sc_walk w
     cdef u64 taken = mmu.stats.pf_taken
-    cdef int rc = mmu_resolve(mmu, v, va, access, &w)
+    cdef int rc = resolve(mmu, v, va, access, &w)
     cdef u64 now[2]
     cdef u8 *at
     r.exits = <u32>(mmu.stats.pf_taken - taken)
@@ -202,7 +196,7 @@ cdef int _one_page(sc_mmu *mmu, sc_vcpu *v, const sc_op *o, u64 va, u32 access, 
         if data:
             memcpy(at, o.value, o.size)
         if not mmu.shadow:
-            _native_store(mmu, w.gpa)
+            store_seen(mmu, w.gpa)
         return RC_OK
     if rc != RC_MMIO:
         r.gpa = <u64>-1
@@ -255,7 +249,7 @@ cdef bint access_glance(sc_mmu *mmu, sc_vcpu *v, const sc_op *o, bint data, sc_r
         if data:
             memcpy(at, o.value, size)
         if not mmu.shadow:
-            _native_store(mmu, gpa)
+            store_seen(mmu, gpa)
     elif data:
         memcpy(r.value, at, size)
     return True
@@ -399,9 +393,8 @@ cdef int vcpu_op(sc_mmu *mmu, sc_vcpu *v, const sc_op *o, bint data, sc_result *
         mmu.stats.invlpg += 1
         if v.tlb != NULL:
             tlb_flush_page(v.tlb, va, flush_lost(mmu, FLUSH_INVLPG))
-        if mmu.shadow and not mmu.keep:
-            count_exit(mmu, v.number, EXIT_INVLPG, va)
-            mmu_invlpg(mmu, v, va)
+        design_exit(mmu, v.number, EXIT_INVLPG, va)
+        design_invlpg(mmu, v, va)
     elif o.op == OP_PKRU:
         load_pkru(mmu, v, o.value[0])
     elif o.op == OP_AC:

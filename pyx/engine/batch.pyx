@@ -6,13 +6,14 @@ from libc.string cimport memcpy, memset
 
 from shadowcore.engine.access cimport OP_COUNT, OP_FETCH, op_is_access, sc_op
 from shadowcore.engine.batch cimport sc_columns, sc_columns_out
+from shadowcore.engine.design cimport design_begin
 from shadowcore.engine.held cimport Held
 from shadowcore.engine.mmu cimport Mmu
 from shadowcore.engine.quick cimport (
     CHUNK, FIELDS, PACKED, load_op, op_stands, quick_chunk, quick_learn, quick_usual, sc_batch, sc_layout,
 )
 from shadowcore.engine.results cimport Block, RunResult, block_new, sc_row
-from shadowcore.engine.state cimport memo_drop, sc_mmu
+from shadowcore.engine.state cimport sc_mmu
 from shadowcore.engine.types cimport RC_BAD_OP, RC_EXHAUSTED, RC_OK, SC_NONE, i64, u8, u32, u64
 from shadowcore.engine.watch cimport watch_due, watch_error
 
@@ -271,8 +272,7 @@ cdef int columns_run(sc_mmu *mmu, u32 number, const sc_columns *c, u64 n, bint d
         return RC_EXHAUSTED
     b.rows = <sc_row *>room
     b.remember = not no_memo[0]
-    if not mmu.shadow:
-        memo_drop(mmu)              # anybody may have written to what translations are made of
+    design_begin(mmu)
     while i < n and rc == RC_OK:
         begin = i
         stop = min(n, i + CHUNK)
@@ -320,8 +320,7 @@ cdef object _run(Mmu shell, sc_batch *b, u64 n, const sc_columns *columns):
     b.watch = &shell.watch
     error = None
     shell.enter()
-    if not mmu.shadow:
-        memo_drop(mmu)              # anybody may have written to what translations are made of
+    design_begin(mmu)
     try:
         while i < n and rc == RC_OK:
             if room < b.n_rows + min(n - i, CHUNK):

@@ -13,7 +13,7 @@ from shadowcore.engine.pool cimport hash_bucket, pool_zap
 from shadowcore.engine.quirks cimport QUIRK_PDE_WRITE
 from shadowcore.engine.role cimport ROLE_QUADRANT, role_direct, role_field, role_level, role_pte_size
 from shadowcore.engine.spte cimport spte_drop
-from shadowcore.engine.state cimport sc_mmu, sc_vcpu
+from shadowcore.engine.state cimport is_shadowed, sc_mmu, sc_vcpu
 from shadowcore.engine.types cimport MODE_32, SC_NONE, u8, u32, u64
 from shadowcore.engine.walker cimport sc_walk, walk_index
 
@@ -58,7 +58,7 @@ cdef void table_written(sc_mmu *mmu, u64 gpa, u32 nbytes, bint flooded) noexcept
     cdef u64 frame = mem_frame(mmu.mem, gfn)
     cdef u32 offset = gpa & 4095
     cdef u32 number, following, misaligned
-    if not mmu.shadow or frame == sc_no_frame() or mmu.frames[frame].shadowed == 0:
+    if frame == sc_no_frame() or not is_shadowed(mmu, frame):
         return
     mmu.stats.mmu_pte_write += 1
     number = mmu.hash[hash_bucket(mmu, gfn)]

@@ -1,19 +1,18 @@
-"""The page-fault entry: what an exit becomes, and the room that is made before anything changes."""
+"""The page-fault entry: what an exit becomes."""
 from shadowcore.engine.bits cimport PTE_A, PTE_D, pte_pkey, pte_rights
 from shadowcore.engine.counters cimport EXIT_EMULATE, EXIT_FILL, EXIT_GUEST, EXIT_MMIO, EXIT_WRITE
+from shadowcore.engine.design cimport design_make_room
 from shadowcore.engine.emulate cimport walk_updated
 from shadowcore.engine.fetch cimport fetch, sc_leaf
 from shadowcore.engine.flushes cimport exit_flush
 from shadowcore.engine.hooks cimport POINT_POST_FAULT, POINT_PRE_FAULT, audit_point, count_exit
 from shadowcore.engine.invalidate cimport invalidate_fault
 from shadowcore.engine.memory cimport mem_frame, sc_no_frame
-from shadowcore.engine.pool cimport pool_has, pool_recycle, pool_zap_all
 from shadowcore.engine.quirks cimport QUIRK_PROCESSOR_CODE, QUIRK_ROLE_WITHOUT_ACCESS, QUIRK_TWO_EXITS
-from shadowcore.engine.roots cimport root_load, root_release, root_slots, root_wanted
+from shadowcore.engine.roots cimport release_everything
 from shadowcore.engine.state cimport sc_mmu, sc_vcpu
 from shadowcore.engine.types cimport (
-    ACC_U, MODE_64, MODE_OFF, MODE_PAE, PF_P, PF_RSVD, PF_W, RC_EMULATE, RC_EXHAUSTED, RC_MMIO, RC_OK, RC_PF, RC_RETRY,
-    SC_NONE, u32, u64,
+    ACC_U, MODE_OFF, MODE_PAE, PF_P, PF_RSVD, PF_W, RC_EMULATE, RC_EXHAUSTED, RC_MMIO, RC_OK, RC_PF, RC_RETRY, u32, u64,
 )
 from shadowcore.engine.walker cimport access_code, guest_walk, rights_fault, sc_walk
 
@@ -29,47 +28,12 @@ cdef inline int _inject(sc_mmu *mmu, sc_vcpu *v, u64 va, u32 code, sc_walk *w) n
     return RC_PF
 
 
-cdef void _release_everything(sc_mmu *mmu, sc_vcpu *v, u64 va) noexcept nogil:
-    """The most drastic way of making room: v's root slots but the one that serves va, and all that is not pinned."""
-    cdef int slot
-    for slot in range(4):
-        if root_slots(v) == 4 and slot != <int>(va >> 30) & 3:
-            root_release(mmu, v, slot)
-    pool_zap_all(mmu)
-
-
-cdef bint _make_room(sc_mmu *mmu, sc_vcpu *v, u64 va) noexcept nogil:
-    """Before a fault changes anything: as many free pages as it can need (patches 17, 29). False: not to be had."""
-    cdef int slot = 0 if root_slots(v) == 1 else <int>(va >> 30) & 3
-    cdef u32 need = (v.guest.mode if v.guest.mode >= MODE_64 else 2) - 1
-    cdef bint loaded = False
-    if not mmu.keep:
-        return True                 # 2.6.20-rc3: no reserve; when a page is missing everything goes
-    if mmu.n_free < mmu.min_free:
-        pool_recycle(mmu, mmu.refill)
-    if v.roots[slot] == SC_NONE and root_wanted(mmu, v, slot):
-        if not pool_has(mmu, need + 1):
-            _release_everything(mmu, v, va)
-        loaded = root_load(mmu, v, slot) != SC_NONE     # takes no page where another vcpu has the same root
-        need += v.roots[slot] == SC_NONE
-    if mmu.n_free < need:
-        pool_recycle(mmu, need)
-    if pool_has(mmu, need):
-        return True
-    _release_everything(mmu, v, va)
-    if pool_has(mmu, need):
-        return True
-    if loaded:
-        root_release(mmu, v, slot)  # it serves nothing without the tables below, and others may want the page
-    return False
-
-
 cdef int _fetch_with_room(sc_mmu *mmu, sc_vcpu *v, u32 access, bint refused, const sc_walk *hw, sc_walk *w,
                           sc_leaf *leaf) noexcept nogil:
     """fetch, and once more with all the room there can be."""
     if fetch(mmu, v, access, refused, hw, w, leaf) == RC_OK:
         return RC_OK
-    _release_everything(mmu, v, w.va)
+    release_everything(mmu, v, w.va)
     return fetch(mmu, v, access, refused, NULL, w, leaf)
 
 
@@ -96,7 +60,7 @@ cdef int _page_fault(sc_mmu *mmu, sc_vcpu *v, u32 access, const sc_walk *hw, sc_
     cdef u64 spte
     mmu.stats.pf_taken += 1
     exit_flush(mmu)
-    if not _make_room(mmu, v, va):
+    if not design_make_room(mmu, v, va):
         mmu.stats.pf_taken -= 1
         mmu.exhausted = v.number
         return RC_EXHAUSTED

@@ -6,74 +6,32 @@ is seen), less W while the frame is a shadowed guest table (so that every store 
 from libc.string cimport memset
 
 from shadowcore.engine.bits cimport (
-    PTE_A, PTE_D, PTE_G, PTE_P, PTE_U, PTE_W, SPTE_MARK, level_index, level_mask, pte_addr, pte_nx, pte_rights,
+    PTE_A, PTE_D, PTE_G, PTE_P, PTE_U, PTE_W, SPTE_MARK, level_index, pte_addr, pte_nx, pte_rights,
 )
-from shadowcore.engine.fetch cimport leaf_install, leaf_replace, sc_leaf
+from shadowcore.engine.fetch cimport leaf_install, leaf_replace, sc_leaf, until_dirty
 from shadowcore.engine.flushes cimport FLUSH_LINK, FLUSH_WITHHELD, request_flush
 from shadowcore.engine.memory cimport (
     SC_POOL_HFN, mem_frame, mem_frame_hpa, mem_guest_frame, mem_mark_dirty, mem_pool_page, mem_unlogged, sc_no_frame,
 )
-from shadowcore.engine.pool cimport pool_get, pool_unprotect
+from shadowcore.engine.pool cimport pool_unprotect
 from shadowcore.engine.quirks cimport (
     QUIRK_DIRTY_LOST, QUIRK_NX_LEAF_ONLY, QUIRK_PAGING_OFF_UNPROTECTED, QUIRK_ROLE_WITHOUT_ACCESS,
     QUIRK_ROLE_WITHOUT_MODE,
 )
-from shadowcore.engine.role cimport ROLE_DIRTY, ROLE_GLOBAL, ROLE_PKEY
-from shadowcore.engine.roots cimport linear_gfn, make_role, root_load, wp0_leaves
+from shadowcore.engine.roots cimport root_load, wp0_leaves
 from shadowcore.engine.spte cimport leaf_remembers, leaf_spte, spte_drop, spte_link
 from shadowcore.engine.state cimport sc_mmu, sc_vcpu
 from shadowcore.engine.types cimport (
-    ACC_ALL, ACC_U, ACC_W, ACC_X, MODE_32, MODE_64, MODE_OFF, MODE_PAE, PF_U, PF_W, RC_EXHAUSTED, RC_OK, SC_NONE, u8,
-    u32, u64,
+    ACC_U, ACC_W, ACC_X, MODE_64, MODE_OFF, MODE_PAE, PF_U, PF_W, RC_EXHAUSTED, RC_OK, SC_NONE, u8, u32, u64,
 )
-from shadowcore.engine.walker cimport rights_fault, sc_walk, walk_above, walk_index
-
-
-cdef inline u64 _region_gfn(u64 gpa, int level, int mode) noexcept nogil:
-    """First frame that a direct page of `level` maps; of a 4 MiB page: first frame of the whole."""
-    return (gpa & ~(<u64>0x3FFFFF if mode == MODE_32 and level == 1 else level_mask(level + 1))) >> 12
-
-
-cdef inline u32 _until_dirty(u32 rights, const sc_walk *w, int mode) noexcept nogil:
-    """`rights`, less W while the guest's leaf is not dirty."""
-    return rights if mode == MODE_OFF or w.entry[w.level] & PTE_D else rights & ~<u32>ACC_W
-
-
-cdef inline u32 _child(sc_mmu *mmu, const sc_vcpu *v, u64 va, int level, const sc_walk *w, u32 linked) noexcept nogil:
-    """The page of `level` on the way to va. `linked`: the page the entry points to now, or SC_NONE.
-
-    A linked page that stands for a guest table is right: a store to the entry above it would have cut the link. One
-    that stands for a large gpte is right if the gpte grants what it did.
-    """
-    cdef bint direct = level < w.level
-    cdef u32 role
-    cdef u64 gfn
-    if linked != SC_NONE and not (direct and mmu.keep and not mmu.quirks & QUIRK_ROLE_WITHOUT_ACCESS):
-        return linked
-    if not mmu.keep:
-        return pool_get(mmu, linear_gfn(v, va, level), make_role(mmu, v, va, level, True, ACC_ALL))
-    if direct:
-        gfn = _region_gfn(w.gpa, level, v.guest.mode)
-        role = make_role(mmu, v, va, level, True, _until_dirty(w.access, w, v.guest.mode))
-        if v.guest.mode != MODE_OFF and not mmu.quirks & QUIRK_ROLE_WITHOUT_ACCESS:
-            role |= w.pkey << ROLE_PKEY
-            if w.entry[w.level] & PTE_G:
-                role |= 1 << ROLE_GLOBAL
-            # A leaf that is W against the guest's rights (wp0) must not be found by an entry that is not dirty.
-            if not w.access & ACC_W and w.entry[w.level] & PTE_D and wp0_leaves(&v.guest):
-                role |= 1 << ROLE_DIRTY
-        if linked != SC_NONE and mmu.pages[linked].gfn == gfn and mmu.pages[linked].role == role:
-            return linked
-    else:
-        gfn = w.table[level]
-        role = make_role(mmu, v, va, level, False, walk_above(w, level))
-    return pool_get(mmu, gfn, role)
+from shadowcore.engine.walker cimport rights_fault, sc_walk, walk_index
 
 
 cdef int _link_path(sc_mmu *mmu, sc_vcpu *v, u64 va, const sc_walk *hw, const sc_walk *w,
                     sc_leaf *leaf) noexcept nogil:
     """Link every level down to the leaf table; leaf.spte is the entry for va, filled or not. Where the failed walk hw
-    came by is linked, and links that lead to shadows of guest tables are right (see _child)."""
+    came by is linked. A link to the shadow of a guest table is right: a store to the guest's entry would have cut
+    it."""
     cdef int level = v.guest.mode if v.guest.mode >= MODE_64 else 2
     cdef int slot = 0 if level > 2 else <int>(va >> 30) & 3
     cdef u32 page = v.roots[slot]
@@ -89,7 +47,9 @@ cdef int _link_path(sc_mmu *mmu, sc_vcpu *v, u64 va, const sc_walk *hw, const sc
     while level > 1:
         spte = page * 512 + level_index(va, level)
         linked = mem_pool_page(mmu.table[spte]) if mmu.table[spte] else SC_NONE
-        child = _child(mmu, v, va, level - 1, w, linked)
+        child = linked
+        if linked == SC_NONE or level <= w.level:
+            child = mmu.design.child(mmu, v, va, level - 1, w, linked)
         if child == SC_NONE:
             return RC_EXHAUSTED
         if child != linked:
@@ -179,7 +139,7 @@ cdef int fetch(sc_mmu *mmu, sc_vcpu *v, u32 access, bint refused, const sc_walk 
     if frame == sc_no_frame():
         if not old & PTE_P:
             leaf.filled = old == 0
-            granted = _until_dirty(guest, w, mode)
+            granted = until_dirty(guest, w, mode)
             if w.dirtied:
                 kept &= ~<u64>PTE_D     # the processor's to set, and it never walks here
             value = leaf_spte(gfn << 12, guest, granted, kept) & ~<u64>PTE_P
@@ -202,7 +162,7 @@ cdef int fetch(sc_mmu *mmu, sc_vcpu *v, u32 access, bint refused, const sc_walk 
             granted = (guest if shadowed else guest | ACC_W) & ~<u32>ACC_U
             leaf.emulate = shadowed
     else:
-        granted = _until_dirty(guest, w, mode)
+        granted = until_dirty(guest, w, mode)
         if granted & ACC_W and shadowed:
             if old == 0 and not clean_before:
                 request_flush(mmu, FLUSH_WITHHELD)      # W was about to be granted (patch 31)
@@ -229,7 +189,7 @@ cdef int fetch(sc_mmu *mmu, sc_vcpu *v, u32 access, bint refused, const sc_walk 
     else:
         value |= old & (PTE_A | PTE_D)
         leaf.changed = (value ^ old) & ~<u64>(PTE_A | PTE_D) != 0
-        if not mmu.keep:
+        if not mmu.by_table:
             _mark_large(mmu, v, leaf)
         leaf_replace(mmu, v, leaf.spte, gfn, value)
     if value & PTE_W:

@@ -1,8 +1,8 @@
 """The invariants: each has its own checker, and the checker's docstring is the invariant.
 
-They read the structures of the MMU and the guest's tables; they change nothing. Design `native` has no shadow
-structure, and only I8 and I9 apply to it. Design `flush` may lag behind the guest's tables until INVLPG or a register
-load, as a TLB does, so I1 and I2 do not apply.
+They read the structures of the MMU and the guest's tables; they change nothing. I8 and I9 apply to every design, the
+others where sc_design.invariants says so: a design without shadow tables has no structure to check, and I1 and I2 do
+not hold where shadows may lag behind the guest's tables, as a TLB does, until INVLPG or a register load.
 
 Whatever is in the arrays, the checkers stay within them and end. Where I3 to I7 hold, so does the engine: every index
 that it follows leads where the engine expects, and every list ends. So a structure that was written by hand is checked
@@ -37,6 +37,9 @@ from shadowcore.engine.types cimport (
     ACC_ALL, ACC_U, ACC_W, MODE_32, MODE_64, MODE_LA57, RC_AUDIT, RC_OK, SC_NONE, u8, u32, u64,
 )
 from shadowcore.engine.watch cimport watch_due, watch_look
+
+cdef enum:
+    STRUCTURE = 1 << 3 | 1 << 4 | 1 << 5 | 1 << 6 | 1 << 7      # I3 to I7: what the engine follows leads somewhere
 
 # What a finding says, by sc_finding.what.
 SENTENCES = (
@@ -452,8 +455,7 @@ cdef void check_pool(sc_mmu *mmu, sc_audit *a) noexcept nogil:
             used += marked
             global_ = global_ and (not marked or mmu.table[number * 512 + index] & PTE_G != 0)
         else:
-            if (not mmu.keep and not global_ and not mmu.pages[number].nonglobal
-                    and role_level(mmu.pages[number].role) == 1):
+            if not global_ and not mmu.pages[number].nonglobal and role_level(mmu.pages[number].role) == 1:
                 _report(a, 6, S_NONGLOBAL, number, 0, mmu.pages[number].gfn)
             if used != mmu.pages[number].present or (used and not mmu.pages[number].active):
                 _report(a, 6, S_USED if mmu.pages[number].active else S_DIRTY_FREE, number, 0, mmu.pages[number].gfn)
@@ -549,7 +551,7 @@ cdef void check_counters(sc_mmu *mmu, sc_audit *a) noexcept nogil:
     cdef u64 present = 0
     for index in range(EXIT_FAULTS):
         reasons += mmu.stats.exits[index]
-    if mmu.shadow and reasons != mmu.stats.pf_taken:
+    if reasons != mmu.stats.pf_taken:
         _report(a, 9, S_EXITS, SC_NONE, 0, 0)
     for number in range(mmu.pool_pages):
         if _stopped(mmu, number):
@@ -619,17 +621,26 @@ cdef void check_tlb(sc_mmu *mmu, sc_audit *a) noexcept nogil:
                     _report(a, 8, S_TLB_LOG, SC_NONE, n, e.gpa >> 12)
 
 
-cdef void _check_structure(sc_mmu *mmu, sc_audit *a) noexcept nogil:
-    """I3 to I7, under a shadow MMU: every index leads where it should, and every list ends."""
+cdef void _check(sc_mmu *mmu, sc_audit *a, u32 which) noexcept nogil:
+    """The invariants `which` (bits by number) of the shadow structure."""
     cdef u32 found
-    check_pool(mmu, a)
+    if which >> 6 & 1:
+        check_pool(mmu, a)
     found = a.n
-    check_hash(mmu, a)
-    if a.n == found:
+    if which >> 5 & 1:
+        check_hash(mmu, a)
+    if which >> 6 & 1 and a.n == found:
         check_shadowed(mmu, a)
-    check_parents(mmu, a)
-    check_rmap(mmu, a)
-    check_roots(mmu, a)
+    if which >> 4 & 1:
+        check_parents(mmu, a)
+    if which >> 3 & 1:
+        check_rmap(mmu, a)
+    if which >> 7 & 1:
+        check_roots(mmu, a)
+    if which >> 1 & 1:
+        check_mappings(mmu, a)
+    if which >> 2 & 1:
+        check_write_protection(mmu, a)
 
 
 cdef int mmu_settle(sc_mmu *mmu, sc_audit *a) noexcept nogil:
@@ -640,9 +651,8 @@ cdef int mmu_settle(sc_mmu *mmu, sc_audit *a) noexcept nogil:
     if mmu.mem.busy != SC_WRITTEN or mmu.mem.lent:
         return RC_AUDIT
     mmu.mem.busy |= SC_RUNNING      # until this is done, nobody is lent anything
-    if mmu.shadow:
-        memset(a, 0, sizeof(sc_audit))
-        _check_structure(mmu, a)
+    memset(a, 0, sizeof(sc_audit))
+    _check(mmu, a, mmu.design.invariants & STRUCTURE)
     memo_drop(mmu)                  # anything may have changed that a translation was made of
     mmu.mem.busy = SC_WRITTEN if a.n else 0
     return RC_AUDIT if a.n else RC_OK
@@ -653,9 +663,4 @@ cdef void audit_all(sc_mmu *mmu, sc_audit *a) noexcept nogil:
     memset(a, 0, sizeof(sc_audit))
     check_counters(mmu, a)
     check_tlb(mmu, a)
-    if not mmu.shadow:
-        return
-    _check_structure(mmu, a)
-    if mmu.keep:
-        check_mappings(mmu, a)
-        check_write_protection(mmu, a)
+    _check(mmu, a, mmu.design.invariants)

@@ -1,4 +1,4 @@
-"""The MMU of a VM: resolving an access, roots on register loads, INVLPG, dirty logs, and the view from Python."""
+"""The MMU of a VM as Python sees it: its design, counters and shadow structure; and what is published of it."""
 import os
 
 import numpy as np
@@ -6,185 +6,75 @@ import numpy as np
 from libc.stdlib cimport calloc, free
 from libc.string cimport memset
 
-from shadowcore.engine.bits cimport CR4_PGE, PTE_D, PTE_G, PTE_W, SPTE_MARK, pte_addr
 from shadowcore.engine.check cimport sc_check
 from shadowcore.engine.counters cimport Stats, sc_stats
+from shadowcore.engine.design cimport design_invlpg, design_new_cr3, design_reset
+from shadowcore.engine.designs.cached cimport cached_design
+from shadowcore.engine.designs.flush cimport flush_design
+from shadowcore.engine.designs.native cimport native_design
 from shadowcore.engine.emulate cimport device_store
-from shadowcore.engine.fault cimport page_fault
-from shadowcore.engine.flushes cimport FLUSH_COUNT, FLUSH_LOG, exit_flush, request_flush
+from shadowcore.engine.flushes cimport FLUSH_COUNT
 from shadowcore.engine.hooks cimport EVENT_COUNT, POINT_COUNT
-from shadowcore.engine.invalidate cimport invalidate_fault, invalidate_leaves
 from shadowcore.engine.invariants cimport audit_violations, mmu_settle, sc_audit
-from shadowcore.engine.memory cimport (
-    SC_POOL_HFN, SC_RUNNING, SC_WRITTEN, Memory, mem_frame, mem_gfn, mem_guest_frame, sc_no_frame,
-)
+from shadowcore.engine.memory cimport SC_RUNNING, SC_WRITTEN, Memory, mem_frame, mem_guest_frame, sc_no_frame
 from shadowcore.engine.page cimport sc_frame, sc_link, sc_page
-from shadowcore.engine.pool cimport pool_init, pool_recycle, pool_unprotect, pool_zap_all, pool_zap_nonglobal
-from shadowcore.engine.quirks cimport QUIRK_COUNT, QUIRK_NO_REFILL_AT_CR3, QUIRK_ROOT_EMPTIED
-from shadowcore.engine.rmap cimport list_first, list_next, rmap_remove
+from shadowcore.engine.policies.fifo cimport fifo_policy
+from shadowcore.engine.pool cimport pool_init, pool_protect_slot, pool_unprotect, pool_zap_all
+from shadowcore.engine.quirks cimport QUIRK_COUNT, QUIRK_ROOT_EMPTIED
+from shadowcore.engine.resolve cimport resolve
+from shadowcore.engine.rmap cimport list_first, list_next
 from shadowcore.engine.role cimport (
     ROLE_DIRECT, ROLE_GLEVELS, ROLE_GLOBAL, ROLE_NXE, ROLE_PKEY, ROLE_PSE, ROLE_QUADRANT, ROLE_WP0, role_access,
-    role_direct, role_field, role_level,
+    role_field, role_level,
 )
-from shadowcore.engine.roots cimport root_slots, roots_load, roots_release
-from shadowcore.engine.spte cimport spte_is_writable
-from shadowcore.engine.state cimport memo_drop, sc_mmu, sc_vcpu, vcpu_pcid
-from shadowcore.engine.tlb cimport sc_tlb_entry, tlb_enter, tlb_find
+from shadowcore.engine.roots cimport root_slots
+from shadowcore.engine.state cimport sc_mmu, sc_vcpu
 from shadowcore.engine.types cimport (
-    MODE_32, MODE_64, MODE_OFF, PF_W, RC_AUDIT, RC_EXHAUSTED, RC_HOOK, RC_LIVELOCK, RC_MMIO, RC_OK, RC_PF, RC_RETRY,
-    RC_UNGRANTED, RC_UNHANDLED, SC_NONE, u8, u32, u64,
+    MODE_64, RC_AUDIT, RC_EXHAUSTED, RC_HOOK, RC_LIVELOCK, RC_OK, RC_UNGRANTED, RC_UNHANDLED, SC_NONE, u8, u32, u64,
 )
-from shadowcore.engine.walker cimport guest_walk, rights_fault, sc_walk, shadow_walk
+from shadowcore.engine.walker cimport sc_walk
 from shadowcore.engine.watch cimport watch_due, watch_look, watch_raised
 
 from shadowcore.config import Shadow, check_bool, check_int, check_ints, design as checked_design
 from shadowcore.engine.memory import allocate, window
 from shadowcore.errors import AuditError, ConfigError, EngineError, PoolExhausted
 
-cdef enum:
-    MAX_EXITS = 40                  # exits of one access after which it is taken to hang
+ctypedef void (*sc_maker)(sc_mmu *mmu) noexcept nogil
 
-
-cdef inline bint _tlb_hit(sc_mmu *mmu, sc_vcpu *v, u64 va, u32 access, sc_walk *w) noexcept nogil:
-    """The TLB translates `va` for `access`. Rights are judged at each use, by the registers as they are; where an entry
-    does not do, the tables are walked: real processors do the same before they report a fault."""
-    cdef sc_tlb_entry *e = tlb_find(v.tlb, va, vcpu_pcid(v), mmu.flush_epoch)
-    if (e == NULL or (access & PF_W and not e.dirty)
-            or rights_fault(&v.hw if mmu.shadow else &v.guest, e.access, e.pkey, access)):
-        mmu.stats.tlb_misses += 1
-        return False
-    w.gpa = e.gpa | (va & ((<u64>1 << e.shift) - 1))
-    if mem_frame(mmu.mem, w.gpa >> 12) == sc_no_frame():
-        mmu.stats.tlb_misses += 1   # the part of a large page that lies beyond RAM
-        return False
-    v.tlb.clock += 1
-    e.used = v.tlb.clock
-    mmu.stats.tlb_hits += 1
-    w.error_code = 0
-    return True
-
-
-cdef inline int _guest_shift(const sc_mmu *mmu, const sc_vcpu *v, const sc_walk *w) noexcept nogil:
-    """log2 of the guest's page size, from a walk of the shadow: direct pages stand for a large page; in `flush`, where
-    all pages are direct, the mark above them does."""
-    cdef int level
-    if v.guest.mode == MODE_OFF:
-        return 12
-    level = 1
-    while level < 3 and (role_direct(mmu.pages[w.table[level] - SC_POOL_HFN].role) if mmu.keep
-                         else w.entry[level + 1] & SPTE_MARK != 0):
-        level += 1
-        if not mmu.keep and w.entry[level] & SPTE_MARK:
-            break
-    return 12 if level == 1 else 22 if v.guest.mode == MODE_32 else 12 + 9 * (level - 1)
-
-
-cdef inline void _tlb_fill(sc_mmu *mmu, sc_vcpu *v, u64 va, const sc_walk *w, int shift, int guest) noexcept nogil:
-    cdef u64 leaf = w.entry[w.level]
-    cdef u32 root = SC_NONE
-    if mmu.shadow:
-        root = v.roots[0 if root_slots(v) == 1 else <int>(va >> 30) & 3]
-    tlb_enter(v.tlb, va, w.gpa, shift, guest, vcpu_pcid(v), w.access, w.pkey, leaf & PTE_D != 0,
-              leaf & PTE_G != 0 and v.cr4 & CR4_PGE != 0, mmu.flush_epoch, root)
+# A design is a file in engine/designs and a line here, a policy a file in engine/policies and a line; config has their
+# settings.
+cdef dict _DESIGNS = {
+    "native": <size_t>native_design,
+    "flush": <size_t>flush_design,
+    "cached": <size_t>cached_design,
+}
+cdef dict _POLICIES = {
+    "fifo": <size_t>fifo_policy,
+}
 
 
 cdef int mmu_resolve(sc_mmu *mmu, sc_vcpu *v, u64 va, u32 access, sc_walk *w) noexcept nogil:
-    """Translate `va` for `access` (PF_W, PF_U, PF_I) with all exits and side effects; w.gpa is where it leads.
-
-    RC_OK: RAM, to be accessed directly. RC_EMULATE: RAM, the store must go through emulate_store. RC_MMIO: no RAM.
-    RC_PF: w.error_code, CR2 is set. Negative: a host-side error.
-    """
-    cdef sc_walk hw
-    cdef int rc, shift
-    cdef int exits = 0
-    mmu.stats.accesses += 1
-    if v.tlb != NULL and _tlb_hit(mmu, v, va, access, w):
-        return RC_OK
-    if not mmu.shadow:
-        rc = guest_walk(mmu.mem, &v.guest, va, access, w)
-        mmu.stats.walk_references += w.references
-        if rc == RC_PF:
-            v.cr2 = va
-            mmu.stats.pf_guest += 1
-            invalidate_fault(mmu, v, va)
-        elif mem_frame(mmu.mem, w.gpa >> 12) == sc_no_frame():
-            rc = RC_MMIO
-        elif v.tlb != NULL and v.guest.mode != MODE_OFF:
-            shift = 12 + (10 if v.guest.mode == MODE_32 else 9) * (w.level - 1)
-            _tlb_fill(mmu, v, va, w, shift, shift)
-        return rc
-    while exits < MAX_EXITS:
-        rc = shadow_walk(mmu.mem, &v.hw, va, access, &hw)
-        mmu.stats.walk_references += hw.references
-        if rc == RC_OK:
-            w.gpa = (mem_gfn(mmu.mem, (hw.gpa >> 12) - mmu.mem.ram_hfn) << 12) | (va & 4095)
-            if v.tlb != NULL:
-                hw.gpa = w.gpa
-                _tlb_fill(mmu, v, va, &hw, 12, _guest_shift(mmu, v, &hw))
-            return RC_OK
-        rc = page_fault(mmu, v, access, &hw, w)
-        if rc != RC_RETRY:
-            return rc
-        exits += 1
-    return RC_LIVELOCK
-
-
-cdef inline void _refill(sc_mmu *mmu) noexcept nogil:
-    if mmu.keep and mmu.n_free < mmu.min_free and not mmu.quirks & QUIRK_NO_REFILL_AT_CR3:
-        pool_recycle(mmu, mmu.refill)
+    """The published name of resolve.resolve, as those that follow are of what they call."""
+    return resolve(mmu, v, va, access, w)
 
 
 cdef void mmu_new_cr3(sc_mmu *mmu, sc_vcpu *v) noexcept nogil:
-    """CR3 was loaded with paging on: other roots (cached), or the same roots with fewer tables (flush)."""
-    if not mmu.shadow:
-        return
-    mmu.stats.tlb_flush += 1        # the flush itself is the CR3 load's: see registers
-    exit_flush(mmu)
-    if not mmu.keep:
-        pool_zap_nonglobal(mmu)
-        return
-    roots_release(mmu, v)
-    _refill(mmu)
-    roots_load(mmu, v)
+    """CR3 was loaded with paging on."""
+    design_new_cr3(mmu, v)
 
 
 cdef void mmu_reset(sc_mmu *mmu, sc_vcpu *v) noexcept nogil:
     """CR0, CR4 or EFER was loaded: another mode, or the same mode by other rules."""
-    if not mmu.shadow:
-        return
-    exit_flush(mmu)
-    roots_release(mmu, v)
-    if not mmu.keep:
-        pool_zap_all(mmu)
-    _refill(mmu)
-    roots_load(mmu, v)
+    design_reset(mmu, v)
 
 
 cdef void mmu_invlpg(sc_mmu *mmu, sc_vcpu *v, u64 va) noexcept nogil:
-    """INVLPG, as far as the MMU is asked. Shadows that follow every store to a guest table need nothing (patch 18);
-    with an address that is not canonical it does nothing (SDM volume 2, INVLPG)."""
-    if mmu.shadow and not mmu.keep:
-        exit_flush(mmu)
-        invalidate_leaves(mmu, v, va)
+    """INVLPG, as far as the MMU is asked."""
+    design_invlpg(mmu, v, va)
 
 
 cdef void mmu_protect_slot(sc_mmu *mmu, int slot) noexcept nogil:
-    """Take W from every spte that maps a frame of memory slot `slot`, so that stores are seen again (dirty log)."""
-    cdef u32 page, spte
-    cdef u64 gfn
-    for page in range(mmu.pool_pages):
-        if not mmu.pages[page].active or not mmu.pages[page].slots >> slot & 1:
-            continue
-        for spte in range(page * 512, page * 512 + 512):
-            if not spte_is_writable(mmu.table[spte]):
-                continue
-            gfn = mem_gfn(mmu.mem, ((mmu.table[spte] & pte_addr()) >> 12) - mmu.mem.ram_hfn)
-            if gfn - mmu.mem.slots[slot].base_gfn < mmu.mem.slots[slot].npages:
-                rmap_remove(mmu, spte)
-                mmu.table[spte] &= ~<u64>PTE_W
-                memo_drop(mmu)
-    for _ in range(mmu.n_vcpus):
-        request_flush(mmu, FLUSH_LOG)
+    pool_protect_slot(mmu, slot)
 
 
 _COUNTS = ("n_free", "n_active", "n_pte4", "n_pte8")
@@ -253,12 +143,12 @@ cdef class Mmu:
         self._vcpus = []
         self._general = os.environ.get("SHADOWCORE_GENERAL", "0") not in ("", "0")
         self.c.quirks = int(design.quirks)
+        (<sc_maker><size_t>_DESIGNS[design.engine])(self.c)
+        (<sc_maker><size_t>_POLICIES["fifo"])(self.c)
         if not isinstance(design, Shadow):
             self.c.marks = <u64 *>self._array(sizeof(u64) * memory.mem.nframes)
             return
         memory.attach_pool(design.pool_pages)
-        self.c.shadow = True
-        self.c.keep = design.keep
         self.c.pool_pages = design.pool_pages
         self.c.min_free = design.min_free
         self.c.refill = design.refill
@@ -622,7 +512,7 @@ cdef class Mmu:
         self.idle()
         cdef int index = check_int("slot", slot, 0, <int>self.c.mem.nslots - 1)
         if self.c.shadow:
-            mmu_protect_slot(self.c, index)
+            pool_protect_slot(self.c, index)
             self._report()
 
     def _shadow(self, what):

@@ -32,7 +32,7 @@ cdef inline bint _is_usual(const sc_mmu *mmu, const sc_vcpu *v, u32 below) noexc
     """Nothing is set that looks into faults, and no page has to be recycled first. below: tables below the root."""
     return not (mmu.quirks & UNUSUAL or mmu.audit_points or mmu.fail_for or mmu.mem.logging
                 or v.memo == NULL or (mmu.n_pte4 and mmu.n_pte8)
-                or (mmu.keep and (mmu.n_free < mmu.min_free or mmu.n_free < below)))
+                or (mmu.by_table and (mmu.n_free < mmu.min_free or mmu.n_free < below)))
 
 
 cdef inline u64 _plain(sc_mmu *mmu, sc_vcpu *v, u64 va, u32 access, bint *emulate, int hw_top,
@@ -60,7 +60,7 @@ cdef inline u64 _plain(sc_mmu *mmu, sc_vcpu *v, u64 va, u32 access, bint *emulat
         spte = <u64 *>(<u8 *>m.pool + base) + level_index(va, level)
         base = spte[0] & pte_addr()
         if level > 1 and not spte[0] & PTE_P:
-            if level > 2 or spte[0] or not mmu.keep:
+            if level > 2 or spte[0] or not mmu.by_table:
                 return ~<u64>0
             link = <u32>(spte - mmu.table)
             break

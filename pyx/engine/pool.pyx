@@ -1,18 +1,18 @@
-"""The pool of shadow pages: hash, active list in order of creation, zapping and recycling.
+"""The pool of shadow pages: hash, zapping and recycling. The active list is in the order of the policy.
 
 Pages are clean (all entries 0) whenever they are free: zapping empties a page by the entries in use, so that no scan
 is needed when it is taken again (patch 22 scanned all 512, twice).
 """
 from libc.string cimport memset
 
-from shadowcore.engine.bits cimport PTE_P, pte_addr
-from shadowcore.engine.flushes cimport FLUSH_ZAP, FLUSH_ZAP_UPPER, entry_flush, request_flush
+from shadowcore.engine.bits cimport PTE_P, PTE_W, pte_addr
+from shadowcore.engine.flushes cimport FLUSH_LOG, FLUSH_ZAP, FLUSH_ZAP_UPPER, entry_flush, request_flush
 from shadowcore.engine.hooks cimport EVENT_ZAP, event
-from shadowcore.engine.memory cimport mem_frame, mem_pool_page, sc_no_frame
+from shadowcore.engine.memory cimport mem_frame, mem_gfn, mem_pool_page, sc_no_frame
 from shadowcore.engine.page cimport sc_frame, sc_page
-from shadowcore.engine.pool cimport hash_bucket
+from shadowcore.engine.pool cimport active_push, active_remove, hash_bucket
 from shadowcore.engine.quirks cimport QUIRK_ROOT_EMPTIED
-from shadowcore.engine.rmap cimport list_first, list_remove, rmap_write_protect
+from shadowcore.engine.rmap cimport list_first, list_remove, rmap_remove, rmap_write_protect
 from shadowcore.engine.role cimport role_direct, role_level, role_pte_size
 from shadowcore.engine.spte cimport spte_is_writable, spte_wipe
 from shadowcore.engine.state cimport memo_drop, sc_mmu
@@ -43,28 +43,6 @@ cdef void pool_init(sc_mmu *mmu) noexcept nogil:
     mmu.n_active = 0
     mmu.young = SC_NONE
     mmu.old = SC_NONE
-
-
-cdef inline void _active_push(sc_mmu *mmu, u32 number) noexcept nogil:
-    mmu.pages[number].prev = SC_NONE
-    mmu.pages[number].next = mmu.young
-    if mmu.young != SC_NONE:
-        mmu.pages[mmu.young].prev = number
-    else:
-        mmu.old = number
-    mmu.young = number
-
-
-cdef inline void _active_remove(sc_mmu *mmu, u32 number) noexcept nogil:
-    cdef sc_page *page = &mmu.pages[number]
-    if page.prev != SC_NONE:
-        mmu.pages[page.prev].next = page.next
-    else:
-        mmu.young = page.next
-    if page.next != SC_NONE:
-        mmu.pages[page.next].prev = page.prev
-    else:
-        mmu.old = page.prev
 
 
 cdef inline void _count_shadowing(sc_mmu *mmu, const sc_page *page, int change) noexcept nogil:
@@ -140,7 +118,7 @@ cdef u32 pool_get(sc_mmu *mmu, u64 gfn, u32 role) noexcept nogil:
     bucket = hash_bucket(mmu, gfn)
     page.hash_next = mmu.hash[bucket]
     mmu.hash[bucket] = number
-    _active_push(mmu, number)
+    active_push(mmu, number)
     if not role_direct(role):
         _count_shadowing(mmu, page, 1)
         frame = mem_frame(mmu.mem, gfn)
@@ -246,10 +224,10 @@ cdef void pool_zap(sc_mmu *mmu, u32 number) noexcept nogil:
     event(mmu, EVENT_ZAP, number, SC_NONE, page.gfn)
     _unlink_parents(mmu, number)
     _empty(mmu, number)
-    _active_remove(mmu, number)
+    active_remove(mmu, number)
     mmu.stats.mmu_shadow_zapped += 1
     if page.root_count:
-        _active_push(mmu, number)
+        active_push(mmu, number)
         return
     _hash_remove(mmu, number)
     _count_shadowing(mmu, page, -1)
@@ -273,20 +251,6 @@ cdef void pool_zap_all(sc_mmu *mmu) noexcept nogil:
         n -= 1
 
 
-cdef u32 pool_zap_nonglobal(sc_mmu *mmu) noexcept nogil:
-    """Design `flush`: zap the leaf tables that hold a leaf without G (the CR3 load of 2.6.20-rc3)."""
-    cdef u32 number = mmu.old
-    cdef u32 zapped = 0
-    cdef u32 previous
-    while number != SC_NONE:
-        previous = mmu.pages[number].prev
-        if mmu.pages[number].nonglobal:
-            pool_zap(mmu, number)
-            zapped += 1
-        number = previous
-    return zapped
-
-
 cdef bint pool_unprotect(sc_mmu *mmu, u64 gfn) noexcept nogil:
     """Zap the shadow pages of the guest table at `gfn`, each once; True if there were any (patches 14, 27)."""
     cdef u32 number = mmu.hash[hash_bucket(mmu, gfn)]
@@ -304,19 +268,36 @@ cdef bint pool_unprotect(sc_mmu *mmu, u64 gfn) noexcept nogil:
 
 
 cdef void pool_recycle(sc_mmu *mmu, u32 target) noexcept nogil:
-    """Zap the oldest pages until `target` are free, or only roots in use are left (patch 17).
+    """Zap the pages that the policy names until `target` are free, or only roots in use are left (patch 17).
 
-    Oldest by creation: use does not refresh a page. A root in use goes to the young end (quirk: emptied first).
-    """
+    A root in use is passed over (quirk: emptied first)."""
     cdef u32 budget = mmu.n_active
     cdef u32 victim
     while mmu.n_free < target and budget:
         budget -= 1
-        victim = mmu.old
+        victim = mmu.policy.victim(mmu)
         if mmu.pages[victim].root_count and not mmu.quirks & QUIRK_ROOT_EMPTIED:
-            _active_remove(mmu, victim)
-            _active_push(mmu, victim)
+            mmu.policy.spared(mmu, victim)
             continue
         if not mmu.pages[victim].root_count:
             mmu.stats.mmu_recycled += 1
         pool_zap(mmu, victim)
+
+
+cdef void pool_protect_slot(sc_mmu *mmu, int slot) noexcept nogil:
+    """Take W from every spte that maps a frame of memory slot `slot`, so that stores are seen again (dirty log)."""
+    cdef u32 page, spte
+    cdef u64 gfn
+    for page in range(mmu.pool_pages):
+        if not mmu.pages[page].active or not mmu.pages[page].slots >> slot & 1:
+            continue
+        for spte in range(page * 512, page * 512 + 512):
+            if not spte_is_writable(mmu.table[spte]):
+                continue
+            gfn = mem_gfn(mmu.mem, ((mmu.table[spte] & pte_addr()) >> 12) - mmu.mem.ram_hfn)
+            if gfn - mmu.mem.slots[slot].base_gfn < mmu.mem.slots[slot].npages:
+                rmap_remove(mmu, spte)
+                mmu.table[spte] &= ~<u64>PTE_W
+                memo_drop(mmu)
+    for _ in range(mmu.n_vcpus):
+        request_flush(mmu, FLUSH_LOG)

@@ -11,6 +11,7 @@ from shadowcore.engine.access cimport (
 )
 from shadowcore.engine.bits cimport PTE_P, PTE_PS, is_canonical, pte_addr
 from shadowcore.engine.check cimport sc_check
+from shadowcore.engine.designs.native cimport MARK_STORED, MARK_TABLE, marked_table
 from shadowcore.engine.gmode cimport GLANCE, gmode_32, gmode_64, gmode_la57, gmode_pae, sc_gmode
 from shadowcore.engine.memo cimport (
     KIND_FETCH, KIND_NONE, KIND_STORE, KIND_USER, MEMO_DENIED, MEMO_EPOCH, MEMO_EPOCHS, MEMO_KINDS, MEMO_REGIONS,
@@ -20,7 +21,7 @@ from shadowcore.engine.memo cimport (
 from shadowcore.engine.memory cimport mem_frame, mem_gfn, mem_guest_frame, mem_host_frame, sc_mem, sc_no_frame
 from shadowcore.engine.quick cimport PACKED, element_word, load_op, load_plain, op_stands, sc_batch
 from shadowcore.engine.results cimport sc_row
-from shadowcore.engine.state cimport MARK_STORED, MARK_TABLE, marked_table, memo_drop, sc_mmu, sc_vcpu
+from shadowcore.engine.state cimport memo_drop, sc_mmu, sc_vcpu
 from shadowcore.engine.types cimport (
     MODE_32, MODE_64, MODE_LA57, MODE_PAE, PF_I, PF_U, PF_W, RC_AUDIT, RC_BAD_OP, RC_OK, i64, u8, u16, u32,
     u64,

@@ -14,14 +14,14 @@ from shadowcore.engine.bits cimport (
 )
 from shadowcore.engine.check cimport sc_check
 from shadowcore.engine.counters cimport EXIT_CR0, EXIT_CR3, EXIT_CR4, EXIT_EFER, sc_stats
+from shadowcore.engine.design cimport design_exit, design_new_cr3, design_reset
 from shadowcore.engine.features cimport (
     FEAT_COUNT, FEAT_FSGSBASE, FEAT_GBPAGES, FEAT_LA57, FEAT_NX, FEAT_PCID, FEAT_PKU, FEAT_PSE36, FEAT_SMAP, FEAT_SMEP,
     FEAT_UMIP, FEAT_XSAVE,
 )
 from shadowcore.engine.flushes cimport FLUSH_CONTEXT, FLUSH_CR3, flush_lost
-from shadowcore.engine.hooks cimport POINT_POST_CR3, audit_point, count_exit
+from shadowcore.engine.hooks cimport POINT_POST_CR3, audit_point
 from shadowcore.engine.memory cimport mem_guest_frame, sc_mem
-from shadowcore.engine.mmu cimport mmu_new_cr3, mmu_reset
 from shadowcore.engine.quirks cimport QUIRK_ACCESSED_EARLY, QUIRK_IGNORED_BITS_REFUSED
 from shadowcore.engine.state cimport memo_drop, sc_mmu, sc_vcpu, vcpu_pcid
 from shadowcore.engine.tlb cimport tlb_flush_all, tlb_flush_pcid
@@ -106,7 +106,7 @@ cdef void vcpu_init(sc_mmu *mmu, sc_vcpu *v) noexcept nogil:
     for slot in range(4):
         v.roots[slot] = SC_NONE
     vcpu_apply(v)
-    mmu_reset(mmu, v)
+    design_reset(mmu, v)
 
 
 cdef bint registers_possible(const sc_vcpu *v) noexcept nogil:
@@ -150,8 +150,7 @@ cdef int load_cr0(sc_mmu *mmu, sc_vcpu *v, u64 value) noexcept nogil:
         if not _read_pdptes(mmu, v, v.cr3, pdpte):
             return RC_GP
         memcpy(v.guest.pdpte, pdpte, sizeof(pdpte))
-    if mmu.shadow:
-        count_exit(mmu, v.number, EXIT_CR0, value)
+    design_exit(mmu, v.number, EXIT_CR0, value)
     _drop_translations(mmu, v, value != v.cr0)
     v.cr0 = value
     v.efer &= ~<u64>EFER_LMA
@@ -159,7 +158,7 @@ cdef int load_cr0(sc_mmu *mmu, sc_vcpu *v, u64 value) noexcept nogil:
         v.efer |= EFER_LMA
     vcpu_apply(v)
     memo_drop(mmu)
-    mmu_reset(mmu, v)
+    design_reset(mmu, v)
     return RC_OK
 
 
@@ -167,13 +166,13 @@ cdef int load_cr3(sc_mmu *mmu, sc_vcpu *v, u64 value) noexcept nogil:
     cdef u64 pdpte[4]
     cdef u64 reserved = 0
     cdef u64 ignored = 7
-    cdef bint keep = False
+    cdef bint tagged = False
     if v.efer & EFER_LMA:
         reserved = ~((<u64>1 << v.maxphyaddr) - 1)
         ignored = 0xFE0
         if v.cr4 & CR4_PCIDE:
             ignored = 0
-            keep = value >> 63
+            tagged = value >> 63
             value &= ~(<u64>1 << 63)        # bit 63 keeps what the TLB holds for the PCID; it is not stored
     else:
         value &= 0xFFFFFFFFU
@@ -183,15 +182,14 @@ cdef int load_cr3(sc_mmu *mmu, sc_vcpu *v, u64 value) noexcept nogil:
         if not _read_pdptes(mmu, v, value, pdpte):
             return RC_GP
         memcpy(v.guest.pdpte, pdpte, sizeof(pdpte))
-    if mmu.shadow:
-        count_exit(mmu, v.number, EXIT_CR3, value)
+    design_exit(mmu, v.number, EXIT_CR3, value)
     v.cr3 = value
     memo_drop(mmu)
-    if v.tlb != NULL and not keep:
+    if v.tlb != NULL and not tagged:
         tlb_flush_pcid(v.tlb, vcpu_pcid(v), flush_lost(mmu, FLUSH_CR3))
     if v.guest.mode != MODE_OFF:
         v.guest.root = v.cr3 & (pte_addr() if v.guest.mode >= MODE_64 else 0xFFFFF000U)
-        mmu_new_cr3(mmu, v)
+        design_new_cr3(mmu, v)
     audit_point(mmu, POINT_POST_CR3)
     return RC_OK
 
@@ -210,13 +208,12 @@ cdef int load_cr4(sc_mmu *mmu, sc_vcpu *v, u64 value) noexcept nogil:
         if not _read_pdptes(mmu, v, v.cr3, pdpte):
             return RC_GP
         memcpy(v.guest.pdpte, pdpte, sizeof(pdpte))
-    if mmu.shadow:
-        count_exit(mmu, v.number, EXIT_CR4, value)
+    design_exit(mmu, v.number, EXIT_CR4, value)
     _drop_translations(mmu, v, value != v.cr4)
     v.cr4 = value
     vcpu_apply(v)
     memo_drop(mmu)
-    mmu_reset(mmu, v)
+    design_reset(mmu, v)
     return RC_OK
 
 
@@ -224,13 +221,12 @@ cdef int load_efer(sc_mmu *mmu, sc_vcpu *v, u64 value) noexcept nogil:
     cdef u64 allowed = EFER_SCE | EFER_LME | EFER_LMA | (EFER_NXE if _has(v, FEAT_NX) else 0)
     if value & ~allowed or (v.cr0 & cr0_pg() and (value ^ v.efer) & EFER_LME):
         return RC_GP
-    if mmu.shadow:
-        count_exit(mmu, v.number, EXIT_EFER, value)
+    design_exit(mmu, v.number, EXIT_EFER, value)
     _drop_translations(mmu, v, (value ^ v.efer) & EFER_NXE)
     v.efer = (value & ~<u64>EFER_LMA) | (v.efer & EFER_LMA)
     vcpu_apply(v)
     memo_drop(mmu)
-    mmu_reset(mmu, v)
+    design_reset(mmu, v)
     return RC_OK
 
 

@@ -1,14 +1,14 @@
-"""Roles, and the shadow pages that serve as roots.
+"""Roles, and the shadow pages that serve as roots: which page a root has to be, the design says.
 
 In 4- and 5-level mode the root is the shadow of the table that CR3 names. Otherwise the processor runs in PAE format
 and has four roots, one for each GiB (patch 5): the shadows of the four PAE directories, of the four quarters of a
 32-bit directory, or with paging off four direct pages. A page is pinned while it is a root (patch 25).
 """
-from shadowcore.engine.bits cimport PTE_P, level_mask, pte_addr
+from shadowcore.engine.bits cimport PTE_P
 from shadowcore.engine.check cimport sc_check
 from shadowcore.engine.memory cimport mem_pool_hpa
-from shadowcore.engine.pool cimport pool_get
-from shadowcore.engine.quirks cimport QUIRK_ABSENT_PDPTES, QUIRK_ROLE_WITHOUT_ACCESS, QUIRK_ROLE_WITHOUT_MODE
+from shadowcore.engine.pool cimport pool_get, pool_zap_all
+from shadowcore.engine.quirks cimport QUIRK_ROLE_WITHOUT_ACCESS, QUIRK_ROLE_WITHOUT_MODE
 from shadowcore.engine.role cimport (
     ROLE_ACCESS, ROLE_BITS, ROLE_DIRECT, ROLE_DIRTY, ROLE_GLEVELS, ROLE_GLOBAL, ROLE_LEVEL, ROLE_NXE, ROLE_PKEY,
     ROLE_PSE, ROLE_QUADRANT, ROLE_WP0,
@@ -63,46 +63,31 @@ cdef u32 make_role(const sc_mmu *mmu, const sc_vcpu *v, u64 va, int level, bint 
     return role
 
 
-cdef u64 linear_gfn(const sc_vcpu *v, u64 va, int level) noexcept nogil:
-    """Key of a page that belongs to linear addresses, not to a guest table (design `flush`)."""
-    return (((va & ~level_mask(level + 1)) >> 12) & (((<u64>1) << 52) - 1)) | (<u64>v.number << 52)
-
-
-cdef bint root_wanted(const sc_mmu *mmu, const sc_vcpu *v, int slot) noexcept nogil:
-    """Root number `slot` stands for something: a PAE root entry that is not present does not."""
-    return (not mmu.keep or v.guest.mode != MODE_PAE or v.guest.pdpte[slot] & PTE_P
-            or mmu.quirks & QUIRK_ABSENT_PDPTES)
-
-
-cdef inline u32 _root_key(const sc_mmu *mmu, const sc_vcpu *v, int slot, u64 *gfn) noexcept nogil:
-    """The key of the page that root number `slot` has to be, by the registers: its role, and its gfn."""
-    cdef const sc_paging *g = &v.guest
-    cdef u64 va = <u64>slot << 30
-    cdef int level = g.mode if g.mode >= MODE_64 else 2
-    if not mmu.keep:
-        gfn[0] = linear_gfn(v, va, level)
-    elif g.mode == MODE_OFF:
-        gfn[0] = 0
-    elif g.mode == MODE_PAE:
-        gfn[0] = (g.pdpte[slot] & pte_addr()) >> 12
-    else:
-        gfn[0] = g.root >> 12
-    return make_role(mmu, v, va, level, not mmu.keep or g.mode == MODE_OFF, ACC_ALL)
+cdef inline bint _root_key(const sc_mmu *mmu, const sc_vcpu *v, int slot, u64 *gfn, u32 *role) noexcept nogil:
+    """The key of the page that root number `slot` has to be, by the registers. False: that root stands for nothing."""
+    cdef int level = v.guest.mode if v.guest.mode >= MODE_64 else 2
+    cdef bint direct
+    if not mmu.design.root_of(mmu, v, slot, gfn, &direct):
+        return False
+    role[0] = make_role(mmu, v, <u64>slot << 30, level, direct, ACC_ALL)
+    return True
 
 
 cdef bint root_fits(const sc_mmu *mmu, const sc_vcpu *v, int slot, u32 page) noexcept nogil:
     """`page`, which exists, is what the registers ask for as root number `slot`."""
     cdef u64 gfn
-    cdef u32 role = _root_key(mmu, v, slot, &gfn)
-    return (root_wanted(mmu, v, slot) and mmu.pages[page].active and mmu.pages[page].gfn == gfn
+    cdef u32 role
+    return (_root_key(mmu, v, slot, &gfn, &role) and mmu.pages[page].active and mmu.pages[page].gfn == gfn
             and mmu.pages[page].role == role)
 
 
 cdef u32 root_load(sc_mmu *mmu, sc_vcpu *v, int slot) noexcept nogil:
-    """Put root number `slot` in place and pin it; SC_NONE when the pool has no page left for it."""
+    """Put root number `slot` in place and pin it; SC_NONE if it stands for nothing, or the pool has no page for it."""
     cdef u64 gfn
-    cdef u32 role = _root_key(mmu, v, slot, &gfn)
-    cdef u32 page = pool_get(mmu, gfn, role)
+    cdef u32 role, page
+    if not _root_key(mmu, v, slot, &gfn, &role):
+        return SC_NONE
+    page = pool_get(mmu, gfn, role)
     if page == SC_NONE:
         return SC_NONE
     mmu.pages[page].root_count += 1
@@ -130,11 +115,19 @@ cdef void roots_load(sc_mmu *mmu, sc_vcpu *v) noexcept nogil:
     cdef int slot
     v.hw.mode = v.guest.mode if v.guest.mode >= MODE_64 else MODE_PAE
     for slot in range(root_slots(v)):
-        if root_wanted(mmu, v, slot):
-            root_load(mmu, v, slot)
+        root_load(mmu, v, slot)
 
 
 cdef void roots_release(sc_mmu *mmu, sc_vcpu *v) noexcept nogil:
     cdef int slot
     for slot in range(4):
         root_release(mmu, v, slot)
+
+
+cdef void release_everything(sc_mmu *mmu, sc_vcpu *v, u64 va) noexcept nogil:
+    """The most drastic way of making room: v's root slots but the one that serves va, and all that is not pinned."""
+    cdef int slot
+    for slot in range(4):
+        if root_slots(v) == 4 and slot != <int>(va >> 30) & 3:
+            root_release(mmu, v, slot)
+    pool_zap_all(mmu)

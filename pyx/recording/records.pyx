@@ -19,7 +19,7 @@ from shadowcore.engine.held cimport Held
 from shadowcore.engine.hooks cimport count_exit
 from shadowcore.engine.memory cimport mem_frame, mem_guest_frame, mem_mark_dirty, sc_no_frame
 from shadowcore.engine.registers cimport load_cr0, load_cr3, load_cr4
-from shadowcore.engine.state cimport sc_mmu, sc_vcpu
+from shadowcore.engine.state cimport is_shadowed, sc_mmu, sc_vcpu
 from shadowcore.engine.types cimport PF_W, RC_AUDIT, RC_BAD_OP, RC_GP, RC_OK, RC_PF, u8, u16, u32, u64
 from shadowcore.engine.vcpu cimport VCpu
 from shadowcore.engine.walker cimport probe_walk, sc_walk
@@ -104,7 +104,7 @@ cdef int _access(sc_mmu *mmu, sc_vcpu *v, u32 op, u64 va, bint user, u32 size, u
 
 cdef void _store_at_gpa(sc_mmu *mmu, sc_vcpu *v, u64 gpa, const u8 *data, u32 nbytes) noexcept nogil:
     """The guest's store to `gpa` by a mapping that is not known: as seen by the MMU."""
-    if mmu.shadow and mmu.frames[mem_frame(mmu.mem, gpa >> 12)].shadowed:
+    if is_shadowed(mmu, mem_frame(mmu.mem, gpa >> 12)):
         mmu.stats.pf_taken += 1
         mmu.stats.pf_fixed += 1
         count_exit(mmu, v.number, EXIT_EMULATE, gpa)
@@ -166,7 +166,7 @@ cdef void _table_begins(sc_mmu *mmu, sc_vcpu *v, sc_replay *t, const sc_record *
         words[(word.addr & 4095) >> 3] = word.value
         t.snapshot_words += 1
         i += 1
-    if not (mmu.shadow and mmu.frames[frame].shadowed):
+    if not is_shadowed(mmu, frame):
         memcpy(mem_guest_frame(mmu.mem, gpa), words, sizeof(words))
         mem_mark_dirty(mmu.mem, gpa >> 12)
         return

@@ -6,7 +6,7 @@ from shadowcore.engine.quirks cimport QUIRK_GLOBAL_WITHOUT_PGE, QUIRK_RMAP_LEAK
 from shadowcore.engine.rmap cimport rmap_add, rmap_remove
 from shadowcore.engine.spte cimport spte_is_writable, spte_put, spte_wipe
 from shadowcore.engine.state cimport memo_drop, sc_mmu, sc_vcpu
-from shadowcore.engine.types cimport u32, u64
+from shadowcore.engine.types cimport ACC_W, MODE_OFF, u32, u64
 from shadowcore.engine.walker cimport sc_walk
 
 cdef struct sc_leaf:                # outcome of one fault, as far as the shadow is concerned
@@ -17,6 +17,10 @@ cdef struct sc_leaf:                # outcome of one fault, as far as the shadow
     bint emulate                    # the access must be done by the emulator
     bint plain                      # filled as it is, with nothing for this access to add
     bint refused                    # quirk ROLE_WITHOUT_ACCESS: the leaf as it stands forbids the access
+
+cdef inline u32 until_dirty(u32 rights, const sc_walk *w, int mode) noexcept nogil:
+    """`rights`, less W while the guest's leaf is not dirty."""
+    return rights if mode == MODE_OFF or w.entry[w.level] & PTE_D else rights & ~<u32>ACC_W
 
 cdef inline void leaf_note(sc_mmu *mmu, const sc_vcpu *v, u32 spte, u64 gfn, u64 value) noexcept nogil:
     """What the page's header has to know of a leaf that gets `value`."""

@@ -1,4 +1,4 @@
-"""Designs: how an access reaches memory natively or through shadow tables; roots on register loads."""
+"""The class Mmu, and the functions of the MMU that are published."""
 from shadowcore.engine.counters cimport Stats, sc_stats
 from shadowcore.engine.memory cimport Memory
 from shadowcore.engine.state cimport sc_mmu, sc_vcpu

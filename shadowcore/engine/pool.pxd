@@ -1,17 +1,40 @@
 """Shadow pages: found by (gfn, role), taken from the pool, zapped, recycled."""
+from shadowcore.engine.page cimport sc_page
 from shadowcore.engine.state cimport sc_mmu
-from shadowcore.engine.types cimport u32, u64
+from shadowcore.engine.types cimport SC_NONE, u32, u64
 
 cdef inline u32 hash_bucket(const sc_mmu *mmu, u64 gfn) noexcept nogil:
     """Fibonacci hashing: neighbouring gfns and gfns a power of two apart both spread over the buckets."""
     return <u32>((gfn * <u64>0x9E3779B97F4A7C15ULL) >> mmu.hash_shift)
 
+cdef inline void active_push(sc_mmu *mmu, u32 number) noexcept nogil:
+    """The page enters the active list as its youngest."""
+    mmu.pages[number].prev = SC_NONE
+    mmu.pages[number].next = mmu.young
+    if mmu.young != SC_NONE:
+        mmu.pages[mmu.young].prev = number
+    else:
+        mmu.old = number
+    mmu.young = number
+
+cdef inline void active_remove(sc_mmu *mmu, u32 number) noexcept nogil:
+    """The page leaves the active list."""
+    cdef sc_page *page = &mmu.pages[number]
+    if page.prev != SC_NONE:
+        mmu.pages[page.prev].next = page.next
+    else:
+        mmu.young = page.next
+    if page.next != SC_NONE:
+        mmu.pages[page.next].prev = page.prev
+    else:
+        mmu.old = page.prev
+
 cdef u32 pool_find(const sc_mmu *mmu, u64 gfn, u32 role) noexcept nogil
 cdef u32 pool_get(sc_mmu *mmu, u64 gfn, u32 role) noexcept nogil
 cdef void pool_zap(sc_mmu *mmu, u32 number) noexcept nogil
 cdef void pool_zap_all(sc_mmu *mmu) noexcept nogil
-cdef u32 pool_zap_nonglobal(sc_mmu *mmu) noexcept nogil
 cdef bint pool_unprotect(sc_mmu *mmu, u64 gfn) noexcept nogil
 cdef void pool_recycle(sc_mmu *mmu, u32 target) noexcept nogil
 cdef void pool_init(sc_mmu *mmu) noexcept nogil
 cdef bint pool_has(sc_mmu *mmu, u32 need) noexcept nogil
+cdef void pool_protect_slot(sc_mmu *mmu, int slot) noexcept nogil

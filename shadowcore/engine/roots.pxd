@@ -9,10 +9,9 @@ cdef inline int root_slots(const sc_vcpu *v) noexcept nogil:
 
 cdef bint wp0_leaves(const sc_paging *g) noexcept nogil
 cdef u32 make_role(const sc_mmu *mmu, const sc_vcpu *v, u64 va, int level, bint direct, u32 access) noexcept nogil
-cdef u64 linear_gfn(const sc_vcpu *v, u64 va, int level) noexcept nogil
-cdef bint root_wanted(const sc_mmu *mmu, const sc_vcpu *v, int slot) noexcept nogil
 cdef bint root_fits(const sc_mmu *mmu, const sc_vcpu *v, int slot, u32 page) noexcept nogil
 cdef u32 root_load(sc_mmu *mmu, sc_vcpu *v, int slot) noexcept nogil
 cdef void root_release(sc_mmu *mmu, sc_vcpu *v, int slot) noexcept nogil
 cdef void roots_load(sc_mmu *mmu, sc_vcpu *v) noexcept nogil
 cdef void roots_release(sc_mmu *mmu, sc_vcpu *v) noexcept nogil
+cdef void release_everything(sc_mmu *mmu, sc_vcpu *v, u64 va) noexcept nogil

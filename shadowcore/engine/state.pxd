@@ -10,7 +10,7 @@ from shadowcore.engine.memory cimport sc_mem
 from shadowcore.engine.tlb cimport sc_tlb
 from shadowcore.engine.page cimport sc_frame, sc_link, sc_page
 from shadowcore.engine.types cimport MODE_64, MODE_LA57, u16, u32, u64
-from shadowcore.engine.walker cimport sc_paging
+from shadowcore.engine.walker cimport sc_paging, sc_walk
 from shadowcore.engine.watch cimport sc_watch
 
 cdef enum:
@@ -44,11 +44,43 @@ ctypedef void (*sc_audit_hook)(sc_mmu *mmu, u32 point) noexcept nogil
 
 ctypedef void (*sc_event_hook)(sc_mmu *mmu, u32 kind, u32 detail, u32 vcpu, u64 address) noexcept nogil
 
+# What a design does at events that are rare beside accesses. Each design fills it in, with sc_mmu.shadow and by_table,
+# in a file of its own in engine/designs; nothing else asks which design it is. NULL, where it may be: nothing is done.
+cdef struct sc_design:
+    u32 exits                       # bit per EXIT_*: the guest's register loads and INVLPG that leave the guest
+    u32 invariants                  # bit per number: those that hold, beside I8 and I9, which always do
+    # Accesses are about to be made for which memos of earlier ones serve. May be NULL.
+    void (*begin)(sc_mmu *mmu) noexcept nogil
+    # CR3 was loaded with paging on; CR0, CR4 or EFER was. May be NULL.
+    void (*new_cr3)(sc_mmu *mmu, sc_vcpu *v) noexcept nogil
+    void (*reset)(sc_mmu *mmu, sc_vcpu *v) noexcept nogil
+    # The guest's INVLPG of a linear address. May be NULL.
+    void (*invlpg)(sc_mmu *mmu, sc_vcpu *v, u64 va) noexcept nogil
+    # A page fault of the guest at va: what is cached of the page goes. True: leaves went. May be NULL.
+    bint (*guest_fault)(sc_mmu *mmu, sc_vcpu *v, u64 va) noexcept nogil
+    # Before a fault at va changes anything: False if there are not the pages that it can need. May be NULL.
+    bint (*make_room)(sc_mmu *mmu, sc_vcpu *v, u64 va) noexcept nogil
+    # The gfn of what root number `slot` stands for, by the registers; direct: it is no guest table. False: for nothing.
+    bint (*root_of)(const sc_mmu *mmu, const sc_vcpu *v, int slot, u64 *gfn, bint *direct) noexcept nogil
+    # The page of `level` on the way to va, by the complete guest walk w, or SC_NONE when none is free. linked: the page
+    # that the entry above points to now, or SC_NONE. A linked page with a guest table is right, and is not asked about.
+    u32 (*child)(sc_mmu *mmu, const sc_vcpu *v, u64 va, int level, const sc_walk *w, u32 linked) noexcept nogil
+    # The level, in shadow tables, of the guest's page that the complete walk w of the shadow leads into.
+    int (*guest_level)(const sc_mmu *mmu, const sc_walk *w) noexcept nogil
+
+# Which page is recycled when pages run short. New pages enter the active list at its young end; else its order is the
+# policy's.
+cdef struct sc_policy:
+    # The active page that goes next.
+    u32 (*victim)(sc_mmu *mmu) noexcept nogil
+    # It is a root in use and stays: the next victim is another one, while there is one.
+    void (*spared)(sc_mmu *mmu, u32 page) noexcept nogil
+
 cdef struct sc_mmu:
     sc_mem *mem
     sc_stats *stats
-    bint shadow                     # a shadow MMU, else native
-    bint keep                       # shadow pages belong to guest tables; else to linear addresses
+    bint shadow                     # the processor walks shadow tables, else the guest's
+    bint by_table                   # a shadow page belongs to a guest table (or large page), else to linear addresses
     u32 quirks                      # QUIRK_*
     u32 pool_pages
     u32 min_free                    # refill below this
@@ -90,20 +122,16 @@ cdef struct sc_mmu:
     sc_event_hook event             # whom; NULL only if events is 0
     void *event_context             # for it
     sc_watch *watch                 # what takes long looks for signals; NULL: it does not
-
-# Native: what the memos of an epoch know of a frame.
-cdef enum:
-    MARK_TABLE = 1                  # their translations were made of entries in it
-    MARK_STORED = 2                 # they let stores reach it
+    sc_design design                # what the design does where little depends on its speed
+    sc_policy policy                # which page is recycled
 
 cdef inline void memo_drop(sc_mmu *mmu) noexcept nogil:
     """Something was withdrawn, or changed, that a translation may have been made of."""
     mmu.memo_epoch += 1
 
-cdef inline bint marked_table(const sc_mmu *mmu, u64 frame) noexcept nogil:
-    """Native: a store to the frame may change what the memos know."""
-    return (mmu.marked_epoch == mmu.memo_epoch and mmu.marks[frame] >> 2 == mmu.memo_epoch
-            and mmu.marks[frame] & MARK_TABLE)
+cdef inline bint is_shadowed(const sc_mmu *mmu, u64 frame) noexcept nogil:
+    """The frame of RAM is a guest table that has a shadow: stores to it are emulated."""
+    return mmu.shadow and mmu.frames[frame].shadowed != 0
 
 cdef inline u64 linear_address(const sc_vcpu *v, u64 va) noexcept nogil:
     """`va` as the processor takes it: below 4-level paging its low 32 bits count."""

@@ -28,23 +28,22 @@ FLOORS = (
 itself, the table of contents, may import all, and nobody imports it."""
 
 ENGINE = (
-    "types check gmode held",
+    "types check gmode held designs policies",
     "bits counters tlb memo watch",
     "memory results windows prices costs",
     "walker features page quirks role",
     "state",
     "hooks",
-    "flushes",
+    "flushes design",
     "rmap",
     "spte",
     "pool",
     "roots emulate invalidate",
     "fetch invariants",
-    "fault plain",
-    "mmu",
-    "registers audit",
-    "access",
-    "quick",
+    "fault plain designs.native designs.flush designs.cached policies.fifo",
+    "resolve registers",
+    "mmu access",
+    "audit quick",
     "batch",
     "vcpu",
     "snapshot",
@@ -174,6 +173,41 @@ def test_a_file_format_knows_no_machine(graph):
         below = graph[f"shadowcore.recording.{name}"]
         assert [target for target in below if target.startswith("shadowcore.engine")] == []
         assert "shadowcore.recording.replay" not in below
+
+
+ASKED = {
+    "shadow": {"access", "invariants", "mmu", "quick", "resolve", "state", "_capi", "unicorn"},
+    "by_table": {"fetch", "plain", "state"},
+}
+"""Where the two constants are read by which designs differ inline: modules of the engine, packages above it.
+docs/design.md says what for."""
+
+
+def test_only_its_file_knows_a_design():
+    """What a design does is behind the hooks of sc_design: nothing else asks which one it is."""
+    found = {name: set() for name in ASKED}
+    for module, paths in modules().items():
+        for path in paths:
+            if path.suffix in (".pyx", ".pxd") and ".engine.designs." not in module:
+                text = path.read_text("utf-8")
+                assert not re.search(r"design\.(keep|name) *[=!]=|\bc\.keep\b|mmu\.keep\b", text), path
+                for name, places in found.items():
+                    if re.search(rf"\b(mmu|c|bint)\.? ?{name}\b", text):
+                        places.add(module.removeprefix("shadowcore.").removeprefix("engine.").split(".")[0])
+    assert found == ASKED
+
+
+def test_a_design_and_a_policy_is_a_file_and_a_line():
+    from shadowcore.config import DESIGNS
+
+    table = (ROOT / "pyx" / "engine" / "mmu.pyx").read_text("utf-8")
+    for folder, kind in (("designs", "design"), ("policies", "policy")):
+        files = {path.stem for path in (ROOT / "pyx" / "engine" / folder).glob("*.pyx")}
+        lines = re.findall(rf'^    "(\w+)": <size_t>\1_{kind},$', table, re.M)
+        assert sorted(files) == sorted(lines)
+    assert {made().engine for made in DESIGNS.values()} == {
+        path.stem for path in (ROOT / "pyx" / "engine" / "designs").glob("*.pyx")
+    }
 
 
 STATE = ["features", "flushes", "hooks", "page", "quirks", "role", "state"]

@@ -1,0 +1,93 @@
+"""Where an access leads: by the TLB, by a walk, and by the faults that a walk of the shadow takes."""
+from shadowcore.engine.bits cimport CR4_PGE, PTE_D, PTE_G
+from shadowcore.engine.fault cimport page_fault
+from shadowcore.engine.invalidate cimport invalidate_fault
+from shadowcore.engine.memory cimport mem_frame, mem_gfn, sc_no_frame
+from shadowcore.engine.roots cimport root_slots
+from shadowcore.engine.state cimport sc_mmu, sc_vcpu, vcpu_pcid
+from shadowcore.engine.tlb cimport sc_tlb_entry, tlb_enter, tlb_find
+from shadowcore.engine.types cimport (
+    MODE_32, MODE_OFF, PF_W, RC_LIVELOCK, RC_MMIO, RC_OK, RC_PF, RC_RETRY, SC_NONE, u32, u64,
+)
+from shadowcore.engine.walker cimport guest_walk, rights_fault, sc_walk, shadow_walk
+
+cdef enum:
+    MAX_EXITS = 40                  # exits of one access after which it is taken to hang
+
+
+cdef inline bint _tlb_hit(sc_mmu *mmu, sc_vcpu *v, u64 va, u32 access, sc_walk *w) noexcept nogil:
+    """The TLB translates `va` for `access`. Rights are judged at each use, by the registers as they are; where an entry
+    does not do, the tables are walked: real processors do the same before they report a fault."""
+    cdef sc_tlb_entry *e = tlb_find(v.tlb, va, vcpu_pcid(v), mmu.flush_epoch)
+    if (e == NULL or (access & PF_W and not e.dirty)
+            or rights_fault(&v.hw if mmu.shadow else &v.guest, e.access, e.pkey, access)):
+        mmu.stats.tlb_misses += 1
+        return False
+    w.gpa = e.gpa | (va & ((<u64>1 << e.shift) - 1))
+    if mem_frame(mmu.mem, w.gpa >> 12) == sc_no_frame():
+        mmu.stats.tlb_misses += 1   # the part of a large page that lies beyond RAM
+        return False
+    v.tlb.clock += 1
+    e.used = v.tlb.clock
+    mmu.stats.tlb_hits += 1
+    w.error_code = 0
+    return True
+
+
+cdef inline int _guest_shift(const sc_mmu *mmu, const sc_vcpu *v, const sc_walk *w) noexcept nogil:
+    """log2 of the guest's page size, from a walk of the shadow."""
+    cdef int level
+    if v.guest.mode == MODE_OFF:
+        return 12
+    level = mmu.design.guest_level(mmu, w)
+    return 12 if level == 1 else 22 if v.guest.mode == MODE_32 else 12 + 9 * (level - 1)
+
+
+cdef inline void _tlb_fill(sc_mmu *mmu, sc_vcpu *v, u64 va, const sc_walk *w, int shift, int guest) noexcept nogil:
+    cdef u64 leaf = w.entry[w.level]
+    cdef u32 root = SC_NONE
+    if mmu.shadow:
+        root = v.roots[0 if root_slots(v) == 1 else <int>(va >> 30) & 3]
+    tlb_enter(v.tlb, va, w.gpa, shift, guest, vcpu_pcid(v), w.access, w.pkey, leaf & PTE_D != 0,
+              leaf & PTE_G != 0 and v.cr4 & CR4_PGE != 0, mmu.flush_epoch, root)
+
+
+cdef int resolve(sc_mmu *mmu, sc_vcpu *v, u64 va, u32 access, sc_walk *w) noexcept nogil:
+    """Translate `va` for `access` (PF_W, PF_U, PF_I) with all exits and side effects; w.gpa is where it leads.
+
+    RC_OK: RAM, to be accessed directly. RC_EMULATE: RAM, the store must go through emulate_store. RC_MMIO: no RAM.
+    RC_PF: w.error_code, CR2 is set. Negative: a host-side error.
+    """
+    cdef sc_walk hw
+    cdef int rc, shift
+    cdef int exits = 0
+    mmu.stats.accesses += 1
+    if v.tlb != NULL and _tlb_hit(mmu, v, va, access, w):
+        return RC_OK
+    if not mmu.shadow:
+        rc = guest_walk(mmu.mem, &v.guest, va, access, w)
+        mmu.stats.walk_references += w.references
+        if rc == RC_PF:
+            v.cr2 = va
+            mmu.stats.pf_guest += 1
+            invalidate_fault(mmu, v, va)
+        elif mem_frame(mmu.mem, w.gpa >> 12) == sc_no_frame():
+            rc = RC_MMIO
+        elif v.tlb != NULL and v.guest.mode != MODE_OFF:
+            shift = 12 + (10 if v.guest.mode == MODE_32 else 9) * (w.level - 1)
+            _tlb_fill(mmu, v, va, w, shift, shift)
+        return rc
+    while exits < MAX_EXITS:
+        rc = shadow_walk(mmu.mem, &v.hw, va, access, &hw)
+        mmu.stats.walk_references += hw.references
+        if rc == RC_OK:
+            w.gpa = (mem_gfn(mmu.mem, (hw.gpa >> 12) - mmu.mem.ram_hfn) << 12) | (va & 4095)
+            if v.tlb != NULL:
+                hw.gpa = w.gpa
+                _tlb_fill(mmu, v, va, &hw, 12, _guest_shift(mmu, v, &hw))
+            return RC_OK
+        rc = page_fault(mmu, v, access, &hw, w)
+        if rc != RC_RETRY:
+            return rc
+        exits += 1
+    return RC_LIVELOCK
