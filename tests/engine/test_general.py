@@ -125,8 +125,12 @@ def outcome(vm, address):
         return repr(fault), vm.stats.exits_total
 
 
-def test_the_switch():
-    """It can be turned while the machine is in use, holds for every processor, and a TLB is not touched by it."""
+def test_the_switch(monkeypatch):
+    """It can be turned while the machine is in use, new machines take it from the environment, and a TLB is not touched
+    by it."""
+    monkeypatch.setenv("SHADOWCORE_GENERAL", "1")
+    assert sc.VM("1MiB", "cached").mmu.general is True
+    monkeypatch.delenv("SHADOWCORE_GENERAL")
     vm = sc.VM("1MiB", "cached", vcpus=2)
     assert vm.mmu.general is False
     vm.mmu.general = True
