@@ -93,7 +93,7 @@ cdef inline void _nothing_yet(sc_outcome *o) noexcept nogil:
 
 
 cdef int _slow(sc_mmu *mmu, sc_vcpu *v, const sc_access *a, sc_outcome *o) noexcept nogil:
-    """Any access, by the function that knows all cases."""
+    """Any access, by the ladder that all callers share (access_do)."""
     cdef sc_op op
     cdef sc_result r
     cdef u64 references = mmu.stats.walk_references

@@ -1,8 +1,8 @@
 """Operations of a batch, by the shortest way that each has.
 
 Most operations of most batches are accesses that the tables allow as they stand. Those are done here, by the memo or
-by a glance at the tables; every other is handed to the functions of `access`, which know all cases and change state in
-the one right way. Which of the two does an access can be seen in nothing but the time that it takes.
+by a glance at the tables; every other is handed to `access`. Which of them does an access can be seen in nothing but
+the time that it takes.
 """
 from libc.string cimport memcpy, memset
 

@@ -115,7 +115,7 @@ def on_event(vm: VM, callback: Callable[[Event], object] | None, kinds: Iterable
 
     It is called in the middle of what the engine does and may not use its VM (EngineError); others it may. What it
     raises comes out of the call that was under way, after the operation is done; until then it is not called again.
-    Without a callback events cost nothing; with one, faults take the engine's longer way.
+    Without a callback events cost nothing; with one, a call of it for each that happens.
     """
     if callback is None:
         EventHook.remove(vm.mmu)

@@ -30,7 +30,7 @@ cdef enum:
 
 cdef struct sc_memo_entry:
     u64 tag
-    u64 target                      # gpa of the page | what _capi notes of it (bits 4-9) | entries that a walk reads
+    u64 target                      # gpa of the page | what _capi notes of it (bits 52-57) | entries that a walk reads
 
 cdef struct sc_memo:
     sc_memo_entry entry[MEMO_ENTRIES]   # by the low bits of the page number

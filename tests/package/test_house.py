@@ -6,6 +6,7 @@ only type checkers see.
 
 import ast
 import importlib.util
+import itertools
 import re
 from graphlib import TopologicalSorter
 from pathlib import Path
@@ -232,3 +233,38 @@ def printed(title):
 def test_the_architecture_page_prints_the_same_order():
     assert printed("Floors")[::-1] == FLOORS
     assert printed("Inside of the engine")[::-1] == tuple(tuple(names.split()) for names in ENGINE)
+
+
+PAGE = (ROOT / "docs" / "design.md").read_text("utf-8")
+WAYS = re.findall(
+    r"^### ([^\n]*)\n(.*?)(?=^##)",
+    PAGE.split("## Four ways through the house\n", 1)[1].split("\n## ", 1)[0] + "\n##",
+    re.M | re.S,
+)
+STEP = re.compile(r"^\d+\. `([\w/.]+)`: `(\w+)`(?:, by the hook `(\w+)`)?", re.M)
+
+
+def body(file, function):
+    """The text of a function, from its head to the next line that is not indented."""
+    text = (ROOT / file).read_text("utf-8")
+    head = re.search(rf"^([ ]*)(?:cdef|cpdef|def)\b[^\n]*\b{function}\(", text, re.M)
+    assert head, (file, function)
+    rest = text[text.index("\n", head.end()) :]
+    end = re.search(rf"^[ ]{{0,{len(head[1])}}}[^\s)]", rest, re.M)
+    return rest[: end.start()] if end else rest
+
+
+@pytest.mark.parametrize(("title", "text"), WAYS, ids=[title for title, _ in WAYS])
+def test_ways_through_the_house(title, text):
+    """Each function is where the page says, and calls the next, or the hook behind which that is."""
+    steps = STEP.findall(text)
+    assert len(steps) == len(re.findall(r"^\d+\. ", text, re.M)) >= 6
+    for (file, function, _), (next_file, next_function, hook) in itertools.pairwise(steps):
+        assert re.search(rf"\b{hook or next_function}\(", body(file, function)), (file, function, next_function)
+        if hook:
+            assert re.search(rf"\.{hook} = {next_function}$", (ROOT / next_file).read_text("utf-8"), re.M)
+    body(*steps[-1][:2])
+
+
+def test_the_four_ways_are_there():
+    assert [title for title, _ in WAYS] == ["One access", "One fault", "One store to a table", "One CR3 load"]
