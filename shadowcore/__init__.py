@@ -12,7 +12,8 @@ from .engine.machine import VM
 from .engine.memory import Memory
 from .engine.mmu import Mmu
 from .engine.results import RunResult
-from .engine.vcpu import Translation, VCpu
+from .engine.translation import Translation
+from .engine.vcpu import VCpu
 from .errors import (
     AuditError,
     ConfigError,

@@ -7,6 +7,8 @@ not hold where shadows may lag behind the guest's tables, as a TLB does, until I
 Whatever is in the arrays, the checkers stay within them and end. Where I3 to I7 hold, so does the engine: every index
 that it follows leads where the engine expects, and every list ends. So a structure that was written by hand is checked
 by these before it is used (mmu_settle).
+
+Past 500 lines, for it is one concept: nine invariants that hold one structure against another, a checker each.
 """
 from dataclasses import dataclass
 

@@ -1,4 +1,7 @@
-"""The MMU of a VM as Python sees it: its design, counters and shadow structure; and what is published of it."""
+"""The MMU of a VM as Python sees it: its design, counters and shadow structure; and what is published of it.
+
+Past 500 lines, for it is one class, which forwards, and owns what the engine works on.
+"""
 import os
 
 import numpy as np

@@ -3,6 +3,8 @@
 Most operations of most batches are accesses that the tables allow as they stand. Those are done here, by the memo or
 by a glance at the tables; every other is handed to `access`. Which of them does an access can be seen in nothing but
 the time that it takes.
+
+Past 500 lines, for it is one loop, of which each part is inlined into it for each mode and layout.
 """
 from libc.string cimport memcpy, memset
 

@@ -1,8 +1,10 @@
-"""The virtual processor: its registers, single accesses, translations without side effect, and batches."""
+"""The virtual processor: its registers, single accesses, translations without side effect, and batches.
+
+Past 500 lines, for it is one class, which forwards.
+"""
 import numpy as np
 
 from cpython.long cimport PyLong_AsLong, PyLong_AsUnsignedLongLong, PyLong_CheckExact
-from cython cimport freelist
 from libc.stdlib cimport calloc, free
 from libc.string cimport memset
 
@@ -22,11 +24,11 @@ from shadowcore.engine.registers cimport (
 from shadowcore.engine.roots cimport root_fits
 from shadowcore.engine.state cimport SC_MAX_VCPUS, linear_address, linear_exists, sc_mmu, sc_vcpu
 from shadowcore.engine.tlb cimport TLB_PAGES, TLB_SIZES, sc_tlb, sc_tlb_entry, tlb_valid
+from shadowcore.engine.translation cimport Translation, walk_levels
 from shadowcore.engine.types cimport (
-    ACC_ALL, ACC_U, ACC_W, ACC_X, MODE_32, MODE_OFF, PF_I, PF_U, PF_W, RC_AUDIT, RC_GP, RC_MMIO, RC_OK, RC_PF, SC_NONE,
-    u32, u64,
+    ACC_ALL, MODE_OFF, PF_I, PF_U, PF_W, RC_AUDIT, RC_GP, RC_MMIO, RC_OK, RC_PF, SC_NONE, u32, u64,
 )
-from shadowcore.engine.walker cimport probe_walk, sc_walk, walk_index
+from shadowcore.engine.walker cimport probe_walk, sc_walk
 
 from shadowcore._version import __version__
 from shadowcore.config import FEATURES as _FEATURES, TLB, Features, check_int, check_ints, taken
@@ -37,80 +39,6 @@ TLB_DTYPE = np.dtype([
     ("page", "<u8"), ("gpa", "<u8"), ("page_size", "<u4"), ("pcid", "<u2"), ("access", "u1"), ("pkey", "u1"),
     ("dirty", "u1"), ("global_", "u1"),
 ])
-
-
-@freelist(8)
-cdef class Translation:
-    """Where a linear address leads now, found without any side effect.
-
-    gpa: int. page_size: bytes. writable, user, executable: rights of the whole walk (SDM volume 3, 4.6.1).
-    entry: the guest's leaf entry. level: its level. levels: (level, gpa of the entry, entry) from the top. With paging
-    off there are no entries.
-    """
-
-    cdef sc_walk w
-    cdef int mode
-
-    @property
-    def gpa(self) -> int:
-        return self.w.gpa
-
-    @property
-    def page_size(self) -> int:
-        if self.mode == MODE_OFF:
-            return 4096
-        if self.mode == MODE_32:
-            return 4096 if self.w.level == 1 else 4 << 20
-        return 1 << (12 + 9 * (self.w.level - 1))
-
-    @property
-    def writable(self) -> bool:
-        return self.w.access & ACC_W != 0
-
-    @property
-    def user(self) -> bool:
-        return self.w.access & ACC_U != 0
-
-    @property
-    def executable(self) -> bool:
-        return self.w.access & ACC_X != 0
-
-    @property
-    def entry(self) -> int:
-        return 0 if self.mode == MODE_OFF else self.w.entry[self.w.level]
-
-    @property
-    def level(self) -> int:
-        return 0 if self.mode == MODE_OFF else self.w.level
-
-    @property
-    def levels(self) -> list:
-        return [] if self.mode == MODE_OFF else _levels(&self.w)
-
-    def __reduce__(self):
-        return _pickled_translation, (self.mode, self.w)
-
-    def __repr__(self):
-        rights = "r" + "-w"[self.writable] + "-x"[self.executable] + "-u"[self.user]
-        return f"Translation(gpa={self.gpa:#x}, page_size={self.page_size}, rights={rights})"
-
-
-def _pickled_translation(int mode, sc_walk w):
-    """A Translation of these fields. ConfigError for what is none."""
-    cdef Translation made = Translation.__new__(Translation)
-    if not 0 <= w.level <= w.top <= 5 or w.pte_size not in (4, 8):
-        raise ConfigError("Translation: a pickle of a walk that cannot be")
-    made.mode, made.w = mode, w
-    return made
-
-
-cdef list _levels(const sc_walk *w):
-    cdef int level = w.top
-    cdef list found = []
-    while level >= w.level and level > 0:
-        found.append((level, (w.table[level] << 12) + walk_index(w, level) * w.pte_size, w.entry[level]))
-        level -= 1
-    return found
 
 
 cdef object _ARRAY = np.ndarray
@@ -589,7 +517,7 @@ cdef class VCpu:
         if self.c.guest.mode == MODE_OFF:
             return []
         probe_walk(self.mmu.c.mem, &self.c.guest, va, 0, &w)
-        return _levels(&w)
+        return walk_levels(&w)
 
     def run(self, ops, data=True):
         """Perform the operations of a structured array (fields of OP_DTYPE by name, aligned or packed).

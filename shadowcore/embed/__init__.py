@@ -29,7 +29,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from typing_extensions import Buffer
 
-    from ..engine.vcpu import Translation, VCpu
+    from ..engine.translation import Translation
+    from ..engine.vcpu import VCpu
 
 __all__ = [
     "EVENTS",

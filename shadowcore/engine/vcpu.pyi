@@ -8,29 +8,11 @@ from typing_extensions import disjoint_base
 from ..config import TLB, Features
 from .mmu import Mmu
 from .results import RunResult
+from .translation import Translation
 
 TLB_DTYPE: Final[np.dtype[np.void]]
 
 def tlb_sizes(tlb: TLB | None) -> list[int]: ...
-
-@disjoint_base
-class Translation:
-    @property
-    def gpa(self) -> int: ...
-    @property
-    def page_size(self) -> int: ...
-    @property
-    def writable(self) -> bool: ...
-    @property
-    def user(self) -> bool: ...
-    @property
-    def executable(self) -> bool: ...
-    @property
-    def entry(self) -> int: ...
-    @property
-    def level(self) -> int: ...
-    @property
-    def levels(self) -> list[tuple[int, int, int]]: ...
 
 @disjoint_base
 class VCpu:

@@ -42,7 +42,7 @@ ENGINE = (
     "roots emulate invalidate",
     "fetch invariants",
     "fault plain designs.native designs.flush designs.cached policies.fifo",
-    "resolve registers",
+    "resolve registers translation",
     "mmu access",
     "audit quick",
     "batch",
