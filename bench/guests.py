@@ -14,7 +14,7 @@ MIB = 1 << 20
 class Guest:
     """A VM with `table_room` bytes for page tables, from gpa 0, and behind them `size` bytes for the rest.
 
-    Leaves are made user, writable, executable, accessed, dirty, of 4096 bytes.
+    Leaves are made user, writable, executable, accessed, dirty, of 4096 bytes unless it is said otherwise.
     kernel: where the tables can be mapped for supervisor code: the guest edits them there.
     """
 
@@ -38,20 +38,22 @@ class Guest:
         """Empty page tables of one more address space."""
         return sc.PageTables(self.vm.memory, self.mode, allocate=lambda: next(self.frames))
 
-    def map(self, va: int = 0, offset: int = 0, size: int | None = None) -> "Guest":
+    def map(self, va: int = 0, offset: int = 0, size: int | None = None, page_size: int = PAGE) -> "Guest":
         """Map memory to user code in the first address space; default: all of it, from va 0."""
-        self.map_in(self.tables, va, offset, size)
+        self.map_in(self.tables, va, offset, size, page_size)
         return self
 
-    def map_in(self, tables: sc.PageTables, va: int = 0, offset: int = 0, size: int | None = None) -> None:
+    def map_in(
+        self, tables: sc.PageTables, va: int = 0, offset: int = 0, size: int | None = None, page_size: int = PAGE
+    ) -> None:
         """The same in any address space. offset: into the memory behind the tables."""
         size = self.size if size is None else size
         gpa = self.table_room + offset
-        tables.map(va, gpa, size, "rwxu", page_size=PAGE, accessed=True, dirty=True)
+        tables.map(va, gpa, size, "rwxu", page_size=page_size, accessed=True, dirty=True)
 
-    def map_tables(self, size: int = 4 * MIB) -> "Guest":
+    def map_tables(self, size: int = 4 * MIB, page_size: int = PAGE) -> "Guest":
         """Map the frames of the tables at `kernel`, for supervisor code."""
-        self.tables.map(self.kernel, 0, size, "rwx", page_size=PAGE, accessed=True, dirty=True)
+        self.tables.map(self.kernel, 0, max(size, page_size), "rwx", page_size=page_size, accessed=True, dirty=True)
         return self
 
     def start(self) -> "Guest":
@@ -132,10 +134,11 @@ def _upper(guest: Guest, number: int, bits: int) -> int:
     return found.value >> 12 & 0xFFFFFFFFFF if found.level == wanted and found.value & 1 else next(guest.frames)
 
 
-def editing_guest(mode: str, flood_threshold: int = 3) -> tuple[Guest, np.ndarray]:
-    """A guest of 400 MiB that can edit its tables, and the gpas of its 200 leaf tables (mode 32: 100)."""
+def editing_guest(mode: str, flood_threshold: int = 3, page_size: int = PAGE) -> tuple[Guest, np.ndarray]:
+    """A guest of 400 MiB that can edit its tables, through pages of `page_size`, and the gpas of its 200 leaf tables
+    (mode 32: 100)."""
     shadow = sc.Shadow.cached(pool_pages=1024, flood_threshold=flood_threshold)
-    guest = Guest(mode, 400 * MIB, shadow).map().map_tables().start()
+    guest = Guest(mode, 400 * MIB, shadow).map().map_tables(page_size=page_size).start()
     return guest, guest.leaf_tables(0, guest.size)
 
 

@@ -25,6 +25,8 @@ REPLAYED = 20_000
 """Records of a recording: their kinds come in stretches."""
 LOOKED = ", tables looked at"
 """Behind the name of a run that has to cost what the run without it costs."""
+LARGE = {2 * MIB: ", 2 MiB", 1024 * MIB: ", 1 GiB"}
+"""Behind the name of a run with large guest pages."""
 HELD: list[object] = []
 """What was looked at."""
 TABLES = 20
@@ -68,9 +70,9 @@ def nothing() -> None:
     """State that needs no preparation."""
 
 
-def faulting(mode: str) -> tuple[Guest, np.ndarray, np.ndarray]:
+def faulting(mode: str, page_size: int = PAGE) -> tuple[Guest, np.ndarray, np.ndarray]:
     """A guest; the first page of each of its leaf tables, and 2 N others."""
-    guest = Guest(mode, 32 * MIB, sc.Shadow.cached(pool_pages=256)).map().start()
+    guest = Guest(mode, 32 * MIB, sc.Shadow.cached(pool_pages=256)).map(page_size=page_size).start()
     every = pages(32 * MIB // PAGE).reshape(-1, 512)
     return guest, every[:, 0].copy(), every[:, 1:].ravel()[: 2 * COUNT]
 
@@ -105,8 +107,8 @@ def walks() -> Run:
     return Run("guest walk", COUNT, nothing, part(guest, ops), exits(None))
 
 
-def leaf_faults(mode: str, looked: bool = False) -> Run:
-    guest, first, rest = faulting(mode)
+def leaf_faults(mode: str, looked: bool = False, page_size: int = PAGE) -> Run:
+    guest, first, rest = faulting(mode, page_size)
     if looked:
         looked_at(guest)
     ops = accesses(rest)
@@ -115,7 +117,8 @@ def leaf_faults(mode: str, looked: bool = False) -> Run:
         guest.vm.mmu.zap_all()
         guest.run(accesses(first))
 
-    return Run(f"leaf fault, {mode}{LOOKED if looked else ''}", COUNT, prepare, part(guest, ops), exits("fill"))
+    name = f"leaf fault, {mode}{LOOKED if looked else ''}{LARGE.get(page_size, '')}"
+    return Run(name, COUNT, prepare, part(guest, ops), exits("fill"))
 
 
 def dirty_faults() -> Run:
@@ -132,9 +135,10 @@ def dirty_faults() -> Run:
     return Run("store that sets dirty", COUNT, prepare, part(guest, stores), exits("write"))
 
 
-def emulated_stores() -> Run:
+def emulated_stores(page_size: int = PAGE) -> Run:
+    """Stores to tables, through a direct map of such pages."""
     guest, _, _ = faulting("64")
-    guest.map_tables()
+    guest.map_tables(page_size=page_size)
     tables = guest.leaf_tables(0, guest.size).reshape(-1, 2)
     offsets = np.arange(0, PAGE, 8, dtype=np.uint64)
     entries = (tables[:, None, :] + offsets[None, :, None]).ravel()[: 2 * COUNT]
@@ -145,7 +149,9 @@ def emulated_stores() -> Run:
         guest.run(accesses(pages(32 * MIB // PAGE)))
         guest.run(accesses(guest.edit_address(tables.ravel()), user=0))
 
-    return Run("emulated store", COUNT, prepare, part(guest, ops, data=True), exits("emulate"))
+    return Run(
+        "emulated store" + LARGE.get(page_size, ""), COUNT, prepare, part(guest, ops, data=True), exits("emulate")
+    )
 
 
 def sparse(name: str, regions: int, pool_pages: int, recycled: bool) -> Run:
@@ -222,8 +228,10 @@ def runs() -> Iterator[Run]:
     for mode in ("64", "pae", "32"):
         yield leaf_faults(mode)
     yield leaf_faults("64", looked=True)
+    yield leaf_faults("64", page_size=2 * MIB)
     yield dirty_faults()
-    yield emulated_stores()
+    for page_size in (PAGE, *LARGE):
+        yield emulated_stores(page_size)
     yield sparse("fault that needs a new table", 4608, 8192, recycled=False)
     yield sparse("fault that needs a new table, recycling", 200, 64, recycled=True)
     yield cr3_loads()

@@ -11,7 +11,7 @@ from shadowcore.engine.designs.native cimport store_seen
 from shadowcore.engine.emulate cimport emulate_store, walk_updated
 from shadowcore.engine.flushes cimport FLUSH_INVLPG, flush_lost
 from shadowcore.engine.memory cimport mem_frame, mem_gfn, mem_guest_frame, mem_mark_dirty, sc_no_frame
-from shadowcore.engine.plain cimport fault_plain
+from shadowcore.engine.fast cimport fault_fast
 from shadowcore.engine.pool cimport pool_unprotect
 from shadowcore.engine.registers cimport load_ac, load_cr0, load_cr3, load_cr4, load_efer, load_pkru
 from shadowcore.engine.resolve cimport resolve
@@ -256,7 +256,7 @@ cdef bint access_glance(sc_mmu *mmu, sc_vcpu *v, const sc_op *o, bint data, sc_r
 
 
 cdef bint access_fault(sc_mmu *mmu, sc_vcpu *v, const sc_op *o, bint data, sc_result *r) noexcept nogil:
-    """Under a shadow MMU: do the operation if it is a plain access that takes a plain fault; else nothing."""
+    """Under a shadow MMU: do the operation if it is a plain access whose fault is a fast one; else nothing."""
     cdef u64 va
     cdef u64 word = 0
     cdef u32 size
@@ -264,7 +264,7 @@ cdef bint access_fault(sc_mmu *mmu, sc_vcpu *v, const sc_op *o, bint data, sc_re
     cdef u8 *at
     if not _plain_address(v, o, &va, &size):
         return False
-    r.gpa = fault_plain(mmu, v, va, _plain_access(o), &emulate)
+    r.gpa = fault_fast(mmu, v, va, _plain_access(o), &emulate)
     if r.gpa == ~<u64>0:
         return False
     r.value[0] = r.value[1] = 0

@@ -7,12 +7,12 @@ from libc.string cimport memcpy
 from shadowcore.engine.bits cimport PTE_P
 from shadowcore.engine.flushes cimport FLUSH_STORE, entry_flush
 from shadowcore.engine.hooks cimport POINT_POST_WRITE, POINT_PRE_WRITE, audit_point
-from shadowcore.engine.memory cimport mem_frame, mem_guest_frame, mem_mark_dirty, sc_no_frame
+from shadowcore.engine.memory cimport mem_frame, mem_mark_dirty, sc_no_frame
 from shadowcore.engine.page cimport sc_page
 from shadowcore.engine.pool cimport hash_bucket, pool_zap
 from shadowcore.engine.quirks cimport QUIRK_PDE_WRITE
 from shadowcore.engine.role cimport ROLE_QUADRANT, role_direct, role_field, role_level, role_pte_size
-from shadowcore.engine.spte cimport spte_drop
+from shadowcore.engine.spte cimport spte_unlink, spte_wipe
 from shadowcore.engine.state cimport is_shadowed, sc_mmu, sc_vcpu
 from shadowcore.engine.types cimport MODE_32, SC_NONE, u8, u32, u64
 from shadowcore.engine.walker cimport sc_walk, walk_index
@@ -20,12 +20,17 @@ from shadowcore.engine.walker cimport sc_walk, walk_index
 
 cdef inline void _drop_entry(sc_mmu *mmu, u32 number, u32 index) noexcept nogil:
     cdef u32 spte = number * 512 + index
-    if mmu.table[spte]:
-        if role_level(mmu.pages[number].role) > 1:
-            mmu.stats.mmu_pde_zapped += 1
-        if mmu.table[spte] & PTE_P:
-            entry_flush(mmu, FLUSH_STORE)
-        spte_drop(mmu, spte)
+    cdef u64 value = mmu.table[spte]
+    cdef int level
+    if value == 0:
+        return
+    level = role_level(mmu.pages[number].role)
+    if level > 1:
+        mmu.stats.mmu_pde_zapped += 1
+    if value & PTE_P:
+        entry_flush(mmu, FLUSH_STORE)
+    spte_unlink(mmu, spte, level)
+    spte_wipe(mmu, spte)
 
 
 cdef inline void _drop_gpte(sc_mmu *mmu, u32 number, u32 offset) noexcept nogil:
@@ -49,29 +54,47 @@ cdef inline void _drop_gpte(sc_mmu *mmu, u32 number, u32 offset) noexcept nogil:
             _drop_entry(mmu, number, (entry * 2 + 1) & 511)
 
 
-cdef void table_written(sc_mmu *mmu, u64 gpa, u32 nbytes, bint flooded) noexcept nogil:
-    """The `nbytes` at `gpa`, within one frame, are about to change: drop every spte made from them.
-
-    A store that does not lie within one entry, or belongs to a flood, zaps the page.
-    """
+cdef inline void _drop_written(sc_mmu *mmu, u64 gpa, u64 frame, u32 nbytes, bint flooded) noexcept nogil:
+    """table_written, in a known frame of RAM."""
     cdef u64 gfn = gpa >> 12
-    cdef u64 frame = mem_frame(mmu.mem, gfn)
     cdef u32 offset = gpa & 4095
     cdef u32 number, following, misaligned
-    if frame == sc_no_frame() or not is_shadowed(mmu, frame):
+    cdef const sc_page *page
+    if not is_shadowed(mmu, frame):
         return
     mmu.stats.mmu_pte_write += 1
     number = mmu.hash[hash_bucket(mmu, gfn)]
     while number != SC_NONE:
-        following = mmu.pages[number].hash_next
-        if mmu.pages[number].gfn == gfn and not role_direct(mmu.pages[number].role):
-            misaligned = (offset ^ (offset + nbytes - 1)) & ~<u32>(role_pte_size(mmu.pages[number].role) - 1)
+        page = &mmu.pages[number]
+        following = page.hash_next
+        if page.gfn == gfn and not role_direct(page.role):
+            misaligned = (offset ^ (offset + nbytes - 1)) & ~<u32>(role_pte_size(page.role) - 1)
             if misaligned or flooded:
                 mmu.stats.mmu_flooded += 1
                 pool_zap(mmu, number)
             else:
                 _drop_gpte(mmu, number, offset)
         number = following
+
+
+cdef void table_written(sc_mmu *mmu, u64 gpa, u32 nbytes, bint flooded) noexcept nogil:
+    """The `nbytes` at `gpa`, within one frame, are about to change: drop every spte made from them.
+
+    A store that does not lie within one entry, or belongs to a flood, zaps the page.
+    """
+    cdef u64 frame = mem_frame(mmu.mem, gpa >> 12)
+    if frame != sc_no_frame():
+        _drop_written(mmu, gpa, frame, nbytes, flooded)
+
+
+cdef inline void _store(sc_mmu *mmu, u64 gpa, const u8 *data, u32 nbytes, bint flooded) noexcept nogil:
+    """A store to RAM, within one frame, that the shadow hears of."""
+    cdef u64 frame = mem_frame(mmu.mem, gpa >> 12)
+    audit_point(mmu, POINT_PRE_WRITE)
+    _drop_written(mmu, gpa, frame, nbytes, flooded)
+    memcpy(mmu.mem.ram + (frame << 12) + (gpa & 4095), data, nbytes)
+    mem_mark_dirty(mmu.mem, gpa >> 12)
+    audit_point(mmu, POINT_POST_WRITE)
 
 
 cdef void emulate_store(sc_mmu *mmu, sc_vcpu *v, u64 gpa, const u8 *data, u32 nbytes) noexcept nogil:
@@ -83,20 +106,12 @@ cdef void emulate_store(sc_mmu *mmu, sc_vcpu *v, u64 gpa, const u8 *data, u32 nb
         v.flood_gfn = gfn
         v.flood_count = 1
     mmu.stats.pf_emulate += 1
-    audit_point(mmu, POINT_PRE_WRITE)
-    table_written(mmu, gpa, nbytes, mmu.flood_threshold != 0 and v.flood_count >= mmu.flood_threshold)
-    memcpy(mem_guest_frame(mmu.mem, gpa) + (gpa & 4095), data, nbytes)
-    mem_mark_dirty(mmu.mem, gfn)
-    audit_point(mmu, POINT_POST_WRITE)
+    _store(mmu, gpa, data, nbytes, mmu.flood_threshold != 0 and v.flood_count >= mmu.flood_threshold)
 
 
 cdef void device_store(sc_mmu *mmu, u64 gpa, const u8 *data, u32 nbytes) noexcept nogil:
     """A store that no vcpu made, to RAM, within one frame: the shadow stays coherent, nothing is counted as a flood."""
-    audit_point(mmu, POINT_PRE_WRITE)
-    table_written(mmu, gpa, nbytes, False)
-    memcpy(mem_guest_frame(mmu.mem, gpa) + (gpa & 4095), data, nbytes)
-    mem_mark_dirty(mmu.mem, gpa >> 12)
-    audit_point(mmu, POINT_POST_WRITE)
+    _store(mmu, gpa, data, nbytes, False)
 
 
 cdef void walk_updated(sc_mmu *mmu, const sc_vcpu *v, const sc_walk *w) noexcept nogil:

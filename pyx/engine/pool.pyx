@@ -10,7 +10,7 @@ from shadowcore.engine.flushes cimport FLUSH_LOG, FLUSH_ZAP, FLUSH_ZAP_UPPER, en
 from shadowcore.engine.hooks cimport EVENT_ZAP, event
 from shadowcore.engine.memory cimport mem_frame, mem_gfn, mem_pool_page, sc_no_frame
 from shadowcore.engine.page cimport sc_frame, sc_page
-from shadowcore.engine.pool cimport active_push, active_remove, hash_bucket
+from shadowcore.engine.pool cimport active_push, active_remove, hash_bucket, pool_find
 from shadowcore.engine.quirks cimport QUIRK_ROOT_EMPTIED
 from shadowcore.engine.rmap cimport list_first, list_remove, rmap_remove, rmap_write_protect
 from shadowcore.engine.role cimport role_direct, role_level, role_pte_size
@@ -59,16 +59,6 @@ cdef inline void _count_shadowing(sc_mmu *mmu, const sc_page *page, int change) 
         mmu.n_pte8 += change
 
 
-cdef u32 pool_find(const sc_mmu *mmu, u64 gfn, u32 role) noexcept nogil:
-    """The active page of (gfn, role), or SC_NONE."""
-    cdef u32 number = mmu.hash[hash_bucket(mmu, gfn)]
-    while number != SC_NONE:
-        if mmu.pages[number].gfn == gfn and mmu.pages[number].role == role:
-            return number
-        number = mmu.pages[number].hash_next
-    return SC_NONE
-
-
 cdef bint pool_has(sc_mmu *mmu, u32 need) noexcept nogil:
     """`need` pages can be taken; an injected failure counts as an attempt to take them."""
     if mmu.n_free < need:
@@ -90,19 +80,15 @@ cdef inline bint _must_fail(sc_mmu *mmu) noexcept nogil:
     return True
 
 
-cdef u32 pool_get(sc_mmu *mmu, u64 gfn, u32 role) noexcept nogil:
-    """The page of (gfn, role), found or taken from the free list; SC_NONE when none is free.
+cdef u32 pool_take(sc_mmu *mmu, u64 gfn, u32 role) noexcept nogil:
+    """A page from the free list for (gfn, role), of which there is none; SC_NONE when none is free.
 
     A new page of a guest table write-protects that table's frame (patch 10).
     """
-    cdef u32 number = pool_find(mmu, gfn, role)
+    cdef u32 number = mmu.free_head
     cdef u32 bucket
     cdef u64 frame
     cdef sc_page *page
-    if number != SC_NONE:
-        mmu.stats.mmu_cache_hit += 1
-        return number
-    number = mmu.free_head
     if number == SC_NONE or _must_fail(mmu):
         return SC_NONE
     page = &mmu.pages[number]
@@ -124,6 +110,15 @@ cdef u32 pool_get(sc_mmu *mmu, u64 gfn, u32 role) noexcept nogil:
         frame = mem_frame(mmu.mem, gfn)
         if frame != sc_no_frame():
             rmap_write_protect(mmu, frame)
+    return number
+
+
+cdef u32 pool_get(sc_mmu *mmu, u64 gfn, u32 role) noexcept nogil:
+    """The page of (gfn, role), found or taken; SC_NONE when none is free."""
+    cdef u32 number = pool_find(mmu, gfn, role)
+    if number == SC_NONE:
+        return pool_take(mmu, gfn, role)
+    mmu.stats.mmu_cache_hit += 1
     return number
 
 

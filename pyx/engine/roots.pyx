@@ -8,15 +8,13 @@ from shadowcore.engine.bits cimport PTE_P
 from shadowcore.engine.check cimport sc_check
 from shadowcore.engine.memory cimport mem_pool_hpa
 from shadowcore.engine.pool cimport pool_get, pool_zap_all
-from shadowcore.engine.quirks cimport QUIRK_ROLE_WITHOUT_ACCESS, QUIRK_ROLE_WITHOUT_MODE
 from shadowcore.engine.role cimport (
     ROLE_ACCESS, ROLE_BITS, ROLE_DIRECT, ROLE_DIRTY, ROLE_GLEVELS, ROLE_GLOBAL, ROLE_LEVEL, ROLE_NXE, ROLE_PKEY,
     ROLE_PSE, ROLE_QUADRANT, ROLE_WP0,
 )
-from shadowcore.engine.roots cimport root_slots
+from shadowcore.engine.roots cimport make_role, root_slots
 from shadowcore.engine.state cimport memo_drop, sc_mmu, sc_vcpu
-from shadowcore.engine.types cimport ACC_ALL, MODE_32, MODE_64, MODE_LA57, MODE_OFF, MODE_PAE, SC_NONE, u32, u64
-from shadowcore.engine.walker cimport sc_paging
+from shadowcore.engine.types cimport ACC_ALL, MODE_64, MODE_LA57, MODE_PAE, SC_NONE, u32, u64
 
 # A role has room for all its fields, none of which reaches into the next: modes, levels, quadrants, rights, keys.
 sc_check(ROLE_BITS <= 8 * sizeof(u32))
@@ -31,36 +29,6 @@ sc_check(1 >> (ROLE_GLOBAL - ROLE_WP0) == 0)
 sc_check(1 >> (ROLE_PKEY - ROLE_GLOBAL) == 0)
 sc_check(15 >> (ROLE_DIRTY - ROLE_PKEY) == 0)
 sc_check(1 >> (ROLE_BITS - ROLE_DIRTY) == 0)
-
-
-cdef bint wp0_leaves(const sc_paging *g) noexcept nogil:
-    """Supervisor stores to read-only pages can be granted by a leaf that is W and not U.
-
-    Such a leaf hides from the processor that the page is a user page, so it is not made where SMEP, SMAP or
-    protection keys would look: there each such store is emulated.
-    """
-    return g.mode != MODE_OFF and not (g.wp or g.smep or g.smap or g.pke)
-
-
-cdef u32 make_role(const sc_mmu *mmu, const sc_vcpu *v, u64 va, int level, bint direct, u32 access) noexcept nogil:
-    """Role of the page that serves `va` at `level`; `access`: what the levels above (direct: the leaf) allow."""
-    cdef const sc_paging *g = &v.guest
-    cdef u32 role = (<u32>g.mode << ROLE_GLEVELS) | (<u32>level << ROLE_LEVEL) | (<u32>direct << ROLE_DIRECT)
-    if not mmu.quirks & QUIRK_ROLE_WITHOUT_ACCESS:
-        role |= access << ROLE_ACCESS
-    if g.mode == MODE_32 or g.mode == MODE_OFF:
-        # A table of 1024 4-byte entries has two (level 1) or four (level 2) shadow pages.
-        role |= (<u32>(va >> (12 + 9 * level)) & ((<u32>1 << level) - 1)) << ROLE_QUADRANT
-    if mmu.quirks & QUIRK_ROLE_WITHOUT_MODE:
-        return role
-    if not direct:
-        if g.nxe:
-            role |= 1 << ROLE_NXE
-        if g.mode == MODE_32 and level == 2 and g.large_levels:
-            role |= 1 << ROLE_PSE
-    if wp0_leaves(g):
-        role |= 1 << ROLE_WP0
-    return role
 
 
 cdef inline bint _root_key(const sc_mmu *mmu, const sc_vcpu *v, int slot, u64 *gfn, u32 *role) noexcept nogil:

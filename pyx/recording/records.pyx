@@ -16,7 +16,7 @@ from shadowcore.engine.bits cimport cr0_kept
 from shadowcore.engine.counters cimport EXIT_EMULATE
 from shadowcore.engine.emulate cimport emulate_store
 from shadowcore.engine.held cimport Held
-from shadowcore.engine.hooks cimport count_exit
+from shadowcore.engine.leaf cimport fault_count, sc_fault
 from shadowcore.engine.memory cimport mem_frame, mem_guest_frame, mem_mark_dirty, sc_no_frame
 from shadowcore.engine.registers cimport load_cr0, load_cr3, load_cr4
 from shadowcore.engine.state cimport is_shadowed, sc_mmu, sc_vcpu
@@ -104,10 +104,13 @@ cdef int _access(sc_mmu *mmu, sc_vcpu *v, u32 op, u64 va, bint user, u32 size, u
 
 cdef void _store_at_gpa(sc_mmu *mmu, sc_vcpu *v, u64 gpa, const u8 *data, u32 nbytes) noexcept nogil:
     """The guest's store to `gpa` by a mapping that is not known: as seen by the MMU."""
+    cdef sc_fault f
     if is_shadowed(mmu, mem_frame(mmu.mem, gpa >> 12)):
-        mmu.stats.pf_taken += 1
-        mmu.stats.pf_fixed += 1
-        count_exit(mmu, v.number, EXIT_EMULATE, gpa)
+        memset(&f, 0, sizeof(f))
+        f.va = gpa
+        f.mode = v.guest.mode
+        f.kind = EXIT_EMULATE
+        fault_count(mmu, v, &f)
         emulate_store(mmu, v, gpa, data, nbytes)
         return
     memcpy(mem_guest_frame(mmu.mem, gpa) + (gpa & 4095), data, nbytes)

@@ -29,7 +29,16 @@ cdef inline void active_remove(sc_mmu *mmu, u32 number) noexcept nogil:
     else:
         mmu.old = page.prev
 
-cdef u32 pool_find(const sc_mmu *mmu, u64 gfn, u32 role) noexcept nogil
+cdef inline u32 pool_find(const sc_mmu *mmu, u64 gfn, u32 role) noexcept nogil:
+    """The active page of (gfn, role), or SC_NONE."""
+    cdef u32 number = mmu.hash[hash_bucket(mmu, gfn)]
+    while number != SC_NONE:
+        if mmu.pages[number].gfn == gfn and mmu.pages[number].role == role:
+            return number
+        number = mmu.pages[number].hash_next
+    return SC_NONE
+
+cdef u32 pool_take(sc_mmu *mmu, u64 gfn, u32 role) noexcept nogil
 cdef u32 pool_get(sc_mmu *mmu, u64 gfn, u32 role) noexcept nogil
 cdef void pool_zap(sc_mmu *mmu, u32 number) noexcept nogil
 cdef void pool_zap_all(sc_mmu *mmu) noexcept nogil

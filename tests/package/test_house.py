@@ -40,8 +40,9 @@ ENGINE = (
     "spte",
     "pool",
     "roots emulate invalidate",
+    "leaf",
     "fetch invariants",
-    "fault plain designs.native designs.flush designs.cached policies.fifo",
+    "fault fast designs.native designs.flush designs.cached policies.fifo",
     "resolve registers translation",
     "mmu access",
     "audit quick",
@@ -178,7 +179,7 @@ def test_a_file_format_knows_no_machine(graph):
 
 ASKED = {
     "shadow": {"access", "invariants", "mmu", "quick", "resolve", "state", "_capi", "unicorn"},
-    "by_table": {"fetch", "plain", "state"},
+    "by_table": {"fast", "leaf", "state"},
 }
 """Where the two constants are read by which designs differ inline: modules of the engine, packages above it.
 docs/design.md says what for."""

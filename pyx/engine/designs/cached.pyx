@@ -2,19 +2,19 @@
 
 Loads of CR3 only change roots; INVLPG and page faults of the guest find nothing stale (patch 18).
 """
-from shadowcore.engine.bits cimport PTE_D, PTE_G, PTE_P, level_mask, pte_addr
+from shadowcore.engine.bits cimport PTE_P, pte_addr
 from shadowcore.engine.counters cimport EXIT_CR0, EXIT_CR3, EXIT_CR4, EXIT_EFER
-from shadowcore.engine.fetch cimport until_dirty
 from shadowcore.engine.flushes cimport exit_flush
+from shadowcore.engine.leaf cimport direct_gfn, direct_role
 from shadowcore.engine.memory cimport SC_POOL_HFN
 from shadowcore.engine.pool cimport pool_get, pool_has, pool_recycle
 from shadowcore.engine.quirks cimport QUIRK_ABSENT_PDPTES, QUIRK_NO_REFILL_AT_CR3, QUIRK_ROLE_WITHOUT_ACCESS
-from shadowcore.engine.role cimport ROLE_DIRTY, ROLE_GLOBAL, ROLE_PKEY, role_direct
+from shadowcore.engine.role cimport role_direct
 from shadowcore.engine.roots cimport (
-    make_role, release_everything, root_load, root_release, root_slots, roots_load, roots_release, wp0_leaves,
+    make_role, release_everything, root_load, root_release, root_slots, roots_load, roots_release,
 )
 from shadowcore.engine.state cimport sc_mmu, sc_vcpu
-from shadowcore.engine.types cimport ACC_W, MODE_32, MODE_64, MODE_OFF, MODE_PAE, SC_NONE, u32, u64
+from shadowcore.engine.types cimport MODE_64, MODE_OFF, MODE_PAE, SC_NONE, u32, u64
 from shadowcore.engine.walker cimport sc_paging, sc_walk, walk_above
 
 
@@ -77,11 +77,6 @@ cdef bint _make_room(sc_mmu *mmu, sc_vcpu *v, u64 va) noexcept nogil:
     return False
 
 
-cdef inline u64 _region_gfn(u64 gpa, int level, int mode) noexcept nogil:
-    """First frame that a direct page of `level` maps; of a 4 MiB page: first frame of the whole."""
-    return (gpa & ~(<u64>0x3FFFFF if mode == MODE_32 and level == 1 else level_mask(level + 1))) >> 12
-
-
 cdef u32 _child(sc_mmu *mmu, const sc_vcpu *v, u64 va, int level, const sc_walk *w, u32 linked) noexcept nogil:
     """The page of the guest's table; below that, of the part of the large page. That one is right, if it is linked, if
     the large gpte grants what it did."""
@@ -91,15 +86,8 @@ cdef u32 _child(sc_mmu *mmu, const sc_vcpu *v, u64 va, int level, const sc_walk 
         return pool_get(mmu, w.table[level], make_role(mmu, v, va, level, False, walk_above(w, level)))
     if linked != SC_NONE and mmu.quirks & QUIRK_ROLE_WITHOUT_ACCESS:
         return linked
-    gfn = _region_gfn(w.gpa, level, v.guest.mode)
-    role = make_role(mmu, v, va, level, True, until_dirty(w.access, w, v.guest.mode))
-    if v.guest.mode != MODE_OFF and not mmu.quirks & QUIRK_ROLE_WITHOUT_ACCESS:
-        role |= w.pkey << ROLE_PKEY
-        if w.entry[w.level] & PTE_G:
-            role |= 1 << ROLE_GLOBAL
-        # A leaf that is W against the guest's rights (wp0) must not be found by an entry that is not dirty.
-        if not w.access & ACC_W and w.entry[w.level] & PTE_D and wp0_leaves(&v.guest):
-            role |= 1 << ROLE_DIRTY
+    gfn = direct_gfn(w.gpa, level, v.guest.mode)
+    role = direct_role(mmu, v, va, level, w.access, w.entry[w.level], w.pkey)
     if linked != SC_NONE and mmu.pages[linked].gfn == gfn and mmu.pages[linked].role == role:
         return linked
     return pool_get(mmu, gfn, role)

@@ -1,4 +1,4 @@
-"""Faults that batches take in one go (`plain.pyx`) leave the pool as single accesses do, which go the long way."""
+"""Faults that batches take in one go (`fast.pyx`) leave the pool as single accesses do, which go the long way."""
 
 import numpy as np
 import pytest
@@ -16,7 +16,7 @@ def run(mode, design, rows, single):
     for i in range(TABLES):
         guest.map(USER + i * span, DATA + 4 * i * PAGE, 4 * PAGE)
         entry = guest.tables.entry(USER + i * span, 2).value
-        guest.tables.set_entry(USER + i * span, 2, entry | A)  # a walk that sets bits is no plain one
+        guest.tables.set_entry(USER + i * span, 2, entry | A)  # a walk that sets A goes the general way
     guest.cpu.cr3 = guest.cpu.cr3
     guest.vm.mmu.zap_all()  # what was there before the guest came to this mode
     ops = operations(*[(op, USER + table * span + page * PAGE) for op, table, page in rows])

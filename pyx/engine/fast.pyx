@@ -1,0 +1,290 @@
+"""The fast path of a fault: the processor's failed walk, the guest's, the leaf, the repeated walk, all in one go.
+
+It does what fault.page_fault does, by the same text (leaf.pxd), for the faults that most faults are: a leaf is missing,
+or lacks W, or its table is missing; a guest table is stored to. Guards find that the case is another one. Up to the
+last of them the MMU and the vcpu are const, so that nothing has changed when the general way is taken instead.
+
+It is compiled twice for each mode: for pages of 4 KiB in slots without a dirty log, and for all.
+"""
+from shadowcore.engine.bits cimport PTE_A, PTE_P, PTE_U, PTE_W, level_index, pte_addr, pte_pkey, pte_rights
+from shadowcore.engine.counters cimport EXIT_EMULATE
+from shadowcore.engine.flushes cimport FLUSH_WITHHELD, request_flush
+from shadowcore.engine.gmode cimport GLANCE, gmode_32, gmode_64, gmode_la57, gmode_pae, sc_gmode
+from shadowcore.engine.leaf cimport (
+    direct_gfn, direct_role, dirty_after, fault_count, fault_decide, leaf_commit, leaf_decide, sc_fault,
+)
+from shadowcore.engine.memory cimport SC_POOL_HFN, mem_frame, mem_guest_frame, sc_mem, sc_no_frame
+from shadowcore.engine.pool cimport pool_find, pool_take
+from shadowcore.engine.quirks cimport QUIRK_NX_LEAF_ONLY, QUIRK_PROCESSOR_CODE, QUIRK_ROLE_WITHOUT_ACCESS
+from shadowcore.engine.roots cimport make_role
+from shadowcore.engine.spte cimport spte_link
+from shadowcore.engine.state cimport sc_mmu, sc_vcpu
+from shadowcore.engine.types cimport MODE_32, MODE_64, MODE_LA57, MODE_PAE, PF_W, SC_NONE, u8, u32, u64
+from shadowcore.engine.walker cimport (
+    STEP_DOWN, STEP_FAULT, STEP_LEAF, leaf_address, rights_fault, sc_paging, table_index, walk_step,
+)
+
+
+cdef enum:
+    # Quirks by which other things are looked at than the guest's tables as they are.
+    EXCLUDED = QUIRK_ROLE_WITHOUT_ACCESS | QUIRK_NX_LEAF_ONLY | QUIRK_PROCESSOR_CODE
+
+# Where a fault goes.
+cdef enum:
+    GENERAL = 0                     # the general way
+    FOUND = 1                       # on
+    OTHER = 2                       # to fault_fast_other: it is none of the usual ones
+
+cdef struct sc_tables:              # what a fault needs to know of tables
+    u64 gpa                         # of the guest's table that holds the leaf
+    u64 above                       # AND of the entries above that table, bit 63 inverted, if it is one of level 1
+    const u64 *at2                  # the shadow's entry at level 2
+    const u64 *at3                  # ... and at level 3
+    u32 page                        # the leaf table that is to be linked, if the pool has it, or SC_NONE
+    u64 gfn                         # its key: gfn
+    u32 role                        # ... and role
+
+
+cdef inline int _can_be_fast(const sc_mmu *mmu, const sc_vcpu *v, u32 below, bint usual) noexcept nogil:
+    """Does the machine as it is let faults be fast? below: tables below the root."""
+    cdef u32 odd = mmu.quirks & EXCLUDED
+    odd |= mmu.audit_points         # before and after a fault
+    odd |= mmu.fail_for             # a test counts the attempts to take a page
+    if usual:
+        odd |= mmu.mem.logging      # stores to slots with a dirty log are looked at
+    if odd:
+        return OTHER if usual else GENERAL
+    if v.memo == NULL:
+        return GENERAL              # a TLB is modelled, which the repeated walk fills; or Mmu.general
+    if mmu.n_pte4 and mmu.n_pte8:
+        return GENERAL              # D in an entry of one size may be an address bit in one of the other
+    if mmu.by_table and (mmu.n_free < mmu.min_free or mmu.n_free < below):
+        return GENERAL              # pages are recycled first
+    return FOUND
+
+
+cdef inline u32 _rights(u64 all_) noexcept nogil:
+    """ACC_* of an AND of entries, bit 63 inverted."""
+    return <u32>(all_ & (PTE_W | PTE_U)) | <u32>(all_ >> 63)
+
+
+cdef inline int _walks(const sc_mmu *mmu, const sc_vcpu *v, sc_fault *f, sc_tables *t, int hw_top, bint usual,
+                       sc_gmode g) noexcept nogil:
+    """Both walks."""
+    cdef sc_mem *m = mmu.mem        # a strict walk writes nothing
+    cdef const sc_paging *p = &v.guest
+    cdef const u64 *spte = mmu.table
+    cdef u64 base
+    cdef u64 all_ = ~<u64>0
+    cdef u64 entry = 0
+    cdef int step = STEP_DOWN
+    cdef int level
+    # The guest's, with nothing to set but D.
+    base = p.pdpte[(f.va >> 30) & 3] & pte_addr() if g.pae_root else p.root
+    if g.pae_root and not p.pdpte[(f.va >> 30) & 3] & PTE_P:
+        return GENERAL              # the guest's own fault
+    if g.top >= 5 and walk_step(m, p, f.va, f.access, NULL, &base, &entry, &all_, 5, g) != STEP_DOWN:
+        return GENERAL
+    if g.top >= 4 and walk_step(m, p, f.va, f.access, NULL, &base, &entry, &all_, 4, g) != STEP_DOWN:
+        return GENERAL
+    if g.top >= 3:
+        t.gpa = base
+        f.level = 3
+        step = walk_step(m, p, f.va, f.access, NULL, &base, &entry, &all_, 3, g)
+        if step == STEP_FAULT:
+            return GENERAL
+        if step == STEP_LEAF and usual:
+            return OTHER
+    if step == STEP_DOWN:
+        t.gpa = base
+        f.level = 2
+        step = walk_step(m, p, f.va, f.access, NULL, &base, &entry, &all_, 2, g)
+        if step == STEP_FAULT:
+            return GENERAL
+        if step == STEP_LEAF and usual:
+            return OTHER
+    if step == STEP_DOWN:
+        t.gpa = base
+        t.above = all_
+        # As a number, for there may be no memory: the step finds that.
+        f.low = <u8 *>(<size_t>mem_guest_frame(m, base) + table_index(f.va, 1, g.pte_size) * g.pte_size)
+        if walk_step(m, p, f.va, f.access, NULL, &base, &entry, &all_, 1, g) != STEP_LEAF:
+            return GENERAL
+        f.level = 1
+    if not all_ & PTE_A:
+        return GENERAL              # A has to be set
+    f.gpte = entry
+    f.rights = _rights(all_)
+    f.pkey = pte_pkey(entry) if g.pte_size == 8 else 0
+    if rights_fault(p, f.rights, f.pkey, f.access):
+        return GENERAL              # the guest's own fault
+    # The processor's, to an entry of a leaf table.
+    f.linked = False
+    base = v.hw.root if hw_top > 2 else v.hw.pdpte[(f.va >> 30) & 3] & pte_addr()
+    for level in range(hw_top, 0, -1):
+        base -= <u64>SC_POOL_HFN << 12
+        if base >= m.pool_pages << 12:
+            return GENERAL          # no root is in place
+        spte = <const u64 *>(<const u8 *>m.pool + base) + level_index(f.va, level)
+        base = spte[0] & pte_addr()
+        if level == 3 and not usual:
+            t.at3 = spte
+        if level == 2 and not usual:
+            t.at2 = spte
+        if level > 1 and not spte[0] & PTE_P:
+            if level > 2 or not mmu.by_table:
+                return GENERAL      # more than a leaf table is missing; or it is one of linear addresses
+            t.at2 = spte
+            f.linked = True
+            break
+    f.old = spte[0]
+    f.spte = <u32>(spte - mmu.table)
+    if f.old and (not f.old & PTE_P or not rights_fault(&v.hw, pte_rights(f.old), pte_pkey(f.old), f.access)):
+        return GENERAL              # a device was there; or there is no fault
+    return FOUND
+
+
+cdef inline u32 _role(const sc_mmu *mmu, const sc_vcpu *v, const sc_fault *f, int level) noexcept nogil:
+    return direct_role(mmu, v, f.va, level, f.rights, f.gpte | f.dirty, f.pkey)
+
+
+cdef inline bint _fits(const sc_mmu *mmu, const sc_vcpu *v, const sc_fault *f, int level, u32 page) noexcept nogil:
+    """The linked page of `level`, below the guest's large page, grants what the guest's entry grants now."""
+    return mmu.pages[page].gfn == direct_gfn(f.gpa, level, f.mode) and mmu.pages[page].role == _role(mmu, v, f, level)
+
+
+cdef inline void _find(const sc_mmu *mmu, sc_fault *f, sc_tables *t, u64 gfn, u32 role) noexcept nogil:
+    """The leaf table that is to be linked, and the leaf in it."""
+    t.gfn = gfn
+    t.role = role
+    t.page = pool_find(mmu, gfn, role)
+    f.old = 0
+    if t.page != SC_NONE:
+        f.spte = t.page * 512 + level_index(f.va, 1)
+        f.old = mmu.table[f.spte]
+
+
+cdef inline bint _decide(const sc_mmu *mmu, const sc_vcpu *v, sc_fault *f, sc_tables *t, int hw_top,
+                         sc_gmode g) noexcept nogil:
+    """What follows from the walks. False: a guard has found that the fault has to go the general way."""
+    f.gpa = leaf_address(f.gpte, f.va, f.level, g)
+    f.read = g.top + 1 - f.level
+    f.walked = hw_top - f.linked
+    f.frame = mem_frame(mmu.mem, f.gpa >> 12)
+    if f.frame == sc_no_frame():
+        return False                # a device
+    f.table = t.gpa >> 12
+    if f.level > 1:                 # else the walk has set it
+        f.low = mem_guest_frame(mmu.mem, t.gpa) + table_index(f.va, f.level, g.pte_size) * g.pte_size
+    f.dirty = dirty_after(f.gpte, f.access)
+    f.refused = f.dirtied = f.unprotected = False
+    f.large = SC_NONE if f.level == 1 else <u32>((t.at2 if f.level == 2 else t.at3) - mmu.table)
+    if f.level > 1 and mmu.by_table:
+        # What stands for a large page has to grant what its entry grants now.
+        if f.level == 3 and not _fits(mmu, v, f, 2, <u32>(t.at2 - mmu.table) >> 9):
+            return False
+        if not f.linked and not _fits(mmu, v, f, 1, f.spte >> 9):
+            return False
+    if f.linked:
+        if f.level > 1:
+            _find(mmu, f, t, direct_gfn(f.gpa, 1, f.mode), _role(mmu, v, f, 1))
+        elif t.gfn == f.gpa >> 12:
+            return False            # linking the table write-protects the very page of the access
+    if f.linked and f.old and not f.old & PTE_P:
+        return False                # a device was there
+    leaf_decide(mmu, v, f)
+    if f.unprotect:
+        return False                # pages are zapped, the path is linked anew
+    fault_decide(mmu, v, f)
+    if f.kind == EXIT_EMULATE:
+        return mmu.can_emulate == NULL and f.access & PF_W      # the embedder may say no; a load that no leaf can grant
+    return f.repeats                # else the processor would fault again
+
+
+cdef inline u64 _mended(sc_mmu *mmu, sc_vcpu *v, sc_fault *f, sc_tables *t, bint *emulate, int hw_top,
+                        sc_gmode g) noexcept nogil:
+    """Do it, after the last guard: where the access leads."""
+    if not _decide(mmu, v, f, t, hw_top, g):
+        return ~<u64>0
+    # No guard below this line.
+    if f.linked:
+        if t.page != SC_NONE:
+            mmu.stats.mmu_cache_hit += 1
+        else:
+            t.page = pool_take(mmu, t.gfn, t.role)
+            f.spte = t.page * 512 + level_index(f.va, 1)
+        spte_link(mmu, <u32>(t.at2 - mmu.table), t.page)
+    if f.withheld:
+        request_flush(mmu, FLUSH_WITHHELD)
+    f.changed = True                # a leaf that is there refused the access, and does no more
+    leaf_commit(mmu, v, f)
+    fault_count(mmu, v, f)
+    mmu.stats.accesses += 1
+    emulate[0] = f.kind == EXIT_EMULATE
+    return f.gpa
+
+
+cdef inline u64 _fast(sc_mmu *mmu, sc_vcpu *v, u64 va, u32 access, bint *emulate, int mode, int hw_top, bint usual,
+                      bint checked, sc_gmode g) noexcept nogil:
+    cdef sc_fault f
+    cdef sc_tables t
+    cdef int found
+    f.va = va
+    f.access = access
+    f.code = 0
+    f.mode = mode
+    f.quirks = mmu.quirks & ~<u32>EXCLUDED
+    f.tlb = False
+    f.logging = not usual and mmu.mem.logging
+    found = FOUND if checked else _can_be_fast(mmu, v, hw_top - 1, usual)
+    if found == OTHER:
+        return fault_fast_other(mmu, v, va, access, emulate, False)
+    if found == FOUND:
+        found = _walks(mmu, v, &f, &t, hw_top, usual, g)
+    if found == OTHER:
+        return fault_fast_other(mmu, v, va, access, emulate, True)
+    if found == GENERAL:
+        return ~<u64>0
+    if f.linked and (usual or f.level == 1):
+        _find(mmu, &f, &t, t.gpa >> 12, make_role(mmu, v, va, 1, False, _rights(t.above)))
+    # Compiled for each of the common cases by itself: what is a constant there is not asked.
+    if usual:
+        f.level = 1
+    if f.linked:
+        f.linked = True
+        if usual and f.old == 0:
+            f.old = 0
+            return _mended(mmu, v, &f, &t, emulate, hw_top, g)
+        return _mended(mmu, v, &f, &t, emulate, hw_top, g)
+    f.linked = False
+    if f.old == 0:
+        f.old = 0
+        return _mended(mmu, v, &f, &t, emulate, hw_top, g)
+    f.old |= PTE_P
+    return _mended(mmu, v, &f, &t, emulate, hw_top, g)
+
+
+cdef u64 fault_fast_other(sc_mmu *mmu, sc_vcpu *v, u64 va, u32 access, bint *emulate, bint checked) noexcept nogil:
+    """fault_fast, where the guest's page is a large one or a slot has a dirty log. checked: _can_be_fast said yes."""
+    if v.guest.mode == MODE_64:
+        return _fast(mmu, v, va, access, emulate, MODE_64, 4, False, checked, gmode_64(False, GLANCE))
+    if v.guest.mode == MODE_PAE:
+        return _fast(mmu, v, va, access, emulate, MODE_PAE, 2, False, checked, gmode_pae(False, GLANCE))
+    if v.guest.mode == MODE_32:
+        return _fast(mmu, v, va, access, emulate, MODE_32, 2, False, checked, gmode_32(False, GLANCE))
+    return _fast(mmu, v, va, access, emulate, MODE_LA57, 5, False, checked, gmode_la57(False, GLANCE))
+
+
+cdef u64 fault_fast(sc_mmu *mmu, sc_vcpu *v, u64 va, u32 access, bint *emulate) noexcept nogil:
+    """The access `access` (PF_W, PF_U, PF_I) at the canonical address `va`, under a shadow MMU, if it is one that takes
+    a fault of these and then succeeds, or is a store to be emulated: where it leads. Else all ones, and nothing has
+    changed."""
+    if v.guest.mode == MODE_64:
+        return _fast(mmu, v, va, access, emulate, MODE_64, 4, True, False, gmode_64(False, GLANCE))
+    if v.guest.mode == MODE_PAE:
+        return _fast(mmu, v, va, access, emulate, MODE_PAE, 2, True, False, gmode_pae(False, GLANCE))
+    if v.guest.mode == MODE_32:
+        return _fast(mmu, v, va, access, emulate, MODE_32, 2, True, False, gmode_32(False, GLANCE))
+    if v.guest.mode == MODE_LA57:
+        return _fast(mmu, v, va, access, emulate, MODE_LA57, 5, True, False, gmode_la57(False, GLANCE))
+    return ~<u64>0
