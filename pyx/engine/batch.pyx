@@ -98,7 +98,7 @@ cdef int _check_values(sc_batch *b, u64 n, u32 vcpus) except -1:
             for _ in range(n):
                 odd |= _odd_op[element[layout.at[0]]] | _odd_size[element[layout.at[2]]]
                 element += layout.stride
-        b.plain = packed
+        b.packed = packed
         for i in range(n if odd else 0):
             load_op(&o, layout, i, 0)
             if not op_stands(&o, vcpus, b.last, True):
@@ -106,7 +106,7 @@ cdef int _check_values(sc_batch *b, u64 n, u32 vcpus) except -1:
                 break
             if op_is_access(o.op):
                 wide = wide or (o.size == 16 and o.op != OP_FETCH)
-                b.plain = b.plain and not _odd_size[o.size] and layout.base[<i64>i * layout.stride + 1] <= 1
+                b.packed = b.packed and not _odd_size[o.size] and layout.base[<i64>i * layout.stride + 1] <= 1
     if bad:
         raise ConfigError(_complaint(i, &o, b.last, vcpus))
     return wide
@@ -129,14 +129,14 @@ cdef object run_batch(Mmu shell, u32 number, object ops, bint data):
     return _run(shell, &b, held.view.shape[0], NULL)
 
 
-cdef void _plain_layout(sc_batch *b) noexcept nogil:
+cdef void _packed_layout(sc_batch *b) noexcept nogil:
     """That of OP_DTYPE."""
     cdef int field
     for field in range(FIELDS):
         b.ops.at[field] = ~<u64>0
     b.ops.at[0], b.ops.at[1], b.ops.at[2], b.ops.at[3], b.ops.at[4] = 0, 1, 2, 3, 11
     b.ops.stride = PACKED
-    b.plain = True
+    b.packed = True
     b.last = OP_FETCH
 
 
@@ -218,7 +218,7 @@ cdef object run_columns(Mmu shell, u32 number, const sc_columns *c, u64 n, bint 
     memset(&b, 0, sizeof(b))
     b.number = number
     b.data = data
-    _plain_layout(&b)
+    _packed_layout(&b)
     return _run(shell, &b, n, c)
 
 
@@ -265,7 +265,7 @@ cdef int columns_run(sc_mmu *mmu, u32 number, const sc_columns *c, u64 n, bint d
     memset(&b, 0, sizeof(b))
     b.number = number
     b.data = data
-    _plain_layout(&b)
+    _packed_layout(&b)
     room = <u8 *>malloc(rows + 2 * words + PACKED * min(n, CHUNK))
     if room == NULL:
         mmu.exhausted = SC_NONE

@@ -21,7 +21,7 @@ from shadowcore.engine.memo cimport (
     memo_spill, memo_tag, sc_memo, sc_memo_entry,
 )
 from shadowcore.engine.memory cimport mem_frame, mem_gfn, mem_guest_frame, mem_host_frame, sc_mem, sc_no_frame
-from shadowcore.engine.quick cimport PACKED, element_word, load_op, load_plain, op_stands, sc_batch
+from shadowcore.engine.quick cimport PACKED, element_word, load_op, load_packed, op_stands, sc_batch
 from shadowcore.engine.results cimport sc_row
 from shadowcore.engine.state cimport memo_drop, sc_mmu, sc_vcpu
 from shadowcore.engine.types cimport (
@@ -106,13 +106,13 @@ cdef inline u64 _width(const sc_vcpu *v) noexcept nogil:
     return ~<u64>0 if v.guest.mode >= MODE_64 else 0xFFFFFFFF
 
 
-cdef inline u32 _word(const sc_batch *b, const u8 *element, bint plain) noexcept nogil:
+cdef inline u32 _word(const sc_batch *b, const u8 *element, bint packed) noexcept nogil:
     """What the operation is: its index in the tables above, and its size << 16. The caller's array may change while it
     is read (it may lie in guest memory, or another thread may write to it), so each byte of an operation is read once,
     judged by the tables, and the word kept as long as it is needed."""
     cdef u16 both = 0
     cdef u32 op
-    if plain:
+    if packed:
         memcpy(&both, element + 1, 2)
         return element[0] + _usual[both]
     op = element[b.ops.at[0]]       # a fetch is of one byte, whatever it says
@@ -210,13 +210,13 @@ cdef u64 _remember(sc_mmu *mmu, sc_batch *b, sc_vcpu *v) noexcept nogil:
 
 
 cdef inline u64 _hits(sc_mmu *mmu, sc_batch *b, const sc_vcpu *v, u64 context, u64 i, u64 stop, u32 *words,
-                      bint plain) noexcept nogil:
+                      bint packed) noexcept nogil:
     """Where operations from number i on lead that are in the memo, up to the first that is not; returns its number.
     The loop is kept this small for everything in it to have a register. words: what the operations are, if bytes move.
 
     At most HITS operations: so many numbers of entries read, each at most 5, add up to less than 4096."""
     cdef const u8 *element = b.ops.base + <i64>i * b.ops.stride
-    cdef i64 stride = PACKED if plain else b.ops.stride
+    cdef i64 stride = PACKED if packed else b.ops.stride
     cdef const u64 *mask = _mask
     cdef u64 *gpa = b.gpa
     cdef u8 *ram = mmu.mem.ram
@@ -230,8 +230,8 @@ cdef inline u64 _hits(sc_mmu *mmu, sc_batch *b, const sc_vcpu *v, u64 context, u
     cdef u32 word
     stop = min(stop, i + HITS)
     while i < stop:
-        word = _word(b, element, plain)
-        memcpy(&va, element + (3 if plain else b.ops.at[3]), 8)
+        word = _word(b, element, packed)
+        memcpy(&va, element + (3 if packed else b.ops.at[3]), 8)
         va &= width
         offset = va & 4095
         e = memo_entry(memo, va)
@@ -251,23 +251,23 @@ cdef inline u64 _hits(sc_mmu *mmu, sc_batch *b, const sc_vcpu *v, u64 context, u
     return i
 
 
-cdef inline void _moves(sc_mmu *mmu, sc_batch *b, u64 i, u64 stop, const u32 *words, bint plain) noexcept nogil:
+cdef inline void _moves(sc_mmu *mmu, sc_batch *b, u64 i, u64 stop, const u32 *words, bint packed) noexcept nogil:
     """Move the bytes of operations of which gpas are known. words[i]: what operation i is."""
     cdef const u8 *element = b.ops.base + <i64>i * b.ops.stride
     while i < stop:
-        _move(b, i, element_word(element, 11 if plain else b.ops.at[4]),
+        _move(b, i, element_word(element, 11 if packed else b.ops.at[4]),
               mem_guest_frame(mmu.mem, b.gpa[i]) + (b.gpa[i] & 4095), _code(words[i]), words[i] >> 16)
         i += 1
-        element += PACKED if plain else b.ops.stride
+        element += PACKED if packed else b.ops.stride
 
 
-cdef inline u64 _glances(sc_mmu *mmu, sc_batch *b, sc_vcpu *v, u64 context, u64 i, u64 stop, u32 *words, bint plain,
+cdef inline u64 _glances(sc_mmu *mmu, sc_batch *b, sc_vcpu *v, u64 context, u64 i, u64 stop, u32 *words, bint packed,
                          sc_gmode g) noexcept nogil:
     """Where operations from number i on lead that are plain accesses, which the tables allow as they are, up to the
     first that is none; returns its number. words[i]: what operation i is, if bytes move. b.target: what the memo would
     say of the last, and b.va, b.word of which access, if it was the only one that was asked for."""
     cdef const u8 *element = b.ops.base + <i64>i * b.ops.stride
-    cdef i64 stride = PACKED if plain else b.ops.stride
+    cdef i64 stride = PACKED if packed else b.ops.stride
     cdef sc_mem *m = mmu.mem
     cdef const sc_paging *p = &v.hw if g.host else &v.guest
     cdef sc_memo *memo = v.memo
@@ -290,9 +290,9 @@ cdef inline u64 _glances(sc_mmu *mmu, sc_batch *b, sc_vcpu *v, u64 context, u64 
     cdef u32 code
     cdef u32 read = 0
     while i < stop:
-        word = _word(b, element, plain)
+        word = _word(b, element, packed)
         code = _code(word)
-        memcpy(&va, element + (3 if plain else b.ops.at[3]), 8)
+        memcpy(&va, element + (3 if packed else b.ops.at[3]), 8)
         va &= width
         offset = va & 4095
         if offset > 4088 or _kind[code] == KIND_NONE or not is_canonical(va, canonical):
@@ -337,7 +337,7 @@ cdef inline u64 _glances(sc_mmu *mmu, sc_batch *b, sc_vcpu *v, u64 context, u64 
     return i
 
 
-cdef inline void _fetch_tables(sc_mmu *mmu, sc_batch *b, sc_vcpu *v, u64 i, u64 stop, bint plain,
+cdef inline void _fetch_tables(sc_mmu *mmu, sc_batch *b, sc_vcpu *v, u64 i, u64 stop, bint packed,
                                sc_gmode g) noexcept nogil:
     """Bring the entries by which operations i to stop (at most AHEAD) are walked into the cache. Level by level, so
     that the misses of all of them are under way at once; nothing is judged here."""
@@ -351,13 +351,13 @@ cdef inline void _fetch_tables(sc_mmu *mmu, sc_batch *b, sc_vcpu *v, u64 i, u64 
     cdef int n = <int>(stop - i)
     cdef int k, step, level
     for k in range(n):
-        memcpy(&va[k], element + (3 if plain else b.ops.at[3]), 8)
+        memcpy(&va[k], element + (3 if packed else b.ops.at[3]), 8)
         base = p.pdpte[(va[k] >> 30) & 3] & pte_addr() if g.pae_root else p.root
         table = mem_host_frame(m, base) if g.host else mem_guest_frame(m, base)
         slot[k] = NULL
         if table != NULL:
             slot[k] = table + table_index(va[k], g.top, g.pte_size) * g.pte_size
-        element += PACKED if plain else b.ops.stride
+        element += PACKED if packed else b.ops.stride
     for step in range(g.top - 1):
         level = g.top - 1 - step    # of the tables that this step comes to
         for k in range(n):
@@ -374,12 +374,12 @@ cdef inline void _fetch_tables(sc_mmu *mmu, sc_batch *b, sc_vcpu *v, u64 i, u64 
                 sc_prefetch(slot[k])
 
 
-cdef u64 _spilled(sc_mmu *mmu, sc_batch *b, sc_vcpu *v, u64 context, u64 i, bint plain) noexcept nogil:
+cdef u64 _spilled(sc_mmu *mmu, sc_batch *b, sc_vcpu *v, u64 context, u64 i, bint packed) noexcept nogil:
     """Operation i if the second part of the memo has it: i + 1, else i. b.word: what it is."""
     cdef const u8 *element = b.ops.base + <i64>i * b.ops.stride
     cdef sc_memo_entry *e
     cdef u64 va
-    cdef u32 word = _word(b, element, plain)
+    cdef u32 word = _word(b, element, packed)
     memcpy(&va, element + b.ops.at[3], 8)
     va &= _width(v)
     e = memo_spill(v.memo, va)
@@ -394,7 +394,7 @@ cdef u64 _spilled(sc_mmu *mmu, sc_batch *b, sc_vcpu *v, u64 context, u64 i, bint
     return i + 1
 
 
-cdef inline u64 _quick(sc_mmu *mmu, sc_batch *b, sc_vcpu *v, u64 i, u64 stop, bint plain, sc_gmode g) noexcept nogil:
+cdef inline u64 _quick(sc_mmu *mmu, sc_batch *b, sc_vcpu *v, u64 i, u64 stop, bint packed, sc_gmode g) noexcept nogil:
     """Do operations from number i on, up to the first that is not a plain access that the tables allow as they are;
     returns its number. In groups: while the bytes of one are on their way to the cache, more are looked at."""
     cdef u64 first = i
@@ -408,11 +408,11 @@ cdef inline u64 _quick(sc_mmu *mmu, sc_batch *b, sc_vcpu *v, u64 i, u64 stop, bi
         group = min(i + AHEAD, stop) if b.data or (b.far and not b.remember) else stop
         while i < group:
             if b.remember:
-                after = _hits(mmu, b, v, context, i, group, words + i, plain)
+                after = _hits(mmu, b, v, context, i, group, words + i, packed)
                 if after > i:
                     i = after
                     continue
-                after = _spilled(mmu, b, v, context, i, plain)
+                after = _spilled(mmu, b, v, context, i, packed)
                 if after > i:
                     if b.data:
                         words[i] = b.word
@@ -420,43 +420,43 @@ cdef inline u64 _quick(sc_mmu *mmu, sc_batch *b, sc_vcpu *v, u64 i, u64 stop, bi
                     continue
             if b.data and not g.host:
                 # Stores come before the walks that follow them.
-                _moves(mmu, b, begin, i, words, plain)
+                _moves(mmu, b, begin, i, words, packed)
                 begin = i
             if b.far and not b.remember and i == begin:
-                _fetch_tables(mmu, b, v, i, group, plain, g)
-            after = _glances(mmu, b, v, context, i, i + 1 if b.remember else group, words, plain, g)
+                _fetch_tables(mmu, b, v, i, group, packed, g)
+            after = _glances(mmu, b, v, context, i, i + 1 if b.remember else group, words, packed, g)
             if after == i:
                 break
             if b.remember:
                 context = _remember(mmu, b, v)
             i = after
         if b.data:
-            _moves(mmu, b, begin, i, words, plain)
+            _moves(mmu, b, begin, i, words, packed)
         if i < group:
             break
     mmu.stats.accesses += i - first
     return i
 
 
-cdef inline u64 _by_mode(sc_mmu *mmu, sc_batch *b, u64 i, u64 stop, bint plain) noexcept nogil:
+cdef inline u64 _by_mode(sc_mmu *mmu, sc_batch *b, u64 i, u64 stop, bint packed) noexcept nogil:
     """_quick, for the tables that the processor walks; the mode stays for as long as nothing but accesses are made."""
     cdef sc_vcpu *v = mmu.vcpus[b.number]
     if v.memo == NULL or b.ops.at[5] != <u64>-1:
         return i                    # no fast path is open; operations of several vcpus
     if mmu.shadow:
         if v.hw.mode == MODE_64:
-            return _quick(mmu, b, v, i, stop, plain, gmode_64(True, GLANCE))
+            return _quick(mmu, b, v, i, stop, packed, gmode_64(True, GLANCE))
         if v.hw.mode == MODE_PAE:
-            return _quick(mmu, b, v, i, stop, plain, gmode_pae(True, GLANCE))
-        return _quick(mmu, b, v, i, stop, plain, gmode_la57(True, GLANCE))
+            return _quick(mmu, b, v, i, stop, packed, gmode_pae(True, GLANCE))
+        return _quick(mmu, b, v, i, stop, packed, gmode_la57(True, GLANCE))
     if v.guest.mode == MODE_64:
-        return _quick(mmu, b, v, i, stop, plain, gmode_64(False, GLANCE))
+        return _quick(mmu, b, v, i, stop, packed, gmode_64(False, GLANCE))
     if v.guest.mode == MODE_PAE:
-        return _quick(mmu, b, v, i, stop, plain, gmode_pae(False, GLANCE))
+        return _quick(mmu, b, v, i, stop, packed, gmode_pae(False, GLANCE))
     if v.guest.mode == MODE_32:
-        return _quick(mmu, b, v, i, stop, plain, gmode_32(False, GLANCE))
+        return _quick(mmu, b, v, i, stop, packed, gmode_32(False, GLANCE))
     if v.guest.mode == MODE_LA57:
-        return _quick(mmu, b, v, i, stop, plain, gmode_la57(False, GLANCE))
+        return _quick(mmu, b, v, i, stop, packed, gmode_la57(False, GLANCE))
     return i
 
 
@@ -485,14 +485,14 @@ cdef int quick_chunk(sc_mmu *mmu, sc_batch *b, u64 *done, u64 stop) noexcept nog
     while True:
         if exits < STREAK and i < stop and b.ops.base[<i64>i * b.ops.stride + <i64>b.ops.at[0]] <= OP_FETCH:
             before = i
-            i = _packed(mmu, b, i, stop) if b.plain else _any_layout(mmu, b, i, stop)
+            i = _packed(mmu, b, i, stop) if b.packed else _any_layout(mmu, b, i, stop)
             if i > before:
                 exits = 0
         if i == stop:
             break
         both = 0                    # not usual: to be judged
-        if b.plain:
-            load_plain(&o, b, i)
+        if b.packed:
+            load_packed(&o, b, i)
             both = o.user | o.size << 8
         else:
             load_op(&o, &b.ops, i, b.number)

@@ -25,7 +25,7 @@ cdef struct sc_batch:
     bint far                        # tables are far more than caches hold
     # Laid out as OP_DTYPE, and nothing but loads, stores and fetches of 1, 2, 4 or 8 bytes, or operations that have
     # these sizes by chance; `user` is 0 or 1. So it was when the batch began; the fast loops see that it still is.
-    bint plain
+    bint packed
     u32 last                        # highest code that an operation may have
     sc_op bad                       # after RC_BAD_OP: the operation that was refused
     sc_watch *watch                 # when it is due, a chunk may end early; NULL: it does not
@@ -51,7 +51,7 @@ cdef inline u64 element_word(const u8 *element, u64 at) noexcept nogil:
         memcpy(&word, element + at, 8)
     return word
 
-cdef inline void load_plain(sc_op *o, const sc_batch *b, u64 i) noexcept nogil:
+cdef inline void load_packed(sc_op *o, const sc_batch *b, u64 i) noexcept nogil:
     """load_op of an array laid out as OP_DTYPE."""
     cdef const u8 *element = b.ops.base + i * PACKED
     o.op = element[0]
