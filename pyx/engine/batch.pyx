@@ -10,7 +10,8 @@ from shadowcore.engine.design cimport design_begin
 from shadowcore.engine.held cimport Held
 from shadowcore.engine.mmu cimport Mmu
 from shadowcore.engine.quick cimport (
-    CHUNK, FIELDS, PACKED, load_op, op_stands, quick_chunk, quick_learn, quick_usual, sc_batch, sc_layout,
+    CHUNK, FIELD_ADDR, FIELD_OP, FIELD_SIZE, FIELD_USER, FIELD_VALUE, FIELD_VCPU, FIELDS, PACKED, PACKED_ADDR,
+    PACKED_VALUE, load_op, op_stands, quick_chunk, quick_learn, quick_usual, sc_batch, sc_layout,
 )
 from shadowcore.engine.results cimport Block, RunResult, block_new, sc_row
 from shadowcore.engine.state cimport sc_mmu
@@ -22,7 +23,7 @@ from shadowcore.errors import ConfigError
 
 OP_DTYPE = np.dtype([("op", "u1"), ("user", "u1"), ("size", "u1"), ("addr", "<u8"), ("value", "<u8")])
 
-# Optional fields of an operations array.
+# Optional fields of an operations array; the order of both is that of FIELD_*.
 _OPTIONAL = (("vcpu", np.dtype("u1")), ("value_high", np.dtype("<u8")), ("expected", np.dtype("<u8")),
              ("expected_high", np.dtype("<u8")))
 
@@ -87,16 +88,17 @@ cdef int _check_values(sc_batch *b, u64 n, u32 vcpus) except -1:
     cdef bint bad = False
     cdef bint wide = False
     cdef const u8 *element = layout.base
-    cdef bint packed = (layout.stride == PACKED and layout.at[0] == 0 and layout.at[1] == 1 and layout.at[2] == 2
-                        and layout.at[3] == 3 and layout.at[4] == 11)
-    cdef u8 odd = layout.at[5] != <u64>-1
+    cdef bint packed = (layout.stride == PACKED and layout.at[FIELD_OP] == 0 and layout.at[FIELD_USER] == 1
+                        and layout.at[FIELD_SIZE] == 2 and layout.at[FIELD_ADDR] == PACKED_ADDR
+                        and layout.at[FIELD_VALUE] == PACKED_VALUE)
+    cdef u8 odd = layout.at[FIELD_VCPU] != <u64>-1
     with nogil:
         # Loads, stores and fetches of 1, 2, 4 or 8 bytes are the bulk; only where there are others, each is looked at.
         if packed:
             odd |= not quick_usual(element, n)
         else:
             for _ in range(n):
-                odd |= _odd_op[element[layout.at[0]]] | _odd_size[element[layout.at[2]]]
+                odd |= _odd_op[element[layout.at[FIELD_OP]]] | _odd_size[element[layout.at[FIELD_SIZE]]]
                 element += layout.stride
         b.packed = packed
         for i in range(n if odd else 0):
@@ -134,7 +136,8 @@ cdef void _packed_layout(sc_batch *b) noexcept nogil:
     cdef int field
     for field in range(FIELDS):
         b.ops.at[field] = ~<u64>0
-    b.ops.at[0], b.ops.at[1], b.ops.at[2], b.ops.at[3], b.ops.at[4] = 0, 1, 2, 3, 11
+    b.ops.at[FIELD_OP], b.ops.at[FIELD_USER], b.ops.at[FIELD_SIZE] = 0, 1, 2
+    b.ops.at[FIELD_ADDR], b.ops.at[FIELD_VALUE] = PACKED_ADDR, PACKED_VALUE
     b.ops.stride = PACKED
     b.packed = True
     b.last = OP_FETCH
@@ -155,7 +158,7 @@ cdef void _gather(const sc_columns *c, sc_batch *b, u8 *at, u64 i, u64 stop) noe
         for _ in range(i, stop):
             memcpy(&word, gva, 8)
             memcpy(element, &head, 4)
-            memcpy(element + 3, &word, 8)
+            memcpy(element + PACKED_ADDR, &word, 8)
             gva += c.gva_step
             element += PACKED
     elif c.user == NULL and c.size == NULL:
@@ -165,7 +168,7 @@ cdef void _gather(const sc_columns *c, sc_batch *b, u8 *at, u64 i, u64 stop) noe
             memcpy(&word, gva, 8)
             both = head | op[0]
             memcpy(element, &both, 4)
-            memcpy(element + 3, &word, 8)
+            memcpy(element + PACKED_ADDR, &word, 8)
             gva += c.gva_step
             op += c.op_step
             element += PACKED
@@ -176,13 +179,13 @@ cdef void _gather(const sc_columns *c, sc_batch *b, u8 *at, u64 i, u64 stop) noe
                     | ((c.user[<i64>j * c.user_step] if c.user != NULL else c.all_user) != 0) << 8
                     | <u32>(c.size[<i64>j * c.size_step] if c.size != NULL else c.all_size) << 16)
             memcpy(element, &head, 4)
-            memcpy(element + 3, &word, 8)
+            memcpy(element + PACKED_ADDR, &word, 8)
             gva += c.gva_step
             element += PACKED
     if not b.data:
         return
     word = 0
-    element = at + 11
+    element = at + PACKED_VALUE
     for j in range(i, stop):
         if c.value != NULL:
             memcpy(&word, c.value + <i64>j * c.value_step, 8)

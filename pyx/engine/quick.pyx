@@ -21,7 +21,10 @@ from shadowcore.engine.memo cimport (
     memo_spill, memo_tag, sc_memo, sc_memo_entry,
 )
 from shadowcore.engine.memory cimport mem_frame, mem_gfn, mem_guest_frame, mem_host_frame, sc_mem, sc_no_frame
-from shadowcore.engine.quick cimport PACKED, element_word, load_op, load_packed, op_stands, sc_batch
+from shadowcore.engine.quick cimport (
+    FIELD_ADDR, FIELD_OP, FIELD_SIZE, FIELD_USER, FIELD_VALUE, FIELD_VCPU, PACKED, PACKED_ADDR, PACKED_VALUE,
+    element_word, load_op, load_packed, op_stands, sc_batch,
+)
 from shadowcore.engine.results cimport sc_row
 from shadowcore.engine.state cimport memo_drop, sc_mmu, sc_vcpu
 from shadowcore.engine.types cimport (
@@ -115,8 +118,9 @@ cdef inline u32 _word(const sc_batch *b, const u8 *element, bint packed) noexcep
     if packed:
         memcpy(&both, element + 1, 2)
         return element[0] + _usual[both]
-    op = element[b.ops.at[0]]       # a fetch is of one byte, whatever it says
-    return op + _usual[(element[b.ops.at[1]] != 0) | (1 if op == OP_FETCH else element[b.ops.at[2]]) << 8]
+    op = element[b.ops.at[FIELD_OP]]
+    both = 1 if op == OP_FETCH else element[b.ops.at[FIELD_SIZE]]       # a fetch is of one byte, whatever it says
+    return op + _usual[(element[b.ops.at[FIELD_USER]] != 0) | both << 8]
 
 
 cdef inline u32 _code(u32 word) noexcept nogil:
@@ -231,7 +235,7 @@ cdef inline u64 _hits(sc_mmu *mmu, sc_batch *b, const sc_vcpu *v, u64 context, u
     stop = min(stop, i + HITS)
     while i < stop:
         word = _word(b, element, packed)
-        memcpy(&va, element + (3 if packed else b.ops.at[3]), 8)
+        memcpy(&va, element + (PACKED_ADDR if packed else b.ops.at[FIELD_ADDR]), 8)
         va &= width
         offset = va & 4095
         e = memo_entry(memo, va)
@@ -255,7 +259,7 @@ cdef inline void _moves(sc_mmu *mmu, sc_batch *b, u64 i, u64 stop, const u32 *wo
     """Move the bytes of operations of which gpas are known. words[i]: what operation i is."""
     cdef const u8 *element = b.ops.base + <i64>i * b.ops.stride
     while i < stop:
-        _move(b, i, element_word(element, 11 if packed else b.ops.at[4]),
+        _move(b, i, element_word(element, PACKED_VALUE if packed else b.ops.at[FIELD_VALUE]),
               mem_guest_frame(mmu.mem, b.gpa[i]) + (b.gpa[i] & 4095), _code(words[i]), words[i] >> 16)
         i += 1
         element += PACKED if packed else b.ops.stride
@@ -292,7 +296,7 @@ cdef inline u64 _glances(sc_mmu *mmu, sc_batch *b, sc_vcpu *v, u64 context, u64 
     while i < stop:
         word = _word(b, element, packed)
         code = _code(word)
-        memcpy(&va, element + (3 if packed else b.ops.at[3]), 8)
+        memcpy(&va, element + (PACKED_ADDR if packed else b.ops.at[FIELD_ADDR]), 8)
         va &= width
         offset = va & 4095
         if offset > 4088 or _kind[code] == KIND_NONE or not is_canonical(va, canonical):
@@ -351,7 +355,7 @@ cdef inline void _fetch_tables(sc_mmu *mmu, sc_batch *b, sc_vcpu *v, u64 i, u64 
     cdef int n = <int>(stop - i)
     cdef int k, step, level
     for k in range(n):
-        memcpy(&va[k], element + (3 if packed else b.ops.at[3]), 8)
+        memcpy(&va[k], element + (PACKED_ADDR if packed else b.ops.at[FIELD_ADDR]), 8)
         base = p.pdpte[(va[k] >> 30) & 3] & pte_addr() if g.pae_root else p.root
         table = mem_host_frame(m, base) if g.host else mem_guest_frame(m, base)
         slot[k] = NULL
@@ -380,7 +384,7 @@ cdef u64 _spilled(sc_mmu *mmu, sc_batch *b, sc_vcpu *v, u64 context, u64 i, bint
     cdef sc_memo_entry *e
     cdef u64 va
     cdef u32 word = _word(b, element, packed)
-    memcpy(&va, element + b.ops.at[3], 8)
+    memcpy(&va, element + b.ops.at[FIELD_ADDR], 8)
     va &= _width(v)
     e = memo_spill(v.memo, va)
     if (e.tag ^ memo_tag(va, context)) & _mask[_code(word)] or (va & 4095) > 4088:
@@ -441,7 +445,7 @@ cdef inline u64 _quick(sc_mmu *mmu, sc_batch *b, sc_vcpu *v, u64 i, u64 stop, bi
 cdef inline u64 _by_mode(sc_mmu *mmu, sc_batch *b, u64 i, u64 stop, bint packed) noexcept nogil:
     """_quick, for the tables that the processor walks; the mode stays for as long as nothing but accesses are made."""
     cdef sc_vcpu *v = mmu.vcpus[b.number]
-    if v.memo == NULL or b.ops.at[5] != <u64>-1:
+    if v.memo == NULL or b.ops.at[FIELD_VCPU] != <u64>-1:
         return i                    # no fast path is open; operations of several vcpus
     if mmu.shadow:
         if v.hw.mode == MODE_64:
@@ -483,7 +487,7 @@ cdef int quick_chunk(sc_mmu *mmu, sc_batch *b, u64 *done, u64 stop) noexcept nog
     memset(&o, 0, sizeof(o))
     o.vcpu = b.number
     while True:
-        if exits < STREAK and i < stop and b.ops.base[<i64>i * b.ops.stride + <i64>b.ops.at[0]] <= OP_FETCH:
+        if exits < STREAK and i < stop and b.ops.base[<i64>i * b.ops.stride + <i64>b.ops.at[FIELD_OP]] <= OP_FETCH:
             before = i
             i = _packed(mmu, b, i, stop) if b.packed else _any_layout(mmu, b, i, stop)
             if i > before:

@@ -9,14 +9,27 @@ from shadowcore.engine.watch cimport sc_watch
 
 cdef enum:
     CHUNK = 4096                    # operations that are made in one go
-    FIELDS = 9                      # of an operation, required and optional: see sc_layout
-    PACKED = 19                     # bytes of an element of OP_DTYPE
+    PACKED = 19                     # bytes of an element of OP_DTYPE; its first three fields are a byte each
+    PACKED_ADDR = 3                 # offset of its fourth
+    PACKED_VALUE = 11               # ... and of its last
+
+# Fields of an operation: those of OP_DTYPE, in its order, then the optional ones, in that of batch._OPTIONAL.
+cdef enum:
+    FIELD_OP = 0
+    FIELD_USER = 1
+    FIELD_SIZE = 2
+    FIELD_ADDR = 3
+    FIELD_VALUE = 4
+    FIELD_VCPU = 5
+    FIELD_VALUE_HIGH = 6
+    FIELD_EXPECTED = 7
+    FIELD_EXPECTED_HIGH = 8
+    FIELDS = 9
 
 cdef struct sc_layout:
     const u8 *base                  # element 0
     i64 stride                      # bytes from one to the next
-    # Offset in an element, or all ones: op, user, size, addr, value; vcpu, value_high, expected, expected_high.
-    u64 at[FIELDS]
+    u64 at[FIELDS]                  # by FIELD_*: its offset in an element, or all ones
 
 cdef struct sc_batch:
     sc_layout ops
@@ -57,21 +70,21 @@ cdef inline void load_packed(sc_op *o, const sc_batch *b, u64 i) noexcept nogil:
     o.op = element[0]
     o.user = element[1]
     o.size = element[2]
-    o.addr = element_word(element, 3)
-    o.value[0] = element_word(element, 11)
+    o.addr = element_word(element, PACKED_ADDR)
+    o.value[0] = element_word(element, PACKED_VALUE)
 
 cdef inline void load_op(sc_op *o, const sc_layout *layout, u64 i, u32 vcpu) noexcept nogil:
     """Gather an operation from an element of the caller's array, which may be packed."""
     cdef const u8 *element = layout.base + <i64>i * layout.stride
-    o.op = element[layout.at[0]]
-    o.user = element[layout.at[1]] != 0
-    o.size = element[layout.at[2]]
-    o.addr = element_word(element, layout.at[3])
-    o.value[0] = element_word(element, layout.at[4])
-    o.vcpu = vcpu if layout.at[5] == <u64>-1 else element[layout.at[5]]
-    o.value[1] = element_word(element, layout.at[6])
-    o.expected[0] = element_word(element, layout.at[7])
-    o.expected[1] = element_word(element, layout.at[8])
+    o.op = element[layout.at[FIELD_OP]]
+    o.user = element[layout.at[FIELD_USER]] != 0
+    o.size = element[layout.at[FIELD_SIZE]]
+    o.addr = element_word(element, layout.at[FIELD_ADDR])
+    o.value[0] = element_word(element, layout.at[FIELD_VALUE])
+    o.vcpu = vcpu if layout.at[FIELD_VCPU] == <u64>-1 else element[layout.at[FIELD_VCPU]]
+    o.value[1] = element_word(element, layout.at[FIELD_VALUE_HIGH])
+    o.expected[0] = element_word(element, layout.at[FIELD_EXPECTED])
+    o.expected[1] = element_word(element, layout.at[FIELD_EXPECTED_HIGH])
 
 cdef inline bint op_stands(const sc_op *o, u32 vcpus, u32 last, bint wide) noexcept nogil:
     """There is such an operation, of such a size, and such a vcpu. wide: accesses of 16 bytes are welcome."""
