@@ -150,7 +150,8 @@ cdef int _priced(sc_place *p, sc_vcpu *v, const sc_access *a, sc_outcome *o) noe
 
 
 cdef int _native(sc_mmu *mmu, sc_vcpu *v, const sc_access *a, u64 va, sc_outcome *o) noexcept nogil:
-    """A plain access under `native` without a TLB, where one walk tells all; what access._one_page does."""
+    """A load, store or fetch in one page under `native` without a TLB, where one walk tells all; what access._one_page
+    does."""
     cdef sc_walk w
     cdef u32 access = _access_bits(a)
     cdef u8 *host
@@ -190,7 +191,7 @@ cdef inline sc_memo_entry *_remembered(const sc_vcpu *v, u64 va, u64 tag) noexce
 
 
 cdef int _unremembered(sc_mmu *mmu, sc_vcpu *v, const sc_access *a, u64 va, u32 kind, sc_outcome *o) noexcept nogil:
-    """A plain access under a shadow MMU that the memo does not have."""
+    """A load, store or fetch in one page, under a shadow MMU, that the memo does not have."""
     cdef u32 access = _access_bits(a)
     cdef u64 hpa = 0
     cdef u64 gpa

@@ -205,13 +205,13 @@ cdef int _one_page(sc_mmu *mmu, sc_vcpu *v, const sc_op *o, u64 va, u32 access, 
     return rc
 
 
-cdef inline u32 _plain_access(const sc_op *o) noexcept nogil:
+cdef inline u32 _access_bits(const sc_op *o) noexcept nogil:
     """PF_* of a load, store or fetch."""
     return (PF_U if o.user else 0) | (PF_W if o.op == OP_WRITE else PF_I if o.op == OP_FETCH else 0)
 
 
-cdef inline bint _plain_address(const sc_vcpu *v, const sc_op *o, u64 *va, u32 *size) noexcept nogil:
-    """The operation is a load, store or fetch of at most 8 bytes within a page, at an address that can be."""
+cdef inline bint _in_one_page(const sc_vcpu *v, const sc_op *o, u64 *va, u32 *size) noexcept nogil:
+    """The operation is a load, store or fetch of at most 8 bytes in one page, at an address that can be."""
     size[0] = 1 if o.op == OP_FETCH else o.size
     va[0] = linear_address(v, o.addr)
     if not linear_exists(v, va[0]):
@@ -220,23 +220,23 @@ cdef inline bint _plain_address(const sc_vcpu *v, const sc_op *o, u64 *va, u32 *
 
 
 cdef bint access_glance(sc_mmu *mmu, sc_vcpu *v, const sc_op *o, bint data, sc_result *r) noexcept nogil:
-    """Do the operation if it is a plain access that the tables allow as they are; else nothing."""
+    """Do the operation if it is a load, store or fetch in one page, allowed by the tables as they are; else nothing."""
     cdef u64 va
     cdef u64 gpa = 0
     cdef u64 frame
     cdef u32 size
     cdef u8 *at
     cdef int read
-    if v.memo == NULL or not _plain_address(v, o, &va, &size):
+    if v.memo == NULL or not _in_one_page(v, o, &va, &size):
         return False
     if mmu.shadow:
-        read = shadow_glance(mmu.mem, &v.hw, va, _plain_access(o), &gpa)
+        read = shadow_glance(mmu.mem, &v.hw, va, _access_bits(o), &gpa)
         frame = (gpa >> 12) - mmu.mem.ram_hfn
         if read < 0 or frame >= mmu.mem.nframes:
             return False
         gpa = (mem_gfn(mmu.mem, frame) << 12) | (va & 4095)
     else:
-        read = guest_glance(mmu.mem, &v.guest, va, _plain_access(o), &gpa)
+        read = guest_glance(mmu.mem, &v.guest, va, _access_bits(o), &gpa)
         frame = mem_frame(mmu.mem, gpa >> 12)
         if read < 0 or frame == sc_no_frame():
             return False
@@ -256,15 +256,16 @@ cdef bint access_glance(sc_mmu *mmu, sc_vcpu *v, const sc_op *o, bint data, sc_r
 
 
 cdef bint access_fault(sc_mmu *mmu, sc_vcpu *v, const sc_op *o, bint data, sc_result *r) noexcept nogil:
-    """Under a shadow MMU: do the operation if it is a plain access whose fault is a fast one; else nothing."""
+    """Under a shadow MMU: do the operation if it is a load, store or fetch in one page whose fault is a fast one;
+    else nothing."""
     cdef u64 va
     cdef u64 word = 0
     cdef u32 size
     cdef bint emulate
     cdef u8 *at
-    if not _plain_address(v, o, &va, &size):
+    if not _in_one_page(v, o, &va, &size):
         return False
-    r.gpa = fault_fast(mmu, v, va, _plain_access(o), &emulate)
+    r.gpa = fault_fast(mmu, v, va, _access_bits(o), &emulate)
     if r.gpa == ~<u64>0:
         return False
     r.value[0] = r.value[1] = 0

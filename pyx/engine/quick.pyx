@@ -267,9 +267,9 @@ cdef inline void _moves(sc_mmu *mmu, sc_batch *b, u64 i, u64 stop, const u32 *wo
 
 cdef inline u64 _glances(sc_mmu *mmu, sc_batch *b, sc_vcpu *v, u64 context, u64 i, u64 stop, u32 *words, bint packed,
                          sc_gmode g) noexcept nogil:
-    """Where operations from number i on lead that are plain accesses, which the tables allow as they are, up to the
-    first that is none; returns its number. words[i]: what operation i is, if bytes move. b.target: what the memo would
-    say of the last, and b.va, b.word of which access, if it was the only one that was asked for."""
+    """Where operations from number i on lead that are loads, stores and fetches, which the tables allow as they are,
+    up to the first that is none; returns its number. words[i]: what operation i is, if bytes move. b.target: what the
+    memo would say of the last, and b.va, b.word of which access, if it was the only one that was asked for."""
     cdef const u8 *element = b.ops.base + <i64>i * b.ops.stride
     cdef i64 stride = PACKED if packed else b.ops.stride
     cdef sc_mem *m = mmu.mem
@@ -300,7 +300,7 @@ cdef inline u64 _glances(sc_mmu *mmu, sc_batch *b, sc_vcpu *v, u64 context, u64 
         va &= width
         offset = va & 4095
         if offset > 4088 or _kind[code] == KIND_NONE or not is_canonical(va, canonical):
-            break                   # it may reach into the next page, or is no plain access
+            break                   # it may reach into the next page, or is no load, store or fetch
         if walk_body(m, p, va, _access[code], NULL, &target, &read, g) != RC_OK:
             break
         if g.host:
@@ -399,8 +399,9 @@ cdef u64 _spilled(sc_mmu *mmu, sc_batch *b, sc_vcpu *v, u64 context, u64 i, bint
 
 
 cdef inline u64 _quick(sc_mmu *mmu, sc_batch *b, sc_vcpu *v, u64 i, u64 stop, bint packed, sc_gmode g) noexcept nogil:
-    """Do operations from number i on, up to the first that is not a plain access that the tables allow as they are;
-    returns its number. In groups: while the bytes of one are on their way to the cache, more are looked at."""
+    """Do operations from number i on, up to the first that is no load, store or fetch, or none that the tables allow
+    as they are; returns its number. In groups: while the bytes of one are on their way to the cache, more are looked
+    at."""
     cdef u64 first = i
     cdef u64 context, group, begin, after
     cdef u32 room[AHEAD]            # what the operations of a group are, if bytes move: as judged, so moved
