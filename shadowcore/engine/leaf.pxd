@@ -65,7 +65,7 @@ cdef struct sc_fault:
     bint unprotect                  # zap what shadows the frame, link anew, decide again
     bint emulate                    # the store is one to a guest table
     bint changed                    # a present leaf gets other rights
-    bint plain                      # a missing leaf is filled as it is, with nothing for this access to add
+    bint fill_only                  # a missing leaf is filled as it is, with nothing for this access to add
     bint forbidden                  # rights forbid the access, as far as the quirks let them
     bint repeats                    # the processor's next walk succeeds: it is counted, and sets A and D, right here
     u32 error_code                  # PF_*, for EXIT_GUEST
@@ -112,7 +112,7 @@ cdef inline void leaf_decide(const sc_mmu *mmu, const sc_vcpu *v, sc_fault *f) n
     cdef u64 kept = 0               # bits of the guest's leaf that the shadow leaf repeats
     cdef u64 hpa
     f.value = f.old
-    f.withheld = f.unprotect = f.emulate = f.changed = f.plain = False
+    f.withheld = f.unprotect = f.emulate = f.changed = f.fill_only = False
     f.forbidden = f.refused and (f.old == 0 or not f.quirks & QUIRK_ROLE_WITHOUT_ACCESS)
     if f.quirks & QUIRK_NX_LEAF_ONLY and f.mode >= MODE_PAE:
         guest = (guest & ~<u32>ACC_X) | (0 if f.gpte & pte_nx() else ACC_X)
@@ -142,7 +142,7 @@ cdef inline void leaf_decide(const sc_mmu *mmu, const sc_vcpu *v, sc_fault *f) n
     if f.mode == MODE_OFF and f.quirks & QUIRK_PAGING_OFF_UNPROTECTED:
         shadowed = 0
     if f.quirks & QUIRK_PROCESSOR_CODE:
-        f.plain = not f.old & PTE_P and not f.unprotected and (
+        f.fill_only = not f.old & PTE_P and not f.unprotected and (
             not write or (guest & ACC_W and dirty_before(f) and not shadowed))
     if taken and (not write or f.old & PTE_W):
         granted = pte_rights(f.old) if write or f.old & PTE_U or not guest & ACC_U else guest & ~<u32>ACC_W
@@ -185,7 +185,7 @@ cdef inline void fault_decide(const sc_mmu *mmu, const sc_vcpu *v, sc_fault *f) 
         f.kind = EXIT_GUEST
         f.error_code = access_code(&v.guest, f.access) | PF_P
         return
-    if f.quirks & QUIRK_PROCESSOR_CODE and f.code & PF_P and f.plain and not device and f.mode != MODE_OFF:
+    if f.quirks & QUIRK_PROCESSOR_CODE and f.code & PF_P and f.fill_only and not device and f.mode != MODE_OFF:
         f.kind = EXIT_GUEST
         f.error_code = f.code
         return
