@@ -81,7 +81,7 @@ cdef inline bint _refused(const sc_paging *p, u32 acc, u32 access) noexcept nogi
 
 
 # A bit for each combination of rights; a place for each access that an error code can tell.
-sc_check(8 * sizeof((<sc_paging *>NULL).refused[0]) == ACC_ALL + 1)
+sc_check(8 * sizeof((<sc_paging *>NULL).refused_by[0]) == ACC_ALL + 1)
 sc_check((PF_ASKED | PF_PK | PF_SS) < PF_ACCESSES)
 # What an access asks for says nothing of the answer, and the whole fits into 16 bits (sc_row, RunResult.error_code).
 sc_check((PF_ASKED & (PF_P | PF_RSVD | PF_PK | PF_SGX)) == 0)
@@ -89,15 +89,15 @@ sc_check(PF_SGX >> (8 * sizeof(u16)) == 0)
 
 
 cdef void paging_refused(sc_paging *p) noexcept nogil:
-    """Fill p.refused from p.wp, p.smep, p.smap and p.ac. An access that there is not is refused by all rights."""
+    """Fill p.refused_by from p.wp, p.smep, p.smap and p.ac. An access that there is not is refused by all rights."""
     cdef u32 acc
     cdef u32 access = 0
-    memset(p.refused, 0xFF, sizeof(p.refused))
+    memset(p.refused_by, 0xFF, sizeof(p.refused_by))
     while True:                     # each subset of PF_ASKED
-        p.refused[access] = 0
+        p.refused_by[access] = 0
         for acc in range(ACC_ALL + 1):
             if _refused(p, acc, access):
-                p.refused[access] |= 1 << acc
+                p.refused_by[access] |= 1 << acc
         access = (access - PF_ASKED) & PF_ASKED
         if access == 0:
             return
@@ -148,9 +148,9 @@ cdef void _reserved(sc_paging *p, int maxphyaddr, bint gbpages, bint pse, bint p
 
 
 cdef void paging_reserved(sc_paging *p, int maxphyaddr, bint gbpages, bint pse, bint pse36) noexcept nogil:
-    """Fill p.reserved, p.strange and p.large_levels for p.mode and p.nxe."""
+    """Fill p.reserved, p.odd_bits and p.large_levels for p.mode and p.nxe."""
     cdef int level
     _reserved(p, maxphyaddr, gbpages, pse, pse36)
-    p.usual = PTE_P | (PTE_A if p.accessed_early else 0)
+    p.present_bits = PTE_P | (PTE_A if p.accessed_early else 0)
     for level in range(1, 6):
-        p.strange[level] = p.usual | p.reserved[0][level] | (0 if level == 1 else PTE_PS)
+        p.odd_bits[level] = p.present_bits | p.reserved[0][level] | (0 if level == 1 else PTE_PS)

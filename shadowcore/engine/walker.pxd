@@ -18,8 +18,8 @@ cdef struct sc_paging:
     u64 root                        # address of the top table (unused by PAE)
     u64 pdpte[4]                    # PAE: root entries, cached when CR3 was loaded
     u64 reserved[2][6]              # bits that must be 0 in a present entry, by [PS bit][level]
-    u64 usual                       # what entries have of the bits in `strange`: P, with accessed_early A as well
-    u64 strange[6]                  # by level: bits that tell an entry which just leads on (level 1: to a page)
+    u64 present_bits                # what an entry that just leads on has of odd_bits: P, with accessed_early A as well
+    u64 odd_bits[6]                 # by level: bits that tell an entry which just leads on (level 1: to a page)
     u32 large_levels                # bit L: an entry of level L with PS is a leaf
     u32 pkru                        # PKRU
     int mode                        # MODE_*
@@ -31,7 +31,7 @@ cdef struct sc_paging:
     bint ac                         # EFLAGS.AC
     bint fetch_coded                # fetches show in error codes: NXE with 8-byte entries, or SMEP
     bint accessed_early             # quirk: A is set on the way down, before rights are judged
-    u8 refused[PF_ACCESSES]         # by access (PF_ASKED): bit ACC_* is set if those rights of a whole walk refuse it
+    u8 refused_by[PF_ACCESSES]      # by access (PF_ASKED): bit ACC_* is set if those rights of a whole walk refuse it
 
 cdef struct sc_walk:
     u64 va                          # linear address
@@ -76,7 +76,7 @@ cdef inline u32 key_fault(const sc_paging *p, u32 acc, u32 pkey, u32 access) noe
 
 cdef inline u32 rights_fault(const sc_paging *p, u32 acc, u32 pkey, u32 access) noexcept nogil:
     """0 if `access` (PF_W, PF_U, PF_I) is allowed by rights `acc`, else PF_P, with PF_PK where a key forbids it."""
-    cdef u32 fault = (p.refused[access] >> acc) & PF_P
+    cdef u32 fault = (p.refused_by[access] >> acc) & PF_P
     if p.pke and not access & PF_I:
         fault |= key_fault(p, acc, pkey, access)
     return fault
@@ -130,7 +130,7 @@ cdef inline int walk_step(sc_mem *m, const sc_paging *p, u64 va, u32 access, sc_
     if g.reports:
         w.entry[level] = entry[0]
     all_[0] &= entry[0] ^ pte_nx()
-    if not (entry[0] ^ p.usual) & p.strange[level]:
+    if not (entry[0] ^ p.present_bits) & p.odd_bits[level]:
         if level == 1:
             return STEP_LEAF
         base[0] = entry[0] & (pte_addr() if g.pte_size == 8 else 0xFFFFF000U)
