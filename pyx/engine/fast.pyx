@@ -1,6 +1,7 @@
 """The fast path of a fault: the processor's failed walk, the guest's, the leaf, the repeated walk, all in one go.
 
-It does what fault.page_fault does, by the same text (leaf.pxd), for the faults that most faults are: a leaf is missing,
+KVM's fast_page_fault has the name, not the extent: that mends present sptes without the MMU's lock. This one does
+what fault.page_fault does, by the same text (leaf.pxd), for the faults that most faults are: a leaf is missing,
 or lacks W, or its table is missing; a guest table is stored to. Guards find that the case is another one. Up to the
 last of them the MMU and the vcpu are const, so that nothing has changed when the general way is taken instead.
 

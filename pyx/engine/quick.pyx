@@ -1,4 +1,4 @@
-"""Operations of a batch, by the shortest way that each has.
+"""Operations of a batch, by the fastest path that each has.
 
 Most operations of most batches are accesses that the tables allow as they stand. Those are done here, by the memo or
 by a glance at the tables; every other is handed to `access`. Which of them does an access can be seen in nothing but
@@ -51,7 +51,7 @@ cdef enum:
     USUAL = 1 << 8                  # of a word: the operation is a usual one
     PROMOTED = 4                    # one of so many hits in the spill of the memo moves the page out of it
     AHEAD = 32                      # operations whose bytes are fetched into the cache ahead of their use
-    LOOK = 256                      # operations done the long way between two looks at the clock
+    LOOK = 256                      # operations done by other paths between two looks at the clock
 
 # By `user | size << 8`, as they lie in an element of OP_DTYPE: USUAL | user << 9 | size << 16 if user is 0 or 1 and the
 # size 1, 2, 4 or 8; else 0. That plus the code of the operation is its word.
@@ -481,7 +481,7 @@ cdef int quick_chunk(sc_mmu *mmu, sc_batch *b, u64 *done, u64 stop) noexcept nog
     cdef sc_row *row
     cdef u64 i = done[0]
     cdef u64 before
-    cdef u32 left = LOOK            # operations to be done the long way before the next look at the clock
+    cdef u32 left = LOOK            # operations to be done by other paths before the next look at the clock
     cdef u32 both
     cdef u32 exits = 0              # operations in a row that took one: it is the rule then, and no glance is worth it
     cdef int rc = RC_OK

@@ -1,8 +1,11 @@
 """The memo of a vcpu: where its last accesses led, so that one that repeats them needs no walk.
 
+The first fast path, and a cache of translations: what emulators call a software TLB. KVM has none, for there the
+processor's own TLB does this; the TLB that a machine models is another thing (tlb.pxd).
+
 It is the host's, not the guest's: it changes no result and no counter, and a machine that models a TLB has none. An
 entry holds as long as nothing that translations are made of was withdrawn: sc_mmu.memo_epoch moves whenever something
-is, and with each batch, for between batches anybody may write to guest memory.
+is, and under `native` with each batch, for between batches anybody may write to the guest's tables.
 
 What an access needs is one bit, its kind; an entry holds the kinds that are denied or not known. So one compare
 decides on page, epoch, privilege, rights, accessed and dirty bits.

@@ -1,4 +1,4 @@
-"""Operations of a batch, done by the shortest way that each has."""
+"""Operations of a batch, done by the fastest path that each has."""
 from libc.string cimport memcpy
 
 from shadowcore.engine.access cimport OP_CMPXCHG, OP_FETCH, op_is_access, sc_op
