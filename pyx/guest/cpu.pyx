@@ -8,7 +8,7 @@ from libc.string cimport memcpy, memset
 from shadowcore.engine.access cimport OP_CR3, OP_INVLPG, OP_READ, OP_WRITE, access_do, sc_op, sc_result, vcpu_op
 from shadowcore.engine.types cimport RC_OK, u8, u32, u64
 from shadowcore.guest.state cimport (
-    NO_PROCESS, RC_NOLOG, RC_PANIC, USER_PCID, guest_mix, guest_remember, sc_glog, sc_guest,
+    NO_PROCESS, RC_NOLOG, RC_PANIC, USER_PCID, guest_mix, history_add, sc_glog, sc_guest,
 )
 
 
@@ -118,7 +118,7 @@ cdef int cpu_string_at(sc_guest *g, u64 va, u64 gpa, const u8 *source, u32 nbyte
         else:
             memcpy(g.ram + gpa + at, source + at, nbytes - at)
     g.n.kernel_accesses = before + 1        # one instruction, into however many stores a design cuts it
-    guest_remember(g, gpa, nbytes)
+    history_add(g, gpa, nbytes)
     return RC_OK
 
 
@@ -194,5 +194,5 @@ cdef int cpu_work(sc_guest *g, u32 p, u32 accesses) noexcept nogil:
             return rc
         if r.gpa != gpa:
             return RC_PANIC
-        guest_remember(g, gpa, r.value[0])
+        history_add(g, gpa, r.value[0])
     return RC_OK

@@ -10,7 +10,7 @@ from shadowcore.engine.types cimport MODE_32, MODE_PAE, RC_OK, u32, u64
 from shadowcore.guest.cpu cimport cpu_access, cpu_flush_all, cpu_invlpg, cpu_string
 from shadowcore.guest.frames cimport frame_known, frame_put, frame_zeroed
 from shadowcore.guest.state cimport (
-    FRAME_DYING, FRAME_TABLE, GATHER, RC_PANIC, guest_index, guest_remember, guest_shift, sc_gproc, sc_guest,
+    FRAME_DYING, FRAME_TABLE, GATHER, RC_PANIC, guest_index, guest_shift, history_add, sc_gproc, sc_guest,
 )
 from shadowcore.guest.tables cimport entry_frame, entry_read
 
@@ -23,7 +23,7 @@ cdef int _store(sc_guest *g, u32 op, u32 size, u64 gpa, u64 value, sc_result *r)
     if r.gpa != gpa:
         return RC_PANIC
     g.n.table_stores += 1
-    guest_remember(g, gpa, value & ~<u64>(PTE_A | PTE_D))
+    history_add(g, gpa, value & ~<u64>(PTE_A | PTE_D))
     return RC_OK
 
 

@@ -8,7 +8,7 @@ from shadowcore.guest.fault cimport fault_service
 from shadowcore.guest.frames cimport frame_put, frame_take
 from shadowcore.guest.lifecycle cimport process_swap_out
 from shadowcore.guest.state cimport (
-    FRAME_KERNEL, PIPE_BUFFERS, PROCESS_ALIVE, RC_NOMEM, RC_PANIC, RC_SEGV, guest_remember, sc_gpipe, sc_guest,
+    FRAME_KERNEL, PIPE_BUFFERS, PROCESS_ALIVE, RC_NOMEM, RC_PANIC, RC_SEGV, history_add, sc_gpipe, sc_guest,
 )
 from shadowcore.guest.user cimport (
     PROGRAM_FETCH, PROGRAM_MODIFY, PROGRAM_READ, PROGRAM_WRITE, TOUCH_FETCH, TOUCH_RANDOM, TOUCH_WRITE,
@@ -74,7 +74,7 @@ cdef inline int _one(sc_guest *g, sc_op *o, sc_result *r) noexcept nogil:
                 return rc
         rc = access_do(g.mmu, g.v, o, True, r)
         if rc == RC_OK:
-            guest_remember(g, r.gpa, r.value[0] ^ o.value[0])
+            history_add(g, r.gpa, r.value[0] ^ o.value[0])
             return RC_OK
         if rc < 0:
             return rc
@@ -87,7 +87,7 @@ cdef inline int _one(sc_guest *g, sc_op *o, sc_result *r) noexcept nogil:
             left -= 1
             rc = _fault(g, o.user, g.v.cr2, r.error_code)
         if rc == RC_SEGV:
-            guest_remember(g, ~o.addr, rc)
+            history_add(g, ~o.addr, rc)
         if rc != RC_OK:
             return rc
 

@@ -260,7 +260,7 @@ cdef inline u64 guest_mix(u64 x) noexcept nogil:
     x *= <u64>0xC4CEB9FE1A85EC53ULL
     return x ^ (x >> 33)
 
-cdef inline void guest_remember(sc_guest *g, u64 gpa, u64 value) noexcept nogil:
+cdef inline void history_add(sc_guest *g, u64 gpa, u64 value) noexcept nogil:
     """Fold an access into the history: its order counts, and each bit of both words."""
     cdef u64 h = (g.history ^ gpa) * <u64>0x9E3779B97F4A7C15ULL
     g.history = ((h ^ (h >> 29)) ^ value) * <u64>0xD6E8FEB86659FD93ULL
