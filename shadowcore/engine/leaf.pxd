@@ -23,7 +23,7 @@ from shadowcore.engine.quirks cimport (
 from shadowcore.engine.rmap cimport rmap_add, rmap_remove
 from shadowcore.engine.role cimport ROLE_DIRTY, ROLE_GLOBAL, ROLE_PKEY
 from shadowcore.engine.roots cimport make_role, wp0_leaves
-from shadowcore.engine.spte cimport leaf_remembers, leaf_spte, spte_is_writable, spte_put, spte_wipe
+from shadowcore.engine.spte cimport leaf_guest_rights, leaf_spte, spte_is_writable, spte_put, spte_wipe
 from shadowcore.engine.state cimport memo_drop, sc_mmu, sc_vcpu
 from shadowcore.engine.types cimport (
     ACC_U, ACC_W, ACC_X, MODE_32, MODE_64, MODE_OFF, MODE_PAE, PF_P, PF_U, PF_W, SC_NONE, u8, u32, u64,
@@ -118,7 +118,7 @@ cdef inline void leaf_decide(const sc_mmu *mmu, const sc_vcpu *v, sc_fault *f) n
         guest = (guest & ~<u32>ACC_X) | (0 if f.gpte & pte_nx() else ACC_X)
     if taken:
         # A leaf that is there is taken as it is, whatever the guest's tables say by now.
-        guest = leaf_remembers(f.old)
+        guest = leaf_guest_rights(f.old)
         write = f.access & PF_W
         if rights_fault(&v.guest, guest, 0, f.access) and (write or not guest & ACC_U or f.old & PTE_U):
             f.forbidden = True

@@ -17,7 +17,7 @@ cdef inline u64 leaf_spte(u64 hpa, u32 guest, u32 granted, u64 kept) noexcept no
     return (hpa | kept | PTE_P | (granted & (ACC_W | ACC_U)) | <u64>(guest & (ACC_W | ACC_U)) << 9
             | (~<u64>granted & ACC_X) << 63)
 
-cdef inline u32 leaf_remembers(u64 spte) noexcept nogil:
+cdef inline u32 leaf_guest_rights(u64 spte) noexcept nogil:
     """Rights that the guest's tables gave when the leaf was made."""
     return ((ACC_W if spte & SPTE_GUEST_W else 0) | (ACC_U if spte & SPTE_GUEST_U else 0)
             | (0 if spte & pte_nx() else ACC_X))

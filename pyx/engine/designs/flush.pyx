@@ -12,7 +12,7 @@ from shadowcore.engine.memory cimport mem_frame, mem_frame_hpa, mem_pool_page, s
 from shadowcore.engine.pool cimport pool_get, pool_zap, pool_zap_all
 from shadowcore.engine.role cimport role_level
 from shadowcore.engine.roots cimport make_role, roots_load, roots_release
-from shadowcore.engine.spte cimport leaf_remembers, spte_drop
+from shadowcore.engine.spte cimport leaf_guest_rights, spte_drop
 from shadowcore.engine.state cimport linear_exists, sc_mmu, sc_vcpu
 from shadowcore.engine.types cimport ACC_ALL, MODE_32, MODE_64, MODE_OFF, PF_P, PF_RSVD, RC_OK, SC_NONE, u32, u64
 from shadowcore.engine.walker cimport probe_walk, sc_walk
@@ -70,7 +70,7 @@ cdef bint _is_stale(sc_mmu *mmu, const sc_vcpu *v, u64 leaf, u64 va) noexcept no
     entry = w.entry[w.level]
     frame = mem_frame(mmu.mem, w.gpa >> 12)
     if (frame == sc_no_frame() or leaf & pte_addr() != mem_frame_hpa(mmu.mem, frame)
-            or leaf_remembers(leaf) != w.access or (leaf ^ entry) & PTE_G
+            or leaf_guest_rights(leaf) != w.access or (leaf ^ entry) & PTE_G
             or (v.guest.mode >= MODE_64 and pte_pkey(leaf) != w.pkey)):
         return True
     if leaf & (PTE_W | PTE_D) and not entry & PTE_D:
