@@ -188,7 +188,7 @@ cdef bint _mark_tables(sc_mmu *mmu, sc_vcpu *v, u64 va) noexcept nogil:
     return True
 
 
-cdef u64 _remember(sc_mmu *mmu, sc_batch *b, sc_vcpu *v) noexcept nogil:
+cdef u64 _memo_fill(sc_mmu *mmu, sc_batch *b, sc_vcpu *v) noexcept nogil:
     """Put what the last glance found into the memo; returns the context, which may be another by then.
 
     Native, nothing tells of stores to tables but the stores themselves: frames of tables are marked, and no store to
@@ -433,7 +433,7 @@ cdef inline u64 _quick(sc_mmu *mmu, sc_batch *b, sc_vcpu *v, u64 i, u64 stop, bi
             if after == i:
                 break
             if b.remember:
-                context = _remember(mmu, b, v)
+                context = _memo_fill(mmu, b, v)
             i = after
         if b.data:
             _moves(mmu, b, begin, i, words, packed)
