@@ -274,7 +274,7 @@ cdef int columns_run(sc_mmu *mmu, u32 number, const sc_columns *c, u64 n, bint d
         mmu.exhausted = SC_NONE
         return RC_EXHAUSTED
     b.rows = <sc_row *>room
-    b.remember = not no_memo[0]
+    b.use_memo = not no_memo[0]
     design_begin(mmu)
     while i < n and rc == RC_OK:
         begin = i
@@ -284,13 +284,13 @@ cdef int columns_run(sc_mmu *mmu, u32 number, const sc_columns *c, u64 n, bint d
         b.value = out.value if out.value != NULL else <u64 *>(<size_t>room + rows + words - 8 * i)
         b.n_rows = 0
         b.hits = b.glances = b.repeats = b.regions = 0
-        b.note = not b.remember and (i // CHUNK) % NOTES == 0
+        b.note = not b.use_memo and (i // CHUNK) % NOTES == 0
         _gather(c, &b, room + rows + 2 * words, i, stop)
         rc = quick_chunk(mmu, &b, &i, stop)
         _results(&b, out, begin, i)
         quick_learn(&b, i - begin)
     free(room)
-    no_memo[0] = not b.remember
+    no_memo[0] = not b.use_memo
     done[0] = i
     return rc
 
@@ -318,7 +318,7 @@ cdef object _run(Mmu shell, sc_batch *b, u64 n, const sc_columns *columns):
     room = FEW
     result.rows = result.few
     result.before = mmu.stats[0]
-    b.remember = not shell.no_memo
+    b.use_memo = not shell.no_memo
     b.far = shell.far
     b.watch = &shell.watch
     error = None
@@ -341,7 +341,7 @@ cdef object _run(Mmu shell, sc_batch *b, u64 n, const sc_columns *columns):
                         break
                     b.hits = b.glances = b.repeats = b.regions = 0
                     shell.chunks += 1
-                    b.note = not b.remember and shell.chunks % NOTES == 0
+                    b.note = not b.use_memo and shell.chunks % NOTES == 0
                     if columns != NULL:
                         _gather(columns, b, <u8 *>gathered.at, i, stop)
                     rc = quick_chunk(mmu, b, &i, stop)
@@ -356,7 +356,7 @@ cdef object _run(Mmu shell, sc_batch *b, u64 n, const sc_columns *columns):
         error = raised
     finally:
         shell.leave()
-        shell.no_memo = not b.remember
+        shell.no_memo = not b.use_memo
         shell.far = b.far
     result.n = i
     result.n_rows = b.n_rows

@@ -410,9 +410,9 @@ cdef inline u64 _quick(sc_mmu *mmu, sc_batch *b, sc_vcpu *v, u64 i, u64 stop, bi
     while i < stop:
         begin = i
         words = <u32 *>(<size_t>room - i * sizeof(u32))
-        group = min(i + AHEAD, stop) if b.data or (b.far and not b.remember) else stop
+        group = min(i + AHEAD, stop) if b.data or (b.far and not b.use_memo) else stop
         while i < group:
-            if b.remember:
+            if b.use_memo:
                 after = _hits(mmu, b, v, context, i, group, words + i, packed)
                 if after > i:
                     i = after
@@ -427,12 +427,12 @@ cdef inline u64 _quick(sc_mmu *mmu, sc_batch *b, sc_vcpu *v, u64 i, u64 stop, bi
                 # Stores come before the walks that follow them.
                 _moves(mmu, b, begin, i, words, packed)
                 begin = i
-            if b.far and not b.remember and i == begin:
+            if b.far and not b.use_memo and i == begin:
                 _fetch_tables(mmu, b, v, i, group, packed, g)
-            after = _glances(mmu, b, v, context, i, i + 1 if b.remember else group, words, packed, g)
+            after = _glances(mmu, b, v, context, i, i + 1 if b.use_memo else group, words, packed, g)
             if after == i:
                 break
-            if b.remember:
+            if b.use_memo:
                 context = _memo_fill(mmu, b, v)
             i = after
         if b.data:

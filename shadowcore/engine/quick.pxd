@@ -47,7 +47,7 @@ cdef struct sc_batch:
     u64 *high                       # ... if some size is 16
     sc_row *rows                    # ... of those that did not just lead somewhere
     u64 n_rows
-    bint remember                   # the memo is asked and filled
+    bint use_memo                   # the memo is asked and filled
     bint note                       # pages are noted in the memo, to see whether they come again
     u64 hits                        # of the memo
     u64 glances                     # accesses that a glance answered
@@ -99,9 +99,9 @@ cdef inline bint op_stands(const sc_op *o, u32 vcpus, u32 last, bint wide) noexc
 cdef inline void quick_learn(sc_batch *b, u64 n) noexcept nogil:
     """After a chunk of n operations. Where accesses do not repeat, the memo only costs; where they lead to ever new
     regions, their tables do not lie in the caches."""
-    if n > CHUNK // 2 and (b.remember or b.note):
+    if n > CHUNK // 2 and (b.use_memo or b.note):
         b.far = b.note and b.regions * 2 > n or (b.far and not b.note)
-        b.remember = (b.hits + b.repeats) * 2 > n
+        b.use_memo = (b.hits + b.repeats) * 2 > n
 
 cdef bint quick_usual(const u8 *element, u64 n) noexcept nogil
 cdef int quick_chunk(sc_mmu *mmu, sc_batch *b, u64 *done, u64 stop) noexcept nogil
