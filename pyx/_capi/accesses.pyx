@@ -181,7 +181,7 @@ cdef int _native(sc_mmu *mmu, sc_vcpu *v, const sc_access *a, u64 va, sc_outcome
     return rc
 
 
-cdef inline sc_memo_entry *_remembered(const sc_vcpu *v, u64 va, u64 tag) noexcept nogil:
+cdef inline sc_memo_entry *_memo_found(const sc_vcpu *v, u64 va, u64 tag) noexcept nogil:
     """The entry of the memo that has the page of `tag`."""
     cdef sc_memo_entry *e = memo_entry(v.memo, va)
     if memo_is(e, tag):
@@ -190,7 +190,7 @@ cdef inline sc_memo_entry *_remembered(const sc_vcpu *v, u64 va, u64 tag) noexce
     return e if memo_is(e, tag) else NULL
 
 
-cdef int _unremembered(sc_mmu *mmu, sc_vcpu *v, const sc_access *a, u64 va, u32 kind, sc_outcome *o) noexcept nogil:
+cdef int _memo_missed(sc_mmu *mmu, sc_vcpu *v, const sc_access *a, u64 va, u32 kind, sc_outcome *o) noexcept nogil:
     """A load, store or fetch in one page, under a shadow MMU, that the memo does not have."""
     cdef u32 access = _access_bits(a)
     cdef u64 hpa = 0
@@ -210,7 +210,7 @@ cdef int _unremembered(sc_mmu *mmu, sc_vcpu *v, const sc_access *a, u64 va, u32 
         o.references = read
         if not a.flags & SC_BRIEF:
             hpa = _noted(mmu, v, va, access)
-            e = _remembered(v, va, memo_tag(va, memo_context(v.memo, mmu.memo_epoch)))
+            e = _memo_found(v, va, memo_tag(va, memo_context(v.memo, mmu.memo_epoch)))
             if e != NULL:
                 e.target |= hpa
             _tell(hpa, o)
@@ -287,7 +287,7 @@ cdef int api_access(sc_vm vm, const sc_access *given, sc_outcome *o) noexcept no
     if (e.tag ^ memo_tag(va, context)) & memo_mask(kind):
         e = memo_spill(v.memo, va)
         if (e.tag ^ memo_tag(va, context)) & memo_mask(kind):
-            rc = _unremembered(mmu, v, a, va, kind, o)
+            rc = _memo_missed(mmu, v, a, va, kind, o)
             leave(p)
             return rc
     _nothing_yet(o)
