@@ -115,7 +115,7 @@ class Guest:
     def _op(self, op: int, addr: int = 0, value: int = 0, size: int = 1, user: bool = False, data: bool = False) -> Any:
         """One operation on the vcpu; its RunResult."""
         fields = (int(op), int(user), size, addr & WORD, value & WORD)
-        tables = [] if self.recording is None else self._remember(op, addr, value)
+        tables = [] if self.recording is None else self._record_tables(op, addr, value)
         if self.recording is not None:
             self.recording.add(fields, data)
         self._op_array[0] = fields
@@ -130,7 +130,7 @@ class Guest:
             self._flush_wanted = True
         return result
 
-    def _remember(self, op: int, addr: int, value: int) -> list[tuple[int, int]]:
+    def _record_tables(self, op: int, addr: int, value: int) -> list[tuple[int, int]]:
         """Record what the operation reads of guest tables: (gpa, index in RAM) of those not followed so far."""
         assert self.recording is not None
         tables: dict[int, int] = {}
