@@ -166,8 +166,8 @@ cdef inline void _move(sc_batch *b, u64 i, u64 value, u8 *at, u32 code, u32 size
 
 
 cdef bint _mark_tables(sc_mmu *mmu, sc_vcpu *v, u64 va) noexcept nogil:
-    """Native: the frames of the tables that lead to `va` are known to be such. If a store to one is remembered, all is
-    forgotten. False: nothing is to be remembered of `va`."""
+    """Native: the frames of the tables that lead to `va` are known to be such. If the memo has a store to one, all of
+    it is dropped. False: nothing of `va` may go into it."""
     cdef sc_walk w
     cdef int level
     cdef u64 frame
@@ -192,7 +192,7 @@ cdef u64 _memo_fill(sc_mmu *mmu, sc_batch *b, sc_vcpu *v) noexcept nogil:
     """Put what the last glance found into the memo; returns the context, which may be another by then.
 
     Native, nothing tells of stores to tables but the stores themselves: frames of tables are marked, and no store to
-    one is remembered.
+    one is put there.
     """
     cdef u64 va = b.va
     cdef u32 code = _code(b.word)
