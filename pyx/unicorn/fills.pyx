@@ -1,7 +1,7 @@
 """The function that Unicorn calls where its TLB misses, for `shadowcore.unicorn.machine` with way "fills".
 
-Most misses are plain: the access that missed is one that the guest's tables allow, to RAM, and nothing else is under
-way. They are served here, without Python. All others are handed to a method of the machine, with nothing changed.
+Of most misses the access is one that the guest's tables allow, to RAM, and nothing else is under way. They are served
+here, without Python. All others are handed to a method of the machine, with nothing changed.
 """
 from libc.string cimport memset
 
@@ -49,11 +49,11 @@ cdef struct sc_fills:
     sc_register_read read           # uc_reg_read
     int cs, flags                   # numbers of registers
     int tables[3]                   # of GDTR, LDTR, TR
-    bint plain                      # nothing but fills is under way
+    bint alone                      # nothing but fills is under way
     void *owner                     # Fills
 
 
-cdef inline bint _is_plain_store(const sc_mmu *mmu, const sc_vcpu *v, u64 va, bint user) noexcept nogil:
+cdef inline bint _may_store(const sc_mmu *mmu, const sc_vcpu *v, u64 va, bint user) noexcept nogil:
     """A store that the processor is allowed to make by itself: not one to a guest table, nor one that only CR0.WP = 0
     allows. Where the guest's walk fails there is no frame to go to, and the fault tells."""
     cdef sc_walk w
@@ -68,9 +68,9 @@ cdef inline bint _is_plain_store(const sc_mmu *mmu, const sc_vcpu *v, u64 va, bi
                                       and (v.guest.mode == MODE_OFF or w.access & ACC_W))
 
 
-def is_plain_store(VCpu cpu not None, u64 gva, bint user) -> bool:
+def may_store(VCpu cpu not None, u64 gva, bint user) -> bool:
     """The processor may make a store of `cpu` to `gva` by itself. If not, the emulator has to, or may have to."""
-    return _is_plain_store(cpu.mmu.c, cpu.c, gva, user)
+    return _may_store(cpu.mmu.c, cpu.c, gva, user)
 
 
 cdef bint _in_table(const sc_fills *f, void *uc, u64 page) noexcept nogil:
@@ -129,7 +129,7 @@ cdef bint _serve(const sc_fills *f, void *uc, u64 page, int kind, sc_fill_entry 
             f.read(uc, f.flags, &flags)
             if ((flags & FLAG_AC) != 0) != (v.guest.ac != 0):
                 return False
-    if op.op == OP_WRITE and not _is_plain_store(mmu, v, page, op.user):
+    if op.op == OP_WRITE and not _may_store(mmu, v, page, op.user):
         return False
     if not access_glance(mmu, v, &op, False, &r):
         # What fails here, for want of pages, fails again where it can be raised.
@@ -152,7 +152,7 @@ cdef bint _flush(Fills fills) noexcept with gil:
         return True
     except BaseException as error:
         fills.error = error
-        fills.c.plain = False
+        fills.c.alone = False
         return False
 
 
@@ -160,14 +160,14 @@ cdef bint _ask(Fills fills, u64 address, int kind, sc_fill_entry *entry) noexcep
     """All other misses: by the method, which returns (paddr, perms), or None for a miss that is not to be filled."""
     try:
         found = fills.other(address, kind)
-        fills.c.plain = fills.is_plain()
+        fills.c.alone = fills.is_alone()
         if found is None:
             return False
         entry.paddr, entry.perms = found[0], found[1]
         return True
     except BaseException as error:
         fills.error = error
-        fills.c.plain = False
+        fills.c.alone = False
         return False
 
 
@@ -175,7 +175,7 @@ cdef bint _fill(void *uc, u64 address, int kind, sc_fill_entry *entry, void *dat
     cdef sc_fills *f = <sc_fills *>data
     cdef u64 flushes = f.mmu.stats.tlb_flush
     cdef bint served
-    if f.plain and not f.mmu.mem.busy:
+    if f.alone and not f.mmu.mem.busy:
         f.mmu.mem.busy = True
         served = _serve(f, uc, address & ~<u64>4095, kind, entry)
         f.mmu.mem.busy = False
@@ -189,20 +189,20 @@ cdef class Fills:
 
     cpu: whose accesses they are. read: address of uc_reg_read. registers: Unicorn's numbers of CS, EFLAGS, GDTR, LDTR
     and TR.
-    other(address, kind): serves what is not plain, returns (paddr, perms) or None. is_plain(): is nothing else under
+    other(address, kind): serves what is not served here, returns (paddr, perms) or None. is_alone(): is nothing else under
     way? flush(): has Unicorn drop all translations. error: what one of them raised, or None.
     """
     cdef sc_fills c
     cdef object cpu
     cdef object other
-    cdef object is_plain
+    cdef object is_alone
     cdef object flush
     cdef public object error
 
-    def __init__(self, VCpu cpu not None, size_t read, tuple registers, other, is_plain, flush):
+    def __init__(self, VCpu cpu not None, size_t read, tuple registers, other, is_alone, flush):
         cdef Mmu mmu = cpu.mmu
         self.cpu = cpu
-        self.other, self.is_plain, self.flush = other, is_plain, flush
+        self.other, self.is_alone, self.flush = other, is_alone, flush
         self.c.mmu = mmu.c
         self.c.v = cpu.c
         self.c.read = <sc_register_read>read
@@ -211,7 +211,7 @@ cdef class Fills:
 
     def begin(self) -> None:
         """Before each run of Unicorn: ask anew what is under way."""
-        self.c.plain = self.is_plain()
+        self.c.alone = self.is_alone()
 
     @property
     def function(self) -> int:

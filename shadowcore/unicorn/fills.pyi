@@ -3,7 +3,7 @@ from typing import final
 
 from ..engine.vcpu import VCpu
 
-def is_plain_store(cpu: VCpu, gva: int, user: bool) -> bool: ...
+def may_store(cpu: VCpu, gva: int, user: bool) -> bool: ...
 
 @final
 class Fills:
@@ -14,7 +14,7 @@ class Fills:
         read: int,
         registers: tuple[int, int, int, int, int],
         other: Callable[[int, int], tuple[int, int] | None],
-        is_plain: Callable[[], bool],
+        is_alone: Callable[[], bool],
         flush: Callable[[], None],
     ) -> None: ...
     def begin(self) -> None: ...

@@ -13,7 +13,7 @@ from ..engine.batch import OP_DTYPE
 from ..engine.machine import VM
 from ..errors import ConfigError, EngineError, GeneralProtection, ShadowcoreError
 from .cpu import FLAT_CODE, FLAT_DATA, PDPT, PRIVATE_SIZE, Processor, address_of, flat, layout, uc, x86
-from .fills import is_plain_store
+from .fills import may_store
 from .recording import Recording
 
 PAGE = ~0xFFF
@@ -173,7 +173,7 @@ class Guest:
         the supervisor while CPL = 3 is implicit."""
         if not user:
             self._set_ac(self.p.cpl != 3)
-        if kind == Op.WRITE and not is_plain_store(self.cpu, va & WORD, user):
+        if kind == Op.WRITE and not may_store(self.cpu, va & WORD, user):
             return None
         result = self._op(kind, va, user=user)
         outcome = int(result.outcome[0])

@@ -95,7 +95,7 @@ class Machine(Instructions):
             engine.mmio_map(private + WINDOWS + (i << 12), 4096, self._window_read, i, self._window_write, i)
         tables = (x86.UC_X86_REG_GDTR, x86.UC_X86_REG_LDTR, x86.UC_X86_REG_TR)
         registers = (x86.UC_X86_REG_CS, x86.UC_X86_REG_EFLAGS, *tables)
-        self._fills = Fills(self.cpu, self.p.reader or 0, registers, self._fill, self._is_plain, self._flush)
+        self._fills = Fills(self.cpu, self.p.reader or 0, registers, self._fill, self._is_alone, self._flush)
         if not self.p.reader or not self.p.hook_fills(self._fills.function, self._fills.data):
             engine.hook_add(uc.UC_HOOK_TLB_FILL, self._fill_entry)
         engine.hook_add(uc.UC_HOOK_INSN, self._in, None, 1, 0, x86.UC_X86_INS_IN)
@@ -104,7 +104,7 @@ class Machine(Instructions):
 
     # -------------------------------------------------------------------------------------------------- way "fills"
 
-    def _is_plain(self) -> bool:
+    def _is_alone(self) -> bool:
         """Misses may be served by accesses alone."""
         busy = self.p.entering or self._stepping or self._step or self._fault is not None or self._error is not None
         return not busy and self.recording is None

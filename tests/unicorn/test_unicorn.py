@@ -96,12 +96,12 @@ def test_fills_without_python_are_those_by_python(mmu, image, monkeypatch):
 @pytest.mark.parametrize("mmu", ["native", "flush", "cached"])
 def test_what_an_access_serves_does_not_come_to_python(mmu, monkeypatch):
     """Of all misses, those that come to Python with nothing else under way and are filled there are under 5 %."""
-    misses, plain = [], []
-    for record, into in ((True, misses), (False, plain)):
+    misses, in_python = [], []
+    for record, into in ((True, misses), (False, in_python)):
         machine = su.boot(EXAMPLES / "kernel.elf", mmu=mmu, way="fills", record=record)
 
         def filled(page, access, machine=machine, fill=machine._filled, into=into, record=record):
-            alone = record or machine._is_plain()
+            alone = record or machine._is_alone()
             found = fill(page, access)
             if record or (alone and found is not None):
                 into.append(page)
@@ -110,7 +110,7 @@ def test_what_an_access_serves_does_not_come_to_python(mmu, monkeypatch):
         monkeypatch.setattr(machine, "_filled", filled)
         assert machine.run(seconds=60) == 0
     assert len(misses) > 3000
-    assert len(plain) < 0.05 * len(misses)
+    assert len(in_python) < 0.05 * len(misses)
 
 
 @pytest.mark.parametrize("at", [1, 60, 96])
