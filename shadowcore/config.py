@@ -116,9 +116,9 @@ class Features:
     xsave: bool = True
 
     def __post_init__(self) -> None:
-        _plain(self, maxphyaddr=check_int("features.maxphyaddr", self.maxphyaddr, 32, 52))
+        _put(self, maxphyaddr=check_int("features.maxphyaddr", self.maxphyaddr, 32, 52))
         for name in FEATURES:
-            _plain(self, **{name: check_bool(f"features.{name}", getattr(self, name))})
+            _put(self, **{name: check_bool(f"features.{name}", getattr(self, name))})
 
 
 FEATURES = tuple(each.name for each in fields(Features) if each.name != "maxphyaddr")
@@ -137,7 +137,7 @@ class MemorySlot:
     dirty_log: bool = False
 
     def __post_init__(self) -> None:
-        _plain(
+        _put(
             self,
             gpa=check_int("slot.gpa", self.gpa, 0, 1 << 52),
             size=parse_size(self.size, "slot.size"),
@@ -166,7 +166,7 @@ class TLB:
         for size in ("small", "large", "huge"):
             entries = check_int(f"tlb.{size}_entries", getattr(self, f"{size}_entries"), 0, 1 << 20)
             ways = check_int(f"tlb.{size}_ways", getattr(self, f"{size}_ways"), 1, 1 << 20)
-            _plain(self, **{f"{size}_entries": entries, f"{size}_ways": ways})
+            _put(self, **{f"{size}_entries": entries, f"{size}_ways": ways})
             if entries % ways:
                 raise ConfigError(f"tlb.{size}_entries: {entries} is not a multiple of {ways} ways")
 
@@ -225,7 +225,7 @@ class Shadow:
 
     def __post_init__(self) -> None:
         min_free, threshold = check_int("min_free", self.min_free, 0, POOL_MAX), self.flood_threshold
-        _plain(
+        _put(
             self,
             name=_check_name(self.name),
             keep=check_bool("keep", self.keep),
@@ -316,7 +316,7 @@ def taken(kind: type[T], given: object, name: str) -> T:
     return kind(**made)
 
 
-def _plain(settings: object, **values: object) -> None:
+def _put(settings: object, **values: object) -> None:
     """Put checked values in the place of those that a frozen object was made of."""
     for name, value in values.items():
         object.__setattr__(settings, name, value)
