@@ -202,8 +202,8 @@ def _member(archive: zipfile.ZipFile, info: zipfile.ZipInfo, expected: tuple[Any
     return array
 
 
-def _plain(cls: type[T], given: Any, **found: Any) -> T:
-    """Settings of class `cls` from a dict of plain values of the same types as its defaults."""
+def _from_dict(cls: type[T], given: Any, **found: Any) -> T:
+    """Settings of class `cls` from a dict of values of the same types as its defaults."""
     defaults = {field.name: field.default for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
     for name, value in given.items():
         kind = type(defaults[name])
@@ -216,7 +216,7 @@ def _settings(state: dict[str, Any]) -> tuple[list[MemorySlot], Native | Shadow,
     """What a VM is made of. _UNFIT for what cannot be."""
     design = dict(state["design"])
     kind, quirks = design.pop("kind"), Quirk(design.get("quirks", 0))
-    mmu: Native | Shadow = Native(quirks) if kind == "Native" else _plain(Shadow, design, quirks=quirks)
+    mmu: Native | Shadow = Native(quirks) if kind == "Native" else _from_dict(Shadow, design, quirks=quirks)
     if kind not in ("Native", "Shadow") or (
         kind == "Native" and {**design, "quirks": quirks} != dataclasses.asdict(mmu)
     ):
@@ -229,10 +229,10 @@ def _settings(state: dict[str, Any]) -> tuple[list[MemorySlot], Native | Shadow,
     if state["memory"] != total or total > RAM_MAX:
         raise ValueError(f"memory: {total} bytes, those of the slots, and {RAM_MAX} at most expected")
     checked_slots(slots)
-    tlb = None if state["tlb"] is None else _plain(TLB, state["tlb"])
+    tlb = None if state["tlb"] is None else _from_dict(TLB, state["tlb"])
     if not isinstance(state["vcpus"], list) or not 1 <= len(state["vcpus"]) <= 64:
         raise ValueError("vcpus: a list of 1 to 64 expected")
-    return slots, mmu, _plain(Features, state["features"]), tlb, len(state["vcpus"])
+    return slots, mmu, _from_dict(Features, state["features"]), tlb, len(state["vcpus"])
 
 
 def _expected(state: dict[str, Any]) -> dict[str, tuple[Any, ...]]:
