@@ -219,7 +219,7 @@ def replay(
             break
         if position - base > first:
             counts["snapshot_words"] += int(piece.snapshot[first : min(position - base, last)].sum())
-        arrays = piece.arrays | {"flags": _plain_flags(piece, recording.first_user, base)}
+        arrays = piece.arrays | {"flags": _piece_flags(piece, recording.first_user, base)}
         while position - base < last and not violations:
             end = min(base + last, position + SLICE)
             if position < split:
@@ -313,7 +313,7 @@ def machine(reader: Reader, mmu: str | Native | Shadow = "cached") -> VM:
     return vm
 
 
-def _plain_flags(piece: Recording, first_user: int | None, base: int) -> NDArray[np.uint16]:
+def _piece_flags(piece: Recording, first_user: int | None, base: int) -> NDArray[np.uint16]:
     """The flags with USER where a user acts, and SNAPSHOT where no store is made, and nowhere else.
 
     piece: of a recording, from record `base` on, whose workload begins at `first_user`.
