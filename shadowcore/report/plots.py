@@ -91,9 +91,9 @@ class Plot:
             self.figure.savefig(out, format="svg", metadata=nothing, transparent=True)
         box = self.axes.get_position()
         place = [round(float(v), 5) for v in (box.x0, box.x1, 1 - box.y1, 1 - box.y0)]
-        return self._plain(out.getvalue(), label), place
+        return self._for_page(out.getvalue(), label), place
 
-    def _plain(self, text: str, label: str) -> str:
+    def _for_page(self, text: str, label: str) -> str:
         """SVG to stand in a page: identifiers of its own, no style sheet that reaches others, the page's font."""
         text = text[text.index("<svg") :]
         text = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>|<!--.*?-->", "", text, flags=re.S)
