@@ -49,7 +49,7 @@ class Packed:
 
     def __init__(self, name: str, dtype: np.dtype[Any], records: int, members: Mapping[str, NDArray[Any]]) -> None:
         self.name, self.dtype, self.records = name, dtype, records
-        self.plain: NDArray[Any] | None = None
+        self.array: NDArray[Any] | None = None
         self.paged: tuple[NDArray[Any], NDArray[Any], NDArray[Any]] | None = None
         parts = [members.get(f"{name}.{part}") for part in ("pages", "index", "offset")]
         if parts[0] is not None:
@@ -62,17 +62,17 @@ class Packed:
                 raise ValueError(f"{name}.index, {name}.offset: {records} elements expected, of 32 and 16 bits at most")
             self.paged = np.ascontiguousarray(pages, np.uint64), index, offset.astype(np.uint16, copy=False)
             return
-        self.plain = members.get(name, np.zeros(1, dtype))
-        if len(self.plain) not in (1, records):
-            raise ValueError(f"{records} elements, or one, expected in {name}, not {len(self.plain)}")
-        if self.plain.itemsize > dtype.itemsize and len(self.plain) and int(self.plain.max()) > np.iinfo(dtype).max:
-            raise ValueError(f"{name}: numbers of {8 * dtype.itemsize} bits expected, not {int(self.plain.max()):#x}")
+        self.array = members.get(name, np.zeros(1, dtype))
+        if len(self.array) not in (1, records):
+            raise ValueError(f"{records} elements, or one, expected in {name}, not {len(self.array)}")
+        if self.array.itemsize > dtype.itemsize and len(self.array) and int(self.array.max()) > np.iinfo(dtype).max:
+            raise ValueError(f"{name}: numbers of {8 * dtype.itemsize} bits expected, not {int(self.array.max()):#x}")
 
     def fill(self, target: NDArray[Any], begin: int, end: int) -> None:
         """Records [begin, end) into an array of the column's type, which may be a field of another."""
         if self.paged is None:
-            assert self.plain is not None
-            target[:] = self.plain[0] if len(self.plain) == 1 != self.records else self.plain[begin:end]
+            assert self.array is not None
+            target[:] = self.array[0] if len(self.array) == 1 != self.records else self.array[begin:end]
             return
         pages, index, offset = self.paged
         done = pages_of.join_pages(pages, index[begin:end], offset[begin:end], target)
@@ -81,8 +81,8 @@ class Packed:
             raise ValueError(f"record {begin + done} of the block: a page of {self.name}.pages expected, not {number}")
 
     def decode(self) -> NDArray[Any]:
-        if self.plain is not None and len(self.plain) == self.records:
-            return self.plain.astype(self.dtype, copy=False)
+        if self.array is not None and len(self.array) == self.records:
+            return self.array.astype(self.dtype, copy=False)
         array = np.empty(self.records, self.dtype)
         self.fill(array, 0, self.records)
         return array
