@@ -12,7 +12,7 @@ from .exceptions import Exceptions
 from .guest import EFER_LMA, FLAG_RF, GP, PAGE, UD, WORD, Fault, Unsupported
 
 # What an instruction that Unicorn runs does besides the accesses that code makes.
-PLAIN, DESCRIPTORS, FAR_RETURN, FAR_CALL = range(4)
+NOTHING, DESCRIPTORS, FAR_RETURN, FAR_CALL = range(4)
 _PREFIXES = b"\x66\x67\xf0\xf2\xf3\x2e\x36\x3e\x26\x64\x65"
 _ONE_BYTE = {0x07, 0x17, 0x1F, 0x8E, 0xEA}  # POP ES, SS, DS; MOV to a segment register; far JMP
 _TWO_BYTES = {0x00, 0x02, 0x03, 0xA1, 0xA9, 0xB2, 0xB4, 0xB5}  # LLDT, LTR, VERR, VERW; LAR; LSL; POP FS, GS; LSS ...
@@ -22,14 +22,14 @@ def _far(text: bytes, at: int, long: bool) -> int:
     """Which of these the instruction is whose opcode is at `at`."""
     opcode, modrm = text[at], text[at + 1]
     if opcode == 0x0F:
-        return DESCRIPTORS if modrm in _TWO_BYTES else PLAIN
+        return DESCRIPTORS if modrm in _TWO_BYTES else NOTHING
     if opcode == 0xFF:  # far CALL and JMP with memory
-        return {3: FAR_CALL, 5: DESCRIPTORS}.get(modrm >> 3 & 7, PLAIN)
+        return {3: FAR_CALL, 5: DESCRIPTORS}.get(modrm >> 3 & 7, NOTHING)
     if opcode in (0xC4, 0xC5):  # LES, LDS; else VEX
-        return PLAIN if long or modrm >> 6 == 3 else DESCRIPTORS
+        return NOTHING if long or modrm >> 6 == 3 else DESCRIPTORS
     if opcode in (0xCA, 0xCB, 0xCF):  # far RET, IRET
         return FAR_RETURN
-    return FAR_CALL if opcode == 0x9A else DESCRIPTORS if opcode in _ONE_BYTE else PLAIN
+    return FAR_CALL if opcode == 0x9A else DESCRIPTORS if opcode in _ONE_BYTE else NOTHING
 
 
 class Instructions(Exceptions):
@@ -63,7 +63,7 @@ class Instructions(Exceptions):
         return text, at + 1, rex, segment, long
 
     def _far(self) -> int:
-        """DESCRIPTORS, FAR_RETURN or FAR_CALL if the instruction at RIP is one that reads descriptors, else PLAIN."""
+        """DESCRIPTORS, FAR_RETURN or FAR_CALL if the instruction at RIP is one that reads descriptors, else NOTHING."""
         text = self._text(self.p.rip)
         at = len(text) - len(text.lstrip(_PREFIXES))
         long = bool(self.p.segments()["cs"][1] & 0x200)
@@ -88,7 +88,7 @@ class Instructions(Exceptions):
         if kind == Op.FETCH:
             return True
         if self._in_table(page):
-            return self._far() == PLAIN
+            return self._far() == NOTHING
         if kind != Op.WRITE or page in (self._stack() & PAGE, (self._stack() - 1) & PAGE, (self._stack() - 16) & PAGE):
             return True
         try:
