@@ -3,12 +3,5 @@
 The public name of `shadowcore.studies.heat`.
 """
 
-from .studies.heat import (
-    heat,
-    of_workload,
-)
-
-__all__ = [
-    "heat",
-    "of_workload",
-]
+from .studies.heat import *  # noqa: F403
+from .studies.heat import __all__ as __all__

@@ -3,16 +3,5 @@
 The public name of `shadowcore.report.page`.
 """
 
-from .report.page import (
-    LARGEST,
-    heat,
-    of_workload,
-    write,
-)
-
-__all__ = [
-    "LARGEST",
-    "heat",
-    "of_workload",
-    "write",
-]
+from .report.page import *  # noqa: F403
+from .report.page import __all__ as __all__

@@ -3,18 +3,5 @@
 The public name of `shadowcore.recording.importers`.
 """
 
-from .recording.importers import (
-    CHAMPSIM_DTYPE,
-    CSV_COLUMNS,
-    FORMATS,
-    convert,
-    guess,
-)
-
-__all__ = [
-    "CHAMPSIM_DTYPE",
-    "CSV_COLUMNS",
-    "FORMATS",
-    "convert",
-    "guess",
-]
+from .recording.importers import *  # noqa: F403
+from .recording.importers import __all__ as __all__

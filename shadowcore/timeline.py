@@ -3,12 +3,5 @@
 The public name of `shadowcore.report.timeline`.
 """
 
-from .report.timeline import (
-    events,
-    write,
-)
-
-__all__ = [
-    "events",
-    "write",
-]
+from .report.timeline import *  # noqa: F403
+from .report.timeline import __all__ as __all__
