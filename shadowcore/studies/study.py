@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 
 from .. import workload
 from ..config import Features, Native, Shadow, check_int, design
-from ..engine import costs as prices
 from ..engine.costs import Costs
+from ..engine.costs import find as find_costs
 from ..engine.machine import VM
 from ..errors import ConfigError, ShadowcoreError
 from ..recording import replay as trace
@@ -77,7 +77,7 @@ def study(
     """
     found = Source.find(source)
     given = parameters | dict(settings or {})
-    job = _Job(found, designs, prices.find(costs), given, operations, seed, skip_boot, windows)
+    job = _Job(found, designs, find_costs(costs), given, operations, seed, skip_boot, windows)
     return job.run(progress or (lambda _: nullcontext()))
 
 
