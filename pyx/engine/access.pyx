@@ -292,7 +292,7 @@ cdef int access_missed(sc_mmu *mmu, sc_vcpu *v, const sc_op *o, bint data, sc_re
 
 
 cdef int access_do(sc_mmu *mmu, sc_vcpu *v, const sc_op *o, bint data, sc_result *r) noexcept nogil:
-    """vcpu_access, by the first way that will do: a glance at the tables, the common fault, the general way. Which it
+    """vcpu_access, by the first way that will do: a glance at the tables, a fast fault, the general way. Which it
     is shows in nothing but the time."""
     if access_glance(mmu, v, o, data, r):
         return RC_OK

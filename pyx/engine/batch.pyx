@@ -1,4 +1,4 @@
-"""Batches of operations: a structured array in, arrays of results out, without the GIL in between."""
+"""Batches of operations: a structured array in, or columns; arrays of results out, without the GIL in between."""
 import numpy as np
 
 from libc.stdlib cimport free, malloc
@@ -29,7 +29,7 @@ _OPTIONAL = (("vcpu", np.dtype("u1")), ("value_high", np.dtype("<u8")), ("expect
 
 cdef enum:
     FEW = 4                         # rows that need no block of their own: as many as RunResult.few has
-    NOTES = 8                       # without use for the memo, one chunk of so many looks whether there is one now
+    NOTES = 8                       # while the memo is of no use, one chunk in NOTES looks whether it would be now
 
 cdef object _ARRAY = np.ndarray
 cdef object _seen_dtype = None      # the layout that was asked for last ...

@@ -319,7 +319,7 @@ cdef class Mmu:
 
     @property
     def general(self) -> bool:
-        """For debugging and tests: every access takes the general way, and no fast path (memo, glance, common fault).
+        """For debugging and tests: every access takes the general way, and no fast path (memo, glance, fast fault).
         Nothing but the time may tell. The environment variable SHADOWCORE_GENERAL=1 has new machines begin with it."""
         return self._general
 

@@ -49,7 +49,7 @@ cdef enum:
     STREAK = 2                      # exits in a row after which the next operation is taken to need one as well
     HITS = 800                      # operations that the loop over hits does in one go
     USUAL = 1 << 8                  # of a word: the operation is a usual one
-    PROMOTED = 4                    # one of so many hits in the spill of the memo moves the page out of it
+    PROMOTED = 4                    # one hit in PROMOTED, in the spill of the memo, moves the page out of it
     AHEAD = 32                      # operations whose bytes are fetched into the cache ahead of their use
     LOOK = 256                      # operations done by other paths between two looks at the clock
 
@@ -63,7 +63,7 @@ cdef u64 _loads[1024]                # bits that come back as the value: of a st
 cdef u32 _access[1024]               # PF_*
 cdef u8 _kind[1024]                  # KIND_*, KIND_NONE where it is no load, store or fetch, or not usual
 
-cdef u64 _bytes[9]                  # by size: the bits of so many bytes
+cdef u64 _bytes[9]                  # by size: the bits of as many bytes
 
 # Below USUAL a word has room for every code of an operation, whether there is one or not: none is taken for another.
 sc_check(8 * sizeof((<sc_op *>NULL).op) == 8)
@@ -218,7 +218,7 @@ cdef inline u64 _hits(sc_mmu *mmu, sc_batch *b, const sc_vcpu *v, u64 context, u
     """Where operations from number i on lead that are in the memo, up to the first that is not; returns its number.
     The loop is kept this small for everything in it to have a register. words: what the operations are, if bytes move.
 
-    At most HITS operations: so many numbers of entries read, each at most 5, add up to less than 4096."""
+    At most HITS operations: that many numbers of entries read, each at most 5, add up to less than 4096."""
     cdef const u8 *element = b.ops.base + <i64>i * b.ops.stride
     cdef i64 stride = PACKED if packed else b.ops.stride
     cdef const u64 *mask = _mask

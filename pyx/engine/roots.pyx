@@ -1,8 +1,9 @@
 """Roles, and the shadow pages that serve as roots: which page a root has to be, the design says.
 
-In 4- and 5-level mode the root is the shadow of the table that CR3 names. Otherwise the processor runs in PAE format
-and has four roots, one for each GiB (patch 5): the shadows of the four PAE directories, of the four quarters of a
-32-bit directory, or with paging off four direct pages. A page is pinned while it is a root (patch 25).
+In 4- and 5-level mode there is one; otherwise the processor runs in PAE format and has four, one for each GiB (patch
+5). Under `flush` all are direct pages. Under `cached` they are the shadow of the table that CR3 names, of the four PAE
+directories, or of the four quarters of a 32-bit directory; direct pages with paging off. A page is pinned while it is
+a root (patch 25).
 """
 from shadowcore.engine.bits cimport PTE_P
 from shadowcore.engine.check cimport sc_check

@@ -44,7 +44,7 @@ class Costs:
 
     Translation. tlb: the TLB that a study of a workload models. A miss costs tlb_miss, and for each entry read on the
     way: an entry above the last one comes from the paging-structure caches or L1 (upper_reference); the last one is
-    found in L1, L2, the last cache or memory with the likelihoods leaf_shares, after so many cycles: leaf_latencies.
+    found in L1, L2, the last cache or memory with the likelihoods leaf_shares, after leaf_latencies cycles.
 
     An exit. exit_fault, exit_register, exit_invlpg: the processor's part, exit and entry, for page faults (MMIO
     included), register loads, INVLPG. exit_factor: of these, for a hypervisor that is itself a guest, to which another

@@ -16,7 +16,7 @@ cdef enum:
     EXIT_EFER = 8
     EXIT_INVLPG = 9
     EXIT_COUNT = 10
-    EXIT_FAULTS = 5                 # the first so many are page faults
+    EXIT_FAULTS = 5                 # how many are page faults: the first ones
 
 cdef struct sc_stats:
     u64 exits[EXIT_COUNT]           # by reason, above

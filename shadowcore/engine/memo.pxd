@@ -27,7 +27,7 @@ cdef enum:
 cdef enum:
     KIND_STORE = 1
     KIND_FETCH = 2
-    KIND_USER = 3                   # so many a privilege level has
+    KIND_USER = 3                   # how many a privilege level has
     KIND_NONE = 7
     MEMO_KINDS = 8                  # kinds that there are bits for
 

@@ -116,8 +116,8 @@ cdef struct sc_mmu:
     sc_audit_hook audit             # the audit; NULL only if audit_points is 0
     void *audit_report              # where it puts what it finds
     u32 exhausted                   # vcpu for which there were not enough pages, when RC_EXHAUSTED was returned
-    u32 fail_after                  # for tests: so many pages can still be taken from the pool,
-    u32 fail_for                    # then so many attempts fail
+    u32 fail_after                  # for tests: pages that can still be taken from the pool
+    u32 fail_for                    # ... and attempts that fail then
     u32 events                      # bit per EVENT_*: tell of them
     sc_event_hook event             # whom; NULL only if events is 0
     void *event_context             # for it

@@ -2,7 +2,8 @@
 
 Rules: SDM vol. 3, chapter 4. Entries are examined from the top; the first that is not present, or has a reserved
 bit set, ends the walk. Rights are judged after a complete walk, on the AND of all levels. A walk that faults changes
-nothing; one that succeeds sets A in each entry used and, for a write, D in the leaf.
+nothing (but with the quirk ACCESSED_EARLY); one that succeeds sets A in each entry used and, for a write, D in the
+leaf. Probes and glances (gmode.pxd) change nothing at all.
 """
 from shadowcore.engine.bits cimport (
     PTE_A, PTE_D, PTE_P, PTE_PS, PTE_U, PTE_W, level_index, level_mask, pte_addr, pte_nx, pte_pkey, pte_rights,

@@ -258,7 +258,7 @@ class Process:
         return self._call(Call.BRK, end)
 
     def sbrk(self, pages: int) -> int:
-        """Move the end of the heap by so many pages; where it was."""
+        """Move the end of the heap by `pages` pages; where it was."""
         _, end = self.heap
         self.brk(end + 4096 * pages)
         return end

@@ -1,4 +1,4 @@
-"""Design `native`."""
+"""Design `native`: the processor walks the guest's own tables; there is no shadow."""
 from shadowcore.engine.state cimport memo_drop, sc_mmu
 
 
