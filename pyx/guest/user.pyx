@@ -189,7 +189,7 @@ cdef int user_array(sc_guest *g, const u64 *addr, const u8 *write, bint all_writ
 
 
 cdef inline u32 _piece(u32 left) noexcept nogil:
-    """The widest access that a processor makes at once of so many bytes."""
+    """The widest access that a processor makes at once of this many bytes."""
     return 16 if left >= 16 else 8 if left >= 8 else 4 if left >= 4 else 2 if left >= 2 else 1
 
 

@@ -57,7 +57,7 @@ class WindowLog:
             self._counts[name] = self._counts.get(name, 0) + number
 
     def close(self, operation: int) -> None:
-        """A window ends; so many operations were done by now."""
+        """A window ends; this many operations were done by now."""
         self._rows.append(self._stats.as_array())
         self._ends.append(operation)
         self._means.append(round(self._sum / self._samples) if self._samples else 0)

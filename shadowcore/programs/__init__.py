@@ -280,8 +280,8 @@ def run(
     operations: accesses of the recordings to make, from their beginning (None: all).
     turn: accesses that one process makes before the next, where the recordings do not say who ran when.
     fold: addresses that the user half of the mode does not have are packed below its end; otherwise
-        TraceError. windows: rows of counters, every so many accesses (0: none).
-    record: keep every operation (19 bytes each). audit_every: check all invariants (AuditError) every so many
+        TraceError. windows: rows of counters, one for this many accesses (0: none).
+    record: keep every operation (19 bytes each). audit_every: check all invariants (AuditError) after this many
         accesses, and at the end (0: never). progress: called with accesses done, and all.
 
     GuestOutOfMemory says what the programs touch. ConfigError and TraceError as in `workload.run` and `Reader`.

@@ -241,7 +241,7 @@ class Recording:
         return {name: getattr(self, name) for name in _ARRAYS}
 
     def head(self, records: int) -> Recording:
-        """The recording cut after so many records."""
+        """The recording cut after this many records."""
         check_int("records", records, 1, self.operations)
         cut: dict[str, Any] = {name: array[:records] for name, array in self.arrays.items()}
         return dataclasses.replace(self, **cut)

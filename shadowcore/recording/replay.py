@@ -179,12 +179,12 @@ def replay(
     """Run the guest of a recording on a design, and count.
 
     mmu: a design, or its name. pool: shadow pages in its pool (None: as the design says).
-    audit_every: check every invariant after so many records, and at the end (0: never).
+    audit_every: check every invariant after this many records, and at the end (0: never).
     audit_at: and at these points, `VM.audit_points`.
     start, stop: first record to replay and the one to stop before (None: the last). With a start, the guest's
         tables and registers are as they stand there, and the shadow MMU is new.
     progress: called now and then with the number of records done, and of all to do.
-    window: count by windows of so many records (0: do not).
+    window: count by windows of this many records (0: do not).
     tlb: a TLB to model. Without one every access walks: they are those that missed a TLB when they were recorded.
     """
     made = design(mmu)

@@ -111,7 +111,7 @@ Function = Callable[[Guest], Iterator[None]]
 
 @dataclasses.dataclass(frozen=True)
 class Measured:
-    """Counters of so many rounds, as Costs.of takes them, and what the guest did."""
+    """Counters of this many rounds, as Costs.of takes them, and what the guest did."""
 
     rounds: int
     counters: dict[str, int]

@@ -62,7 +62,7 @@ def study(
     source: the name of a workload, the path of a recording, a recording, or None for the one in the package; or what
         Source.find made of one of these, so that several studies open it once.
     designs: names of designs, or Native and Shadow objects. costs: a preset of Costs, by its name, or Costs.
-    windows: count by windows of so many operations (records); None: about 200 windows; 0: none.
+    windows: count by windows of this many operations (records); None: about 200 windows; 0: none.
     operations: of a workload (None: a million), or records of a recording, at most (None: all).
     seed: of a workload (None: 0). skip_boot: replay a recording from its first user-mode access on.
     parameters, settings: of the workload (WORKLOADS[name].parameters), of the guest kernel (KernelOptions), of shadow

@@ -140,9 +140,9 @@ def run(
 
     vm: a fresh VM, or a design, for which one with the memory that the workload needs is made.
     seed: of everything random. options: of the kernel; what the workload needs (swap, large pages) is added.
-    record: keep every operation (19 bytes each). audit_every: check all invariants (AuditError) every so many
+    record: keep every operation (19 bytes each). audit_every: check all invariants (AuditError) after this many
         operations, and at the end (0: never). progress: called with operations done, and all.
-    window: count by windows of so many operations (0: do not). tlb: a TLB to model, where the VM is made here.
+    window: count by windows of this many operations (0: do not). tlb: a TLB to model, where the VM is made here.
     parameters: see WORKLOADS[name].parameters. ConfigError for what cannot be.
     """
     workload = find(name)

@@ -48,7 +48,7 @@ class Source:
             self._file = self._raw
 
     def read(self, size: int = CHUNK) -> bytes:
-        """Up to so many bytes, none at the end; TraceError if the compressed data are damaged or cut short."""
+        """Up to this many bytes, none at the end; TraceError if the compressed data are damaged or cut short."""
         try:
             data: bytes = self._file.read(size)
         except _DAMAGED as error:
