@@ -5,7 +5,7 @@ loads, INVLPG. See guest_options.KernelOptions for its settings, and docs/worklo
 """
 import numpy as np
 
-from libc.string cimport memcpy
+from libc.string cimport memcpy, memset
 
 from shadowcore.engine.types cimport RC_OK, u8, u16, u32, u64
 from shadowcore.engine.watch cimport watch_due, watch_error
@@ -18,7 +18,7 @@ from shadowcore.guest.kernel_base cimport KernelBase
 from shadowcore.guest.lifecycle cimport process_switch
 from shadowcore.guest.state cimport (
     FILE_DISK, FILE_LARGE, FILE_ZERO, NO_PROCESS, PROCESS_ALIVE, PROCESS_ENDED, PROCESS_NONE, guest_span, sc_gproc,
-    sc_gprogram, sc_gvma, vmas_of,
+    sc_gprogram, sc_guest, sc_gvma, vmas_of,
 )
 from shadowcore.guest.user cimport PROGRAM_MODIFY, user_array, user_program
 
@@ -43,12 +43,88 @@ assert MAPPING_DTYPE.itemsize == sizeof(sc_gvma)
 cdef enum:
     BUDGET = 1 << 12                # accesses between two looks at the clock, see shadowcore.engine.watch
 
+# Work that one call from Python brings: calls, or accesses. Each kind begins with an sc_work and has its own step.
+cdef struct sc_work
+ctypedef int (*sc_step)(sc_guest *g, sc_work *w) noexcept nogil
+
+cdef struct sc_work:
+    sc_step step                    # does some more, of at most BUDGET accesses; RC_OK, or why it failed
+    u64 n                           # how many there are
+    u64 at                          # how many are done
+    int rc                          # RC_OK, or the code of the one that failed
+
+cdef struct sc_calls:
+    sc_work work
+    const sc_call *calls
+    u64 *results
+    u64 within                      # accesses done of the call that is under way
+
+cdef struct sc_user_accesses:
+    sc_work work
+    const u64 *addr
+    const u8 *write                 # NULL: all are as `all_write`
+    bint all_write
+    const u64 *value
+    u32 size
+    u8 *outcome                     # results, or NULL
+    u64 *loaded
+    u64 *gpa
+    u64 refused
+
+cdef struct sc_user_program:
+    sc_work work
+    const u8 *op
+    const u16 *size
+    const u64 *addr
+    u64 refused
+
 cdef dict _WHY = {
     BAD_OP: "op", BAD_PROCESS: "process: no such number", BAD_SIZE: "size: not 1, 2, 4 or 8",
     BAD_RANGE: "addr, count, value: not whole pages of the user half, or too much",
     BAD_PROT: "prot: not a combination of READ, WRITE, EXEC", BAD_FILE: "value: no such file",
     BAD_PROGRAM: "value: no such program", BAD_PIPE: "value: no such pipe", BAD_FLAGS: "flags: no such combination",
 }
+
+
+cdef int _step_calls(sc_guest *g, sc_work *w) noexcept nogil:
+    cdef sc_calls *c = <sc_calls *>w
+    return call_run(g, c.calls, w.n, &w.at, &c.within, BUDGET, c.results)
+
+
+cdef int _step_accesses(sc_guest *g, sc_work *w) noexcept nogil:
+    cdef sc_user_accesses *a = <sc_user_accesses *>w
+    return user_array(g, a.addr, a.write, a.all_write, a.value, a.size, &w.at, min(w.n, w.at + BUDGET),
+                      a.outcome, a.loaded, a.gpa, &a.refused)
+
+
+cdef int _step_program(sc_guest *g, sc_work *w) noexcept nogil:
+    cdef sc_user_program *p = <sc_user_program *>w
+    return user_program(g, p.op, p.size, p.addr, &w.at, min(w.n, w.at + BUDGET), &p.refused)
+
+
+cdef object _do(KernelBase kernel, sc_work *w, u32 process):
+    """Do the work without the GIL, process number `process` first scheduled (NO_PROCESS: whoever is). Where w.rc is
+    RC_OK: what ended it early, a signal or an audit, or None."""
+    cdef sc_guest *g = &kernel.g
+    w.at = 0
+    w.rc = RC_OK
+    error = None
+    kernel._ready()                 # once more: others may have run since the arguments were looked at
+    kernel._cpu.mmu.enter()
+    try:
+        if process != NO_PROCESS and (g.current != process or g.idle):
+            w.rc = process_switch(g, process)
+        while w.at < w.n and w.rc == RC_OK and error is None:
+            with nogil:
+                while w.at < w.n and w.rc == RC_OK and not g.mmu.audit_found:
+                    w.rc = w.step(g, w)
+                    if watch_due(g.mmu.watch):
+                        break
+            if w.rc == RC_OK:
+                error = kernel._cpu.mmu.stopped()
+    finally:
+        kernel._cpu.mmu.leave()
+    return error
 
 
 cdef class Kernel(KernelBase):
@@ -77,14 +153,12 @@ cdef class Kernel(KernelBase):
         calls = np.array(calls, dtype=CALL_DTYPE)
         results = np.zeros(len(calls), dtype=np.uint64)
         cdef u64 n = len(calls)
-        cdef u64 at = 0
-        cdef u64 within = 0
         cdef u64 i
+        cdef sc_calls w
         cdef int rc = BAD_NOTHING
         if n == 0:
             return results
         cdef const sc_call *c = <const sc_call *><size_t>calls.ctypes.data
-        cdef u64 *r = <u64 *><size_t>results.ctypes.data
         self._ready()
         with nogil:
             for i in range(n):
@@ -93,24 +167,13 @@ cdef class Kernel(KernelBase):
                     break
         if rc != BAD_NOTHING:
             raise ConfigError(f"calls[{i}]: {_WHY[rc]} (op {c[i].op})")
-        error = None
-        self._ready()               # once more: others may have run meanwhile
-        self._cpu.mmu.enter()
-        try:
-            while at < n and rc == RC_OK and error is None:
-                with nogil:
-                    while at < n and rc == RC_OK and not self.g.mmu.audit_found:
-                        rc = call_run(&self.g, c, n, &at, &within, BUDGET, r)
-                        if watch_due(self.g.mmu.watch):
-                            break
-                if rc == RC_OK:
-                    error = self._cpu.mmu.stopped()
-        finally:
-            self._cpu.mmu.leave()
-        if rc != RC_OK:
-            error = self._failure(rc, f"calls[{at}], {Call(c[at].op).name.lower()}")
+        w.work.step, w.work.n = _step_calls, n
+        w.calls, w.results, w.within = c, <u64 *><size_t>results.ctypes.data, 0
+        error = _do(self, &w.work, NO_PROCESS)
+        if w.work.rc != RC_OK:
+            error = self._failure(w.work.rc, f"calls[{w.work.at}], {Call(c[w.work.at].op).name.lower()}")
         if error is not None:
-            raise watch_error(error, results[:at])
+            raise watch_error(error, results[:w.work.at])
         return results
 
     def call(self, op, process=0, addr=0, count=0, value=0, *, flags=0, size=8, prot=0) -> int:
@@ -281,56 +344,37 @@ cdef class Kernel(KernelBase):
         self._ready()
         if self.g.procs[p].state != PROCESS_ALIVE:
             raise ConfigError(f"process: number {number} has ended")
-        cdef bint all_write = False
-        cdef const u8 *c_write = NULL
-        cdef const u64 *c_value = NULL
-        cdef u8 *c_outcome = NULL
-        cdef u64 *c_loaded = NULL
-        cdef u64 *c_gpa = NULL
+        cdef sc_user_accesses w
+        memset(&w, 0, sizeof(w))
+        w.work.step, w.work.n = _step_accesses, n
+        w.addr = <const u64 *><size_t>addr.ctypes.data
+        w.size = c_size
         if isinstance(write, (bool, np.bool_)):
-            all_write = bool(write)
+            w.all_write = bool(write)
         else:
             write = np.ascontiguousarray(write)
             if write.dtype not in (np.bool_, np.uint8) or write.shape != addr.shape:
                 raise ConfigError(f"write: a bool, or an array of {n} of them, is needed, not {write!r:.60}")
             write = write.view(np.uint8).copy()
-            c_write = <const u8 *><size_t>write.ctypes.data
+            w.write = <const u8 *><size_t>write.ctypes.data
         if values is not None:
             values = _words("values", values, n)
-            c_value = <const u64 *><size_t>values.ctypes.data
+            w.value = <const u64 *><size_t>values.ctypes.data
         outcome = loaded = gpa = None
         if results:
             outcome = np.zeros(n, dtype=np.uint8)
             loaded = np.zeros(n, dtype=np.uint64)
             gpa = np.zeros(n, dtype=np.uint64)
-            c_outcome = <u8 *><size_t>outcome.ctypes.data
-            c_loaded = <u64 *><size_t>loaded.ctypes.data
-            c_gpa = <u64 *><size_t>gpa.ctypes.data
-        cdef const u64 *c_addr = <const u64 *><size_t>addr.ctypes.data
-        cdef u64 at = 0
-        cdef u64 refused = 0
-        cdef int rc
-        error = None
-        self._ready()               # once more: others may have run meanwhile
-        self._cpu.mmu.enter()
-        try:
-            rc = process_switch(&self.g, p) if self.g.current != p or self.g.idle else RC_OK
-            while at < n and rc == RC_OK and error is None:
-                with nogil:
-                    while at < n and rc == RC_OK and not self.g.mmu.audit_found:
-                        rc = user_array(&self.g, c_addr, c_write, all_write, c_value, c_size, &at, min(n, at + BUDGET),
-                                        c_outcome, c_loaded, c_gpa, &refused)
-                        if watch_due(self.g.mmu.watch):
-                            break
-                if rc == RC_OK:
-                    error = self._cpu.mmu.stopped()
-        finally:
-            self._cpu.mmu.leave()
-        if rc != RC_OK:
-            error = self._failure(rc, "access")
+            w.outcome = <u8 *><size_t>outcome.ctypes.data
+            w.loaded = <u64 *><size_t>loaded.ctypes.data
+            w.gpa = <u64 *><size_t>gpa.ctypes.data
+        error = _do(self, &w.work, p)
+        cdef u64 at = w.work.at
+        if w.work.rc != RC_OK:
+            error = self._failure(w.work.rc, "access")
         if error is not None:
-            raise watch_error(error, (outcome[:at], loaded[:at], gpa[:at]) if results else refused)
-        return (outcome, loaded, gpa) if results else refused
+            raise watch_error(error, (outcome[:at], loaded[:at], gpa[:at]) if results else w.refused)
+        return (outcome, loaded, gpa) if results else w.refused
 
     def replay(self, number, op, size, addr) -> int:
         """Accesses of process `number` as a recording of a program has them: arrays of op (uint8), size (uint16) and
@@ -347,32 +391,18 @@ cdef class Kernel(KernelBase):
             raise ConfigError(f"process: number {number} has ended")
         if n and ops.max() > PROGRAM_MODIFY:
             raise ConfigError(f"op: {ops.max()} is none of 0 to {PROGRAM_MODIFY}")
-        cdef const u8 *c_op = <const u8 *><size_t>ops.ctypes.data
-        cdef const u16 *c_size = <const u16 *><size_t>sizes.ctypes.data
-        cdef const u64 *c_addr = <const u64 *><size_t>addrs.ctypes.data
-        cdef u64 at = 0
-        cdef u64 refused = 0
-        cdef int rc
-        error = None
-        self._ready()               # once more: others may have run meanwhile
-        self._cpu.mmu.enter()
-        try:
-            rc = process_switch(&self.g, p) if self.g.current != p or self.g.idle else RC_OK
-            while at < n and rc == RC_OK and error is None:
-                with nogil:
-                    while at < n and rc == RC_OK and not self.g.mmu.audit_found:
-                        rc = user_program(&self.g, c_op, c_size, c_addr, &at, min(n, at + BUDGET), &refused)
-                        if watch_due(self.g.mmu.watch):
-                            break
-                if rc == RC_OK:
-                    error = self._cpu.mmu.stopped()
-        finally:
-            self._cpu.mmu.leave()
-        if rc != RC_OK:
-            error = self._failure(rc, "replay")
+        cdef sc_user_program w
+        w.work.step, w.work.n = _step_program, n
+        w.op = <const u8 *><size_t>ops.ctypes.data
+        w.size = <const u16 *><size_t>sizes.ctypes.data
+        w.addr = <const u64 *><size_t>addrs.ctypes.data
+        w.refused = 0
+        error = _do(self, &w.work, p)
+        if w.work.rc != RC_OK:
+            error = self._failure(w.work.rc, "replay")
         if error is not None:
-            raise watch_error(error, refused)
-        return refused
+            raise watch_error(error, w.refused)
+        return w.refused
 
     def __repr__(self):
         return (f"Kernel(mode {self.options.mode}, {self.g.n_alive} processes, {self.g.n_free} of {self.g.nframes} "
