@@ -5,7 +5,7 @@ from libc.string cimport memset
 
 from shadowcore.engine.batch cimport columns_check, run_columns, sc_columns
 from shadowcore.engine.held cimport Held
-from shadowcore.engine.hooks cimport EVENT_COUNT, POINT_COUNT
+from shadowcore.engine.hooks cimport EVENT_COUNT, HOOK_RAISED
 from shadowcore.engine.mmu cimport Mmu
 from shadowcore.engine.state cimport sc_mmu
 from shadowcore.engine.types cimport SC_NONE, i64, u8, u32, u64
@@ -118,7 +118,7 @@ cdef void _on_event(sc_mmu *mmu, u32 kind, u32 detail, u32 vcpu, u64 address) no
         hook.function(EVENTS[kind], detail, None if vcpu == SC_NONE else vcpu, address)
     except BaseException as error:
         hook.mmu.hook_error = error
-        mmu.audit_found = POINT_COUNT + 1
+        mmu.audit_found = HOOK_RAISED
     finally:
         mmu.mem.busy = busy
 

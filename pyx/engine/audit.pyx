@@ -6,7 +6,7 @@ call that made the operation raises AuditError after it.
 """
 from dataclasses import dataclass
 
-from shadowcore.engine.hooks cimport POINT_COUNT
+from shadowcore.engine.hooks cimport HOOK_RAISED, POINT_COUNT
 from shadowcore.engine.invariants cimport audit_all, audit_violations, sc_audit
 from shadowcore.engine.mmu cimport Mmu
 from shadowcore.engine.state cimport sc_mmu
@@ -61,7 +61,7 @@ cdef void _audit_here(sc_mmu *mmu, u32 point) noexcept nogil:
         return
     audit_all(mmu, a)
     if mmu.watch != NULL and (mmu.watch.raised != NULL or (watch_due(mmu.watch) and watch_look(mmu.watch))):
-        mmu.audit_found = POINT_COUNT + 1       # as if a callback had raised
+        mmu.audit_found = HOOK_RAISED
     elif a.n:
         mmu.audit_found = point + 1
 

@@ -17,7 +17,7 @@ from shadowcore.engine.designs.flush cimport flush_design
 from shadowcore.engine.designs.native cimport native_design
 from shadowcore.engine.emulate cimport device_store
 from shadowcore.engine.flushes cimport FLUSH_COUNT
-from shadowcore.engine.hooks cimport EVENT_COUNT, POINT_COUNT
+from shadowcore.engine.hooks cimport EVENT_COUNT, HOOK_RAISED, POINT_COUNT
 from shadowcore.engine.invariants cimport audit_violations, mmu_settle, sc_audit
 from shadowcore.engine.memory cimport SC_RUNNING, SC_WRITTEN, Memory, mem_frame, mem_guest_frame, sc_no_frame
 from shadowcore.engine.page cimport sc_frame, sc_link, sc_page
@@ -218,7 +218,7 @@ cdef class Mmu:
             self.hook_error = watch_raised(&self.watch)
         if rc == RC_HOOK or (rc == RC_AUDIT and self.hook_error is not None):
             error, self.hook_error = self.hook_error, None
-            if self.c.audit_found == POINT_COUNT + 1:
+            if self.c.audit_found == HOOK_RAISED:
                 self.c.audit_found = 0
             return error
         if rc == RC_AUDIT:

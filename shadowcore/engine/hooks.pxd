@@ -11,6 +11,10 @@ cdef enum:
     POINT_POST_CR3 = 4              # after a load of CR3
     POINT_COUNT = 5
 
+# In sc_mmu.audit_found, beside POINT_* + 1: no audit found anything; a callback raised, or the handler of a signal.
+cdef enum:
+    HOOK_RAISED = POINT_COUNT + 1
+
 # What an embedder can be told of, where it happens, in the order of embed.EVENTS.
 cdef enum:
     EVENT_EXIT = 0                  # detail: EXIT_*; address: linear address, or the value of the register

@@ -111,7 +111,7 @@ cdef struct sc_mmu:
     sc_can_emulate can_emulate      # asked before a store is emulated; NULL: the answer is yes
     void *hook                      # its first argument
     u32 audit_points                # bit per POINT_*: audit there
-    # POINT_* + 1 of the first audit that found something, POINT_COUNT + 1 if a callback raised, until it is reported.
+    # POINT_* + 1 of the first audit that found something, or HOOK_RAISED, until it is reported.
     u32 audit_found
     sc_audit_hook audit             # the audit; NULL only if audit_points is 0
     void *audit_report              # where it puts what it finds
