@@ -64,7 +64,7 @@ cdef int prices_of(object costs, sc_prices *p) except -1:
     p.inject = costs.inject
     p.mmio = costs.mmio
     p.emulate = costs.emulate
-    p.load = costs.register
+    p.load = costs.register         # a load of a control register
     p.flush_page = costs.flush_page
     p.guest_reference = costs.guest_reference
     p.page_new = costs.page_new

@@ -189,8 +189,8 @@ cdef class Fills:
 
     cpu: whose accesses they are. read: address of uc_reg_read. registers: Unicorn's numbers of CS, EFLAGS, GDTR, LDTR
     and TR.
-    other(address, kind): serves what is not served here, returns (paddr, perms) or None. is_alone(): is nothing else under
-    way? flush(): has Unicorn drop all translations. error: what one of them raised, or None.
+    other(address, kind): serves what is not served here, returns (paddr, perms) or None. is_alone(): is nothing else
+    under way? flush(): has Unicorn drop all translations. error: what one of them raised, or None.
     """
     cdef sc_fills c
     cdef object cpu

@@ -47,8 +47,8 @@ cdef inline bint op_is_rmw(u32 op) noexcept nogil:
 
 cdef int vcpu_access(sc_mmu *mmu, sc_vcpu *v, const sc_op *o, bint data, sc_result *r) noexcept nogil
 cdef int vcpu_op(sc_mmu *mmu, sc_vcpu *v, const sc_op *o, bint data, sc_result *r) noexcept nogil
-# By fast paths alone (a glance, a fault), or with vcpu_access behind them: what all of these do is what that does, if they
-# do it. A glance is a walk without side effects, given up where there is more to do than to follow it (gmode.pxd).
+# By fast paths alone (a glance, a fault), or with vcpu_access behind them: what all of these do is what that does, if
+# they do it. A glance is a walk without side effects, given up where there is more to do than to follow it (gmode.pxd).
 cdef bint access_glance(sc_mmu *mmu, sc_vcpu *v, const sc_op *o, bint data, sc_result *r) noexcept nogil
 cdef bint access_fault(sc_mmu *mmu, sc_vcpu *v, const sc_op *o, bint data, sc_result *r) noexcept nogil
 cdef int access_missed(sc_mmu *mmu, sc_vcpu *v, const sc_op *o, bint data, sc_result *r) noexcept nogil

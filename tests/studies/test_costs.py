@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 
 import shadowcore as sc
-from shadowcore.engine import costs as prices
+from shadowcore.engine.costs import COMPONENTS, PRESETS, find
 
 COUNTERS = {
     "instructions": 1000,
@@ -70,7 +70,7 @@ def plain(**changes):
 def test_each_price_is_paid_as_often_as_it_should(price, component, count):
     """One price at a time, of 3 cycles."""
     cost = plain(**{price: 3.0}).of(COUNTERS)
-    assert cost.components == {name: 3.0 * count if name == component else 0 for name in prices.COMPONENTS}
+    assert cost.components == {name: 3.0 * count if name == component else 0 for name in COMPONENTS}
     assert cost.total == 3 * count
     assert cost.microseconds == pytest.approx(3 * count / 2000)
 
@@ -112,18 +112,18 @@ def test_counters_of_a_vm_are_enough():
 
 
 def test_presets():
-    assert set(prices.PRESETS) == {"modern", "core2007", "pvm", "nested"}
-    for name, make in prices.PRESETS.items():
+    assert set(PRESETS) == {"modern", "core2007", "pvm", "nested"}
+    for name, make in PRESETS.items():
         costs = make()
         assert costs.name == name
-        assert prices.find(name) == costs == prices.find(costs)
+        assert find(name) == costs == find(costs)
         documented = getattr(sc.Costs, name).__doc__
         assert "exit_" in documented
         assert costs.as_dict()["leaf_shares"] == list(costs.leaf_shares)
         with pytest.raises(dataclasses.FrozenInstanceError):
             costs.fill = 1
     exits = {"accesses": 1, "exits_cr3": 100}
-    slow = {name: make().of(exits).total for name, make in prices.PRESETS.items()}
+    slow = {name: make().of(exits).total for name, make in PRESETS.items()}
     assert slow["modern"] < slow["nested"] < slow["core2007"]
 
 
@@ -169,6 +169,6 @@ def test_refused_counters(counters, what):
 
 def test_refused_names():
     with pytest.raises(sc.ConfigError, match="'fast' is not one of modern, core2007"):
-        prices.find("fast")
+        find("fast")
     with pytest.raises(sc.ConfigError, match="is not one of"):
-        prices.find(7)
+        find(7)
