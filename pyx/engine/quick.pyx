@@ -50,7 +50,7 @@ cdef enum:
     HITS = 800                      # operations that the loop over hits does in one go
     USUAL = 1 << 8                  # of a word: the operation is a usual one
     PROMOTED = 4                    # one hit in PROMOTED, in the spill of the memo, moves the page out of it
-    AHEAD = 32                      # operations whose bytes are fetched into the cache ahead of their use
+    AHEAD = 32                      # operations whose bytes are prefetched: brought into the cache ahead of their use
     LOOK = 256                      # operations done by other paths between two looks at the clock
 
 # By `user | size << 8`, as they lie in an element of OP_DTYPE: USUAL | user << 9 | size << 16 if user is 0 or 1 and the
@@ -341,8 +341,8 @@ cdef inline u64 _glances(sc_mmu *mmu, sc_batch *b, sc_vcpu *v, u64 context, u64 
     return i
 
 
-cdef inline void _fetch_tables(sc_mmu *mmu, sc_batch *b, sc_vcpu *v, u64 i, u64 stop, bint packed,
-                               sc_gmode g) noexcept nogil:
+cdef inline void _prefetch_tables(sc_mmu *mmu, sc_batch *b, sc_vcpu *v, u64 i, u64 stop, bint packed,
+                                  sc_gmode g) noexcept nogil:
     """Bring the entries by which operations i to stop (at most AHEAD) are walked into the cache. Level by level, so
     that the misses of all of them are under way at once; nothing is judged here."""
     cdef const u8 *element = b.ops.base + <i64>i * b.ops.stride
@@ -428,7 +428,7 @@ cdef inline u64 _quick(sc_mmu *mmu, sc_batch *b, sc_vcpu *v, u64 i, u64 stop, bi
                 _moves(mmu, b, begin, i, words, packed)
                 begin = i
             if b.far and not b.use_memo and i == begin:
-                _fetch_tables(mmu, b, v, i, group, packed, g)
+                _prefetch_tables(mmu, b, v, i, group, packed, g)
             after = _glances(mmu, b, v, context, i, i + 1 if b.use_memo else group, words, packed, g)
             if after == i:
                 break
