@@ -9,7 +9,7 @@ It is compiled twice for each mode: for pages of 4 KiB in slots without a dirty 
 from shadowcore.engine.bits cimport PTE_A, PTE_P, PTE_U, PTE_W, level_index, pte_addr, pte_pkey, pte_rights
 from shadowcore.engine.counters cimport EXIT_EMULATE
 from shadowcore.engine.flushes cimport FLUSH_WITHHELD, request_flush
-from shadowcore.engine.gmode cimport GLANCE, gmode_32, gmode_64, gmode_la57, gmode_pae, sc_gmode
+from shadowcore.engine.gmode cimport GLANCE, in_mode, sc_gmode
 from shadowcore.engine.leaf cimport (
     direct_gfn, direct_role, dirty_after, fault_count, fault_decide, leaf_commit, leaf_decide, sc_fault,
 )
@@ -19,7 +19,7 @@ from shadowcore.engine.quirks cimport QUIRK_NX_LEAF_ONLY, QUIRK_PROCESSOR_CODE, 
 from shadowcore.engine.roots cimport make_role
 from shadowcore.engine.spte cimport spte_link
 from shadowcore.engine.state cimport sc_mmu, sc_vcpu
-from shadowcore.engine.types cimport MODE_32, MODE_64, MODE_LA57, MODE_PAE, PF_W, SC_NONE, u8, u32, u64
+from shadowcore.engine.types cimport PF_W, SC_NONE, u8, u32, u64
 from shadowcore.engine.walker cimport (
     STEP_DOWN, STEP_FAULT, STEP_LEAF, leaf_address, rights_fault, sc_paging, table_index, walk_step,
 )
@@ -224,15 +224,35 @@ cdef inline u64 _mended(sc_mmu *mmu, sc_vcpu *v, sc_fault *f, sc_tables *t, bint
     return f.gpa
 
 
-cdef inline u64 _fast(sc_mmu *mmu, sc_vcpu *v, u64 va, u32 access, bint *emulate, int mode, int hw_top, bint usual,
-                      bint checked, sc_gmode g) noexcept nogil:
+cdef struct sc_asked:
+    sc_mmu *mmu
+    sc_vcpu *v
+    u64 va
+    u32 access
+    bint *emulate
+    bint usual
+    bint checked
+
+
+cdef inline u64 _fast(void *asked, sc_gmode g) noexcept nogil:
+    cdef const sc_asked *a = <const sc_asked *>asked
+    cdef sc_mmu *mmu = a.mmu
+    cdef sc_vcpu *v = a.v
+    cdef u64 va = a.va
+    cdef u32 access = a.access
+    cdef bint *emulate = a.emulate
+    cdef bint usual = a.usual
+    cdef bint checked = a.checked
+    cdef int hw_top = max(2, g.top)     # the shadow of 32-bit tables has the format of PAE
     cdef sc_fault f
     cdef sc_tables t
     cdef int found
+    if g.top == 0:
+        return ~<u64>0              # paging off: the shadow is made by the general way
     f.va = va
     f.access = access
     f.code = 0
-    f.mode = mode
+    f.mode = g.mode
     f.quirks = mmu.quirks & ~<u32>EXCLUDED
     f.tlb = False
     f.logging = not usual and mmu.mem.logging
@@ -264,27 +284,26 @@ cdef inline u64 _fast(sc_mmu *mmu, sc_vcpu *v, u64 va, u32 access, bint *emulate
     return _mended(mmu, v, &f, &t, emulate, hw_top, g)
 
 
+cdef inline u64 _by_mode(sc_mmu *mmu, sc_vcpu *v, u64 va, u32 access, bint *emulate, bint usual,
+                         bint checked) noexcept nogil:
+    cdef sc_asked a
+    a.mmu = mmu
+    a.v = v
+    a.va = va
+    a.access = access
+    a.emulate = emulate
+    a.usual = usual
+    a.checked = checked
+    return in_mode(v.guest.mode, False, GLANCE, _fast, &a)
+
+
 cdef u64 fault_fast_other(sc_mmu *mmu, sc_vcpu *v, u64 va, u32 access, bint *emulate, bint checked) noexcept nogil:
     """fault_fast, where the guest's page is a large one or a slot has a dirty log. checked: _can_be_fast said yes."""
-    if v.guest.mode == MODE_64:
-        return _fast(mmu, v, va, access, emulate, MODE_64, 4, False, checked, gmode_64(False, GLANCE))
-    if v.guest.mode == MODE_PAE:
-        return _fast(mmu, v, va, access, emulate, MODE_PAE, 2, False, checked, gmode_pae(False, GLANCE))
-    if v.guest.mode == MODE_32:
-        return _fast(mmu, v, va, access, emulate, MODE_32, 2, False, checked, gmode_32(False, GLANCE))
-    return _fast(mmu, v, va, access, emulate, MODE_LA57, 5, False, checked, gmode_la57(False, GLANCE))
+    return _by_mode(mmu, v, va, access, emulate, False, checked)
 
 
 cdef u64 fault_fast(sc_mmu *mmu, sc_vcpu *v, u64 va, u32 access, bint *emulate) noexcept nogil:
     """The access `access` (PF_W, PF_U, PF_I) at the canonical address `va`, under a shadow MMU, if it is one that takes
     a fault of these and then succeeds, or is a store to be emulated: where it leads. Else all ones, and nothing has
     changed."""
-    if v.guest.mode == MODE_64:
-        return _fast(mmu, v, va, access, emulate, MODE_64, 4, True, False, gmode_64(False, GLANCE))
-    if v.guest.mode == MODE_PAE:
-        return _fast(mmu, v, va, access, emulate, MODE_PAE, 2, True, False, gmode_pae(False, GLANCE))
-    if v.guest.mode == MODE_32:
-        return _fast(mmu, v, va, access, emulate, MODE_32, 2, True, False, gmode_32(False, GLANCE))
-    if v.guest.mode == MODE_LA57:
-        return _fast(mmu, v, va, access, emulate, MODE_LA57, 5, True, False, gmode_la57(False, GLANCE))
-    return ~<u64>0
+    return _by_mode(mmu, v, va, access, emulate, True, False)

@@ -14,7 +14,7 @@ from shadowcore.engine.access cimport (
 from shadowcore.engine.bits cimport PTE_P, PTE_PS, is_canonical, pte_addr
 from shadowcore.engine.check cimport sc_check
 from shadowcore.engine.designs.native cimport MARK_STORED, MARK_TABLE, marked_table
-from shadowcore.engine.gmode cimport GLANCE, gmode_32, gmode_64, gmode_la57, gmode_pae, sc_gmode
+from shadowcore.engine.gmode cimport GLANCE, in_mode, sc_gmode
 from shadowcore.engine.memo cimport (
     KIND_FETCH, KIND_NONE, KIND_STORE, KIND_USER, MEMO_DENIED, MEMO_EPOCH, MEMO_EPOCHS, MEMO_KINDS, MEMO_REGIONS,
     memo_context, memo_entry, memo_is, memo_mask, memo_note, memo_promote, memo_put, memo_region, memo_region_tag,
@@ -25,7 +25,7 @@ from shadowcore.engine.quick cimport PACKED, element_word, load_op, load_plain, 
 from shadowcore.engine.results cimport sc_row
 from shadowcore.engine.state cimport memo_drop, sc_mmu, sc_vcpu
 from shadowcore.engine.types cimport (
-    MODE_32, MODE_64, MODE_LA57, MODE_PAE, PF_I, PF_U, PF_W, RC_AUDIT, RC_BAD_OP, RC_OK, i64, u8, u16, u32,
+    MODE_64, PF_I, PF_U, PF_W, RC_AUDIT, RC_BAD_OP, RC_OK, i64, u8, u16, u32,
     u64,
 )
 from shadowcore.engine.walker cimport probe_walk, sc_paging, sc_walk, table_index, walk_body
@@ -438,26 +438,35 @@ cdef inline u64 _quick(sc_mmu *mmu, sc_batch *b, sc_vcpu *v, u64 i, u64 stop, bi
     return i
 
 
+cdef struct sc_asked:
+    sc_mmu *mmu
+    sc_batch *b
+    u64 i
+    u64 stop
+    bint plain
+
+
+cdef inline u64 _quick_in(void *asked, sc_gmode g) noexcept nogil:
+    cdef const sc_asked *a = <const sc_asked *>asked
+    if g.top == 0:
+        return a.i                  # paging off: no tables
+    return _quick(a.mmu, a.b, a.mmu.vcpus[a.b.number], a.i, a.stop, a.plain, g)
+
+
 cdef inline u64 _by_mode(sc_mmu *mmu, sc_batch *b, u64 i, u64 stop, bint plain) noexcept nogil:
     """_quick, for the tables that the processor walks; the mode stays for as long as nothing but accesses are made."""
     cdef sc_vcpu *v = mmu.vcpus[b.number]
+    cdef sc_asked a
     if v.memo == NULL or b.ops.at[5] != <u64>-1:
         return i                    # no fast path is open; operations of several vcpus
+    a.mmu = mmu
+    a.b = b
+    a.i = i
+    a.stop = stop
+    a.plain = plain
     if mmu.shadow:
-        if v.hw.mode == MODE_64:
-            return _quick(mmu, b, v, i, stop, plain, gmode_64(True, GLANCE))
-        if v.hw.mode == MODE_PAE:
-            return _quick(mmu, b, v, i, stop, plain, gmode_pae(True, GLANCE))
-        return _quick(mmu, b, v, i, stop, plain, gmode_la57(True, GLANCE))
-    if v.guest.mode == MODE_64:
-        return _quick(mmu, b, v, i, stop, plain, gmode_64(False, GLANCE))
-    if v.guest.mode == MODE_PAE:
-        return _quick(mmu, b, v, i, stop, plain, gmode_pae(False, GLANCE))
-    if v.guest.mode == MODE_32:
-        return _quick(mmu, b, v, i, stop, plain, gmode_32(False, GLANCE))
-    if v.guest.mode == MODE_LA57:
-        return _quick(mmu, b, v, i, stop, plain, gmode_la57(False, GLANCE))
-    return i
+        return in_mode(v.hw.mode, True, GLANCE, _quick_in, &a)
+    return in_mode(v.guest.mode, False, GLANCE, _quick_in, &a)
 
 
 cdef u64 _packed(sc_mmu *mmu, sc_batch *b, u64 i, u64 stop) noexcept nogil:
