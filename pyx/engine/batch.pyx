@@ -10,7 +10,7 @@ from shadowcore.engine.design cimport design_begin
 from shadowcore.engine.held cimport Held
 from shadowcore.engine.mmu cimport Mmu
 from shadowcore.engine.quick cimport (
-    CHUNK, FIELDS, PACKED, load_op, op_stands, quick_chunk, quick_learn, quick_usual, sc_batch, sc_layout,
+    CHUNK, FIELDS, PACKED, load_op, op_stands, quick_chunk, quick_usual, sc_batch, sc_layout,
 )
 from shadowcore.engine.results cimport Block, RunResult, block_new, sc_row
 from shadowcore.engine.state cimport sc_mmu
@@ -28,7 +28,6 @@ _OPTIONAL = (("vcpu", np.dtype("u1")), ("value_high", np.dtype("<u8")), ("expect
 
 cdef enum:
     FEW = 4                         # rows that need no block of their own: as many as RunResult.few has
-    NOTES = 8                       # without use for the memo, one chunk of so many looks whether there is one now
 
 cdef object _ARRAY = np.ndarray
 cdef object _seen_dtype = None      # the layout that was asked for last ...
@@ -251,7 +250,8 @@ cdef void _results(const sc_batch *b, const sc_columns_out *out, u64 i, u64 stop
 cdef int columns_run(sc_mmu *mmu, u32 number, const sc_columns *c, u64 n, bint data, const sc_columns_out *out,
                      bint *no_memo, u64 *done) noexcept nogil:
     """The same without Python: done[0] operations were made. RC_OK, the negative code of the one that failed, or
-    RC_EXHAUSTED with mmu.exhausted = SC_NONE where the host had no room for the work. no_memo: kept for the next."""
+    RC_EXHAUSTED with mmu.exhausted = SC_NONE where the host had no room for the work. no_memo: for those who were
+    compiled with it, nothing looks at it (NULL will do)."""
     cdef sc_batch b
     cdef u64 i = 0
     cdef u64 begin, stop
@@ -271,7 +271,6 @@ cdef int columns_run(sc_mmu *mmu, u32 number, const sc_columns *c, u64 n, bint d
         mmu.exhausted = SC_NONE
         return RC_EXHAUSTED
     b.rows = <sc_row *>room
-    b.remember = not no_memo[0]
     design_begin(mmu)
     while i < n and rc == RC_OK:
         begin = i
@@ -280,14 +279,10 @@ cdef int columns_run(sc_mmu *mmu, u32 number, const sc_columns *c, u64 n, bint d
         b.gpa = out.gpa if out.gpa != NULL and not data else <u64 *>(<size_t>room + rows - 8 * i)
         b.value = out.value if out.value != NULL else <u64 *>(<size_t>room + rows + words - 8 * i)
         b.n_rows = 0
-        b.hits = b.glances = b.repeats = b.regions = 0
-        b.note = not b.remember and (i // CHUNK) % NOTES == 0
         _gather(c, &b, room + rows + 2 * words, i, stop)
         rc = quick_chunk(mmu, &b, &i, stop)
         _results(&b, out, begin, i)
-        quick_learn(&b, i - begin)
     free(room)
-    no_memo[0] = not b.remember
     done[0] = i
     return rc
 
@@ -299,7 +294,7 @@ cdef object _run(Mmu shell, sc_batch *b, u64 n, const sc_columns *columns):
     cdef Block more
     cdef Block gathered = None if columns == NULL else block_new(PACKED * min(n, CHUNK))
     cdef u64 i = 0
-    cdef u64 begin, stop, room
+    cdef u64 stop, room
     cdef int rc = RC_OK
     result = RunResult.__new__(RunResult)
     result.capacity = n
@@ -315,8 +310,6 @@ cdef object _run(Mmu shell, sc_batch *b, u64 n, const sc_columns *columns):
     room = FEW
     result.rows = result.few
     result.before = mmu.stats[0]
-    b.remember = not shell.no_memo
-    b.far = shell.far
     b.watch = &shell.watch
     error = None
     shell.enter()
@@ -332,17 +325,12 @@ cdef object _run(Mmu shell, sc_batch *b, u64 n, const sc_columns *columns):
             b.rows = result.rows
             with nogil:             # until signals have to be looked for, or rows want more room
                 while True:
-                    begin = i
                     stop = min(n, i + CHUNK)
                     if room < b.n_rows + (stop - i):
                         break
-                    b.hits = b.glances = b.repeats = b.regions = 0
-                    shell.chunks += 1
-                    b.note = not b.remember and shell.chunks % NOTES == 0
                     if columns != NULL:
                         _gather(columns, b, <u8 *>gathered.at, i, stop)
                     rc = quick_chunk(mmu, b, &i, stop)
-                    quick_learn(b, i - begin)
                     if rc != RC_OK or i == n or watch_due(b.watch):
                         break
             if rc == RC_OK and i < n:
@@ -353,8 +341,6 @@ cdef object _run(Mmu shell, sc_batch *b, u64 n, const sc_columns *columns):
         error = raised
     finally:
         shell.leave()
-        shell.no_memo = not b.remember
-        shell.far = b.far
     result.n = i
     result.n_rows = b.n_rows
     result.after = mmu.stats[0]

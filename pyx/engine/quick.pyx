@@ -17,11 +17,11 @@ from shadowcore.engine.designs.native cimport MARK_STORED, MARK_TABLE, marked_ta
 from shadowcore.engine.gmode cimport GLANCE, in_mode, sc_gmode
 from shadowcore.engine.memo cimport (
     KIND_FETCH, KIND_NONE, KIND_STORE, KIND_USER, MEMO_DENIED, MEMO_EPOCH, MEMO_EPOCHS, MEMO_KINDS, MEMO_REGIONS,
-    memo_context, memo_entry, memo_is, memo_mask, memo_note, memo_promote, memo_put, memo_region, memo_region_tag,
-    memo_spill, memo_tag, sc_memo, sc_memo_entry,
+    memo_allows, memo_context, memo_entry, memo_is, memo_mask, memo_note, memo_promote, memo_put, memo_region,
+    memo_region_tag, memo_spill, memo_tag, sc_memo, sc_memo_entry,
 )
 from shadowcore.engine.memory cimport mem_frame, mem_gfn, mem_guest_frame, mem_host_frame, sc_mem, sc_no_frame
-from shadowcore.engine.quick cimport PACKED, element_word, load_op, load_plain, op_stands, sc_batch
+from shadowcore.engine.quick cimport CHUNK, PACKED, element_word, load_op, load_plain, op_stands, sc_batch
 from shadowcore.engine.results cimport sc_row
 from shadowcore.engine.state cimport memo_drop, sc_mmu, sc_vcpu
 from shadowcore.engine.types cimport (
@@ -48,6 +48,7 @@ cdef enum:
     USUAL = 1 << 8                  # of a word: the operation is a usual one
     PROMOTED = 4                    # one of so many hits in the spill of the memo moves the page out of it
     AHEAD = 32                      # operations whose bytes are fetched into the cache ahead of their use
+    NOTES = 8                       # without use for the memo, one chunk of so many looks whether there is one now
     LOOK = 256                      # operations done the long way between two looks at the clock
 
 # By `user | size << 8`, as they lie in an element of OP_DTYPE: USUAL | user << 9 | size << 16 if user is 0 or 1 and the
@@ -235,7 +236,7 @@ cdef inline u64 _hits(sc_mmu *mmu, sc_batch *b, const sc_vcpu *v, u64 context, u
         va &= width
         offset = va & 4095
         e = memo_entry(memo, va)
-        if (e.tag ^ memo_tag(va, context)) & mask[_code(word)] or offset > 4088:
+        if not memo_allows(e, va, context, mask[_code(word)]) or offset > 4088:
             break
         target = e.target
         references += target        # of which the low bits count, in the end
@@ -383,7 +384,7 @@ cdef u64 _spilled(sc_mmu *mmu, sc_batch *b, sc_vcpu *v, u64 context, u64 i, bint
     memcpy(&va, element + b.ops.at[3], 8)
     va &= _width(v)
     e = memo_spill(v.memo, va)
-    if (e.tag ^ memo_tag(va, context)) & _mask[_code(word)] or (va & 4095) > 4088:
+    if not memo_allows(e, va, context, _mask[_code(word)]) or (va & 4095) > 4088:
         return i
     b.word = word
     b.hits += 1
@@ -457,8 +458,6 @@ cdef inline u64 _by_mode(sc_mmu *mmu, sc_batch *b, u64 i, u64 stop, bint plain) 
     """_quick, for the tables that the processor walks; the mode stays for as long as nothing but accesses are made."""
     cdef sc_vcpu *v = mmu.vcpus[b.number]
     cdef sc_asked a
-    if v.memo == NULL or b.ops.at[5] != <u64>-1:
-        return i                    # no fast path is open; operations of several vcpus
     a.mmu = mmu
     a.b = b
     a.i = i
@@ -477,12 +476,32 @@ cdef u64 _any_layout(sc_mmu *mmu, sc_batch *b, u64 i, u64 stop) noexcept nogil:
     return _by_mode(mmu, b, i, stop, False)
 
 
+cdef inline void _begin(sc_batch *b, sc_memo *memo) noexcept nogil:
+    """Before a chunk."""
+    b.hits = b.glances = b.repeats = b.regions = 0
+    memo.chunks += 1
+    b.far = memo.far
+    b.remember = not memo.unused
+    b.note = memo.unused and memo.chunks % NOTES == 0
+
+
+cdef inline void _learn(const sc_batch *b, sc_memo *memo, u64 n) noexcept nogil:
+    """After a chunk of n operations. Where accesses do not repeat, the memo only costs; where they lead to ever new
+    regions, their tables do not lie in the caches."""
+    if n > CHUNK // 2 and (b.remember or b.note):
+        if b.note:
+            memo.far = b.regions * 2 > n
+        memo.unused = (b.hits + b.repeats) * 2 <= n
+
+
 cdef int quick_chunk(sc_mmu *mmu, sc_batch *b, u64 *done, u64 stop) noexcept nogil:
     """Operations done[0] to stop; done[0] tells how far it came: to where b.watch is due, at the latest. RC_OK or the
     negative code of the one that failed; RC_BAD_OP: by now it is none, see b.bad."""
     cdef sc_op o
     cdef sc_result r
     cdef sc_row *row
+    # NULL: no fast path is open, or operations are those of several vcpus.
+    cdef sc_memo *memo = mmu.vcpus[b.number].memo if b.ops.at[5] == <u64>-1 else NULL
     cdef u64 i = done[0]
     cdef u64 before
     cdef u32 left = LOOK            # operations to be done the long way before the next look at the clock
@@ -491,8 +510,11 @@ cdef int quick_chunk(sc_mmu *mmu, sc_batch *b, u64 *done, u64 stop) noexcept nog
     cdef int rc = RC_OK
     memset(&o, 0, sizeof(o))
     o.vcpu = b.number
+    if memo != NULL:
+        _begin(b, memo)
     while True:
-        if exits < STREAK and i < stop and b.ops.base[<i64>i * b.ops.stride + <i64>b.ops.at[0]] <= OP_FETCH:
+        if (memo != NULL and exits < STREAK and i < stop
+                and b.ops.base[<i64>i * b.ops.stride + <i64>b.ops.at[0]] <= OP_FETCH):
             before = i
             i = _packed(mmu, b, i, stop) if b.plain else _any_layout(mmu, b, i, stop)
             if i > before:
@@ -539,5 +561,7 @@ cdef int quick_chunk(sc_mmu *mmu, sc_batch *b, u64 *done, u64 stop) noexcept nog
             left = LOOK
             if watch_due(b.watch):
                 break
+    if memo != NULL:
+        _learn(b, memo, i - done[0])
     done[0] = i
     return rc

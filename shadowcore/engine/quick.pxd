@@ -22,7 +22,6 @@ cdef struct sc_batch:
     sc_layout ops
     u32 number                      # vcpu of operations that name none
     bint data                       # bytes move
-    bint far                        # tables are far more than caches hold
     # Laid out as OP_DTYPE, and nothing but loads, stores and fetches of 1, 2, 4 or 8 bytes, or operations that have
     # these sizes by chance; `user` is 0 or 1. So it was when the batch began; the fast loops see that it still is.
     bint plain
@@ -34,8 +33,10 @@ cdef struct sc_batch:
     u64 *high                       # ... if some size is 16
     sc_row *rows                    # ... of those that did not just lead somewhere
     u64 n_rows
+    # Of a chunk, by what sc_memo has of those before.
     bint remember                   # the memo is asked and filled
     bint note                       # pages are noted in the memo, to see whether they come again
+    bint far                        # tables are far more than caches hold
     u64 hits                        # of the memo
     u64 glances                     # accesses that a glance answered
     u64 repeats                     # ... of a page that the memo had a note of
@@ -82,13 +83,6 @@ cdef inline bint op_stands(const sc_op *o, u32 vcpus, u32 last, bint wide) noexc
     if o.size == 16:                # for loads, stores and CMPXCHG
         return wide and o.op <= OP_CMPXCHG
     return o.size != 0 and o.size <= 8 and o.size & (o.size - 1) == 0
-
-cdef inline void quick_learn(sc_batch *b, u64 n) noexcept nogil:
-    """After a chunk of n operations. Where accesses do not repeat, the memo only costs; where they lead to ever new
-    regions, their tables do not lie in the caches."""
-    if n > CHUNK // 2 and (b.remember or b.note):
-        b.far = b.note and b.regions * 2 > n or (b.far and not b.note)
-        b.remember = (b.hits + b.repeats) * 2 > n
 
 cdef bint quick_usual(const u8 *element, u64 n) noexcept nogil
 cdef int quick_chunk(sc_mmu *mmu, sc_batch *b, u64 *done, u64 stop) noexcept nogil
