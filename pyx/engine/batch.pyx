@@ -10,7 +10,8 @@ from shadowcore.engine.design cimport design_begin
 from shadowcore.engine.held cimport Held
 from shadowcore.engine.mmu cimport Mmu
 from shadowcore.engine.quick cimport (
-    CHUNK, FIELDS, PACKED, load_op, op_stands, quick_chunk, quick_usual, sc_batch, sc_layout,
+    ALIGNED, CHUNK, FIELDS, PACKED, load_op, op_stands, plain_addr, plain_value, quick_chunk, quick_usual, sc_batch,
+    sc_layout,
 )
 from shadowcore.engine.results cimport Block, RunResult, block_new, sc_row
 from shadowcore.engine.state cimport sc_mmu
@@ -74,6 +75,16 @@ cdef object _complaint(u64 i, const sc_op *o, u32 last, u32 vcpus):
     return f"ops[{i}]: size {o.size} is not 1, 2, 4 or 8 (or 16, but for read-modify-write)"
 
 
+cdef i64 _stride_of(const sc_layout *layout) noexcept nogil:
+    """PACKED or ALIGNED, if that is how operations are laid out, and have no other fields; else 0."""
+    cdef int field
+    for field in range(FIELDS):
+        if layout.at[field] != (<u64>field if field < 3 else plain_addr(layout.stride) if field == 3
+                                else plain_value(layout.stride) if field == 4 else <u64>-1):
+            return 0
+    return layout.stride if layout.stride == PACKED or layout.stride == ALIGNED else 0
+
+
 cdef int _check_values(sc_batch *b, u64 n, u32 vcpus) except -1:
     """ConfigError if an operation, a size or a vcpu does not exist; before anything is run. 1: some size is 16.
 
@@ -86,18 +97,16 @@ cdef int _check_values(sc_batch *b, u64 n, u32 vcpus) except -1:
     cdef bint bad = False
     cdef bint wide = False
     cdef const u8 *element = layout.base
-    cdef bint packed = (layout.stride == PACKED and layout.at[0] == 0 and layout.at[1] == 1 and layout.at[2] == 2
-                        and layout.at[3] == 3 and layout.at[4] == 11)
+    cdef i64 plain = _stride_of(layout)
     cdef u8 odd = layout.at[5] != <u64>-1
     with nogil:
         # Loads, stores and fetches of 1, 2, 4 or 8 bytes are the bulk; only where there are others, each is looked at.
-        if packed:
-            odd |= not quick_usual(element, n)
+        if plain:
+            odd |= not quick_usual(element, n, plain)
         else:
             for _ in range(n):
                 odd |= _odd_op[element[layout.at[0]]] | _odd_size[element[layout.at[2]]]
                 element += layout.stride
-        b.plain = packed
         for i in range(n if odd else 0):
             load_op(&o, layout, i, 0)
             if not op_stands(&o, vcpus, b.last, True):
@@ -105,9 +114,11 @@ cdef int _check_values(sc_batch *b, u64 n, u32 vcpus) except -1:
                 break
             if op_is_access(o.op):
                 wide = wide or (o.size == 16 and o.op != OP_FETCH)
-                b.plain = b.plain and not _odd_size[o.size] and layout.base[<i64>i * layout.stride + 1] <= 1
+                if _odd_size[o.size] or layout.base[<i64>i * layout.stride + <i64>layout.at[1]] > 1:
+                    plain = 0
     if bad:
         raise ConfigError(_complaint(i, &o, b.last, vcpus))
+    b.plain = plain
     return wide
 
 
@@ -135,7 +146,7 @@ cdef void _plain_layout(sc_batch *b) noexcept nogil:
         b.ops.at[field] = ~<u64>0
     b.ops.at[0], b.ops.at[1], b.ops.at[2], b.ops.at[3], b.ops.at[4] = 0, 1, 2, 3, 11
     b.ops.stride = PACKED
-    b.plain = True
+    b.plain = PACKED
     b.last = OP_FETCH
 
 

@@ -21,11 +21,13 @@ from shadowcore.engine.memo cimport (
     memo_region_tag, memo_spill, memo_tag, sc_memo, sc_memo_entry,
 )
 from shadowcore.engine.memory cimport mem_frame, mem_gfn, mem_guest_frame, mem_host_frame, sc_mem, sc_no_frame
-from shadowcore.engine.quick cimport CHUNK, PACKED, element_word, load_op, load_plain, op_stands, sc_batch
+from shadowcore.engine.quick cimport (
+    ALIGNED, CHUNK, PACKED, element_word, load_op, load_plain, op_stands, plain_addr, plain_value, sc_batch,
+)
 from shadowcore.engine.results cimport sc_row
 from shadowcore.engine.state cimport memo_drop, sc_mmu, sc_vcpu
 from shadowcore.engine.types cimport (
-    MODE_64, PF_I, PF_U, PF_W, RC_AUDIT, RC_BAD_OP, RC_OK, i64, u8, u16, u32,
+    PF_I, PF_U, PF_W, RC_AUDIT, RC_BAD_OP, RC_OK, i64, u8, u16, u32,
     u64,
 )
 from shadowcore.engine.walker cimport probe_walk, sc_paging, sc_walk, table_index, walk_body
@@ -102,12 +104,24 @@ cdef void _fill_tables() noexcept nogil:
 _fill_tables()
 
 
-cdef inline u64 _width(const sc_vcpu *v) noexcept nogil:
-    """The bits of a linear address that count."""
-    return ~<u64>0 if v.guest.mode >= MODE_64 else 0xFFFFFFFF
+cdef inline u64 _width(sc_gmode g) noexcept nogil:
+    """The bits of a linear address that count; a shadow has 4 levels and more only where the guest's tables have."""
+    return ~<u64>0 if g.top >= 4 else 0xFFFFFFFF
 
 
-cdef inline u32 _word(const sc_batch *b, const u8 *element, bint plain) noexcept nogil:
+# Each of the loops below is compiled for elements of known layout as well: plain is a constant, as sc_batch.plain.
+
+cdef inline i64 _stride(const sc_batch *b, i64 plain) noexcept nogil:
+    return plain if plain else b.ops.stride
+
+
+cdef inline u64 _addr(const sc_batch *b, const u8 *element, i64 plain) noexcept nogil:
+    cdef u64 va
+    memcpy(&va, element + (plain_addr(plain) if plain else b.ops.at[3]), 8)
+    return va
+
+
+cdef inline u32 _word(const sc_batch *b, const u8 *element, i64 plain) noexcept nogil:
     """What the operation is: its index in the tables above, and its size << 16. The caller's array may change while it
     is read (it may lie in guest memory, or another thread may write to it), so each byte of an operation is read once,
     judged by the tables, and the word kept as long as it is needed."""
@@ -124,24 +138,29 @@ cdef inline u32 _code(u32 word) noexcept nogil:
     return word & 0xFFFF
 
 
-cdef bint quick_usual(const u8 *element, u64 n) noexcept nogil:
-    """Of an array laid out as OP_DTYPE, all are operations with a code of at most 3, of usual sizes, `user` 0 or 1."""
+cdef inline bint _all_usual(const u8 *element, u64 n, i64 stride) noexcept nogil:
     cdef u32 usual = USUAL
     cdef u8 op = 0
     cdef u16 both = 0
     cdef int k
     for _ in range(n // 4):
         for k in range(4):
-            memcpy(&both, element + k * PACKED + 1, 2)
-            op |= element[k * PACKED]
+            memcpy(&both, element + k * stride + 1, 2)
+            op |= element[k * stride]
             usual &= _usual[both]
-        element += 4 * PACKED
+        element += 4 * stride
     for _ in range(n % 4):
         memcpy(&both, element + 1, 2)
         op |= element[0]
         usual &= _usual[both]
-        element += PACKED
+        element += stride
     return op <= 3 and usual
+
+
+cdef bint quick_usual(const u8 *element, u64 n, i64 stride) noexcept nogil:
+    """Of an array laid out PACKED or ALIGNED, all are operations with a code of at most 3, of usual sizes, `user` 0 or
+    1."""
+    return _all_usual(element, n, PACKED) if stride == PACKED else _all_usual(element, n, ALIGNED)
 
 
 cdef inline void _move(sc_batch *b, u64 i, u64 value, u8 *at, u32 code, u32 size) noexcept nogil:
@@ -211,19 +230,19 @@ cdef u64 _remember(sc_mmu *mmu, sc_batch *b, sc_vcpu *v) noexcept nogil:
 
 
 cdef inline u64 _hits(sc_mmu *mmu, sc_batch *b, const sc_vcpu *v, u64 context, u64 i, u64 stop, u32 *words,
-                      bint plain) noexcept nogil:
+                      i64 plain, bint data, sc_gmode g) noexcept nogil:
     """Where operations from number i on lead that are in the memo, up to the first that is not; returns its number.
-    The loop is kept this small for everything in it to have a register. words: what the operations are, if bytes move.
+    The loop is kept this small for everything in it to have a register. words: what the operations are, if bytes move:
+    data, a constant.
 
     At most HITS operations: so many numbers of entries read, each at most 5, add up to less than 4096."""
     cdef const u8 *element = b.ops.base + <i64>i * b.ops.stride
-    cdef i64 stride = PACKED if plain else b.ops.stride
+    cdef i64 stride = _stride(b, plain)
     cdef const u64 *mask = _mask
     cdef u64 *gpa = b.gpa
     cdef u8 *ram = mmu.mem.ram
     cdef sc_memo *memo = v.memo
-    cdef u64 width = _width(v)
-    cdef bint data = b.data
+    cdef u64 width = _width(g)
     cdef sc_memo_entry *e
     cdef u64 references = 0
     cdef u64 first = i
@@ -232,8 +251,7 @@ cdef inline u64 _hits(sc_mmu *mmu, sc_batch *b, const sc_vcpu *v, u64 context, u
     stop = min(stop, i + HITS)
     while i < stop:
         word = _word(b, element, plain)
-        memcpy(&va, element + (3 if plain else b.ops.at[3]), 8)
-        va &= width
+        va = _addr(b, element, plain) & width
         offset = va & 4095
         e = memo_entry(memo, va)
         if not memo_allows(e, va, context, mask[_code(word)]) or offset > 4088:
@@ -252,28 +270,28 @@ cdef inline u64 _hits(sc_mmu *mmu, sc_batch *b, const sc_vcpu *v, u64 context, u
     return i
 
 
-cdef inline void _moves(sc_mmu *mmu, sc_batch *b, u64 i, u64 stop, const u32 *words, bint plain) noexcept nogil:
+cdef inline void _moves(sc_mmu *mmu, sc_batch *b, u64 i, u64 stop, const u32 *words, i64 plain) noexcept nogil:
     """Move the bytes of operations of which gpas are known. words[i]: what operation i is."""
     cdef const u8 *element = b.ops.base + <i64>i * b.ops.stride
     while i < stop:
-        _move(b, i, element_word(element, 11 if plain else b.ops.at[4]),
+        _move(b, i, element_word(element, plain_value(plain) if plain else b.ops.at[4]),
               mem_guest_frame(mmu.mem, b.gpa[i]) + (b.gpa[i] & 4095), _code(words[i]), words[i] >> 16)
         i += 1
-        element += PACKED if plain else b.ops.stride
+        element += _stride(b, plain)
 
 
-cdef inline u64 _glances(sc_mmu *mmu, sc_batch *b, sc_vcpu *v, u64 context, u64 i, u64 stop, u32 *words, bint plain,
+cdef inline u64 _glances(sc_mmu *mmu, sc_batch *b, sc_vcpu *v, u64 context, u64 i, u64 stop, u32 *words, i64 plain,
                          sc_gmode g) noexcept nogil:
     """Where operations from number i on lead that are plain accesses, which the tables allow as they are, up to the
     first that is none; returns its number. words[i]: what operation i is, if bytes move. b.target: what the memo would
     say of the last, and b.va, b.word of which access, if it was the only one that was asked for."""
     cdef const u8 *element = b.ops.base + <i64>i * b.ops.stride
-    cdef i64 stride = PACKED if plain else b.ops.stride
+    cdef i64 stride = _stride(b, plain)
     cdef sc_mem *m = mmu.mem
     cdef const sc_paging *p = &v.hw if g.host else &v.guest
     cdef sc_memo *memo = v.memo
     cdef sc_memo_entry *e
-    cdef u64 width = _width(v)
+    cdef u64 width = _width(g)
     cdef int canonical = 57 if g.top == 5 else 48 if g.top == 4 else 64
     cdef u64 references = 0
     cdef u64 first = i
@@ -293,8 +311,7 @@ cdef inline u64 _glances(sc_mmu *mmu, sc_batch *b, sc_vcpu *v, u64 context, u64 
     while i < stop:
         word = _word(b, element, plain)
         code = _code(word)
-        memcpy(&va, element + (3 if plain else b.ops.at[3]), 8)
-        va &= width
+        va = _addr(b, element, plain) & width
         offset = va & 4095
         if offset > 4088 or _kind[code] == KIND_NONE or not is_canonical(va, canonical):
             break                   # it may reach into the next page, or is no plain access
@@ -338,7 +355,7 @@ cdef inline u64 _glances(sc_mmu *mmu, sc_batch *b, sc_vcpu *v, u64 context, u64 
     return i
 
 
-cdef inline void _fetch_tables(sc_mmu *mmu, sc_batch *b, sc_vcpu *v, u64 i, u64 stop, bint plain,
+cdef inline void _fetch_tables(sc_mmu *mmu, sc_batch *b, sc_vcpu *v, u64 i, u64 stop, i64 plain,
                                sc_gmode g) noexcept nogil:
     """Bring the entries by which operations i to stop (at most AHEAD) are walked into the cache. Level by level, so
     that the misses of all of them are under way at once; nothing is judged here."""
@@ -352,13 +369,13 @@ cdef inline void _fetch_tables(sc_mmu *mmu, sc_batch *b, sc_vcpu *v, u64 i, u64 
     cdef int n = <int>(stop - i)
     cdef int k, step, level
     for k in range(n):
-        memcpy(&va[k], element + (3 if plain else b.ops.at[3]), 8)
+        va[k] = _addr(b, element, plain)
         base = p.pdpte[(va[k] >> 30) & 3] & pte_addr() if g.pae_root else p.root
         table = mem_host_frame(m, base) if g.host else mem_guest_frame(m, base)
         slot[k] = NULL
         if table != NULL:
             slot[k] = table + table_index(va[k], g.top, g.pte_size) * g.pte_size
-        element += PACKED if plain else b.ops.stride
+        element += _stride(b, plain)
     for step in range(g.top - 1):
         level = g.top - 1 - step    # of the tables that this step comes to
         for k in range(n):
@@ -375,15 +392,12 @@ cdef inline void _fetch_tables(sc_mmu *mmu, sc_batch *b, sc_vcpu *v, u64 i, u64 
                 sc_prefetch(slot[k])
 
 
-cdef u64 _spilled(sc_mmu *mmu, sc_batch *b, sc_vcpu *v, u64 context, u64 i, bint plain) noexcept nogil:
+cdef u64 _spilled(sc_mmu *mmu, sc_batch *b, sc_vcpu *v, u64 context, u64 i, i64 plain, u64 width) noexcept nogil:
     """Operation i if the second part of the memo has it: i + 1, else i. b.word: what it is."""
     cdef const u8 *element = b.ops.base + <i64>i * b.ops.stride
-    cdef sc_memo_entry *e
-    cdef u64 va
     cdef u32 word = _word(b, element, plain)
-    memcpy(&va, element + b.ops.at[3], 8)
-    va &= _width(v)
-    e = memo_spill(v.memo, va)
+    cdef u64 va = _addr(b, element, plain) & width
+    cdef sc_memo_entry *e = memo_spill(v.memo, va)
     if not memo_allows(e, va, context, _mask[_code(word)]) or (va & 4095) > 4088:
         return i
     b.word = word
@@ -395,7 +409,7 @@ cdef u64 _spilled(sc_mmu *mmu, sc_batch *b, sc_vcpu *v, u64 context, u64 i, bint
     return i + 1
 
 
-cdef inline u64 _quick(sc_mmu *mmu, sc_batch *b, sc_vcpu *v, u64 i, u64 stop, bint plain, sc_gmode g) noexcept nogil:
+cdef inline u64 _quick(sc_mmu *mmu, sc_batch *b, sc_vcpu *v, u64 i, u64 stop, i64 plain, sc_gmode g) noexcept nogil:
     """Do operations from number i on, up to the first that is not a plain access that the tables allow as they are;
     returns its number. In groups: while the bytes of one are on their way to the cache, more are looked at."""
     cdef u64 first = i
@@ -409,11 +423,14 @@ cdef inline u64 _quick(sc_mmu *mmu, sc_batch *b, sc_vcpu *v, u64 i, u64 stop, bi
         group = min(i + AHEAD, stop) if b.data or (b.far and not b.remember) else stop
         while i < group:
             if b.remember:
-                after = _hits(mmu, b, v, context, i, group, words + i, plain)
+                if b.data:
+                    after = _hits(mmu, b, v, context, i, group, words + i, plain, True, g)
+                else:
+                    after = _hits(mmu, b, v, context, i, group, NULL, plain, False, g)
                 if after > i:
                     i = after
                     continue
-                after = _spilled(mmu, b, v, context, i, plain)
+                after = _spilled(mmu, b, v, context, i, plain, _width(g))
                 if after > i:
                     if b.data:
                         words[i] = b.word
@@ -444,7 +461,7 @@ cdef struct sc_asked:
     sc_batch *b
     u64 i
     u64 stop
-    bint plain
+    i64 plain
 
 
 cdef inline u64 _quick_in(void *asked, sc_gmode g) noexcept nogil:
@@ -454,7 +471,7 @@ cdef inline u64 _quick_in(void *asked, sc_gmode g) noexcept nogil:
     return _quick(a.mmu, a.b, a.mmu.vcpus[a.b.number], a.i, a.stop, a.plain, g)
 
 
-cdef inline u64 _by_mode(sc_mmu *mmu, sc_batch *b, u64 i, u64 stop, bint plain) noexcept nogil:
+cdef inline u64 _by_mode(sc_mmu *mmu, sc_batch *b, u64 i, u64 stop, i64 plain) noexcept nogil:
     """_quick, for the tables that the processor walks; the mode stays for as long as nothing but accesses are made."""
     cdef sc_vcpu *v = mmu.vcpus[b.number]
     cdef sc_asked a
@@ -469,11 +486,23 @@ cdef inline u64 _by_mode(sc_mmu *mmu, sc_batch *b, u64 i, u64 stop, bint plain) 
 
 
 cdef u64 _packed(sc_mmu *mmu, sc_batch *b, u64 i, u64 stop) noexcept nogil:
-    return _by_mode(mmu, b, i, stop, True)
+    return _by_mode(mmu, b, i, stop, PACKED)
+
+
+cdef u64 _aligned(sc_mmu *mmu, sc_batch *b, u64 i, u64 stop) noexcept nogil:
+    return _by_mode(mmu, b, i, stop, ALIGNED)
 
 
 cdef u64 _any_layout(sc_mmu *mmu, sc_batch *b, u64 i, u64 stop) noexcept nogil:
-    return _by_mode(mmu, b, i, stop, False)
+    return _by_mode(mmu, b, i, stop, 0)
+
+
+cdef inline u64 _by_layout(sc_mmu *mmu, sc_batch *b, u64 i, u64 stop) noexcept nogil:
+    if b.plain == PACKED:
+        return _packed(mmu, b, i, stop)
+    if b.plain == ALIGNED:
+        return _aligned(mmu, b, i, stop)
+    return _any_layout(mmu, b, i, stop)
 
 
 cdef inline void _begin(sc_batch *b, sc_memo *memo) noexcept nogil:
@@ -516,7 +545,7 @@ cdef int quick_chunk(sc_mmu *mmu, sc_batch *b, u64 *done, u64 stop) noexcept nog
         if (memo != NULL and exits < STREAK and i < stop
                 and b.ops.base[<i64>i * b.ops.stride + <i64>b.ops.at[0]] <= OP_FETCH):
             before = i
-            i = _packed(mmu, b, i, stop) if b.plain else _any_layout(mmu, b, i, stop)
+            i = _by_layout(mmu, b, i, stop)
             if i > before:
                 exits = 0
         if i == stop:

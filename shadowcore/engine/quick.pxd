@@ -10,7 +10,17 @@ from shadowcore.engine.watch cimport sc_watch
 cdef enum:
     CHUNK = 4096                    # operations that are made in one go
     FIELDS = 9                      # of an operation, required and optional: see sc_layout
-    PACKED = 19                     # bytes of an element of OP_DTYPE
+    # Bytes from an element to the next: of OP_DTYPE, and of the same fields aligned as a C compiler does it. In both,
+    # op, user and size are the first three bytes.
+    PACKED = 19
+    ALIGNED = 24
+
+cdef inline u64 plain_addr(i64 stride) noexcept nogil:
+    """Where addr lies, in elements PACKED or ALIGNED."""
+    return 3 if stride == PACKED else 8
+
+cdef inline u64 plain_value(i64 stride) noexcept nogil:
+    return 11 if stride == PACKED else 16
 
 cdef struct sc_layout:
     const u8 *base                  # element 0
@@ -22,9 +32,10 @@ cdef struct sc_batch:
     sc_layout ops
     u32 number                      # vcpu of operations that name none
     bint data                       # bytes move
-    # Laid out as OP_DTYPE, and nothing but loads, stores and fetches of 1, 2, 4 or 8 bytes, or operations that have
-    # these sizes by chance; `user` is 0 or 1. So it was when the batch began; the fast loops see that it still is.
-    bint plain
+    # PACKED or ALIGNED: laid out so, and nothing but loads, stores and fetches of 1, 2, 4 or 8 bytes, or operations
+    # that have these sizes by chance; `user` is 0 or 1. So it was when the batch began; the fast loops see that it
+    # still is. 0: `ops` has the layout.
+    i64 plain
     u32 last                        # highest code that an operation may have
     sc_op bad                       # after RC_BAD_OP: the operation that was refused
     sc_watch *watch                 # when it is due, a chunk may end early; NULL: it does not
@@ -53,13 +64,13 @@ cdef inline u64 element_word(const u8 *element, u64 at) noexcept nogil:
     return word
 
 cdef inline void load_plain(sc_op *o, const sc_batch *b, u64 i) noexcept nogil:
-    """load_op of an array laid out as OP_DTYPE."""
-    cdef const u8 *element = b.ops.base + i * PACKED
+    """load_op of an array laid out as b.plain says."""
+    cdef const u8 *element = b.ops.base + <i64>i * b.plain
     o.op = element[0]
     o.user = element[1]
     o.size = element[2]
-    o.addr = element_word(element, 3)
-    o.value[0] = element_word(element, 11)
+    memcpy(&o.addr, element + b.ops.at[3], 8)
+    memcpy(o.value, element + b.ops.at[4], 8)
 
 cdef inline void load_op(sc_op *o, const sc_layout *layout, u64 i, u32 vcpu) noexcept nogil:
     """Gather an operation from an element of the caller's array, which may be packed."""
@@ -84,5 +95,5 @@ cdef inline bint op_stands(const sc_op *o, u32 vcpus, u32 last, bint wide) noexc
         return wide and o.op <= OP_CMPXCHG
     return o.size != 0 and o.size <= 8 and o.size & (o.size - 1) == 0
 
-cdef bint quick_usual(const u8 *element, u64 n) noexcept nogil
+cdef bint quick_usual(const u8 *element, u64 n, i64 stride) noexcept nogil
 cdef int quick_chunk(sc_mmu *mmu, sc_batch *b, u64 *done, u64 stop) noexcept nogil
