@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from guests import MIB, PAGE, Guest, accesses
+from guests import ALIGNED, MIB, PAGE, Guest, accesses
 
 import shadowcore as sc
 
@@ -39,9 +39,12 @@ def check(result):
 
 
 @pytest.mark.benchmark(group="hits")
+@pytest.mark.parametrize("layout", ["packed", "aligned"])
 @pytest.mark.parametrize("size", SIZES, ids="{}MiB".format)
-def test_hits(side_by_side, yardsticks, size):
+def test_hits(side_by_side, yardsticks, size, layout):
     guest, ops = hot_guest(size * MIB)
+    if layout == "aligned":
+        ops = ops.astype(ALIGNED)
     hits = yardsticks.hits(guest.vm.memory.bytes, guest.tables, ops)
     hits()
     hits()
@@ -49,7 +52,7 @@ def test_hits(side_by_side, yardsticks, size):
     assert (hits.gpa == guest.run(ops).gpa).all()
     side_by_side(
         row=1,
-        what=f"hits on {HOT} pages, guest of {size} MiB",
+        what=f"hits on {HOT} pages, guest of {size} MiB" + (", aligned operations" if layout == "aligned" else ""),
         goal=1.5,
         ours=lambda: guest.run(ops),
         operations=OPERATIONS,

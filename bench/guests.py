@@ -8,6 +8,8 @@ MODES = ("64", "pae", "32")
 """The modes that the series was measured in."""
 ALL_MODES = ("32", "pae", "64", "la57")
 PAGE = 4096
+ALIGNED = np.dtype(sc.OP_DTYPE.descr, align=True)
+"""The fields of OP_DTYPE as a C compiler lays them out: 24 bytes."""
 MIB = 1 << 20
 
 

@@ -17,7 +17,7 @@ import shadowcore as sc
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from guests import MIB, PAGE, Guest, accesses, one_per_region, pages, sparse_tables
+from guests import ALIGNED, MIB, PAGE, Guest, accesses, entries_of, one_per_region, pages, sparse_tables, stores_to
 
 COUNT = 2000
 """N."""
@@ -25,7 +25,7 @@ REPLAYED = 20_000
 """Records of a recording: their kinds come in stretches."""
 LOOKED = ", tables looked at"
 """Behind the name of a run that has to cost what the run without it costs."""
-LARGE = {2 * MIB: ", 2 MiB", 1024 * MIB: ", 1 GiB"}
+LARGE = {2 * MIB: ", 2 MiB", 4 * MIB: ", 4 MiB", 1024 * MIB: ", 1 GiB"}
 """Behind the name of a run with large guest pages."""
 HELD: list[object] = []
 """What was looked at."""
@@ -84,13 +84,13 @@ def looked_at(guest: Guest) -> None:
         guest.vm.save(Path(directory) / "vm")
 
 
-def hits(name: str, count: int, forget: bool = False, looked: bool = False) -> Run:
+def hits(name: str, count: int, forget: bool = False, looked: bool = False, dtype: np.dtype = sc.OP_DTYPE) -> Run:
     """Accesses to so many pages, in turns. forget: with a CR3 load before, after which none is known. looked: see
-    looked_at."""
+    looked_at. dtype: the layout of operations."""
     guest, _, rest = faulting("64")
     if looked:
         looked_at(guest)
-    ops = accesses(np.resize(np.random.default_rng(1).permutation(rest)[:count], 2 * COUNT))
+    ops = accesses(np.resize(np.random.default_rng(1).permutation(rest)[:count], 2 * COUNT)).astype(dtype)
 
     def prepare() -> None:
         for _ in range(2):
@@ -135,23 +135,21 @@ def dirty_faults() -> Run:
     return Run("store that sets dirty", COUNT, prepare, part(guest, stores), exits("write"))
 
 
-def emulated_stores(page_size: int = PAGE) -> Run:
-    """Stores to tables, through a direct map of such pages."""
-    guest, _, _ = faulting("64")
-    guest.map_tables(page_size=page_size)
-    tables = guest.leaf_tables(0, guest.size).reshape(-1, 2)
-    offsets = np.arange(0, PAGE, 8, dtype=np.uint64)
-    entries = (tables[:, None, :] + offsets[None, :, None]).ravel()[: 2 * COUNT]
-    values = guest.vm.memory.words[entries // np.uint64(8)]
-    ops = accesses(guest.edit_address(entries), sc.Op.WRITE, user=0, value=values)
+def emulated_stores(page_size: int = PAGE, mode: str = "64", filled: bool = True) -> Run:
+    """Stores to tables, through a direct map of such pages. filled: the shadow has the entries, and drops them."""
+    guest, _, _ = faulting(mode)
+    guest.map_tables(page_size=page_size).start()  # again, for PAE root entries are read when CR3 is loaded
+    tables = guest.leaf_tables(0, guest.size)
+    ops = stores_to(guest, entries_of(guest, tables))[: 2 * COUNT]
 
     def prepare() -> None:
         guest.run(accesses(pages(32 * MIB // PAGE)))
-        guest.run(accesses(guest.edit_address(tables.ravel()), user=0))
+        guest.run(accesses(guest.edit_address(tables), user=0))
+        if not filled:
+            guest.run(ops, data=True)
 
-    return Run(
-        "emulated store" + LARGE.get(page_size, ""), COUNT, prepare, part(guest, ops, data=True), exits("emulate")
-    )
+    name = "emulated store" + ("" if mode == "64" else f", {mode}") + ("" if filled else ", no spte")
+    return Run(name + LARGE.get(page_size, ""), COUNT, prepare, part(guest, ops, data=True), exits("emulate"))
 
 
 def sparse(name: str, regions: int, pool_pages: int, recycled: bool) -> Run:
@@ -222,6 +220,7 @@ def replay() -> Run:
 def runs() -> Iterator[Run]:
     """All runs, in the order in which they are made."""
     yield hits("hit", 64)
+    yield hits("hit, aligned operations", 64, dtype=ALIGNED)
     yield hits("hit" + LOOKED, 64, looked=True)
     yield hits("hit, first of a page", 2 * COUNT, forget=True)
     yield walks()
@@ -230,8 +229,11 @@ def runs() -> Iterator[Run]:
     yield leaf_faults("64", looked=True)
     yield leaf_faults("64", page_size=2 * MIB)
     yield dirty_faults()
-    for page_size in (PAGE, *LARGE):
-        yield emulated_stores(page_size)
+    for filled in (True, False):
+        for page_size in (PAGE, 2 * MIB, 1024 * MIB):
+            yield emulated_stores(page_size, filled=filled)
+        for mode, page_size in (("pae", PAGE), ("pae", 2 * MIB), ("32", PAGE), ("32", 4 * MIB)):
+            yield emulated_stores(page_size, mode, filled)
     yield sparse("fault that needs a new table", 4608, 8192, recycled=False)
     yield sparse("fault that needs a new table, recycling", 200, 64, recycled=True)
     yield cr3_loads()

@@ -126,18 +126,17 @@ void walk_batch(const struct paging *p, const uint64_t *restrict va, const uint8
         WALKS(5)
 }
 
-/* Operations as shadowcore.OP_DTYPE lays them out: op, user, size (a byte each), addr, value (8 bytes each). 4-level
- * paging; `cache` has a power of two of entries. Returns the number of misses. */
-size_t hit_batch(const struct paging *p, struct translation *restrict cache, size_t entries,
-                 const uint8_t *restrict ops, size_t n, uint64_t *restrict gpa, uint8_t *restrict outcome)
+INLINE size_t check(const struct paging *p, struct translation *restrict cache, size_t entries,
+                    const uint8_t *restrict ops, size_t n, uint64_t *restrict gpa, uint8_t *restrict outcome,
+                    const size_t stride, const size_t addr)
 {
     size_t misses = 0;
-    for (size_t i = 0; i < n; i++, ops += 19) {
+    for (size_t i = 0; i < n; i++, ops += stride) {
         static const uint8_t access_of[3] = {0, CODE_W, CODE_I};
         uint32_t op = ops[0], user = ops[1], size = ops[2], code;
         uint64_t va, page;
         struct translation *t;
-        memcpy(&va, ops + 3, 8);
+        memcpy(&va, ops + addr, 8);
         page = va & ~UINT64_C(4095);
         t = &cache[va >> 12 & (entries - 1)];
         if (LIKELY(t->tag[op] == (page | user) && (va & 4095) + size <= 4096)) {
@@ -155,4 +154,14 @@ size_t hit_batch(const struct paging *p, struct translation *restrict cache, siz
         }
     }
     return misses;
+}
+
+/* Operations as shadowcore.OP_DTYPE lays them out, packed (19 bytes) or aligned (24): op, user, size (a byte each), addr,
+ * value (8 bytes each). 4-level paging; `cache` has a power of two of entries. Returns the number of misses. */
+size_t hit_batch(const struct paging *p, struct translation *restrict cache, size_t entries,
+                 const uint8_t *restrict ops, size_t n, uint64_t *restrict gpa, uint8_t *restrict outcome,
+                 size_t stride)
+{
+    return stride == 19 ? check(p, cache, entries, ops, n, gpa, outcome, 19, 3)
+                        : check(p, cache, entries, ops, n, gpa, outcome, 24, 8);
 }

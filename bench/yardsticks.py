@@ -127,8 +127,7 @@ class Hits:
         ops: np.ndarray,
         entries: int = 4096,
     ) -> None:
-        assert ops.dtype == sc.OP_DTYPE
-        assert ops.itemsize == 19
+        assert (ops.itemsize, ops.dtype.fields["addr"][1]) in ((19, 3), (24, 8))
         assert entries & (entries - 1) == 0
         self.ops = ops
         self.memory = memory
@@ -145,6 +144,7 @@ class Hits:
             ctypes.c_size_t(self.operations),
             ctypes.c_void_p(self.gpa.ctypes.data),
             ctypes.c_void_p(self.outcome.ctypes.data),
+            ctypes.c_size_t(ops.itemsize),
         )
         self.function = library.hit_batch
         self.function.restype = ctypes.c_size_t

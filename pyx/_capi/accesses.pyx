@@ -17,7 +17,7 @@ from shadowcore.engine.designs.native cimport store_seen
 from shadowcore.engine.counters cimport sc_stats
 from shadowcore.engine.emulate cimport device_store
 from shadowcore.engine.memo cimport (
-    KIND_USER, memo_context, memo_entry, memo_is, memo_mask, memo_put, memo_spill, memo_tag, sc_memo_entry,
+    KIND_USER, memo_allows, memo_context, memo_entry, memo_is, memo_mask, memo_put, memo_spill, memo_tag, sc_memo_entry,
 )
 from shadowcore.engine.memory cimport mem_frame, mem_frame_hpa, mem_gfn, sc_mem, sc_no_frame
 from shadowcore.engine.mmu cimport mmu_resolve
@@ -284,9 +284,9 @@ cdef int api_access(sc_vm vm, const sc_access *given, sc_outcome *o) noexcept no
     kind = a.kind + (KIND_USER if a.user else 0)
     context = memo_context(v.memo, mmu.memo_epoch)
     e = memo_entry(v.memo, va)
-    if (e.tag ^ memo_tag(va, context)) & memo_mask(kind):
+    if not memo_allows(e, va, context, memo_mask(kind)):
         e = memo_spill(v.memo, va)
-        if (e.tag ^ memo_tag(va, context)) & memo_mask(kind):
+        if not memo_allows(e, va, context, memo_mask(kind)):
             rc = _memo_missed(mmu, v, a, va, kind, o)
             leave(p)
             return rc
@@ -381,7 +381,7 @@ cdef int api_access_many(sc_vm vm, sc_accesses *given) noexcept nogil:
     if vcpu_of(p.mmu, a.vcpu) == NULL:
         leave(p)
         return SC_E_ARGUMENT
-    rc = columns_run(p.mmu, a.vcpu, &c, a.count, data, &out, &p.no_memo, &a.done)
+    rc = columns_run(p.mmu, a.vcpu, &c, a.count, data, &out, NULL, &a.done)
     given.done = a.done
     if rc < 0:
         rc = fail_rc(p.mmu, rc)

@@ -132,7 +132,6 @@ cdef int handle_new(object vm, sc_vm *handle) except -1:
     p.mmu = mmu.c
     p.function = NULL
     p.context = NULL
-    p.no_memo = False
     p.prices = NULL
     p.generation += 1
     handle[0] = p.generation << INDEX_BITS | (i + 1)

@@ -273,13 +273,18 @@ cdef bint access_fault(sc_mmu *mmu, sc_vcpu *v, const sc_op *o, bint data, sc_re
     r.error_code = 0
     r.exits = 1
     r.emulated = emulate
+    if emulate and data:
+        emulate_store(mmu, v, r.gpa, <const u8 *>o.value, size)
+        return True
+    if not (emulate or data):
+        return True                 # no byte moves
     at = mem_guest_frame(mmu.mem, r.gpa) + (r.gpa & 4095)
     if emulate:
-        memcpy(&word, <const u8 *>o.value if data else at, size)
+        memcpy(&word, at, size)     # the bytes that are there
         emulate_store(mmu, v, r.gpa, <const u8 *>&word, size)
-    elif data and o.op == OP_WRITE:
+    elif o.op == OP_WRITE:
         memcpy(at, o.value, size)
-    elif data:
+    else:
         memcpy(r.value, at, size)
     return True
 

@@ -10,8 +10,8 @@ from shadowcore.engine.design cimport design_begin
 from shadowcore.engine.held cimport Held
 from shadowcore.engine.mmu cimport Mmu
 from shadowcore.engine.quick cimport (
-    CHUNK, FIELD_ADDR, FIELD_OP, FIELD_SIZE, FIELD_USER, FIELD_VALUE, FIELD_VCPU, FIELDS, PACKED, PACKED_ADDR,
-    PACKED_VALUE, load_op, op_stands, quick_chunk, quick_learn, quick_usual, sc_batch, sc_layout,
+    ALIGNED, CHUNK, FIELD_ADDR, FIELD_OP, FIELD_SIZE, FIELD_USER, FIELD_VALUE, FIELD_VCPU, FIELDS, PACKED, PACKED_ADDR,
+    PACKED_VALUE, addr_at, load_op, op_stands, quick_candidates, quick_chunk, sc_batch, sc_layout, value_at,
 )
 from shadowcore.engine.results cimport Block, RunResult, block_new, sc_row
 from shadowcore.engine.state cimport sc_mmu
@@ -29,7 +29,6 @@ _OPTIONAL = (("vcpu", np.dtype("u1")), ("value_high", np.dtype("<u8")), ("expect
 
 cdef enum:
     FEW = 4                         # rows that need no block of their own: as many as RunResult.few has
-    NOTES = 8                       # while the memo is of no use, one chunk in NOTES looks whether it would be now
 
 cdef object _ARRAY = np.ndarray
 cdef object _seen_dtype = None      # the layout that was asked for last ...
@@ -76,6 +75,16 @@ cdef object _complaint(u64 i, const sc_op *o, u32 last, u32 vcpus):
     return f"ops[{i}]: size {o.size} is not 1, 2, 4 or 8 (or 16, but for read-modify-write)"
 
 
+cdef i64 _stride_of(const sc_layout *layout) noexcept nogil:
+    """PACKED or ALIGNED, if that is how operations are laid out, and have no other fields; else 0."""
+    cdef int field
+    for field in range(FIELDS):
+        if layout.at[field] != (<u64>field if field <= FIELD_SIZE else addr_at(layout.stride) if field == FIELD_ADDR
+                                else value_at(layout.stride) if field == FIELD_VALUE else <u64>-1):
+            return 0
+    return layout.stride if layout.stride == PACKED or layout.stride == ALIGNED else 0
+
+
 cdef int _check_values(sc_batch *b, u64 n, u32 vcpus) except -1:
     """ConfigError if an operation, a size or a vcpu does not exist; before anything is run. 1: some size is 16.
 
@@ -88,19 +97,16 @@ cdef int _check_values(sc_batch *b, u64 n, u32 vcpus) except -1:
     cdef bint bad = False
     cdef bint wide = False
     cdef const u8 *element = layout.base
-    cdef bint packed = (layout.stride == PACKED and layout.at[FIELD_OP] == 0 and layout.at[FIELD_USER] == 1
-                        and layout.at[FIELD_SIZE] == 2 and layout.at[FIELD_ADDR] == PACKED_ADDR
-                        and layout.at[FIELD_VALUE] == PACKED_VALUE)
+    cdef i64 known_stride = _stride_of(layout)
     cdef u8 odd = layout.at[FIELD_VCPU] != <u64>-1
     with nogil:
         # Loads, stores and fetches of 1, 2, 4 or 8 bytes are the bulk; only where there are others, each is looked at.
-        if packed:
-            odd |= not quick_usual(element, n)
+        if known_stride:
+            odd |= not quick_candidates(element, n, known_stride)
         else:
             for _ in range(n):
                 odd |= _odd_op[element[layout.at[FIELD_OP]]] | _odd_size[element[layout.at[FIELD_SIZE]]]
                 element += layout.stride
-        b.packed = packed
         for i in range(n if odd else 0):
             load_op(&o, layout, i, 0)
             if not op_stands(&o, vcpus, b.last, True):
@@ -108,9 +114,11 @@ cdef int _check_values(sc_batch *b, u64 n, u32 vcpus) except -1:
                 break
             if op_is_access(o.op):
                 wide = wide or (o.size == 16 and o.op != OP_FETCH)
-                b.packed = b.packed and not _odd_size[o.size] and layout.base[<i64>i * layout.stride + 1] <= 1
+                if _odd_size[o.size] or layout.base[<i64>i * layout.stride + <i64>layout.at[FIELD_USER]] > 1:
+                    known_stride = 0
     if bad:
         raise ConfigError(_complaint(i, &o, b.last, vcpus))
+    b.known_stride = known_stride
     return wide
 
 
@@ -139,7 +147,7 @@ cdef void _packed_layout(sc_batch *b) noexcept nogil:
     b.ops.at[FIELD_OP], b.ops.at[FIELD_USER], b.ops.at[FIELD_SIZE] = 0, 1, 2
     b.ops.at[FIELD_ADDR], b.ops.at[FIELD_VALUE] = PACKED_ADDR, PACKED_VALUE
     b.ops.stride = PACKED
-    b.packed = True
+    b.known_stride = PACKED
     b.last = OP_FETCH
 
 
@@ -254,7 +262,8 @@ cdef void _results(const sc_batch *b, const sc_columns_out *out, u64 i, u64 stop
 cdef int columns_run(sc_mmu *mmu, u32 number, const sc_columns *c, u64 n, bint data, const sc_columns_out *out,
                      bint *no_memo, u64 *done) noexcept nogil:
     """The same without Python: done[0] operations were made. RC_OK, the negative code of the one that failed, or
-    RC_EXHAUSTED with mmu.exhausted = SC_NONE where the host had no room for the work. no_memo: kept for the next."""
+    RC_EXHAUSTED with mmu.exhausted = SC_NONE where the host had no room for the work. no_memo: for those who were
+    compiled with it, nothing looks at it (NULL will do)."""
     cdef sc_batch b
     cdef u64 i = 0
     cdef u64 begin, stop
@@ -274,7 +283,6 @@ cdef int columns_run(sc_mmu *mmu, u32 number, const sc_columns *c, u64 n, bint d
         mmu.exhausted = SC_NONE
         return RC_EXHAUSTED
     b.rows = <sc_row *>room
-    b.use_memo = not no_memo[0]
     design_begin(mmu)
     while i < n and rc == RC_OK:
         begin = i
@@ -283,14 +291,10 @@ cdef int columns_run(sc_mmu *mmu, u32 number, const sc_columns *c, u64 n, bint d
         b.gpa = out.gpa if out.gpa != NULL and not data else <u64 *>(<size_t>room + rows - 8 * i)
         b.value = out.value if out.value != NULL else <u64 *>(<size_t>room + rows + words - 8 * i)
         b.n_rows = 0
-        b.hits = b.glances = b.repeats = b.regions = 0
-        b.note = not b.use_memo and (i // CHUNK) % NOTES == 0
         _gather(c, &b, room + rows + 2 * words, i, stop)
         rc = quick_chunk(mmu, &b, &i, stop)
         _results(&b, out, begin, i)
-        quick_learn(&b, i - begin)
     free(room)
-    no_memo[0] = not b.use_memo
     done[0] = i
     return rc
 
@@ -302,7 +306,7 @@ cdef object _run(Mmu shell, sc_batch *b, u64 n, const sc_columns *columns):
     cdef Block more
     cdef Block gathered = None if columns == NULL else block_new(PACKED * min(n, CHUNK))
     cdef u64 i = 0
-    cdef u64 begin, stop, room
+    cdef u64 stop, room
     cdef int rc = RC_OK
     result = RunResult.__new__(RunResult)
     result.capacity = n
@@ -318,8 +322,6 @@ cdef object _run(Mmu shell, sc_batch *b, u64 n, const sc_columns *columns):
     room = FEW
     result.rows = result.few
     result.before = mmu.stats[0]
-    b.use_memo = not shell.no_memo
-    b.far = shell.far
     b.watch = &shell.watch
     error = None
     shell.enter()
@@ -335,17 +337,12 @@ cdef object _run(Mmu shell, sc_batch *b, u64 n, const sc_columns *columns):
             b.rows = result.rows
             with nogil:             # until signals have to be looked for, or rows want more room
                 while True:
-                    begin = i
                     stop = min(n, i + CHUNK)
                     if room < b.n_rows + (stop - i):
                         break
-                    b.hits = b.glances = b.repeats = b.regions = 0
-                    shell.chunks += 1
-                    b.note = not b.use_memo and shell.chunks % NOTES == 0
                     if columns != NULL:
                         _gather(columns, b, <u8 *>gathered.at, i, stop)
                     rc = quick_chunk(mmu, b, &i, stop)
-                    quick_learn(b, i - begin)
                     if rc != RC_OK or i == n or watch_due(b.watch):
                         break
             if rc == RC_OK and i < n:
@@ -356,8 +353,6 @@ cdef object _run(Mmu shell, sc_batch *b, u64 n, const sc_columns *columns):
         error = raised
     finally:
         shell.leave()
-        shell.no_memo = not b.use_memo
-        shell.far = b.far
     result.n = i
     result.n_rows = b.n_rows
     result.after = mmu.stats[0]

@@ -5,26 +5,40 @@ what fault.page_fault does, by the same text (leaf.pxd), for the faults that mos
 or lacks W, or its table is missing; a guest table is stored to. Guards find that the case is another one. Up to the
 last of them the MMU and the vcpu are const, so that nothing has changed when the general way is taken instead.
 
-It is compiled twice for each mode: for pages of 4 KiB in slots without a dirty log, and for all.
+It is compiled twice for each mode, without and with a dirty log. Where the guest's walk ends, what is without parts
+again: leaves of 4 KiB, and those of large pages.
 """
 from shadowcore.engine.bits cimport PTE_A, PTE_P, PTE_U, PTE_W, level_index, pte_addr, pte_pkey, pte_rights
 from shadowcore.engine.counters cimport EXIT_EMULATE
 from shadowcore.engine.flushes cimport FLUSH_WITHHELD, request_flush
-from shadowcore.engine.gmode cimport GLANCE, gmode_32, gmode_64, gmode_la57, gmode_pae, sc_gmode
+from shadowcore.engine.gmode cimport GLANCE, in_mode, sc_gmode
 from shadowcore.engine.leaf cimport (
     direct_gfn, direct_role, dirty_after, fault_count, fault_decide, leaf_commit, leaf_decide, sc_fault,
 )
 from shadowcore.engine.memory cimport SC_POOL_HFN, mem_frame, mem_guest_frame, sc_mem, sc_no_frame
 from shadowcore.engine.pool cimport pool_find, pool_take
 from shadowcore.engine.quirks cimport QUIRK_NX_LEAF_ONLY, QUIRK_PROCESSOR_CODE, QUIRK_ROLE_WITHOUT_ACCESS
+from shadowcore.engine.role cimport ROLE_LEVEL
 from shadowcore.engine.roots cimport make_role
 from shadowcore.engine.spte cimport spte_link
 from shadowcore.engine.state cimport sc_mmu, sc_vcpu
-from shadowcore.engine.types cimport MODE_32, MODE_64, MODE_LA57, MODE_PAE, PF_W, SC_NONE, u8, u32, u64
+from shadowcore.engine.types cimport PF_W, SC_NONE, u8, u32, u64
 from shadowcore.engine.walker cimport (
-    STEP_DOWN, STEP_FAULT, STEP_LEAF, leaf_address, rights_fault, sc_paging, table_index, walk_step,
+    STEP_DOWN, STEP_LEAF, leaf_address, rights_fault, sc_paging, table_index, walk_step,
 )
 
+cdef extern from *:
+    """
+    #if defined(__GNUC__)
+    #define sc_apart(x) __asm__("" : "+r"(x))
+    #define sc_seldom(x) __builtin_expect(!!(x), 0)
+    #else
+    #define sc_apart(x) ((void)0)
+    #define sc_seldom(x) (x)
+    #endif
+    """
+    void sc_apart(...) noexcept nogil
+    bint sc_seldom(bint x) noexcept nogil
 
 cdef enum:
     # Quirks by which other things are looked at than the guest's tables as they are.
@@ -34,7 +48,12 @@ cdef enum:
 cdef enum:
     GENERAL = 0                     # the general way
     FOUND = 1                       # on
-    OTHER = 2                       # to fault_fast_other: it is none of the usual ones
+    OTHER = 2                       # to _fast_logged
+
+cdef struct sc_leaf:                # what the guest's walk comes to
+    u64 table                       # gpa of the table that the leaf is in
+    u64 entry                       # the leaf
+    u64 all_                        # AND of the entries down to it, bit 63 inverted
 
 cdef struct sc_tables:              # what a fault needs to know of tables
     u64 gpa                         # of the guest's table that holds the leaf
@@ -46,15 +65,15 @@ cdef struct sc_tables:              # what a fault needs to know of tables
     u32 role                        # ... and role
 
 
-cdef inline int _can_be_fast(const sc_mmu *mmu, const sc_vcpu *v, u32 below, bint usual) noexcept nogil:
+cdef inline int _can_be_fast(const sc_mmu *mmu, const sc_vcpu *v, u32 below, bint logged) noexcept nogil:
     """Does the machine as it is let faults be fast? below: tables below the root."""
     cdef u32 odd = mmu.quirks & EXCLUDED
     odd |= mmu.audit_points         # before and after a fault
     odd |= mmu.fail_for             # a test counts the attempts to take a page
-    if usual:
+    if not logged:
         odd |= mmu.mem.logging      # stores to slots with a dirty log are looked at
     if odd:
-        return OTHER if usual else GENERAL
+        return GENERAL if logged else OTHER
     if v.memo == NULL:
         return GENERAL              # a TLB is modelled, which the repeated walk fills; or Mmu.general
     if mmu.n_pte4 and mmu.n_pte8:
@@ -69,89 +88,89 @@ cdef inline u32 _rights(u64 all_) noexcept nogil:
     return <u32>(all_ & (PTE_W | PTE_U)) | <u32>(all_ >> 63)
 
 
-cdef inline int _walks(const sc_mmu *mmu, const sc_vcpu *v, sc_fault *f, sc_tables *t, int hw_top, bint usual,
-                       sc_gmode g) noexcept nogil:
-    """Both walks."""
+cdef inline int _guest_walk(const sc_mmu *mmu, const sc_vcpu *v, sc_fault *f, sc_tables *t, sc_leaf *leaf,
+                            sc_gmode g) noexcept nogil:
+    """The guest's walk: level of the leaf it comes to, or 0."""
     cdef sc_mem *m = mmu.mem        # a strict walk writes nothing
     cdef const sc_paging *p = &v.guest
-    cdef const u64 *spte = mmu.table
     cdef u64 base
     cdef u64 all_ = ~<u64>0
     cdef u64 entry = 0
-    cdef int step = STEP_DOWN
-    cdef int level
-    # The guest's, with nothing to set but D.
+    cdef int step
     base = p.pdpte[(f.va >> 30) & 3] & pte_addr() if g.pae_root else p.root
     if g.pae_root and not p.pdpte[(f.va >> 30) & 3] & PTE_P:
-        return GENERAL              # the guest's own fault
+        return 0
     if g.top >= 5 and walk_step(m, p, f.va, f.access, NULL, &base, &entry, &all_, 5, g) != STEP_DOWN:
-        return GENERAL
+        return 0
     if g.top >= 4 and walk_step(m, p, f.va, f.access, NULL, &base, &entry, &all_, 4, g) != STEP_DOWN:
-        return GENERAL
+        return 0
     if g.top >= 3:
-        t.gpa = base
-        f.level = 3
+        leaf.table = base
         step = walk_step(m, p, f.va, f.access, NULL, &base, &entry, &all_, 3, g)
-        if step == STEP_FAULT:
-            return GENERAL
-        if step == STEP_LEAF and usual:
-            return OTHER
-    if step == STEP_DOWN:
-        t.gpa = base
-        f.level = 2
-        step = walk_step(m, p, f.va, f.access, NULL, &base, &entry, &all_, 2, g)
-        if step == STEP_FAULT:
-            return GENERAL
-        if step == STEP_LEAF and usual:
-            return OTHER
-    if step == STEP_DOWN:
-        t.gpa = base
-        t.above = all_
-        # As a number, for there may be no memory: the step finds that.
-        f.low = <u8 *>(<size_t>mem_guest_frame(m, base) + table_index(f.va, 1, g.pte_size) * g.pte_size)
-        if walk_step(m, p, f.va, f.access, NULL, &base, &entry, &all_, 1, g) != STEP_LEAF:
-            return GENERAL
-        f.level = 1
-    if not all_ & PTE_A:
-        return GENERAL              # A has to be set
-    f.gpte = entry
-    f.rights = _rights(all_)
-    f.pkey = pte_pkey(entry) if g.pte_size == 8 else 0
-    if rights_fault(p, f.rights, f.pkey, f.access):
-        return GENERAL              # the guest's own fault
-    # The processor's, to an entry of a leaf table.
+        if step != STEP_DOWN:
+            leaf.entry = entry
+            leaf.all_ = all_
+            return 3 if step == STEP_LEAF else 0
+    leaf.table = base
+    step = walk_step(m, p, f.va, f.access, NULL, &base, &entry, &all_, 2, g)
+    if step != STEP_DOWN:
+        leaf.entry = entry
+        leaf.all_ = all_
+        return 2 if step == STEP_LEAF else 0
+    leaf.table = base
+    t.above = all_
+    # As a number, for there may be no memory: the step finds that.
+    f.low = <u8 *>(<size_t>mem_guest_frame(m, base) + table_index(f.va, 1, g.pte_size) * g.pte_size)
+    step = walk_step(m, p, f.va, f.access, NULL, &base, &entry, &all_, 1, g)
+    leaf.entry = entry
+    leaf.all_ = all_
+    return 1 if step == STEP_LEAF else 0
+
+
+cdef inline bint _shadow_walk(const sc_mmu *mmu, const sc_vcpu *v, sc_fault *f, sc_tables *t, const sc_leaf *leaf,
+                              int hw_top, bint large, sc_gmode g) noexcept nogil:
+    """The guest's walk lets the access pass, with nothing to set but D; and the processor's, to an entry of a leaf
+    table."""
+    cdef const sc_mem *m = mmu.mem
+    cdef const u64 *spte = mmu.table
+    cdef u64 base
+    cdef int level
+    if not leaf.all_ & PTE_A:
+        return False                # A has to be set
+    t.gpa = leaf.table
+    f.gpte = leaf.entry
+    f.rights = _rights(leaf.all_)
+    f.pkey = pte_pkey(leaf.entry) if g.pte_size == 8 else 0
+    if rights_fault(&v.guest, f.rights, f.pkey, f.access):
+        return False                # the guest's own fault
     f.linked = False
     base = v.hw.root if hw_top > 2 else v.hw.pdpte[(f.va >> 30) & 3] & pte_addr()
     for level in range(hw_top, 0, -1):
         base -= <u64>SC_POOL_HFN << 12
         if base >= m.pool_pages << 12:
-            return GENERAL          # no root is in place
+            return False            # no root is in place
         spte = <const u64 *>(<const u8 *>m.pool + base) + level_index(f.va, level)
         base = spte[0] & pte_addr()
-        if level == 3 and not usual:
+        if level == 3 and large:
             t.at3 = spte
-        if level == 2 and not usual:
+        if level == 2 and large:
             t.at2 = spte
         if level > 1 and not spte[0] & PTE_P:
             if level > 2 or not mmu.by_table:
-                return GENERAL      # more than a leaf table is missing; or it is one of linear addresses
+                return False        # more than a leaf table is missing; or it is one of linear addresses
             t.at2 = spte
             f.linked = True
             break
     f.old = spte[0]
     f.spte = <u32>(spte - mmu.table)
     if f.old and (not f.old & PTE_P or not rights_fault(&v.hw, pte_rights(f.old), pte_pkey(f.old), f.access)):
-        return GENERAL              # a device was there; or there is no fault
-    return FOUND
+        return False                # a device was there; or there is no fault
+    return True
 
 
-cdef inline u32 _role(const sc_mmu *mmu, const sc_vcpu *v, const sc_fault *f, int level) noexcept nogil:
-    return direct_role(mmu, v, f.va, level, f.rights, f.gpte | f.dirty, f.pkey)
-
-
-cdef inline bint _fits(const sc_mmu *mmu, const sc_vcpu *v, const sc_fault *f, int level, u32 page) noexcept nogil:
-    """The linked page of `level`, below the guest's large page, grants what the guest's entry grants now."""
-    return mmu.pages[page].gfn == direct_gfn(f.gpa, level, f.mode) and mmu.pages[page].role == _role(mmu, v, f, level)
+cdef inline bint _fits(const sc_mmu *mmu, const sc_fault *f, int level, u32 role, u32 page) noexcept nogil:
+    """The linked page of `level`, below the guest's large page, grants what the guest's entry grants now: `role`."""
+    return mmu.pages[page].gfn == direct_gfn(f.gpa, level, f.mode) and mmu.pages[page].role == role
 
 
 cdef inline void _find(const sc_mmu *mmu, sc_fault *f, sc_tables *t, u64 gfn, u32 role) noexcept nogil:
@@ -168,6 +187,7 @@ cdef inline void _find(const sc_mmu *mmu, sc_fault *f, sc_tables *t, u64 gfn, u3
 cdef inline bint _decide(const sc_mmu *mmu, const sc_vcpu *v, sc_fault *f, sc_tables *t, int hw_top,
                          sc_gmode g) noexcept nogil:
     """What follows from the walks. False: a guard has found that the fault has to go the general way."""
+    cdef u32 role
     f.gpa = leaf_address(f.gpte, f.va, f.level, g)
     f.read = g.top + 1 - f.level
     f.walked = hw_top - f.linked
@@ -182,15 +202,16 @@ cdef inline bint _decide(const sc_mmu *mmu, const sc_vcpu *v, sc_fault *f, sc_ta
     f.large = SC_NONE if f.level == 1 else <u32>((t.at2 if f.level == 2 else t.at3) - mmu.table)
     if f.level > 1 and mmu.by_table:
         # What stands for a large page has to grant what its entry grants now.
-        if f.level == 3 and not _fits(mmu, v, f, 2, <u32>(t.at2 - mmu.table) >> 9):
+        role = direct_role(mmu, v, f.va, 1, f.rights, f.gpte | f.dirty, f.pkey)
+        # Below a page of 1 GiB entries have 8 bytes, and then the level is all by which the other role differs.
+        if f.level == 3 and not _fits(mmu, f, 2, role + (1 << ROLE_LEVEL), <u32>(t.at2 - mmu.table) >> 9):
             return False
-        if not f.linked and not _fits(mmu, v, f, 1, f.spte >> 9):
+        if f.linked:
+            _find(mmu, f, t, direct_gfn(f.gpa, 1, f.mode), role)
+        elif not _fits(mmu, f, 1, role, f.spte >> 9):
             return False
-    if f.linked:
-        if f.level > 1:
-            _find(mmu, f, t, direct_gfn(f.gpa, 1, f.mode), _role(mmu, v, f, 1))
-        elif t.gfn == f.gpa >> 12:
-            return False            # linking the table write-protects the very page of the access
+    elif f.linked and t.gfn == f.gpa >> 12:
+        return False                # linking the table write-protects the very page of the access
     if f.linked and f.old and not f.old & PTE_P:
         return False                # a device was there
     leaf_decide(mmu, v, f)
@@ -225,67 +246,94 @@ cdef inline u64 _mended(sc_mmu *mmu, sc_vcpu *v, sc_fault *f, sc_tables *t, bint
     return f.gpa
 
 
-cdef inline u64 _fast(sc_mmu *mmu, sc_vcpu *v, u64 va, u32 access, bint *emulate, int mode, int hw_top, bint usual,
-                      bint checked, sc_gmode g) noexcept nogil:
-    cdef sc_fault f
-    cdef sc_tables t
-    cdef int found
-    f.va = va
-    f.access = access
-    f.code = 0
-    f.mode = mode
-    f.quirks = mmu.quirks & ~<u32>EXCLUDED
-    f.tlb = False
-    f.logging = not usual and mmu.mem.logging
-    found = FOUND if checked else _can_be_fast(mmu, v, hw_top - 1, usual)
-    if found == OTHER:
-        return fault_fast_other(mmu, v, va, access, emulate, False)
-    if found == FOUND:
-        found = _walks(mmu, v, &f, &t, hw_top, usual, g)
-    if found == OTHER:
-        return fault_fast_other(mmu, v, va, access, emulate, True)
-    if found == GENERAL:
+cdef inline u64 _onward(sc_mmu *mmu, sc_vcpu *v, sc_fault *f, sc_tables *t, const sc_leaf *leaf, bint *emulate,
+                        int hw_top, bint large, sc_gmode g) noexcept nogil:
+    """From the guest's leaf on. large: a constant, it may be that of a large page."""
+    if not _shadow_walk(mmu, v, f, t, leaf, hw_top, large, g):
         return ~<u64>0
-    if f.linked and (usual or f.level == 1):
-        _find(mmu, &f, &t, t.gpa >> 12, make_role(mmu, v, va, 1, False, _rights(t.above)))
+    if f.linked and f.level == 1:
+        _find(mmu, f, t, t.gpa >> 12, make_role(mmu, v, f.va, 1, False, _rights(t.above)))
     # Compiled for each of the common cases by itself: what is a constant there is not asked.
-    if usual:
-        f.level = 1
     if f.linked:
         f.linked = True
-        if usual and f.old == 0:
+        if not large and f.old == 0:
             f.old = 0
-            return _mended(mmu, v, &f, &t, emulate, hw_top, g)
-        return _mended(mmu, v, &f, &t, emulate, hw_top, g)
+            return _mended(mmu, v, f, t, emulate, hw_top, g)
+        return _mended(mmu, v, f, t, emulate, hw_top, g)
     f.linked = False
     if f.old == 0:
         f.old = 0
-        return _mended(mmu, v, &f, &t, emulate, hw_top, g)
+        return _mended(mmu, v, f, t, emulate, hw_top, g)
     f.old |= PTE_P
-    return _mended(mmu, v, &f, &t, emulate, hw_top, g)
+    return _mended(mmu, v, f, t, emulate, hw_top, g)
 
 
-cdef u64 fault_fast_other(sc_mmu *mmu, sc_vcpu *v, u64 va, u32 access, bint *emulate, bint checked) noexcept nogil:
-    """fault_fast, where the guest's page is a large one or a slot has a dirty log. checked: _can_be_fast said yes."""
-    if v.guest.mode == MODE_64:
-        return _fast(mmu, v, va, access, emulate, MODE_64, 4, False, checked, gmode_64(False, GLANCE))
-    if v.guest.mode == MODE_PAE:
-        return _fast(mmu, v, va, access, emulate, MODE_PAE, 2, False, checked, gmode_pae(False, GLANCE))
-    if v.guest.mode == MODE_32:
-        return _fast(mmu, v, va, access, emulate, MODE_32, 2, False, checked, gmode_32(False, GLANCE))
-    return _fast(mmu, v, va, access, emulate, MODE_LA57, 5, False, checked, gmode_la57(False, GLANCE))
+cdef struct sc_asked:
+    sc_mmu *mmu
+    sc_vcpu *v
+    u64 va
+    u32 access
+    bint *emulate
+    bint logged                     # a slot may have a dirty log
+
+
+cdef inline u64 _fast(void *asked, sc_gmode g) noexcept nogil:
+    cdef const sc_asked *a = <const sc_asked *>asked
+    cdef int hw_top = max(2, g.top)     # the shadow of 32-bit tables has the format of PAE
+    cdef sc_fault f
+    cdef sc_tables t
+    cdef sc_leaf leaf
+    cdef int found, level
+    cdef sc_mmu *mmu
+    cdef sc_vcpu *v
+    if g.top == 0:
+        return ~<u64>0              # paging off: no guest tables
+    found = _can_be_fast(a.mmu, a.v, hw_top - 1, a.logged)
+    if sc_seldom(found == OTHER):
+        return _fast_logged(a.mmu, a.v, a.va, a.access, a.emulate)
+    f.va = a.va
+    f.access = a.access
+    f.code = 0
+    f.mode = g.mode
+    f.quirks = a.mmu.quirks & ~<u32>EXCLUDED
+    f.tlb = False
+    f.logging = a.logged and a.mmu.mem.logging
+    if sc_seldom(found == GENERAL):
+        return ~<u64>0
+    level = _guest_walk(a.mmu, a.v, &f, &t, &leaf, g)
+    if sc_seldom(level == 0):
+        return ~<u64>0
+    f.level = level
+    if a.logged or sc_seldom(level > 1):
+        # The two ways have much in common. If the compiler knew, it would compute that before they part: more than
+        # there are registers for.
+        mmu = a.mmu
+        v = a.v
+        sc_apart(mmu)
+        sc_apart(v)
+        sc_apart(f.va)
+        return _onward(mmu, v, &f, &t, &leaf, a.emulate, hw_top, True, g)
+    f.level = 1
+    return _onward(a.mmu, a.v, &f, &t, &leaf, a.emulate, hw_top, False, g)
+
+
+cdef inline u64 _by_mode(sc_mmu *mmu, sc_vcpu *v, u64 va, u32 access, bint *emulate, bint logged) noexcept nogil:
+    cdef sc_asked a
+    a.mmu = mmu
+    a.v = v
+    a.va = va
+    a.access = access
+    a.emulate = emulate
+    a.logged = logged
+    return in_mode(v.guest.mode, False, GLANCE, _fast, &a)
+
+
+cdef u64 _fast_logged(sc_mmu *mmu, sc_vcpu *v, u64 va, u32 access, bint *emulate) noexcept nogil:
+    return _by_mode(mmu, v, va, access, emulate, True)
 
 
 cdef u64 fault_fast(sc_mmu *mmu, sc_vcpu *v, u64 va, u32 access, bint *emulate) noexcept nogil:
     """The access `access` (PF_W, PF_U, PF_I) at the canonical address `va`, under a shadow MMU, if it is one that takes
     a fault of these and then succeeds, or is a store to be emulated: where it leads. Else all ones, and nothing has
     changed."""
-    if v.guest.mode == MODE_64:
-        return _fast(mmu, v, va, access, emulate, MODE_64, 4, True, False, gmode_64(False, GLANCE))
-    if v.guest.mode == MODE_PAE:
-        return _fast(mmu, v, va, access, emulate, MODE_PAE, 2, True, False, gmode_pae(False, GLANCE))
-    if v.guest.mode == MODE_32:
-        return _fast(mmu, v, va, access, emulate, MODE_32, 2, True, False, gmode_32(False, GLANCE))
-    if v.guest.mode == MODE_LA57:
-        return _fast(mmu, v, va, access, emulate, MODE_LA57, 5, True, False, gmode_la57(False, GLANCE))
-    return ~<u64>0
+    return _by_mode(mmu, v, va, access, emulate, False)

@@ -14,21 +14,21 @@ from shadowcore.engine.access cimport (
 from shadowcore.engine.bits cimport PTE_P, PTE_PS, is_canonical, pte_addr
 from shadowcore.engine.check cimport sc_check
 from shadowcore.engine.designs.native cimport MARK_STORED, MARK_TABLE, marked_table
-from shadowcore.engine.gmode cimport GLANCE, gmode_32, gmode_64, gmode_la57, gmode_pae, sc_gmode
+from shadowcore.engine.gmode cimport GLANCE, in_mode, sc_gmode
 from shadowcore.engine.memo cimport (
     KIND_FETCH, KIND_NONE, KIND_STORE, KIND_USER, MEMO_DENIED, MEMO_EPOCH, MEMO_EPOCHS, MEMO_KINDS, MEMO_REGIONS,
-    memo_context, memo_entry, memo_is, memo_mask, memo_note, memo_promote, memo_put, memo_region, memo_region_tag,
-    memo_spill, memo_tag, sc_memo, sc_memo_entry,
+    memo_allows, memo_context, memo_entry, memo_is, memo_mask, memo_note, memo_promote, memo_put, memo_region,
+    memo_region_tag, memo_spill, memo_tag, sc_memo, sc_memo_entry,
 )
 from shadowcore.engine.memory cimport mem_frame, mem_gfn, mem_guest_frame, mem_host_frame, sc_mem, sc_no_frame
 from shadowcore.engine.quick cimport (
-    FIELD_ADDR, FIELD_OP, FIELD_SIZE, FIELD_USER, FIELD_VALUE, FIELD_VCPU, PACKED, PACKED_ADDR, PACKED_VALUE,
-    element_word, load_op, load_packed, op_stands, sc_batch,
+    ALIGNED, CHUNK, FIELD_ADDR, FIELD_OP, FIELD_SIZE, FIELD_USER, FIELD_VALUE, FIELD_VCPU, PACKED, addr_at,
+    element_word, load_known, load_op, op_stands, sc_batch, value_at,
 )
 from shadowcore.engine.results cimport sc_row
 from shadowcore.engine.state cimport memo_drop, sc_mmu, sc_vcpu
 from shadowcore.engine.types cimport (
-    MODE_32, MODE_64, MODE_LA57, MODE_PAE, PF_I, PF_U, PF_W, RC_AUDIT, RC_BAD_OP, RC_OK, i64, u8, u16, u32,
+    PF_I, PF_U, PF_W, RC_AUDIT, RC_BAD_OP, RC_OK, i64, u8, u16, u32,
     u64,
 )
 from shadowcore.engine.walker cimport probe_walk, sc_paging, sc_walk, table_index, walk_body
@@ -48,28 +48,30 @@ cdef extern from *:
 cdef enum:
     STREAK = 2                      # exits in a row after which the next operation is taken to need one as well
     HITS = 800                      # operations that the loop over hits does in one go
-    USUAL = 1 << 8                  # of a word: the operation is a usual one
+    CANDIDATE = 1 << 8              # of a word: by its size and user, the operation may be one for the loops below
     PROMOTED = 4                    # one hit in PROMOTED, in the spill of the memo, moves the page out of it
     AHEAD = 32                      # operations whose bytes are prefetched: brought into the cache ahead of their use
+    NOTES = 8                       # while the memo is of no use, one chunk in NOTES looks whether it would be now
     LOOK = 256                      # operations done by other paths between two looks at the clock
 
-# By `user | size << 8`, as they lie in an element of OP_DTYPE: USUAL | user << 9 | size << 16 if user is 0 or 1 and the
-# size 1, 2, 4 or 8; else 0. That plus the code of the operation is its word.
-cdef u32 _usual[1 << 16]
+# By `user | size << 8`, as they lie in an element of OP_DTYPE: CANDIDATE | user << 9 | size << 16 if user is 0 or 1 and
+# the size 1, 2, 4 or 8; else 0. That plus the code of the operation is its word.
+cdef u32 _candidate[1 << 16]
 
-# By the lower half of the word of an operation. The first 256 are of those that are not usual.
+# By the lower half of the word of an operation. The first 256 are of those that are no candidates.
 cdef u64 _mask[1024]                 # memo_mask of the kind
 cdef u64 _loads[1024]                # bits that come back as the value: of a store none, of a fetch a byte
 cdef u32 _access[1024]               # PF_*
-cdef u8 _kind[1024]                  # KIND_*, KIND_NONE where it is no load, store or fetch, or not usual
+cdef u8 _kind[1024]                  # KIND_*, KIND_NONE where it is no load, store or fetch, or no candidate
 
 cdef u64 _bytes[9]                  # by size: the bits of as many bytes
 
-# Below USUAL a word has room for every code of an operation, whether there is one or not: none is taken for another.
+# Below CANDIDATE a word has room for every code of an operation, whether there is one or not: none is taken for
+# another.
 sc_check(8 * sizeof((<sc_op *>NULL).op) == 8)
-sc_check(USUAL == 1 << 8)
-sc_check(<int>OP_COUNT <= <int>USUAL)
-# _fill_tables makes a kind of the code of a load, store or fetch; quick_usual passes codes of two bits.
+sc_check(CANDIDATE == 1 << 8)
+sc_check(<int>OP_COUNT <= <int>CANDIDATE)
+# _fill_tables makes a kind of the code of a load, store or fetch; quick_candidates passes codes of two bits.
 sc_check(OP_READ == 0)
 sc_check(<int>OP_WRITE == <int>KIND_STORE)
 sc_check(<int>OP_FETCH == <int>KIND_FETCH)
@@ -90,7 +92,7 @@ cdef void _fill_tables() noexcept nogil:
         _loads[i] = _access[i] = 0
     for user in range(2):
         for op in range(OP_FETCH + 1):
-            i = op | USUAL | user << 9
+            i = op | CANDIDATE | user << 9
             _kind[i] = op + KIND_USER * user    # OP_READ, OP_WRITE, OP_FETCH are 0, KIND_STORE, KIND_FETCH
             _mask[i] = memo_mask(_kind[i])
             _loads[i] = 0 if op == OP_WRITE else 0xFF if op == OP_FETCH else ~<u64>0
@@ -98,53 +100,69 @@ cdef void _fill_tables() noexcept nogil:
     for i in range(4):
         _bytes[1 << i] = ~<u64>0 >> (64 - (8 << i))
         for user in range(2):
-            _usual[user | 256 << i] = USUAL | user << 9 | 65536 << i
+            _candidate[user | 256 << i] = CANDIDATE | user << 9 | 65536 << i
 
 
 _fill_tables()
 
 
-cdef inline u64 _width(const sc_vcpu *v) noexcept nogil:
-    """The bits of a linear address that count."""
-    return ~<u64>0 if v.guest.mode >= MODE_64 else 0xFFFFFFFF
+cdef inline u64 _width(sc_gmode g) noexcept nogil:
+    """The bits of a linear address that count; a shadow has 4 levels and more only where the guest's tables have."""
+    return ~<u64>0 if g.top >= 4 else 0xFFFFFFFF
 
 
-cdef inline u32 _word(const sc_batch *b, const u8 *element, bint packed) noexcept nogil:
+# Each of the loops below is compiled for elements of known layout as well: known_stride, as in sc_batch, is a constant.
+
+cdef inline i64 _stride(const sc_batch *b, i64 known_stride) noexcept nogil:
+    return known_stride if known_stride else b.ops.stride
+
+
+cdef inline u64 _addr(const sc_batch *b, const u8 *element, i64 known_stride) noexcept nogil:
+    cdef u64 va
+    memcpy(&va, element + (addr_at(known_stride) if known_stride else b.ops.at[FIELD_ADDR]), 8)
+    return va
+
+
+cdef inline u32 _word(const sc_batch *b, const u8 *element, i64 known_stride) noexcept nogil:
     """What the operation is: its index in the tables above, and its size << 16. The caller's array may change while it
     is read (it may lie in guest memory, or another thread may write to it), so each byte of an operation is read once,
     judged by the tables, and the word kept as long as it is needed."""
     cdef u16 both = 0
     cdef u32 op
-    if packed:
+    if known_stride:
         memcpy(&both, element + 1, 2)
-        return element[0] + _usual[both]
+        return element[0] + _candidate[both]
     op = element[b.ops.at[FIELD_OP]]
     both = 1 if op == OP_FETCH else element[b.ops.at[FIELD_SIZE]]       # a fetch is of one byte, whatever it says
-    return op + _usual[(element[b.ops.at[FIELD_USER]] != 0) | both << 8]
+    return op + _candidate[(element[b.ops.at[FIELD_USER]] != 0) | both << 8]
 
 
 cdef inline u32 _code(u32 word) noexcept nogil:
     return word & 0xFFFF
 
 
-cdef bint quick_usual(const u8 *element, u64 n) noexcept nogil:
-    """Of an array laid out as OP_DTYPE, all are operations with a code of at most 3, of usual sizes, `user` 0 or 1."""
-    cdef u32 usual = USUAL
+cdef inline bint _all_candidates(const u8 *element, u64 n, i64 stride) noexcept nogil:
+    cdef u32 all_ = CANDIDATE
     cdef u8 op = 0
     cdef u16 both = 0
     cdef int k
     for _ in range(n // 4):
         for k in range(4):
-            memcpy(&both, element + k * PACKED + 1, 2)
-            op |= element[k * PACKED]
-            usual &= _usual[both]
-        element += 4 * PACKED
+            memcpy(&both, element + k * stride + 1, 2)
+            op |= element[k * stride]
+            all_ &= _candidate[both]
+        element += 4 * stride
     for _ in range(n % 4):
         memcpy(&both, element + 1, 2)
         op |= element[0]
-        usual &= _usual[both]
-        element += PACKED
-    return op <= 3 and usual
+        all_ &= _candidate[both]
+        element += stride
+    return op <= 3 and all_
+
+
+cdef bint quick_candidates(const u8 *element, u64 n, i64 stride) noexcept nogil:
+    """Of an array laid out PACKED or ALIGNED, all are candidates with a code of at most 3."""
+    return _all_candidates(element, n, PACKED) if stride == PACKED else _all_candidates(element, n, ALIGNED)
 
 
 cdef inline void _move(sc_batch *b, u64 i, u64 value, u8 *at, u32 code, u32 size) noexcept nogil:
@@ -214,19 +232,19 @@ cdef u64 _memo_fill(sc_mmu *mmu, sc_batch *b, sc_vcpu *v) noexcept nogil:
 
 
 cdef inline u64 _hits(sc_mmu *mmu, sc_batch *b, const sc_vcpu *v, u64 context, u64 i, u64 stop, u32 *words,
-                      bint packed) noexcept nogil:
+                      i64 known_stride, bint data, sc_gmode g) noexcept nogil:
     """Where operations from number i on lead that are in the memo, up to the first that is not; returns its number.
-    The loop is kept this small for everything in it to have a register. words: what the operations are, if bytes move.
+    The loop is kept this small for everything in it to have a register. words: what the operations are, if bytes move:
+    data, a constant.
 
     At most HITS operations: that many numbers of entries read, each at most 5, add up to less than 4096."""
     cdef const u8 *element = b.ops.base + <i64>i * b.ops.stride
-    cdef i64 stride = PACKED if packed else b.ops.stride
+    cdef i64 stride = _stride(b, known_stride)
     cdef const u64 *mask = _mask
     cdef u64 *gpa = b.gpa
     cdef u8 *ram = mmu.mem.ram
     cdef sc_memo *memo = v.memo
-    cdef u64 width = _width(v)
-    cdef bint data = b.data
+    cdef u64 width = _width(g)
     cdef sc_memo_entry *e
     cdef u64 references = 0
     cdef u64 first = i
@@ -234,12 +252,11 @@ cdef inline u64 _hits(sc_mmu *mmu, sc_batch *b, const sc_vcpu *v, u64 context, u
     cdef u32 word
     stop = min(stop, i + HITS)
     while i < stop:
-        word = _word(b, element, packed)
-        memcpy(&va, element + (PACKED_ADDR if packed else b.ops.at[FIELD_ADDR]), 8)
-        va &= width
+        word = _word(b, element, known_stride)
+        va = _addr(b, element, known_stride) & width
         offset = va & 4095
         e = memo_entry(memo, va)
-        if (e.tag ^ memo_tag(va, context)) & mask[_code(word)] or offset > 4088:
+        if not memo_allows(e, va, context, mask[_code(word)]) or offset > 4088:
             break
         target = e.target
         references += target        # of which the low bits count, in the end
@@ -255,28 +272,28 @@ cdef inline u64 _hits(sc_mmu *mmu, sc_batch *b, const sc_vcpu *v, u64 context, u
     return i
 
 
-cdef inline void _moves(sc_mmu *mmu, sc_batch *b, u64 i, u64 stop, const u32 *words, bint packed) noexcept nogil:
+cdef inline void _moves(sc_mmu *mmu, sc_batch *b, u64 i, u64 stop, const u32 *words, i64 known_stride) noexcept nogil:
     """Move the bytes of operations of which gpas are known. words[i]: what operation i is."""
     cdef const u8 *element = b.ops.base + <i64>i * b.ops.stride
     while i < stop:
-        _move(b, i, element_word(element, PACKED_VALUE if packed else b.ops.at[FIELD_VALUE]),
+        _move(b, i, element_word(element, value_at(known_stride) if known_stride else b.ops.at[FIELD_VALUE]),
               mem_guest_frame(mmu.mem, b.gpa[i]) + (b.gpa[i] & 4095), _code(words[i]), words[i] >> 16)
         i += 1
-        element += PACKED if packed else b.ops.stride
+        element += _stride(b, known_stride)
 
 
-cdef inline u64 _glances(sc_mmu *mmu, sc_batch *b, sc_vcpu *v, u64 context, u64 i, u64 stop, u32 *words, bint packed,
-                         sc_gmode g) noexcept nogil:
+cdef inline u64 _glances(sc_mmu *mmu, sc_batch *b, sc_vcpu *v, u64 context, u64 i, u64 stop, u32 *words,
+                         i64 known_stride, sc_gmode g) noexcept nogil:
     """Where operations from number i on lead that are loads, stores and fetches, which the tables allow as they are,
     up to the first that is none; returns its number. words[i]: what operation i is, if bytes move. b.target: what the
     memo would say of the last, and b.va, b.word of which access, if it was the only one that was asked for."""
     cdef const u8 *element = b.ops.base + <i64>i * b.ops.stride
-    cdef i64 stride = PACKED if packed else b.ops.stride
+    cdef i64 stride = _stride(b, known_stride)
     cdef sc_mem *m = mmu.mem
     cdef const sc_paging *p = &v.hw if g.host else &v.guest
     cdef sc_memo *memo = v.memo
     cdef sc_memo_entry *e
-    cdef u64 width = _width(v)
+    cdef u64 width = _width(g)
     cdef int canonical = 57 if g.top == 5 else 48 if g.top == 4 else 64
     cdef u64 references = 0
     cdef u64 first = i
@@ -294,10 +311,9 @@ cdef inline u64 _glances(sc_mmu *mmu, sc_batch *b, sc_vcpu *v, u64 context, u64 
     cdef u32 code
     cdef u32 read = 0
     while i < stop:
-        word = _word(b, element, packed)
+        word = _word(b, element, known_stride)
         code = _code(word)
-        memcpy(&va, element + (PACKED_ADDR if packed else b.ops.at[FIELD_ADDR]), 8)
-        va &= width
+        va = _addr(b, element, known_stride) & width
         offset = va & 4095
         if offset > 4088 or _kind[code] == KIND_NONE or not is_canonical(va, canonical):
             break                   # it may reach into the next page, or is no load, store or fetch
@@ -341,7 +357,7 @@ cdef inline u64 _glances(sc_mmu *mmu, sc_batch *b, sc_vcpu *v, u64 context, u64 
     return i
 
 
-cdef inline void _prefetch_tables(sc_mmu *mmu, sc_batch *b, sc_vcpu *v, u64 i, u64 stop, bint packed,
+cdef inline void _prefetch_tables(sc_mmu *mmu, sc_batch *b, sc_vcpu *v, u64 i, u64 stop, i64 known_stride,
                                   sc_gmode g) noexcept nogil:
     """Bring the entries by which operations i to stop (at most AHEAD) are walked into the cache. Level by level, so
     that the misses of all of them are under way at once; nothing is judged here."""
@@ -355,13 +371,13 @@ cdef inline void _prefetch_tables(sc_mmu *mmu, sc_batch *b, sc_vcpu *v, u64 i, u
     cdef int n = <int>(stop - i)
     cdef int k, step, level
     for k in range(n):
-        memcpy(&va[k], element + (PACKED_ADDR if packed else b.ops.at[FIELD_ADDR]), 8)
+        va[k] = _addr(b, element, known_stride)
         base = p.pdpte[(va[k] >> 30) & 3] & pte_addr() if g.pae_root else p.root
         table = mem_host_frame(m, base) if g.host else mem_guest_frame(m, base)
         slot[k] = NULL
         if table != NULL:
             slot[k] = table + table_index(va[k], g.top, g.pte_size) * g.pte_size
-        element += PACKED if packed else b.ops.stride
+        element += _stride(b, known_stride)
     for step in range(g.top - 1):
         level = g.top - 1 - step    # of the tables that this step comes to
         for k in range(n):
@@ -378,16 +394,13 @@ cdef inline void _prefetch_tables(sc_mmu *mmu, sc_batch *b, sc_vcpu *v, u64 i, u
                 sc_prefetch(slot[k])
 
 
-cdef u64 _spilled(sc_mmu *mmu, sc_batch *b, sc_vcpu *v, u64 context, u64 i, bint packed) noexcept nogil:
+cdef u64 _spilled(sc_mmu *mmu, sc_batch *b, sc_vcpu *v, u64 context, u64 i, i64 known_stride, u64 width) noexcept nogil:
     """Operation i if the second part of the memo has it: i + 1, else i. b.word: what it is."""
     cdef const u8 *element = b.ops.base + <i64>i * b.ops.stride
-    cdef sc_memo_entry *e
-    cdef u64 va
-    cdef u32 word = _word(b, element, packed)
-    memcpy(&va, element + b.ops.at[FIELD_ADDR], 8)
-    va &= _width(v)
-    e = memo_spill(v.memo, va)
-    if (e.tag ^ memo_tag(va, context)) & _mask[_code(word)] or (va & 4095) > 4088:
+    cdef u32 word = _word(b, element, known_stride)
+    cdef u64 va = _addr(b, element, known_stride) & width
+    cdef sc_memo_entry *e = memo_spill(v.memo, va)
+    if not memo_allows(e, va, context, _mask[_code(word)]) or (va & 4095) > 4088:
         return i
     b.word = word
     b.hits += 1
@@ -398,7 +411,8 @@ cdef u64 _spilled(sc_mmu *mmu, sc_batch *b, sc_vcpu *v, u64 context, u64 i, bint
     return i + 1
 
 
-cdef inline u64 _quick(sc_mmu *mmu, sc_batch *b, sc_vcpu *v, u64 i, u64 stop, bint packed, sc_gmode g) noexcept nogil:
+cdef inline u64 _quick(sc_mmu *mmu, sc_batch *b, sc_vcpu *v, u64 i, u64 stop, i64 known_stride,
+                       sc_gmode g) noexcept nogil:
     """Do operations from number i on, up to the first that is no load, store or fetch, or none that the tables allow
     as they are; returns its number. In groups: while the bytes of one are on their way to the cache, more are looked
     at."""
@@ -413,11 +427,14 @@ cdef inline u64 _quick(sc_mmu *mmu, sc_batch *b, sc_vcpu *v, u64 i, u64 stop, bi
         group = min(i + AHEAD, stop) if b.data or (b.far and not b.use_memo) else stop
         while i < group:
             if b.use_memo:
-                after = _hits(mmu, b, v, context, i, group, words + i, packed)
+                if b.data:
+                    after = _hits(mmu, b, v, context, i, group, words + i, known_stride, True, g)
+                else:
+                    after = _hits(mmu, b, v, context, i, group, NULL, known_stride, False, g)
                 if after > i:
                     i = after
                     continue
-                after = _spilled(mmu, b, v, context, i, packed)
+                after = _spilled(mmu, b, v, context, i, known_stride, _width(g))
                 if after > i:
                     if b.data:
                         words[i] = b.word
@@ -425,52 +442,89 @@ cdef inline u64 _quick(sc_mmu *mmu, sc_batch *b, sc_vcpu *v, u64 i, u64 stop, bi
                     continue
             if b.data and not g.host:
                 # Stores come before the walks that follow them.
-                _moves(mmu, b, begin, i, words, packed)
+                _moves(mmu, b, begin, i, words, known_stride)
                 begin = i
             if b.far and not b.use_memo and i == begin:
-                _prefetch_tables(mmu, b, v, i, group, packed, g)
-            after = _glances(mmu, b, v, context, i, i + 1 if b.use_memo else group, words, packed, g)
+                _prefetch_tables(mmu, b, v, i, group, known_stride, g)
+            after = _glances(mmu, b, v, context, i, i + 1 if b.use_memo else group, words, known_stride, g)
             if after == i:
                 break
             if b.use_memo:
                 context = _memo_fill(mmu, b, v)
             i = after
         if b.data:
-            _moves(mmu, b, begin, i, words, packed)
+            _moves(mmu, b, begin, i, words, known_stride)
         if i < group:
             break
     mmu.stats.accesses += i - first
     return i
 
 
-cdef inline u64 _by_mode(sc_mmu *mmu, sc_batch *b, u64 i, u64 stop, bint packed) noexcept nogil:
+cdef struct sc_asked:
+    sc_mmu *mmu
+    sc_batch *b
+    u64 i
+    u64 stop
+    i64 known_stride
+
+
+cdef inline u64 _quick_in(void *asked, sc_gmode g) noexcept nogil:
+    cdef const sc_asked *a = <const sc_asked *>asked
+    if g.top == 0:
+        return a.i                  # paging off: no tables
+    return _quick(a.mmu, a.b, a.mmu.vcpus[a.b.number], a.i, a.stop, a.known_stride, g)
+
+
+cdef inline u64 _by_mode(sc_mmu *mmu, sc_batch *b, u64 i, u64 stop, i64 known_stride) noexcept nogil:
     """_quick, for the tables that the processor walks; the mode stays for as long as nothing but accesses are made."""
     cdef sc_vcpu *v = mmu.vcpus[b.number]
-    if v.memo == NULL or b.ops.at[FIELD_VCPU] != <u64>-1:
-        return i                    # no fast path is open; operations of several vcpus
+    cdef sc_asked a
+    a.mmu = mmu
+    a.b = b
+    a.i = i
+    a.stop = stop
+    a.known_stride = known_stride
     if mmu.shadow:
-        if v.hw.mode == MODE_64:
-            return _quick(mmu, b, v, i, stop, packed, gmode_64(True, GLANCE))
-        if v.hw.mode == MODE_PAE:
-            return _quick(mmu, b, v, i, stop, packed, gmode_pae(True, GLANCE))
-        return _quick(mmu, b, v, i, stop, packed, gmode_la57(True, GLANCE))
-    if v.guest.mode == MODE_64:
-        return _quick(mmu, b, v, i, stop, packed, gmode_64(False, GLANCE))
-    if v.guest.mode == MODE_PAE:
-        return _quick(mmu, b, v, i, stop, packed, gmode_pae(False, GLANCE))
-    if v.guest.mode == MODE_32:
-        return _quick(mmu, b, v, i, stop, packed, gmode_32(False, GLANCE))
-    if v.guest.mode == MODE_LA57:
-        return _quick(mmu, b, v, i, stop, packed, gmode_la57(False, GLANCE))
-    return i
+        return in_mode(v.hw.mode, True, GLANCE, _quick_in, &a)
+    return in_mode(v.guest.mode, False, GLANCE, _quick_in, &a)
 
 
 cdef u64 _packed(sc_mmu *mmu, sc_batch *b, u64 i, u64 stop) noexcept nogil:
-    return _by_mode(mmu, b, i, stop, True)
+    return _by_mode(mmu, b, i, stop, PACKED)
+
+
+cdef u64 _aligned(sc_mmu *mmu, sc_batch *b, u64 i, u64 stop) noexcept nogil:
+    return _by_mode(mmu, b, i, stop, ALIGNED)
 
 
 cdef u64 _any_layout(sc_mmu *mmu, sc_batch *b, u64 i, u64 stop) noexcept nogil:
-    return _by_mode(mmu, b, i, stop, False)
+    return _by_mode(mmu, b, i, stop, 0)
+
+
+cdef inline u64 _by_layout(sc_mmu *mmu, sc_batch *b, u64 i, u64 stop) noexcept nogil:
+    if b.known_stride == PACKED:
+        return _packed(mmu, b, i, stop)
+    if b.known_stride == ALIGNED:
+        return _aligned(mmu, b, i, stop)
+    return _any_layout(mmu, b, i, stop)
+
+
+cdef inline void _begin(sc_batch *b, sc_memo *memo) noexcept nogil:
+    """Before a chunk."""
+    b.hits = b.glances = b.repeats = b.regions = 0
+    memo.chunks += 1
+    b.far = memo.far
+    b.use_memo = not memo.unused
+    b.note = memo.unused and memo.chunks % NOTES == 0
+
+
+cdef inline void _learn(const sc_batch *b, sc_memo *memo, u64 n) noexcept nogil:
+    """After a chunk of n operations. Where accesses do not repeat, the memo only costs; where they lead to ever new
+    regions, their tables do not lie in the caches."""
+    if n > CHUNK // 2 and (b.use_memo or b.note):
+        if b.note:
+            memo.far = b.regions * 2 > n
+        memo.unused = (b.hits + b.repeats) * 2 <= n
 
 
 cdef int quick_chunk(sc_mmu *mmu, sc_batch *b, u64 *done, u64 stop) noexcept nogil:
@@ -479,6 +533,8 @@ cdef int quick_chunk(sc_mmu *mmu, sc_batch *b, u64 *done, u64 stop) noexcept nog
     cdef sc_op o
     cdef sc_result r
     cdef sc_row *row
+    # NULL: no fast path is open, or operations are those of several vcpus.
+    cdef sc_memo *memo = mmu.vcpus[b.number].memo if b.ops.at[FIELD_VCPU] == <u64>-1 else NULL
     cdef u64 i = done[0]
     cdef u64 before
     cdef u32 left = LOOK            # operations to be done by other paths before the next look at the clock
@@ -487,21 +543,24 @@ cdef int quick_chunk(sc_mmu *mmu, sc_batch *b, u64 *done, u64 stop) noexcept nog
     cdef int rc = RC_OK
     memset(&o, 0, sizeof(o))
     o.vcpu = b.number
+    if memo != NULL:
+        _begin(b, memo)
     while True:
-        if exits < STREAK and i < stop and b.ops.base[<i64>i * b.ops.stride + <i64>b.ops.at[FIELD_OP]] <= OP_FETCH:
+        if (memo != NULL and exits < STREAK and i < stop
+                and b.ops.base[<i64>i * b.ops.stride + <i64>b.ops.at[FIELD_OP]] <= OP_FETCH):
             before = i
-            i = _packed(mmu, b, i, stop) if b.packed else _any_layout(mmu, b, i, stop)
+            i = _by_layout(mmu, b, i, stop)
             if i > before:
                 exits = 0
         if i == stop:
             break
-        both = 0                    # not usual: to be judged
-        if b.packed:
-            load_packed(&o, b, i)
+        both = 0                    # no candidate: to be judged
+        if b.known_stride:
+            load_known(&o, b, i)
             both = o.user | o.size << 8
         else:
             load_op(&o, &b.ops, i, b.number)
-        if (not _usual[both] or o.op > OP_FETCH) and not op_stands(&o, mmu.n_vcpus, b.last, b.high != NULL):
+        if (not _candidate[both] or o.op > OP_FETCH) and not op_stands(&o, mmu.n_vcpus, b.last, b.high != NULL):
             b.bad = o
             rc = RC_BAD_OP
             break
@@ -535,5 +594,7 @@ cdef int quick_chunk(sc_mmu *mmu, sc_batch *b, u64 *done, u64 stop) noexcept nog
             left = LOOK
             if watch_due(b.watch):
                 break
+    if memo != NULL:
+        _learn(b, memo, i - done[0])
     done[0] = i
     return rc

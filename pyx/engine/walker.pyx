@@ -3,42 +3,59 @@ from libc.string cimport memset
 
 from shadowcore.engine.bits cimport PTE_A, PTE_P, PTE_PS, level_mask, pte_nx
 from shadowcore.engine.check cimport sc_check
-from shadowcore.engine.gmode cimport GLANCE, PROBE, WALK, gmode_32, gmode_64, gmode_la57, gmode_pae
+from shadowcore.engine.gmode cimport GLANCE, PROBE, WALK, in_mode, sc_gmode
 from shadowcore.engine.memory cimport sc_mem
 from shadowcore.engine.types cimport (
-    ACC_ALL, ACC_U, ACC_W, ACC_X, MODE_32, MODE_64, MODE_LA57, MODE_OFF, MODE_PAE, PF_ACCESSES, PF_ASKED, PF_I, PF_P,
-    PF_PK, PF_RSVD, PF_SGX, PF_SS, PF_U, PF_W, RC_OK, u16, u32, u64,
+    ACC_ALL, ACC_U, ACC_W, ACC_X, MODE_32, MODE_OFF, MODE_PAE, PF_ACCESSES, PF_ASKED, PF_I, PF_P, PF_PK, PF_RSVD,
+    PF_SGX, PF_SS, PF_U, PF_W, RC_OK, u16, u32, u64,
 )
 from shadowcore.engine.walker cimport sc_paging, sc_walk, walk_body
 
 
-cdef inline int _identity(u64 va, sc_walk *w, u64 *gpa, u32 *references, int what) noexcept nogil:
+cdef struct sc_asked:
+    sc_mem *m
+    const sc_paging *p
+    u64 va
+    u32 access
+    sc_walk *w                      # NULL: a glance
+    u64 *gpa
+    u32 *references
+
+
+cdef inline int _identity(const sc_asked *a, sc_gmode g) noexcept nogil:
     """Paging off: the linear address is the gpa, as if one entry of each root slot mapped its GiB."""
-    gpa[0] = va
-    references[0] = 0
-    if what != GLANCE:
-        w.va = va
-        w.pte_size = 8
-        w.access = ACC_ALL
-        w.pkey = 0
-        w.updated = 0
-        w.dirtied = False
-        w.level = w.top = 3
+    a.gpa[0] = a.va
+    a.references[0] = 0
+    if g.reports:
+        a.w.va = a.va
+        a.w.pte_size = 8
+        a.w.access = ACC_ALL
+        a.w.pkey = 0
+        a.w.updated = 0
+        a.w.dirtied = False
+        a.w.level = a.w.top = 3
     return RC_OK
+
+
+cdef inline u64 _walk_in(void *asked, sc_gmode g) noexcept nogil:
+    cdef const sc_asked *a = <const sc_asked *>asked
+    if g.top == 0:
+        return _identity(a, g)
+    return walk_body(a.m, a.p, a.va, a.access, a.w, a.gpa, a.references, g)
 
 
 cdef inline int _walk(sc_mem *m, const sc_paging *p, u64 va, u32 access, sc_walk *w, u64 *gpa, u32 *references,
                       bint host, int what) noexcept nogil:
     """walk_body for the mode of `p`; host and what are constants."""
-    if p.mode == MODE_64:
-        return walk_body(m, p, va, access, w, gpa, references, gmode_64(host, what))
-    if p.mode == MODE_PAE:
-        return walk_body(m, p, va, access, w, gpa, references, gmode_pae(host, what))
-    if p.mode == MODE_LA57:
-        return walk_body(m, p, va, access, w, gpa, references, gmode_la57(host, what))
-    if not host and p.mode == MODE_32:
-        return walk_body(m, p, va, access, w, gpa, references, gmode_32(host, what))
-    return _identity(va, w, gpa, references, what)
+    cdef sc_asked a
+    a.m = m
+    a.p = p
+    a.va = va
+    a.access = access
+    a.w = w
+    a.gpa = gpa
+    a.references = references
+    return <int>in_mode(p.mode, host, what, _walk_in, &a)
 
 
 cdef int guest_walk(sc_mem *m, const sc_paging *p, u64 va, u32 access, sc_walk *w) noexcept nogil:

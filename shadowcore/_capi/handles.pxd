@@ -12,7 +12,6 @@ cdef enum:
 cdef struct sc_place:
     u64 handle                      # of the VM that is there, or 0
     int lock                        # 1: a call by handle is under way
-    bint no_memo                    # see batch.columns_run
     u64 generation                  # VMs that the place has had
     sc_mmu *mmu                     # of the VM that is there, or of the last that was
     PyObject *owner                 # the VM, which lives as long as it has a handle; NULL: the place is free

@@ -3,4 +3,3 @@ from shadowcore.engine.state cimport sc_mmu, sc_vcpu
 from shadowcore.engine.types cimport u32, u64
 
 cdef u64 fault_fast(sc_mmu *mmu, sc_vcpu *v, u64 va, u32 access, bint *emulate) noexcept nogil
-cdef u64 fault_fast_other(sc_mmu *mmu, sc_vcpu *v, u64 va, u32 access, bint *emulate, bint checked) noexcept nogil

@@ -1,5 +1,9 @@
 """How a walk is made: the paging mode and what the place that asks wants of it, as small constants passed by value, so
-that one body is compiled for each combination that is used."""
+that one body is compiled for each combination that is used.
+
+`in_mode` is the one place that chooses by the mode: whatever is compiled for each of them is called through it.
+"""
+from shadowcore.engine.types cimport MODE_32, MODE_64, MODE_LA57, MODE_OFF, MODE_PAE, u64
 
 # What a walk is for.
 cdef enum:
@@ -8,6 +12,7 @@ cdef enum:
     GLANCE = 2                      # says where it leads and changes nothing; given up where WALK would have more to do
 
 cdef struct sc_gmode:
+    int mode                        # MODE_*
     int top                         # level of the first table that is read (PAE: 2, below the cached root entries)
     int pte_size                    # bytes of an entry: 4 or 8
     bint pae_root                   # the walk starts from four cached root entries
@@ -16,17 +21,23 @@ cdef struct sc_gmode:
     bint reports                    # an sc_walk is filled, beside gpa and references
     bint strict                     # given up where A or D is clear
 
-cdef inline sc_gmode _gmode(int top, int pte_size, bint pae_root, bint host, int what) noexcept nogil:
-    return sc_gmode(top, pte_size, pae_root, host, what == WALK, what != GLANCE, what == GLANCE)
+cdef inline sc_gmode _gmode(int mode, bint host, int what) noexcept nogil:
+    return sc_gmode(mode, 2 if mode == MODE_PAE else mode, 4 if mode == MODE_32 else 8, mode == MODE_PAE, host,
+                    what == WALK, what != GLANCE, what == GLANCE)
 
-cdef inline sc_gmode gmode_32(bint host, int what) noexcept nogil:
-    return _gmode(2, 4, False, host, what)
+# What is done in each mode: `asked` is a struct of the caller's. MODE_OFF has no tables.
+ctypedef u64 (*sc_in_mode)(void *asked, sc_gmode g) noexcept nogil
 
-cdef inline sc_gmode gmode_pae(bint host, int what) noexcept nogil:
-    return _gmode(2, 8, True, host, what)
-
-cdef inline sc_gmode gmode_64(bint host, int what) noexcept nogil:
-    return _gmode(4, 8, False, host, what)
-
-cdef inline sc_gmode gmode_la57(bint host, int what) noexcept nogil:
-    return _gmode(5, 8, False, host, what)
+cdef inline u64 in_mode(int mode, bint host, int what, sc_in_mode body, void *asked) noexcept nogil:
+    """body(asked, g) for tables of `mode`. body is the name of an inline function, host and what are constants: so the
+    compiler makes a copy of the body for each mode, in which all of g is known. Shadow tables have entries of 8
+    bytes."""
+    if mode == MODE_64:
+        return body(asked, _gmode(MODE_64, host, what))
+    if mode == MODE_PAE:
+        return body(asked, _gmode(MODE_PAE, host, what))
+    if mode == MODE_LA57:
+        return body(asked, _gmode(MODE_LA57, host, what))
+    if not host and mode == MODE_32:
+        return body(asked, _gmode(MODE_32, host, what))
+    return body(asked, _gmode(MODE_OFF, host, what))

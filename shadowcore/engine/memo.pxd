@@ -41,6 +41,10 @@ cdef struct sc_memo:
     u64 marked[64]                  # native: regions of 2 MiB whose tables are marked, as memo_region_tag
     u64 region[MEMO_REGIONS]        # regions of 2 MiB met lately: 256 of them have leaf tables of 1 MiB
     u64 since                       # epoch in which it was last cleared
+    # What the last chunks of batches have shown: who makes batches goes by it, which shows in nothing but the time.
+    bint unused                     # accesses did not repeat: the memo is not asked
+    bint far                        # their tables did not lie in the caches
+    u32 chunks                      # of batches, ever
 
 cdef inline u64 memo_context(sc_memo *memo, u64 epoch) noexcept nogil:
     """What tags of this epoch have in common; 0 is none's, so that a zeroed entry fits nothing."""
@@ -58,6 +62,10 @@ cdef inline u64 memo_mask(u32 kind) noexcept nogil:
 cdef inline u64 memo_tag(u64 va, u64 context) noexcept nogil:
     """Tag of the page of `va`, less the kinds."""
     return (va >> 24) + context
+
+cdef inline bint memo_allows(const sc_memo_entry *e, u64 va, u64 context, u64 mask) noexcept nogil:
+    """The entry is of the page of `va`, of this epoch, and lets an access pass whose kind has this memo_mask."""
+    return (e.tag ^ memo_tag(va, context)) & mask == 0
 
 cdef inline sc_memo_entry *memo_entry(sc_memo *memo, u64 va) noexcept nogil:
     return &memo.entry[(va >> 12) & (MEMO_ENTRIES - 1)]

@@ -24,9 +24,6 @@ cdef class Mmu:
     cdef object hook_error          # what a callback, or the handler of a signal, raised
     cdef sc_watch watch             # behind c.watch, between enter and leave
     cdef bint _general              # no fast path is taken
-    cdef bint no_memo               # the last batch had no use for the memo
-    cdef bint far                   # the tables that the last batch walked were not in the caches
-    cdef u32 chunks                 # of batches, ever
     cdef object audits              # AuditPoints, once points have been named
     cdef object event_hook          # keeps what c.event_context points to
 

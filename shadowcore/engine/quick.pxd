@@ -9,9 +9,14 @@ from shadowcore.engine.watch cimport sc_watch
 
 cdef enum:
     CHUNK = 4096                    # operations that are made in one go
-    PACKED = 19                     # bytes of an element of OP_DTYPE; its first three fields are a byte each
-    PACKED_ADDR = 3                 # offset of its fourth
-    PACKED_VALUE = 11               # ... and of its last
+    # Bytes from an element to the next: of OP_DTYPE, and of the same fields aligned as a C compiler does it. In both,
+    # op, user and size are the first three bytes.
+    PACKED = 19
+    ALIGNED = 24
+    PACKED_ADDR = 3                 # offset of the fourth field
+    PACKED_VALUE = 11               # ... and of the last
+    ALIGNED_ADDR = 8
+    ALIGNED_VALUE = 16
 
 # Fields of an operation: those of OP_DTYPE, in its order, then the optional ones, in that of batch._OPTIONAL.
 cdef enum:
@@ -26,6 +31,13 @@ cdef enum:
     FIELD_EXPECTED_HIGH = 8
     FIELDS = 9
 
+cdef inline u64 addr_at(i64 stride) noexcept nogil:
+    """Where addr lies, in elements PACKED or ALIGNED."""
+    return PACKED_ADDR if stride == PACKED else ALIGNED_ADDR
+
+cdef inline u64 value_at(i64 stride) noexcept nogil:
+    return PACKED_VALUE if stride == PACKED else ALIGNED_VALUE
+
 cdef struct sc_layout:
     const u8 *base                  # element 0
     i64 stride                      # bytes from one to the next
@@ -35,10 +47,10 @@ cdef struct sc_batch:
     sc_layout ops
     u32 number                      # vcpu of operations that name none
     bint data                       # bytes move
-    bint far                        # tables are far more than caches hold
-    # Laid out as OP_DTYPE, and nothing but loads, stores and fetches of 1, 2, 4 or 8 bytes, or operations that have
-    # these sizes by chance; `user` is 0 or 1. So it was when the batch began; the fast loops see that it still is.
-    bint packed
+    # PACKED or ALIGNED: laid out so, and nothing but loads, stores and fetches of 1, 2, 4 or 8 bytes, or operations
+    # that have these sizes by chance; `user` is 0 or 1. So it was when the batch began; the fast loops see that it
+    # still is. 0: `ops` has the layout.
+    i64 known_stride
     u32 last                        # highest code that an operation may have
     sc_op bad                       # after RC_BAD_OP: the operation that was refused
     sc_watch *watch                 # when it is due, a chunk may end early; NULL: it does not
@@ -47,8 +59,10 @@ cdef struct sc_batch:
     u64 *high                       # ... if some size is 16
     sc_row *rows                    # ... of those that did not just lead somewhere
     u64 n_rows
+    # Of a chunk, by what sc_memo has of those before.
     bint use_memo                   # the memo is asked and filled
     bint note                       # pages are noted in the memo, to see whether they come again
+    bint far                        # tables are far more than caches hold
     u64 hits                        # of the memo
     u64 glances                     # accesses that a glance answered
     u64 repeats                     # ... of a page that the memo had a note of
@@ -64,14 +78,14 @@ cdef inline u64 element_word(const u8 *element, u64 at) noexcept nogil:
         memcpy(&word, element + at, 8)
     return word
 
-cdef inline void load_packed(sc_op *o, const sc_batch *b, u64 i) noexcept nogil:
-    """load_op of an array laid out as OP_DTYPE."""
-    cdef const u8 *element = b.ops.base + i * PACKED
+cdef inline void load_known(sc_op *o, const sc_batch *b, u64 i) noexcept nogil:
+    """load_op of an array laid out as b.known_stride says."""
+    cdef const u8 *element = b.ops.base + <i64>i * b.known_stride
     o.op = element[0]
     o.user = element[1]
     o.size = element[2]
-    o.addr = element_word(element, PACKED_ADDR)
-    o.value[0] = element_word(element, PACKED_VALUE)
+    memcpy(&o.addr, element + b.ops.at[FIELD_ADDR], 8)
+    memcpy(o.value, element + b.ops.at[FIELD_VALUE], 8)
 
 cdef inline void load_op(sc_op *o, const sc_layout *layout, u64 i, u32 vcpu) noexcept nogil:
     """Gather an operation from an element of the caller's array, which may be packed."""
@@ -96,12 +110,5 @@ cdef inline bint op_stands(const sc_op *o, u32 vcpus, u32 last, bint wide) noexc
         return wide and o.op <= OP_CMPXCHG
     return o.size != 0 and o.size <= 8 and o.size & (o.size - 1) == 0
 
-cdef inline void quick_learn(sc_batch *b, u64 n) noexcept nogil:
-    """After a chunk of n operations. Where accesses do not repeat, the memo only costs; where they lead to ever new
-    regions, their tables do not lie in the caches."""
-    if n > CHUNK // 2 and (b.use_memo or b.note):
-        b.far = b.note and b.regions * 2 > n or (b.far and not b.note)
-        b.use_memo = (b.hits + b.repeats) * 2 > n
-
-cdef bint quick_usual(const u8 *element, u64 n) noexcept nogil
+cdef bint quick_candidates(const u8 *element, u64 n, i64 stride) noexcept nogil
 cdef int quick_chunk(sc_mmu *mmu, sc_batch *b, u64 *done, u64 stop) noexcept nogil

@@ -1,5 +1,5 @@
 """Stores to page tables amid a batch under `native`: the walks of the operations that follow see them, whichever
-short way these take, and however many walks are under way at once."""
+fast path these take, and however many walks are under way at once."""
 
 import numpy as np
 import pytest

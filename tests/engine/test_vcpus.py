@@ -26,10 +26,20 @@ from tlb_machine import (
 
 import shadowcore as sc
 
+# The fields of OP_DTYPE where a C compiler puts them, and one more in what that leaves free.
+IN_THE_GAP = np.dtype(
+    {
+        "names": [*sc.OP_DTYPE.names, "vcpu"],
+        "formats": ["u1", "u1", "u1", "<u8", "<u8", "u1"],
+        "offsets": [0, 1, 2, 8, 16, 3],
+        "itemsize": 24,
+    }
+)
+
 # -- operations ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", [OPS, ALIGNED])
+@pytest.mark.parametrize("dtype", [OPS, ALIGNED, IN_THE_GAP])
 @pytest.mark.parametrize("mmu", DESIGNS)
 def test_operations_say_who_performs_them(mmu, dtype):
     vm, tables, _ = pair(mmu, vcpus=3, same=False)

@@ -29,8 +29,8 @@ FLOORS = (
 itself, the table of contents, may import all, and nobody imports it."""
 
 ENGINE = (
-    "types check gmode held designs policies",
-    "bits counters tlb memo watch",
+    "types check held designs policies",
+    "bits counters gmode tlb memo watch",
     "memory results windows prices costs",
     "walker features page quirks role",
     "state",
@@ -242,7 +242,7 @@ WAYS = re.findall(
     PAGE.split("## Four ways through the house\n", 1)[1].split("\n## ", 1)[0] + "\n##",
     re.M | re.S,
 )
-STEP = re.compile(r"^\d+\. `([\w/.]+)`: `(\w+)`(?:, by the hook `(\w+)`)?", re.M)
+STEP = re.compile(r"^\d+\. `([\w/.]+)`: `(\w+)`(?:, by (the hook|way of) `(\w+)`)?", re.M)
 
 
 def body(file, function):
@@ -257,13 +257,16 @@ def body(file, function):
 
 @pytest.mark.parametrize(("title", "text"), WAYS, ids=[title for title, _ in WAYS])
 def test_ways_through_the_house(title, text):
-    """Each function is where the page says, and calls the next, or the hook behind which that is."""
+    """Each function is where the page says, and calls the next, or the hook behind which that is, or hands it to what
+    calls it."""
     steps = STEP.findall(text)
     assert len(steps) == len(re.findall(r"^\d+\. ", text, re.M)) >= 6
-    for (file, function, _), (next_file, next_function, hook) in itertools.pairwise(steps):
-        assert re.search(rf"\b{hook or next_function}\(", body(file, function)), (file, function, next_function)
-        if hook:
-            assert re.search(rf"\.{hook} = {next_function}$", (ROOT / next_file).read_text("utf-8"), re.M)
+    for (file, function, *_), (next_file, next_function, how, other) in itertools.pairwise(steps):
+        assert re.search(rf"\b{other or next_function}\(", body(file, function)), (file, function, next_function)
+        if how == "way of":
+            assert re.search(rf"\b{other}\(.*\b{next_function}, ", body(file, function))
+        elif other:
+            assert re.search(rf"\.{other} = {next_function}$", (ROOT / next_file).read_text("utf-8"), re.M)
     body(*steps[-1][:2])
 
 
