@@ -114,7 +114,8 @@ def machine(data, mmu, **settings):
 def frames_of(vm):
     """{gfn: bytes} of the frames that are not all zero."""
     frames = vm.memory.bytes.reshape(-1, oracle.PAGE)
-    return {int(gfn): frames[gfn].tobytes() for gfn in np.flatnonzero(frames.any(axis=1))}
+    used = vm.memory.words.reshape(-1, oracle.PAGE // 8).any(axis=1)
+    return {int(gfn): frames[gfn].tobytes() for gfn in np.flatnonzero(used)}
 
 
 def different_frames(got, wanted):
