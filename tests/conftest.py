@@ -1,5 +1,6 @@
 """Profiles of the random tests, by HYPOTHESIS_PROFILE: `ci` repeats one short run, `nightly` searches on."""
 
+import gc
 import os
 import signal
 
@@ -15,3 +16,9 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
 # A shell starts what it runs in the background with Ctrl-C ignored, and so would be every process that a test starts.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_collection_finish():
+    """The tests themselves, thousands of objects, stay: no collection of what a test leaves looks at them again."""
+    gc.collect()
+    gc.freeze()

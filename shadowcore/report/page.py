@@ -78,7 +78,10 @@ def write(study: Any, path: str | os.PathLike[str], heat: Mapping[str, Any] | No
         heat = _of_recording(study)
     limit = max(20, min(WINDOWS, 4800 // max(len(study.designs), 1)))
     while True:
-        text = _page(document(study, limit, heat)).encode("utf-8")
+        plain = document(study, limit, heat)
+        embedded = _embedded(plain)
+        # Nothing is drawn for a page whose figures alone are too many.
+        text = (_page(plain, embedded) if limit <= 20 or len(embedded) < LARGEST else embedded).encode("utf-8")
         if len(text) < LARGEST:
             break
         if limit <= 20:
@@ -100,12 +103,16 @@ def _of_recording(study: Any) -> Mapping[str, Any] | None:
     return heat(recording, designs, start=start, stop=min(start + count, recording.operations))
 
 
-def _page(plain: dict[str, Any]) -> str:
-    asset = files(__package__) / "data"
-    title = html.escape(f"{plain['workload']}: shadow paging under {len(plain['designs'])} designs")
+def _embedded(plain: dict[str, Any]) -> str:
     embedded = json.dumps(plain, allow_nan=False, separators=(",", ":"))
     for character in "<>&\u2028\u2029":  # none of these can end the element, or the string
         embedded = embedded.replace(character, f"\\u{ord(character):04x}")
+    return embedded
+
+
+def _page(plain: dict[str, Any], embedded: str) -> str:
+    asset = files(__package__) / "data"
+    title = html.escape(f"{plain['workload']}: shadow paging under {len(plain['designs'])} designs")
     sections = (_summary, _exits, _pages_in_use, _rates_section, _costs, _processes, _frames, _settings)
     body = "\n".join(filter(None, (section(plain) for section in sections)))
     policy = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data:"

@@ -159,7 +159,7 @@ def points(name):
         results.append(vm.vcpus[0].run(ops[number : number + 1]))
         takes += [number] * (vm.stats.mmu_cache_miss - missed)
         missed = vm.stats.mmu_cache_miss
-    return columns(*results), vm.memory.bytes.copy(), takes
+    return columns(*results), vm.memory.words.copy(), takes
 
 
 @pytest.mark.parametrize("name", SWEPT)
@@ -178,7 +178,7 @@ def test_stream_with_a_failure_at_each_point(name):
         second = vm.vcpus[0].run(ops[number + 1 :])
         assert vm.audit().ok, after
         assert same(columns(first, second), wanted), after
-        assert np.array_equal(vm.memory.bytes, memory), after
+        assert np.array_equal(vm.memory.words, memory), after
     assert zapped > 20
 
 
@@ -208,7 +208,7 @@ def test_stream_that_exhausts_the_pool(name):
         rest = vm.vcpus[0].run(ops[len(done) :])
         assert vm.audit().ok, after
         assert same(columns(done, rest), wanted), after
-        assert np.array_equal(vm.memory.bytes, memory), after
+        assert np.array_equal(vm.memory.words, memory), after
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -226,4 +226,4 @@ def test_stream_with_a_failure_every_few_operations(name, seed):
         assert vm.audit().ok, start
         start = stop
     assert same(columns(*results), wanted)
-    assert np.array_equal(vm.memory.bytes, memory)
+    assert np.array_equal(vm.memory.words, memory)

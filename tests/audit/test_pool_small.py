@@ -1,5 +1,7 @@
 """Pools of few pages: roots that pin them, and what a guest sees, which is what it sees with many pages."""
 
+from functools import cache, partial
+
 import numpy as np
 import pytest
 import streams
@@ -114,6 +116,19 @@ def test_five_levels_do_not_fit_into_four_pages():
 
 FUZZ = [name for name in streams.STREAMS if "fuzz" in name]
 TINY = (4, 5, 6, 8)
+RECYCLING = ({}, {"min_free": 0, "refill": 0}, {"min_free": 2, "refill": 2, "flood_threshold": None})
+
+
+def played(name, number, pages):
+    """What the guest saw of a stream under RECYCLING[number], and the pages that were zapped."""
+    vm, ops = playing(name, pool_pages=pages, **RECYCLING[number])
+    result = vm.vcpus[0].run(ops)
+    assert vm.audit().ok
+    assert streams.different_frames(streams.frames_of(vm), streams.expected(name)[1]) == []
+    return columns(result), result.stats.mmu_shadow_zapped
+
+
+in_a_large_pool = cache(partial(played, pages=4096))
 
 
 @pytest.mark.parametrize("pool_pages", TINY)
@@ -121,17 +136,11 @@ TINY = (4, 5, 6, 8)
 def test_tiny_pools(name, pool_pages):
     """In a pool of 4 to 8 pages every fault zaps, and the guest sees what it sees with 4096: also when nothing is
     recycled before it must be. No stream has five levels."""
-    expected, frames = streams.expected(name)
+    expected, _ = streams.expected(name)
     accesses = streams.is_access(streams.stream(name)["ops"])
-    for settings in ({}, {"min_free": 0, "refill": 0}, {"min_free": 2, "refill": 2, "flood_threshold": None}):
-        runs = []
-        for pages in (pool_pages, 4096):
-            vm, ops = playing(name, pool_pages=pages, **settings)
-            result = vm.vcpus[0].run(ops)
-            assert vm.audit().ok
-            assert streams.different_frames(streams.frames_of(vm), frames) == []
-            runs.append((columns(result), result.stats.mmu_shadow_zapped))
-        (tiny, zapped), (large, few) = runs
+    for number in range(len(RECYCLING)):
+        tiny, zapped = played(name, number, pool_pages)
+        large, few = in_a_large_pool(name, number)
         assert same(tiny, large)
         assert zapped > few
         for got, want in zip(tiny[:3], expected[:3], strict=True):

@@ -62,17 +62,17 @@ def test_accesses_are_those_of_python(design, mode, data):
     guest = Guest(design, mode)
     rng = np.random.default_rng(7)
     codes = [C["SC_READ"]] * 5 + [C["SC_WRITE"]] * 4 + [C["SC_FETCH"]] + list(range(C["SC_CMPXCHG"], C["SC_XOR"] + 1))
-    ops = np.zeros(1, dtype=[*((n, sc.OP_DTYPE.fields[n][0]) for n in sc.OP_DTYPE.names), ("expected", "<u8")])
-    for i in range(1500):
-        op = ops[0]
-        op["op"], op["size"], op["user"] = rng.choice(codes), rng.choice([1, 2, 4, 8]), rng.integers(2)
-        base = rng.choice([DATA, DATA, DATA, TABLES, 0, 0x8000_0000_0000, DATA + (256 << 12) - 4])
-        op["addr"] = int(base) + int(rng.integers(0, 20 << 12) if base in (DATA, TABLES) else 0)
-        # What stores put into tables keeps to bits that make entries: a new table, or none.
-        op["value"] = rng.integers(0, 1 << 62) if base == DATA else 0
-        if not data and op["op"] == C["SC_WRITE"]:
-            op["value"] = 0
-        result = guest.cpu.run(ops, data=data)
+    count = 1500
+    ops = np.zeros(count, dtype=[*((n, sc.OP_DTYPE.fields[n][0]) for n in sc.OP_DTYPE.names), ("expected", "<u8")])
+    ops["op"], ops["size"], ops["user"] = (rng.choice(of, count) for of in (codes, [1, 2, 4, 8], [0, 1]))
+    base = rng.choice([DATA, DATA, DATA, TABLES, 0, 0x8000_0000_0000, DATA + (256 << 12) - 4], count)
+    ops["addr"] = base + np.where(np.isin(base, (DATA, TABLES)), rng.integers(0, 20 << 12, count), 0)
+    # What stores put into tables keeps to bits that make entries: a new table, or none.
+    ops["value"] = np.where(base == DATA, rng.integers(0, 1 << 62, count), 0)
+    if not data:
+        ops["value"][ops["op"] == C["SC_WRITE"]] = 0
+    for i, op in enumerate(ops):
+        result = guest.cpu.run(ops[i : i + 1], data=data)
         rc, out = guest.access(
             int(op["op"]), int(op["addr"]), int(op["size"]), int(op["user"]), int(op["value"]), data=data
         )

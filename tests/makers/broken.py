@@ -7,7 +7,7 @@ is what was done to it.
 
 import numpy as np
 import pytest
-from guest2007 import DATA, PAGE, RAM, USER, Guest
+from guest2007 import DATA, MODES, PAGE, RAM, USER, Guest
 
 import shadowcore as sc
 
@@ -119,3 +119,18 @@ def scalars(guest, **changed):
 
 def found(vm):
     return [(v.invariant, v.what, v.page, v.index, v.gfn) for v in vm.audit().violations]
+
+
+def ways():
+    """A list of cases, and the decorator that puts one there: a function that breaks a machine and returns all that
+    shows it, as (invariant, sentence, page, index, gfn); the sentence that it is for, and the modes that have it."""
+    cases = []
+
+    def case(sentence, modes=MODES):
+        def register(function):
+            cases.extend(pytest.param(function, sentence, mode, id=f"{function.__name__}-{mode}") for mode in modes)
+            return function
+
+        return register
+
+    return cases, case

@@ -18,6 +18,7 @@ Where the architecture leaves a choice, this model takes the following ones (the
 """
 
 from dataclasses import dataclass
+from functools import cache
 
 PAGE = 4096
 NO_GPA = (1 << 64) - 1
@@ -49,6 +50,7 @@ CR0_PDPTE_BITS = CR0_CD | CR0_NW | CR0_PG
 CR4_PDPTE_BITS = CR4_PAE | CR4_PGE | CR4_PSE | CR4_SMEP
 
 
+@cache
 def bits(high, low):
     """A mask of the bits high:low, both included; empty if high < low."""
     return (1 << (high + 1)) - (1 << low) if high >= low else 0
@@ -108,7 +110,11 @@ class Memory:
         return memory
 
     def __contains__(self, gpa):
-        return any(gpa // PAGE in slot for slot in self.slots)
+        frame = gpa // PAGE
+        for slot in self.slots:  # noqa: SIM110
+            if frame in slot:
+                return True
+        return False
 
     def read(self, gpa, size):
         frame = self.frames.get(gpa // PAGE)
@@ -121,7 +127,7 @@ class Memory:
         frame[offset : offset + size] = (value & bits(8 * size - 1, 0)).to_bytes(size, "little")
 
 
-@dataclass
+@dataclass(slots=True)
 class Translation:
     gpa: int
     page_size: int
@@ -362,16 +368,19 @@ class Cpu:
     def _complete(gpa, page_size, walked, width):
         """SDM 4.6: an address is a user-mode address if U/S=1 in every entry; writes need R/W=1 in every
         entry; a fetch needs XD=0 in every entry.  SDM 4.6.2: the key is bits 62:59 of the last entry."""
-        entries = [entry for _, _, entry in walked]
+        every, some = -1, 0
+        for _, _, entry in walked:
+            every &= entry
+            some |= entry
         return Translation(
             gpa,
             page_size,
             walked,
             width,
-            writable=all(e & W for e in entries),
-            user=all(e & U for e in entries),
-            executable=not any(e & NX for e in entries),
-            key=entries[-1] >> 59 & 15,
+            writable=bool(every & W),
+            user=bool(every & U),
+            executable=not some & NX,
+            key=entry >> 59 & 15,
         )
 
     # -- rights ----------------------------------------------------------------------------------------------
@@ -402,7 +411,7 @@ class Cpu:
         """SDM 4.6.2 "Protection Keys": 4-level and 5-level paging with CR4.PKE=1, data accesses (in either
         mode) to user-mode addresses.  AD (bit 2k of PKRU) forbids any; WD (bit 2k+1) forbids user writes, and
         supervisor writes if CR0.WP=1."""
-        if self.mode not in ("64", "la57") or not self.cr4 & CR4_PKE or op == FETCH or not t.user:
+        if not self.cr4 & CR4_PKE or op == FETCH or not t.user or self.mode not in ("64", "la57"):
             return False
         access_disable, write_disable = self.pkru >> 2 * t.key & 1, self.pkru >> 2 * t.key & 2
         return bool(access_disable or (write_disable and op == WRITE and (user or self.cr0 & CR0_WP)))
@@ -442,9 +451,10 @@ class Cpu:
             self.cr2 = address & bits(31 if self.mode in ("32", "pae") else 63, 0)
             raise
         # SDM 4.8: A in every entry used, D in the one that maps the page if it is a write.
-        for i, (_, where, _) in enumerate(t.levels):
+        for i, (_, where, entry) in enumerate(t.levels):
             flags = A | (D if op == WRITE and i == len(t.levels) - 1 else 0)
-            self.memory.write(where, self.memory.read(where, 1) | flags, 1)
+            if entry & flags != flags:
+                self.memory.write(where, self.memory.read(where, 1) | flags, 1)
         if t.gpa not in self.memory:
             raise MMIOAccess(t.gpa)
         return t.gpa

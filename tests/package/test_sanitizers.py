@@ -15,10 +15,12 @@ EMBEDDING += ["tests/engine/test_threads.py"]
 NEVER = ["tests/embedding/test_capi_vms.py::test_a_plugin_without_python"]
 # Random programs, of which the default suite runs a sample.
 RANDOM = [f"tests/{name}.py" for name in ("arch/test_model_random", "tlb/test_tlb_lazy", "engine/test_vcpus_random")]
-# These measure memory, time or allocations, of which sanitizers have their own; or start programs under Valgrind.
+# These measure or limit memory, time or allocations, of which sanitizers have their own, and end or hang where there is
+# no more to be had; or start programs under Valgrind.
 MEASURED = [
     "tests/studies/test_cli_study.py::test_the_main_job_is_quick",
     "tests/engine/test_footprint.py",
+    "tests/engine/test_signals.py::test_a_batch_out_of_memory_keeps_its_result",
     "tests/recordings/test_importers.py::test_record",
     "tests/series/test_series_pool.py::test_faults_and_stores_allocate_nothing",
 ]

@@ -124,10 +124,11 @@ def play(vm, cpu, ops, checkpoint):
         result = cpu.run(ops[i : i + 1])
         for name, attribute in RESULTS.items():
             columns[name][i] = getattr(result, attribute)[0]
+        now = stats.as_dict()
         state = (
-            *(getattr(stats, name) for name in COUNTERS),
+            *(now[name] for name in COUNTERS),
             vm.mmu.pages_used,
-            stats.spte_installed - stats.spte_removed,
+            now["spte_installed"] - now["spte_removed"],
         )
         for row, value in zip(rows, state, strict=True):
             row[i] = value

@@ -196,9 +196,8 @@ def test_names_cannot_break_the_page(tmp_path, small):
     assert "".join(parsed.texts["command"]) == nasty
 
 
-def test_what_a_study_may_lack(tmp_path):
-    """No windows, no heat, no cost, counters that are no numbers: sections are left out, the rest stands."""
-    bare = SimpleNamespace(
+def without_pictures():
+    return SimpleNamespace(
         workload="bare",
         settings={},
         command="shadowcore compare",
@@ -209,7 +208,11 @@ def test_what_a_study_may_lack(tmp_path):
             )
         },
     )
-    page.write(bare, tmp_path / "out.html")
+
+
+def test_what_a_study_may_lack(tmp_path):
+    """No windows, no heat, no cost, counters that are no numbers: sections are left out, the rest stands."""
+    page.write(without_pictures(), tmp_path / "out.html")
     parsed = Parsed((tmp_path / "out.html").read_text("utf-8"))
     assert embedded(parsed)["designs"]["cached"]["seconds"] is None
     assert by_row(parsed.tables["summary"])["VM exits, all"] == [3]
@@ -217,9 +220,10 @@ def test_what_a_study_may_lack(tmp_path):
     assert not [a for tag, a in parsed.tags if tag == "svg" and "role" in a]
 
 
-def test_disk_trouble_is_an_oserror_and_nothing_is_lost(tmp_path, small, monkeypatch):
+def test_disk_trouble_is_an_oserror_and_nothing_is_lost(tmp_path, monkeypatch):
+    study = without_pictures()
     with pytest.raises(FileNotFoundError) as caught:
-        page.write(small, tmp_path / "missing" / "out.html")
+        page.write(study, tmp_path / "missing" / "out.html")
     assert caught.value.filename == str(tmp_path / "missing" / "out.html")
     (tmp_path / "out.html").write_text("older")
 
@@ -228,7 +232,7 @@ def test_disk_trouble_is_an_oserror_and_nothing_is_lost(tmp_path, small, monkeyp
 
     monkeypatch.setattr(os, "replace", full)
     with pytest.raises(OSError, match="No space") as caught:
-        page.write(small, tmp_path / "out.html")
+        page.write(study, tmp_path / "out.html")
     assert caught.value.filename == str(tmp_path / "out.html")
     assert "\n" not in str(caught.value)
     assert [each.name for each in tmp_path.iterdir()] == ["out.html"]
