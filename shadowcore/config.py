@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 import re
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from enum import IntEnum, IntFlag
 from typing import Any, ClassVar, TypeVar
 
@@ -14,6 +14,10 @@ from .errors import ConfigError
 
 PAGE_SIZE = 4096
 T = TypeVar("T")
+HOST_PAGES = (PAGE_SIZE, 1 << 21, 1 << 30)
+"""Sizes of a host's page, by level."""
+RELEASES = ("6.1", "6.12")
+"""Releases of Linux whose ways `Shadow.release` can name."""
 POOL_MAX = (1 << 22) - 1
 """Pages of a shadow pool at most: the number of an spte, plus one, has 31 bits, as lists of sptes need it."""
 _UNITS = {"": 1, "b": 1, "kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30, "tib": 1 << 40}
@@ -45,7 +49,7 @@ class Op(IntEnum):
 
 
 class Quirk(IntFlag):
-    """Defects and costs of the code of January 2007, each to be switched on by itself.
+    """Defects and costs of KVM's code, of January 2007 and of Linux 6.1, each to be switched on by itself.
 
     The names say what is done wrongly; the docstrings name the commit that mended it.
     """
@@ -91,7 +95,27 @@ class Quirk(IntFlag):
     11:5 of CR3 in 4- and 5-level paging without PCIDs, bits 2:0 elsewhere. The series' own checks did so; KVM has long
     given them up. `Native` takes this quirk as well: it is the guest's processor that is different."""
     KVM_2007 = (1 << 16) - 1
-    """All of them: the series as it was."""
+    """All of those above: the series as it was. The others are of design `unsync`."""
+    ROLE_WITHOUT_NXE = 1 << 16
+    """Design `unsync`: EFER.NXE, CR4.PSE, and whether entries of 8 bytes are PAE's, are not in the role, so that a page
+    made under other rules is found again: an entry with bit 63 set is served while EFER.NXE is off (Linux 6.1)."""
+    WP0_HIDES_USER = 1 << 17
+    """Design `unsync`: with CR0.WP off a leaf that grants a supervisor's store hides from SMAP that the page is a
+    user's (Linux 6.1); else such stores are emulated where SMAP or protection keys are on."""
+    FAULT_KEEPS_LEAF = 1 << 18
+    """Design `unsync`: after a page fault whose error code has P clear, or RSVD set, a leaf that lags serves on; by SDM
+    volume 3, 4.10.4.1, each page fault drops what translates its address (Linux 6.1)."""
+    TAGGED_CR3_LAGS = 1 << 19
+    """Design `unsync`: a load of CR3 with bit 63 set brings nothing in line, so that leaves which were made and lag
+    under one PCID serve another that never was in use meanwhile (Linux 6.1)."""
+    DEVICE_UNASKED = 1 << 20
+    """Design `unsync`: an access to a device whose page is remembered asks for no protection key, and with CR0.WP off
+    not whether the guest's entry is dirty (Linux 6.1)."""
+    STORE_ROUNDED = 1 << 21
+    """Design `unsync`: with CR4.PAE on, an emulated store of 4 bytes is taken for one to the entry that its first byte
+    is in, also where it reaches into the next, whose shadow stays (Linux 6.1)."""
+    KVM_6_1 = ROLE_WITHOUT_NXE | WP0_HIDES_USER | FAULT_KEEPS_LEAF | TAGGED_CR3_LAGS | DEVICE_UNASKED | STORE_ROUNDED
+    """Those of Linux 6.1."""
 
 
 @dataclass(frozen=True)
@@ -130,11 +154,14 @@ class MemorySlot:
     """`size` bytes of guest RAM at guest physical address `gpa` (both multiples of 4096).
 
     dirty_log: log the frames written from the start.
+    host_page_size: bytes of the host's pages under it: 4096, 2 MiB or 1 GiB. Design `unsync` makes large leaves where
+        the guest's page is as large, and both lie alike.
     """
 
     gpa: int
     size: int | str
     dirty_log: bool = False
+    host_page_size: int | str = PAGE_SIZE
 
     def __post_init__(self) -> None:
         _put(
@@ -145,6 +172,12 @@ class MemorySlot:
         )
         if self.gpa % PAGE_SIZE:
             raise ConfigError(f"slot.gpa: {self.gpa:#x} is not a multiple of 4096")
+        host = parse_size(self.host_page_size, "slot.host_page_size")
+        if host not in HOST_PAGES:
+            raise ConfigError(f"slot.host_page_size: {host} is not 4 KiB, 2 MiB or 1 GiB")
+        if host > int(self.size):
+            raise ConfigError(f"slot.host_page_size: {host} bytes, and the slot has {self.size}")
+        _put(self, host_page_size=host)
 
 
 @dataclass(frozen=True)
@@ -205,41 +238,71 @@ class Shadow:
     name: what reports call this design.
     keep: shadow tables belong to guest tables and survive loads of CR3 (`cached`), or belong to linear addresses and
         are thrown away at CR3 loads unless global (`flush`).
-    pool_pages: shadow pages in the pool (KVM_NUM_MMU_PAGES = 256).
+    pool_pages: shadow pages in the pool (KVM_NUM_MMU_PAGES = 256). None, for lagging tables: a fiftieth of the guest's
+        frames, at least 64 (the kernel's rule).
     min_free: the pool is refilled when fewer pages than this are free (KVM_MIN_FREE_MMU_PAGES = 5).
     refill: recycling goes on until this many are free (KVM_REFILL_PAGES = 25).
     flood_threshold: consecutive emulated stores to one frame that zap its shadow pages (3); None: never.
     flood_reset: start counting anew at a fault that is no store to a guest table, as since a25f7e1f8c1f (2.6.23), so
         that demand paging is not taken for a flood. The series counted on.
-    quirks: defects of 2007 to reproduce.
+    lagging: leaf tables of the guest may run out of sync (`unsync`). The settings that follow are of that alone.
+    prev_roots: roots of earlier CR3s that each vcpu keeps, 0 to 16 (KVM_MMU_NUM_PREV_ROOTS = 3); 4- and 5-level paging.
+    prefetch: entries of the aligned group that a fault fills: 0, or a power of two up to 32 (PTE_PREFETCH_NUM = 8).
+    release: "6.1": INVLPG drops a leaf and makes it again at once, and a sync rewrites every leaf. "6.12": both change
+        what is there, where the guest's entry asks for it.
+    quirks: defects to reproduce: those of KVM_2007, or of KVM_6_1 where tables are `lagging`.
     """
 
     name: str = "cached"
     keep: bool = True
-    pool_pages: int = 256
+    pool_pages: int | None = 256
     min_free: int = 5
     refill: int = 25
     flood_threshold: int | None = 3
     flood_reset: bool = False
+    lagging: bool = False
+    prev_roots: int = 3
+    prefetch: int = 8
+    release: str = "6.1"
     quirks: Quirk = Quirk.NONE
 
     def __post_init__(self) -> None:
         min_free, threshold = check_int("min_free", self.min_free, 0, POOL_MAX), self.flood_threshold
         _put(
             self,
-            name=_check_name(self.name),
+            name=_check_text("name", self.name),
             keep=check_bool("keep", self.keep),
-            pool_pages=check_int("pool_pages", self.pool_pages, 4, POOL_MAX),
+            pool_pages=None if self.pool_pages is None else check_int("pool_pages", self.pool_pages, 4, POOL_MAX),
             min_free=min_free,
             refill=check_int("refill", self.refill, min_free, POOL_MAX),
             flood_threshold=None if threshold is None else check_int("flood_threshold", threshold, 1, 1 << 31),
             flood_reset=check_bool("flood_reset", self.flood_reset),
-            quirks=_quirks(self.quirks, Quirk.KVM_2007),
+            lagging=check_bool("lagging", self.lagging),
+            prev_roots=check_int("prev_roots", self.prev_roots, 0, 16),
+            prefetch=check_int("prefetch", self.prefetch, 0, 32),
+            release=_check_text("release", self.release),
+            quirks=_quirks(self.quirks, Quirk.KVM_6_1 if self.lagging else Quirk.KVM_2007),
         )
+        if self.prefetch & (self.prefetch - 1):
+            raise ConfigError(f"prefetch: {self.prefetch} is not 0, 1, 2, 4, 8, 16 or 32")
+        if self.pool_pages is None and not self.lagging:
+            raise ConfigError("pool_pages: a number is needed; None is for lagging tables")
+        if self.release not in RELEASES:
+            raise ConfigError(f"release: {self.release!r} is not one of {', '.join(RELEASES)}")
+        if self.lagging and not self.keep:
+            raise ConfigError("lagging: shadow tables have to belong to guest tables (keep)")
+        if self.lagging and (self.flood_reset or (self.flood_threshold or 0) > 255):
+            raise ConfigError("flood_reset, flood_threshold: lagging tables count floods page by page, to 255 at most")
+
+    def of_memory(self, frames: int) -> Shadow:
+        """The same, with the pool that it has in a guest of so many frames."""
+        return self if self.pool_pages is not None else replace(self, pool_pages=max(64, frames // 50))
 
     @property
     def engine(self) -> str:
         """The file of engine/designs in which it is made."""
+        if self.lagging:
+            return "unsync"
         return "cached" if self.keep else "flush"
 
     @classmethod
@@ -262,13 +325,34 @@ class Shadow:
         """`cached` with every quirk: exits, stores, zaps and structure of the real code of January 2007."""
         return cls(**{"name": "kvm-2007", "keep": True, "quirks": Quirk.KVM_2007, **settings})
 
+    @classmethod
+    def unsync(cls, **settings: Any) -> Shadow:
+        """The shadow MMU of today: leaf tables of the guest run out of sync until it flushes, roots are kept,
+        neighbours prefetched, leaves large where they can be. Defaults: Linux 6.1's, without its defects."""
+        return cls(**{"name": "unsync", "lagging": True, "pool_pages": None, **settings})
+
+    @classmethod
+    def kvm_6_1(cls, **settings: Any) -> Shadow:
+        """`unsync` with the quirks of Linux 6.1: exits, stores, zaps and structure of its KVM."""
+        return cls.unsync(**{"name": "kvm-6.1", "quirks": Quirk.KVM_6_1, **settings})
+
+    @classmethod
+    def kvm_6_12(cls, **settings: Any) -> Shadow:
+        """The same of Linux 6.12, in which INVLPG makes no leaf."""
+        return cls.kvm_6_1(**{"name": "kvm-6.12", "release": "6.12", **settings})
+
 
 DESIGNS: dict[str, Any] = {
     "native": Native,
     "flush": Shadow.flush,
     "cached": Shadow.cached,
+    "unsync": Shadow.unsync,
     "kvm-2007": Shadow.kvm_2007,
+    "kvm-6.1": Shadow.kvm_6_1,
+    "kvm-6.12": Shadow.kvm_6_12,
 }
+DEFAULT_DESIGNS = ("native", "flush", "cached", "unsync")
+"""What is compared where nothing else is said: no hypervisor, and shadow paging before 2007, in 2007 and today."""
 
 
 def design(mmu: str | Native | Shadow, **settings: Any) -> Native | Shadow:
@@ -283,10 +367,10 @@ def design(mmu: str | Native | Shadow, **settings: Any) -> Native | Shadow:
 
 def _quirks(quirks: object, allowed: Quirk) -> Quirk:
     bits = operator.index(quirks) if isinstance(quirks, int) else -1
-    if bits & ~int(Quirk.KVM_2007):
+    if bits & ~int(Quirk.KVM_2007 | Quirk.KVM_6_1):
         raise ConfigError(f"quirks: {quirks!r} is not a combination of members of shadowcore.Quirk")
     if bits & ~int(allowed):
-        raise ConfigError(f"quirks: of these {Quirk(bits)!r} native has only {allowed!r}")
+        raise ConfigError(f"quirks: of these {Quirk(bits)!r} the design has only {allowed!r}")
     return Quirk(bits)
 
 
@@ -329,9 +413,9 @@ def check_bool(name: str, value: object) -> bool:
     raise ConfigError(f"{name}: True or False is needed, not {value!r:.60}")
 
 
-def _check_name(value: object) -> str:
+def _check_text(name: str, value: object) -> str:
     if not isinstance(value, str):
-        raise ConfigError(f"name: a text is needed, not {value!r:.60}")
+        raise ConfigError(f"{name}: a text is needed, not {value!r:.60}")
     return str.__str__(value)
 
 

@@ -6,20 +6,21 @@ from shadowcore.engine.access cimport (
     OP_WRITE, OP_XCHG, op_is_access, op_is_rmw, sc_op, sc_result,
 )
 from shadowcore.engine.counters cimport EXIT_INVLPG
-from shadowcore.engine.design cimport design_exit, design_invlpg
+from shadowcore.engine.design cimport design_enter, design_exit, design_invlpg
 from shadowcore.engine.designs.native cimport store_seen
 from shadowcore.engine.emulate cimport emulate_store, walk_updated
 from shadowcore.engine.flushes cimport FLUSH_INVLPG, flush_lost
+from shadowcore.engine.invalidate cimport invalidate_fault
 from shadowcore.engine.memory cimport mem_frame, mem_gfn, mem_guest_frame, mem_mark_dirty, sc_no_frame
-from shadowcore.engine.fast cimport fault_fast
+from shadowcore.engine.fast cimport NO_EXIT, fault_fast
 from shadowcore.engine.pool cimport pool_unprotect
-from shadowcore.engine.registers cimport load_ac, load_cr0, load_cr3, load_cr4, load_efer, load_pkru
+from shadowcore.engine.registers cimport load_ac, load_cr0, load_cr3, load_cr4, load_efer, load_pkru, load_refused
 from shadowcore.engine.resolve cimport resolve
 from shadowcore.engine.state cimport is_shadowed, linear_address, linear_exists, sc_mmu, sc_vcpu
 from shadowcore.engine.tlb cimport tlb_flush_page
 from shadowcore.engine.types cimport (
-    MODE_64, PF_I, PF_U, PF_W, RC_BAD_OP, RC_EMULATE, RC_GP, RC_HOOK, RC_MMIO, RC_OK, RC_PF, RC_UNGRANTED, RC_UNHANDLED,
-    u8, u32, u64,
+    MODE_64, PF_I, PF_U, PF_W, RC_BAD_OP, RC_EMULATE, RC_GP, RC_HOOK, RC_MMIO, RC_OK, RC_PF, RC_RETRY, RC_UNGRANTED,
+    RC_UNHANDLED, u8, u32, u64,
 )
 from shadowcore.engine.walker cimport guest_glance, guest_walk, probe_walk, sc_walk, shadow_glance
 
@@ -138,7 +139,14 @@ cdef int _resolve(sc_mmu *mmu, sc_vcpu *v, u32 access, sc_part *parts, int n, sc
     return device
 
 
-cdef int _ask_embedder(sc_mmu *mmu, sc_vcpu *v, u32 access, sc_part *parts, int n, sc_result *r) noexcept nogil:
+cdef inline bint _writes_tables(const sc_vcpu *v, const sc_op *o) noexcept nogil:
+    """The instruction is one by which page tables are written: MOV, XCHG, CMPXCHG, AND, OR, of at most 8 bytes; others
+    show that the frame is something else by now (KVM's decoder marks the same)."""
+    return not v.odd_stores and o.size <= 8 and o.op != OP_ADD and o.op != OP_XOR
+
+
+cdef int _ask_embedder(sc_mmu *mmu, sc_vcpu *v, const sc_op *o, u32 access, sc_part *parts, int n,
+                       sc_result *r) noexcept nogil:
     """Ask whether each store that needs emulation can have it. Where not, unprotect the table, so that the access can
     be made natively (patch 14), and resolve anew; RC_UNHANDLED where that leads back to a protected table (a root in
     use, a table that maps itself), RC_UNGRANTED where it is no table that makes emulation necessary."""
@@ -149,13 +157,27 @@ cdef int _ask_embedder(sc_mmu *mmu, sc_vcpu *v, u32 access, sc_part *parts, int 
         for i in range(n):
             if not parts[i].emulate:
                 continue
-            answer = mmu.can_emulate(mmu.hook, parts[i].va, parts[i].gpa, parts[i].nbytes)
+            answer = True
+            if mmu.can_emulate != NULL:
+                answer = mmu.can_emulate(mmu.hook, parts[i].va, parts[i].gpa, parts[i].nbytes)
             if answer < 0:
                 return RC_HOOK
+            if (answer and mmu.design.run_again != NULL and parts[i].table and not _writes_tables(v, o)
+                    and refusals < 2 * n):
+                answer = not mmu.design.run_again(mmu, v, parts[i].va, parts[i].gpa)
+                if not answer:
+                    if v.restarts:
+                        return RC_RETRY
+                    refusals += 1
+                    rc = _resolve(mmu, v, access, parts, n, r)
+                    answer = -1
+                    break
             if answer == 0:
                 break
         else:
             return RC_OK
+        if answer < 0:
+            continue
         if not parts[i].table:
             return RC_UNGRANTED
         refusals += 1
@@ -164,6 +186,64 @@ cdef int _ask_embedder(sc_mmu *mmu, sc_vcpu *v, u32 access, sc_part *parts, int 
             return RC_UNHANDLED
         rc = _resolve(mmu, v, access, parts, n, r)
     return rc
+
+
+cdef int _emulate_whole(sc_mmu *mmu, sc_vcpu *v, const sc_op *o, u32 access, sc_part *parts, bint data,
+                        sc_result *r) noexcept nogil:
+    """A store over a page boundary of which a part hit a table: the emulator does all of it, from its first byte, page
+    by page, by its own walks. A fault of the second page leaves the first part stored, as KVM's emulator does."""
+    cdef sc_walk w
+    cdef u64 now[2]
+    cdef u32 done = 0
+    cdef int i
+    now[0] = o.value[0]
+    now[1] = o.value[1]
+    for i in range(2):
+        if guest_walk(mmu.mem, &v.guest, parts[i].va, access, &w) == RC_PF:
+            v.cr2 = parts[i].va
+            mmu.stats.pf_guest += 1
+            r.error_code = w.error_code
+            invalidate_fault(mmu, v, parts[i].va, w.error_code)
+            return RC_PF
+        mmu.stats.guest_walk_references += w.references
+        walk_updated(mmu, v, &w)
+        parts[i].gpa = w.gpa
+        if mem_frame(mmu.mem, w.gpa >> 12) == sc_no_frame():
+            r.gpa = w.gpa
+            return RC_MMIO
+        if not data:
+            memcpy(<u8 *>now + done, mem_guest_frame(mmu.mem, w.gpa) + (w.gpa & 4095), parts[i].nbytes)
+        emulate_store(mmu, v, w.gpa, <u8 *>now + done, parts[i].nbytes)
+        r.emulated += 1
+        done += parts[i].nbytes
+    r.gpa = parts[0].gpa
+    return RC_OK
+
+
+cdef int _store_over_boundary(sc_mmu *mmu, sc_vcpu *v, const sc_op *o, u32 access, sc_part *parts, bint data,
+                              sc_result *r) noexcept nogil:
+    """A store over a page boundary in the order of the processor and of KVM's emulator: the first page is looked up,
+    then the second, and then both parts are stored."""
+    cdef sc_walk w
+    cdef int i, rc
+    for i in range(2):
+        rc = resolve(mmu, v, parts[i].va, access, &w)
+        parts[i].gpa = w.gpa
+        if rc == RC_EMULATE:
+            if not _writes_tables(v, o) and mmu.design.run_again(mmu, v, parts[i].va, w.gpa):
+                return RC_RETRY
+            return _emulate_whole(mmu, v, o, access, parts, data, r)
+        if rc != RC_OK:
+            r.error_code = w.error_code if rc == RC_PF else 0
+            r.gpa = w.gpa if rc == RC_MMIO else <u64>-1
+            return rc
+    r.gpa = parts[0].gpa
+    if data:
+        memcpy(mem_guest_frame(mmu.mem, parts[0].gpa) + (parts[0].gpa & 4095), o.value, parts[0].nbytes)
+        memcpy(mem_guest_frame(mmu.mem, parts[1].gpa), <const u8 *>o.value + parts[0].nbytes, parts[1].nbytes)
+    for i in range(2):
+        mem_mark_dirty(mmu.mem, parts[i].gpa >> 12)
+    return RC_OK
 
 
 cdef int _one_page(sc_mmu *mmu, sc_vcpu *v, const sc_op *o, u64 va, u32 access, bint data, sc_result *r) noexcept nogil:
@@ -191,6 +271,7 @@ cdef int _one_page(sc_mmu *mmu, sc_vcpu *v, const sc_op *o, u64 va, u32 access, 
             else:
                 memcpy(now, at, o.size)
             emulate_store(mmu, v, w.gpa, <const u8 *>now, o.size)
+            design_enter(mmu, v)
             r.emulated = 1
             return RC_OK
         if data:
@@ -261,7 +342,7 @@ cdef bint access_fault(sc_mmu *mmu, sc_vcpu *v, const sc_op *o, bint data, sc_re
     cdef u64 va
     cdef u64 word = 0
     cdef u32 size
-    cdef bint emulate
+    cdef int emulate
     cdef u8 *at
     if not _in_one_page(v, o, &va, &size):
         return False
@@ -273,9 +354,12 @@ cdef bint access_fault(sc_mmu *mmu, sc_vcpu *v, const sc_op *o, bint data, sc_re
     r.error_code = 0
     r.exits = 1
     r.emulated = emulate
-    if emulate and data:
-        emulate_store(mmu, v, r.gpa, <const u8 *>o.value, size)
-        return True
+    if emulate:
+        if emulate == NO_EXIT:
+            r.exits = r.emulated = emulate = 0
+        elif data:
+            emulate_store(mmu, v, r.gpa, <const u8 *>o.value, size)
+            return True
     if not (emulate or data):
         return True                 # no byte moves
     at = mem_guest_frame(mmu.mem, r.gpa) + (r.gpa & 4095)
@@ -331,7 +415,8 @@ cdef int vcpu_access(sc_mmu *mmu, sc_vcpu *v, const sc_op *o, bint data, sc_resu
         rc = RC_GP
     if o.op == OP_CMPXCHG and size == 16 and o.addr & 15:
         rc = RC_GP                  # CMPXCHG16B wants its operand aligned
-    if rc == RC_OK and (first & 4095) + size <= 4096 and not rmw and mmu.can_emulate == NULL:
+    if (rc == RC_OK and (first & 4095) + size <= 4096 and not rmw and mmu.can_emulate == NULL
+            and (size <= 8 and not v.odd_stores or mmu.design.run_again == NULL)):
         return _one_page(mmu, v, o, first, access, data, r)
     memset(r, 0, sizeof(sc_result))
     r.gpa = <u64>-1
@@ -347,9 +432,15 @@ cdef int vcpu_access(sc_mmu *mmu, sc_vcpu *v, const sc_op *o, bint data, sc_resu
         parts[0].nbytes = 4096 - <u32>(o.addr & 4095)
         parts[1].nbytes = size - parts[0].nbytes
         parts[1].va = last & ~<u64>4095
+    if n == 2 and o.op == OP_WRITE and v.restarts and mmu.design.run_again != NULL and mmu.can_emulate == NULL:
+        rc = _store_over_boundary(mmu, v, o, access, parts, data, r)
+        design_enter(mmu, v)
+        r.exits = <u32>(mmu.stats.pf_taken - taken)
+        r.outcome = <u8>rc
+        return rc
     rc = _resolve(mmu, v, access, parts, n, r)
-    if rc == RC_OK and mmu.can_emulate != NULL and stores:
-        rc = _ask_embedder(mmu, v, access, parts, n, r)
+    if rc == RC_OK and stores and (mmu.can_emulate != NULL or mmu.design.run_again != NULL):
+        rc = _ask_embedder(mmu, v, o, access, parts, n, r)
     r.exits = <u32>(mmu.stats.pf_taken - taken)
     if rc != RC_OK:
         r.outcome = <u8>rc
@@ -375,6 +466,7 @@ cdef int vcpu_access(sc_mmu *mmu, sc_vcpu *v, const sc_op *o, bint data, sc_resu
     if n == 2:
         _look_again(mmu, &parts[1])     # the first part's store may have zapped what the second had to go round
         _store(mmu, v, &parts[1], <u8 *>now + parts[0].nbytes, data, r)
+    design_enter(mmu, v)
     return RC_OK
 
 
@@ -408,6 +500,6 @@ cdef int vcpu_op(sc_mmu *mmu, sc_vcpu *v, const sc_op *o, bint data, sc_result *
     else:
         return RC_BAD_OP
     if rc == RC_GP:
-        mmu.stats.gp_guest += 1
+        load_refused(mmu)
     r.outcome = <u8>rc
     return rc

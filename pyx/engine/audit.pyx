@@ -1,13 +1,15 @@
 """Audits: the checkers of `invariants` run on demand, or at named points of what the engine does.
 
-A point is where KVM's MMU_DEBUG audited: around a page fault, around a store to a guest table, after a load of CR3.
+A point is where KVM's MMU_DEBUG audited: around a page fault, around a store to a guest table, after a load of CR3;
+and, where tables may be unsync, around the sync of what roots reach (mmu_audit.c of later releases).
 An audit that finds something there does not stop the operation under way, so that nothing is left half done; the
 call that made the operation raises AuditError after it.
 """
 from dataclasses import dataclass
 
-from shadowcore.engine.hooks cimport HOOK_RAISED, POINT_COUNT
+from shadowcore.engine.hooks cimport HOOK_RAISED, POINT_COUNT, POINT_POST_SYNC
 from shadowcore.engine.invariants cimport audit_all, audit_violations, sc_audit
+from shadowcore.engine.lagging cimport LAGGING_SYNCED
 from shadowcore.engine.mmu cimport Mmu
 from shadowcore.engine.state cimport sc_mmu
 from shadowcore.engine.types cimport u32
@@ -17,7 +19,7 @@ from shadowcore.engine.invariants import Violation as _Violation
 from shadowcore.errors import AuditError, ConfigError
 
 Violation = _Violation
-POINTS = ("pre-fault", "post-fault", "pre-write", "post-write", "post-cr3")
+POINTS = ("pre-fault", "post-fault", "pre-write", "post-write", "post-cr3", "pre-sync", "post-sync")
 assert len(POINTS) == POINT_COUNT
 
 
@@ -60,6 +62,8 @@ cdef void _audit_here(sc_mmu *mmu, u32 point) noexcept nogil:
     if mmu.audit_found:
         return
     audit_all(mmu, a)
+    if point == POINT_POST_SYNC:
+        mmu.design.audit(mmu, a, LAGGING_SYNCED)
     if mmu.watch != NULL and (mmu.watch.raised != NULL or (watch_due(mmu.watch) and watch_look(mmu.watch))):
         mmu.audit_found = HOOK_RAISED
     elif a.n:

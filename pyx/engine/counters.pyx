@@ -24,10 +24,16 @@ assert sizeof(sc_stats) == 8 * (len(EXIT_REASONS) + len(COUNTERS))
 cdef dict _INDEX = {name: len(EXIT_REASONS) + i for i, name in enumerate(COUNTERS)}
 
 
+# Counters that tell how much there is now, and not what happened since a moment.
+GAUGES = ("mmu_unsync", "pages_4k", "pages_2m", "pages_1g")
+
+
 cdef class Stats:
     """Live counters of a VM: attributes by KVM's names, `exits` by reason, `as_dict()`, `reset()`.
 
-    Page-fault exits are the reasons "fill", "write", "emulate", "guest" and "mmio": pf_taken is their sum.
+    Page-fault exits are the reasons "fill", "write", "emulate", "guest" and "mmio": pf_taken is their sum (design
+    `unsync`: with pf_mmio_spte_hit, which KVM does not count among them). mmu_unsync, pages_4k, pages_2m and pages_1g
+    are gauges: what there is now; in the stats of a run, at its end.
     """
 
     def __cinit__(self, owner=None):
@@ -74,10 +80,12 @@ cdef class Stats:
         return _pickled_stats, (self.exits, {name: (<u64 *>self.c)[<int>index] for name, index in _INDEX.items()})
 
     def reset(self) -> None:
-        """Set every counter to zero."""
+        """Set every counter to zero, but for gauges: what they count is still there."""
+        cdef sc_stats kept = self.c[0]
         if self.owner is not None:
             self.owner.counters_reset()
         memset(self.c, 0, sizeof(sc_stats))
+        _copy_gauges(self.c, &kept)
 
     def _repr_html_(self):
         from shadowcore.notebook import counters
@@ -99,10 +107,18 @@ def _pickled_stats(dict exits, dict counters):
     return made
 
 
+cdef inline void _copy_gauges(sc_stats *to, const sc_stats *source) noexcept:
+    to.mmu_unsync = source.mmu_unsync
+    to.pages_4k = source.pages_4k
+    to.pages_2m = source.pages_2m
+    to.pages_1g = source.pages_1g
+
+
 cdef Stats stats_between(const sc_stats *before, const sc_stats *after):
-    """What was counted from one copy of the counters to the next."""
+    """What was counted from one copy of the counters to the next; gauges as they are in the latter."""
     cdef Stats difference = Stats()
     cdef int i
     for i in range(<int>(sizeof(sc_stats) // sizeof(u64))):
         (<u64 *>&difference.own)[i] = (<const u64 *>after)[i] - (<const u64 *>before)[i]
+    _copy_gauges(&difference.own, after)
     return difference

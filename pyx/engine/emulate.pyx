@@ -16,6 +16,7 @@ from shadowcore.engine.spte cimport spte_unlink, spte_wipe
 from shadowcore.engine.state cimport is_shadowed, sc_mmu, sc_vcpu
 from shadowcore.engine.types cimport MODE_32, SC_NONE, u8, u32, u64
 from shadowcore.engine.walker cimport sc_walk, walk_index
+from shadowcore.engine.zap cimport entry_zap
 
 
 cdef inline void _drop_entry(sc_mmu *mmu, u32 number, u32 index) noexcept nogil:
@@ -97,9 +98,22 @@ cdef inline void _store(sc_mmu *mmu, u64 gpa, const u8 *data, u32 nbytes, bint f
     audit_point(mmu, POINT_POST_WRITE)
 
 
+cdef void _store_first(sc_mmu *mmu, sc_vcpu *v, u64 gpa, const u8 *data, u32 nbytes) noexcept nogil:
+    """The same, where the design looks at what is there afterwards. v: NULL, if no vcpu made it."""
+    cdef u64 frame = mem_frame(mmu.mem, gpa >> 12)
+    audit_point(mmu, POINT_PRE_WRITE)
+    memcpy(mmu.mem.ram + (frame << 12) + (gpa & 4095), data, nbytes)
+    mem_mark_dirty(mmu.mem, gpa >> 12)
+    mmu.design.stored(mmu, v, gpa, nbytes)
+    audit_point(mmu, POINT_POST_WRITE)
+
+
 cdef void emulate_store(sc_mmu *mmu, sc_vcpu *v, u64 gpa, const u8 *data, u32 nbytes) noexcept nogil:
     """The guest's store of `nbytes`, within one frame of RAM, done by the emulator; counts towards a write flood."""
     cdef u64 gfn = gpa >> 12
+    if mmu.design.stored != NULL:   # it counts floods itself
+        _store_first(mmu, v, gpa, data, nbytes)
+        return
     if gfn == v.flood_gfn:
         v.flood_count += 1
     else:
@@ -111,6 +125,9 @@ cdef void emulate_store(sc_mmu *mmu, sc_vcpu *v, u64 gpa, const u8 *data, u32 nb
 
 cdef void device_store(sc_mmu *mmu, u64 gpa, const u8 *data, u32 nbytes) noexcept nogil:
     """A store that no vcpu made, to RAM, within one frame: the shadow stays coherent, nothing is counted as a flood."""
+    if mmu.design.stored != NULL:
+        _store_first(mmu, NULL, gpa, data, nbytes)
+        return
     _store(mmu, gpa, data, nbytes, False)
 
 
@@ -136,5 +153,10 @@ cdef void walk_updated(sc_mmu *mmu, const sc_vcpu *v, const sc_walk *w) noexcept
             following = mmu.pages[number].hash_next
             if (mmu.pages[number].gfn == w.table[level] and not role_direct(mmu.pages[number].role)
                     and role_pte_size(mmu.pages[number].role) == 8):
-                _drop_entry(mmu, number, index >> 1)
+                if not mmu.lists_all:
+                    _drop_entry(mmu, number, index >> 1)
+                elif mmu.table[number * 512 + (index >> 1)]:
+                    # There may be large leaves, and all of them are counted.
+                    entry_flush(mmu, FLUSH_STORE)
+                    entry_zap(mmu, number * 512 + (index >> 1))
             number = following

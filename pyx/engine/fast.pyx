@@ -8,21 +8,28 @@ last of them the MMU and the vcpu are const, so that nothing has changed when th
 It is compiled twice for each mode, without and with a dirty log. Where the guest's walk ends, what is without parts
 again: leaves of 4 KiB, and those of large pages.
 """
-from shadowcore.engine.bits cimport PTE_A, PTE_P, PTE_U, PTE_W, level_index, pte_addr, pte_pkey, pte_rights
-from shadowcore.engine.counters cimport EXIT_EMULATE
+from shadowcore.engine.bits cimport PTE_A, PTE_D, PTE_P, PTE_U, PTE_W, level_index, pte_addr, pte_pkey, pte_rights
+from shadowcore.engine.counters cimport EXIT_EMULATE, EXIT_FILL
+from shadowcore.engine.fast cimport NO_EXIT
 from shadowcore.engine.flushes cimport FLUSH_WITHHELD, request_flush
 from shadowcore.engine.gmode cimport GLANCE, in_mode, sc_gmode
+from shadowcore.engine.hooks cimport count_exit
 from shadowcore.engine.leaf cimport (
     direct_gfn, direct_role, dirty_after, fault_count, fault_decide, leaf_commit, leaf_decide, sc_fault,
 )
-from shadowcore.engine.memory cimport SC_POOL_HFN, mem_frame, mem_guest_frame, sc_mem, sc_no_frame
+from shadowcore.engine.memory cimport (
+    SC_POOL_HFN, mem_frame, mem_gfn, mem_guest_frame, mem_leaf_frame, mem_pool_page, sc_mem, sc_no_frame,
+)
 from shadowcore.engine.pool cimport pool_find, pool_take
-from shadowcore.engine.quirks cimport QUIRK_NX_LEAF_ONLY, QUIRK_PROCESSOR_CODE, QUIRK_ROLE_WITHOUT_ACCESS
+from shadowcore.engine.quirks cimport (
+    LAGGING_LEAVES, QUIRK_NX_LEAF_ONLY, QUIRK_PROCESSOR_CODE, QUIRK_ROLE_WITHOUT_ACCESS,
+)
 from shadowcore.engine.role cimport ROLE_LEVEL
 from shadowcore.engine.roots cimport make_role
 from shadowcore.engine.spte cimport spte_link
 from shadowcore.engine.state cimport sc_mmu, sc_vcpu
-from shadowcore.engine.types cimport PF_W, SC_NONE, u8, u32, u64
+from shadowcore.engine.sync cimport leaf_bits, leaf_fill, leaf_writable, prefetch_around
+from shadowcore.engine.types cimport ACC_W, PF_W, SC_NONE, u8, u32, u64
 from shadowcore.engine.walker cimport (
     STEP_DOWN, STEP_LEAF, leaf_address, rights_fault, sc_paging, table_index, walk_step,
 )
@@ -42,7 +49,7 @@ cdef extern from *:
 
 cdef enum:
     # Quirks by which other things are looked at than the guest's tables as they are.
-    EXCLUDED = QUIRK_ROLE_WITHOUT_ACCESS | QUIRK_NX_LEAF_ONLY | QUIRK_PROCESSOR_CODE
+    EXCLUDED = QUIRK_ROLE_WITHOUT_ACCESS | QUIRK_NX_LEAF_ONLY | QUIRK_PROCESSOR_CODE | LAGGING_LEAVES
 
 # Where a fault goes.
 cdef enum:
@@ -65,15 +72,18 @@ cdef struct sc_tables:              # what a fault needs to know of tables
     u32 role                        # ... and role
 
 
-cdef inline int _can_be_fast(const sc_mmu *mmu, const sc_vcpu *v, u32 below, bint logged) noexcept nogil:
+cdef inline int _can_be_fast(const sc_mmu *mmu, const sc_vcpu *v, u32 below, bint logged,
+                             bint lagging) noexcept nogil:
     """Does the machine as it is let faults be fast? below: tables below the root."""
     cdef u32 odd = mmu.quirks & EXCLUDED
     odd |= mmu.audit_points         # before and after a fault
     odd |= mmu.fail_for             # a test counts the attempts to take a page
     if not logged:
         odd |= mmu.mem.logging      # stores to slots with a dirty log are looked at
+    if lagging:
+        odd = (odd & ~<u32>LAGGING_LEAVES) | (mmu.ring != NULL)     # each event is recorded
     if odd:
-        return GENERAL if logged else OTHER
+        return GENERAL if logged or lagging else OTHER
     if v.memo == NULL:
         return GENERAL              # a TLB is modelled, which the repeated walk fills; or Mmu.general
     if mmu.n_pte4 and mmu.n_pte8:
@@ -128,7 +138,7 @@ cdef inline int _guest_walk(const sc_mmu *mmu, const sc_vcpu *v, sc_fault *f, sc
 
 
 cdef inline bint _shadow_walk(const sc_mmu *mmu, const sc_vcpu *v, sc_fault *f, sc_tables *t, const sc_leaf *leaf,
-                              int hw_top, bint large, sc_gmode g) noexcept nogil:
+                              int hw_top, bint large, bint lagging, sc_gmode g) noexcept nogil:
     """The guest's walk lets the access pass, with nothing to set but D; and the processor's, to an entry of a leaf
     table."""
     cdef const sc_mem *m = mmu.mem
@@ -163,8 +173,14 @@ cdef inline bint _shadow_walk(const sc_mmu *mmu, const sc_vcpu *v, sc_fault *f, 
             break
     f.old = spte[0]
     f.spte = <u32>(spte - mmu.table)
+    if lagging:
+        f.repeats = False
     if f.old and (not f.old & PTE_P or not rights_fault(&v.hw, pte_rights(f.old), pte_pkey(f.old), f.access)):
-        return False                # a device was there; or there is no fault
+        if not lagging:
+            return False            # a device was there; or there is no fault
+        # Of what was prefetched A is still to be set.
+        f.repeats = f.old & PTE_P != 0
+        return f.repeats
     return True
 
 
@@ -223,7 +239,7 @@ cdef inline bint _decide(const sc_mmu *mmu, const sc_vcpu *v, sc_fault *f, sc_ta
     return f.repeats                # else the processor would fault again
 
 
-cdef inline u64 _mended(sc_mmu *mmu, sc_vcpu *v, sc_fault *f, sc_tables *t, bint *emulate, int hw_top,
+cdef inline u64 _mended(sc_mmu *mmu, sc_vcpu *v, sc_fault *f, sc_tables *t, int *emulate, int hw_top,
                         sc_gmode g) noexcept nogil:
     """Do it, after the last guard: where the access leads."""
     if not _decide(mmu, v, f, t, hw_top, g):
@@ -246,11 +262,51 @@ cdef inline u64 _mended(sc_mmu *mmu, sc_vcpu *v, sc_fault *f, sc_tables *t, bint
     return f.gpa
 
 
-cdef inline u64 _onward(sc_mmu *mmu, sc_vcpu *v, sc_fault *f, sc_tables *t, const sc_leaf *leaf, bint *emulate,
-                        int hw_top, bint large, sc_gmode g) noexcept nogil:
-    """From the guest's leaf on. large: a constant, it may be that of a large page."""
-    if not _shadow_walk(mmu, v, f, t, leaf, hw_top, large, g):
+cdef inline u64 _lagging(sc_mmu *mmu, sc_vcpu *v, sc_fault *f, const sc_leaf *leaf, int hw_top,
+                         sc_gmode g) noexcept nogil:
+    """Design unsync: an empty entry of a leaf table that is linked, for a page that is no table; or no fault at all.
+    Where it leads."""
+    cdef u64 gpa = leaf_address(leaf.entry, f.va, 1, g)
+    cdef u64 frame = mem_frame(mmu.mem, gpa >> 12)
+    cdef u32 rights = _rights(leaf.all_)
+    cdef u32 page = mem_pool_page(v.hw.root if hw_top > 2 else v.hw.pdpte[(f.va >> 30) & 3])
+    cdef int level
+    if f.repeats and not f.linked:
+        # The leaf may lag: it says where.
+        mmu.table[f.spte] |= PTE_A | (PTE_D if f.access & PF_W else 0)
+        mmu.stats.accesses += 1
+        mmu.stats.walk_references += hw_top
+        return (mem_gfn(mmu.mem, mem_leaf_frame(mmu.mem, f.old)) << 12) | (f.va & 4095)
+    if f.linked or f.old or frame == sc_no_frame() or mmu.frames[frame].shadowed:
         return ~<u64>0
+    if not leaf.entry & PTE_D:
+        rights &= ~<u32>ACC_W
+    if f.access & PF_W and (not rights & ACC_W or (v.guest.pke and not v.guest.wp)):
+        return ~<u64>0              # D has to be set, or CR0.WP is off
+    for level in range(hw_top, 1, -1):
+        mmu.pages[page].flood = 0
+        page = mem_pool_page(mmu.table[page * 512 + level_index(f.va, level)])
+    mmu.pages[page].flood = 0
+    leaf_fill(mmu, f.spte, frame, leaf_bits(mmu, v, frame, rights, pte_pkey(leaf.entry) if g.pte_size == 8 else 0)
+              | PTE_A | (leaf_writable() if rights & ACC_W else 0))
+    prefetch_around(mmu, v, f.spte)
+    mmu.stats.accesses += 1
+    mmu.stats.pf_taken += 1
+    mmu.stats.pf_fixed += 1
+    mmu.stats.guest_walk_references += g.top
+    mmu.stats.walk_references += 2 * hw_top     # the walk that failed, and the next
+    count_exit(mmu, v.number, EXIT_FILL, f.va)
+    return gpa
+
+
+cdef inline u64 _onward(sc_mmu *mmu, sc_vcpu *v, sc_fault *f, sc_tables *t, const sc_leaf *leaf, int *emulate,
+                        int hw_top, bint large, bint lagging, sc_gmode g) noexcept nogil:
+    """From the guest's leaf on. Constants: large, it may be that of a large page; lagging, the design is unsync."""
+    if not _shadow_walk(mmu, v, f, t, leaf, hw_top, large, lagging, g):
+        return ~<u64>0
+    if lagging:
+        emulate[0] = NO_EXIT if f.repeats else 0
+        return _lagging(mmu, v, f, leaf, hw_top, g)
     if f.linked and f.level == 1:
         _find(mmu, f, t, t.gpa >> 12, make_role(mmu, v, f.va, 1, False, _rights(t.above)))
     # Compiled for each of the common cases by itself: what is a constant there is not asked.
@@ -273,8 +329,9 @@ cdef struct sc_asked:
     sc_vcpu *v
     u64 va
     u32 access
-    bint *emulate
+    int *emulate
     bint logged                     # a slot may have a dirty log
+    bint lagging                    # the design is unsync
 
 
 cdef inline u64 _fast(void *asked, sc_gmode g) noexcept nogil:
@@ -288,9 +345,9 @@ cdef inline u64 _fast(void *asked, sc_gmode g) noexcept nogil:
     cdef sc_vcpu *v
     if g.top == 0:
         return ~<u64>0              # paging off: no guest tables
-    found = _can_be_fast(a.mmu, a.v, hw_top - 1, a.logged)
+    found = _can_be_fast(a.mmu, a.v, hw_top - 1, a.logged, a.lagging)
     if sc_seldom(found == OTHER):
-        return _fast_logged(a.mmu, a.v, a.va, a.access, a.emulate)
+        return _fast_other(a.mmu, a.v, a.va, a.access, a.emulate)
     f.va = a.va
     f.access = a.access
     f.code = 0
@@ -304,6 +361,10 @@ cdef inline u64 _fast(void *asked, sc_gmode g) noexcept nogil:
     if sc_seldom(level == 0):
         return ~<u64>0
     f.level = level
+    if a.lagging:
+        if level > 1:
+            return ~<u64>0
+        return _onward(a.mmu, a.v, &f, &t, &leaf, a.emulate, hw_top, False, True, g)
     if a.logged or sc_seldom(level > 1):
         # The two ways have much in common. If the compiler knew, it would compute that before they part: more than
         # there are registers for.
@@ -312,12 +373,13 @@ cdef inline u64 _fast(void *asked, sc_gmode g) noexcept nogil:
         sc_apart(mmu)
         sc_apart(v)
         sc_apart(f.va)
-        return _onward(mmu, v, &f, &t, &leaf, a.emulate, hw_top, True, g)
+        return _onward(mmu, v, &f, &t, &leaf, a.emulate, hw_top, True, False, g)
     f.level = 1
-    return _onward(a.mmu, a.v, &f, &t, &leaf, a.emulate, hw_top, False, g)
+    return _onward(a.mmu, a.v, &f, &t, &leaf, a.emulate, hw_top, False, False, g)
 
 
-cdef inline u64 _by_mode(sc_mmu *mmu, sc_vcpu *v, u64 va, u32 access, bint *emulate, bint logged) noexcept nogil:
+cdef inline u64 _by_mode(sc_mmu *mmu, sc_vcpu *v, u64 va, u32 access, int *emulate, bint logged,
+                         bint lagging) noexcept nogil:
     cdef sc_asked a
     a.mmu = mmu
     a.v = v
@@ -325,15 +387,22 @@ cdef inline u64 _by_mode(sc_mmu *mmu, sc_vcpu *v, u64 va, u32 access, bint *emul
     a.access = access
     a.emulate = emulate
     a.logged = logged
+    a.lagging = lagging
     return in_mode(v.guest.mode, False, GLANCE, _fast, &a)
 
 
-cdef u64 _fast_logged(sc_mmu *mmu, sc_vcpu *v, u64 va, u32 access, bint *emulate) noexcept nogil:
-    return _by_mode(mmu, v, va, access, emulate, True)
+cdef u64 _fast_lagging(sc_mmu *mmu, sc_vcpu *v, u64 va, u32 access, int *emulate) noexcept nogil:
+    return _by_mode(mmu, v, va, access, emulate, False, True)
 
 
-cdef u64 fault_fast(sc_mmu *mmu, sc_vcpu *v, u64 va, u32 access, bint *emulate) noexcept nogil:
+cdef u64 _fast_other(sc_mmu *mmu, sc_vcpu *v, u64 va, u32 access, int *emulate) noexcept nogil:
+    if mmu.lists_all:
+        return _fast_lagging(mmu, v, va, access, emulate)
+    return _by_mode(mmu, v, va, access, emulate, True, False)
+
+
+cdef u64 fault_fast(sc_mmu *mmu, sc_vcpu *v, u64 va, u32 access, int *emulate) noexcept nogil:
     """The access `access` (PF_W, PF_U, PF_I) at the canonical address `va`, under a shadow MMU, if it is one that takes
     a fault of these and then succeeds, or is a store to be emulated: where it leads. Else all ones, and nothing has
-    changed."""
-    return _by_mode(mmu, v, va, access, emulate, False)
+    changed. emulate: NO_EXIT, if there was no fault, and only A or D had to be set."""
+    return _by_mode(mmu, v, va, access, emulate, False, False)

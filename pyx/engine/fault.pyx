@@ -20,7 +20,7 @@ from shadowcore.engine.walker cimport guest_walk, sc_walk, walk_index
 cdef inline int _inject(sc_mmu *mmu, sc_vcpu *v, sc_fault *f, u32 code, sc_walk *w) noexcept nogil:
     v.cr2 = f.va
     w.error_code = code
-    invalidate_fault(mmu, v, f.va)
+    invalidate_fault(mmu, v, f.va, code)
     f.kind = EXIT_GUEST
     fault_count(mmu, v, f)
     return RC_PF
@@ -105,6 +105,9 @@ cdef int page_fault(sc_mmu *mmu, sc_vcpu *v, u32 access, const sc_walk *hw, sc_w
     """
     cdef int rc
     audit_point(mmu, POINT_PRE_FAULT)
-    rc = _page_fault(mmu, v, access, hw, w)
+    if mmu.design.page_fault != NULL:
+        rc = mmu.design.page_fault(mmu, v, access, hw, w)
+    else:
+        rc = _page_fault(mmu, v, access, hw, w)
     audit_point(mmu, POINT_POST_FAULT)
     return rc

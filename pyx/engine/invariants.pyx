@@ -2,11 +2,12 @@
 
 They read the structures of the MMU and the guest's tables; they change nothing. I8 and I9 apply to every design, the
 others where sc_design.invariants says so: a design without shadow tables has no structure to check, and I1 and I2 do
-not hold where shadows may lag behind the guest's tables, as a TLB does, until INVLPG or a register load.
+not hold where shadows may lag behind the guest's tables, as a TLB does, until INVLPG or a register load. A design of
+which only some tables lag has checkers of its own for I1 to I3, and further ones (sc_design.audit; lagging.pyx).
 
-Whatever is in the arrays, the checkers stay within them and end. Where I3 to I7 hold, so does the engine: every index
-that it follows leads where the engine expects, and every list ends. So a structure that was written by hand is checked
-by these before it is used (mmu_settle).
+Whatever is in the arrays, the checkers stay within them and end. Where I3 to I7 hold, and I10 to I12 if there are
+these, so does the engine: every index that it follows leads where the engine expects, and every list ends. So a
+structure that was written by hand is checked by these before it is used (mmu_settle).
 
 Past 500 lines, for it is one concept: nine invariants that hold one structure against another, a checker each.
 """
@@ -18,7 +19,13 @@ from shadowcore.engine.bits cimport (
     PTE_A, PTE_D, PTE_G, PTE_P, PTE_PS, SPTE_MARK, level_index, level_mask, pte_addr, pte_pkey, pte_rights,
 )
 from shadowcore.engine.counters cimport EXIT_FAULTS
-from shadowcore.engine.invariants cimport SC_MAX_FINDINGS, sc_audit, sc_finding
+from shadowcore.engine.invariants cimport (
+    S_ABSENT, S_CHILD, S_CLEAN, S_COUNT, S_DIRTY_FREE, S_DYING, S_EXITS, S_FORMATS, S_FRAME, S_HASH, S_HEAD, S_HW_ROOT,
+    S_LEAF, S_LEVEL, S_LINK, S_LIST, S_NONGLOBAL, S_NO_LARGE, S_PARENT_FOREIGN, S_PARENT_MISSING, S_RIGHTS,
+    S_RMAP_FOREIGN, S_RMAP_MISSING, S_ROOT, S_ROOTS, S_SHADOWED, S_SLOTS, S_SPTES, S_SUM, S_TABLE, S_TLB_LOG,
+    S_TLB_SHADOW, S_TLB_STALE, S_TLB_TABLE, S_TWICE, S_UNPROTECTED, S_USED, SC_MAX_FINDINGS, audit_head_tells,
+    audit_listed, audit_report, audit_stopped, sc_audit, sc_finding,
+)
 from shadowcore.engine.memory cimport (
     SC_RUNNING, SC_WRITTEN, mem_frame, mem_frame_hpa, mem_gfn, mem_guest_frame, mem_leaf_frame, mem_pool_hpa,
     mem_pool_page, mem_slot, mem_unlogged, sc_no_frame,
@@ -26,22 +33,22 @@ from shadowcore.engine.memory cimport (
 from shadowcore.engine.page cimport sc_page
 from shadowcore.engine.pool cimport hash_bucket
 from shadowcore.engine.quirks cimport QUIRK_ROLE_WITHOUT_ACCESS, QUIRK_ROLE_WITHOUT_MODE
-from shadowcore.engine.rmap cimport LIST_MANY, list_first, list_next
+from shadowcore.engine.rmap cimport list_first, list_next
 from shadowcore.engine.role cimport (
     ROLE_GLEVELS, ROLE_GLOBAL, ROLE_PKEY, ROLE_PSE, ROLE_QUADRANT, ROLE_WP0, role_access, role_direct, role_field,
-    role_level, role_pte_size,
+    role_invalid, role_level, role_pte_size,
 )
-from shadowcore.engine.roots cimport root_fits
+from shadowcore.engine.roots cimport root_fits, root_slots
 from shadowcore.engine.spte cimport nonleaf_spte, spte_is_writable
-from shadowcore.engine.state cimport memo_drop, sc_mmu, sc_vcpu
+from shadowcore.engine.state cimport REQUEST_OBSOLETE, memo_drop, page_is_dying, sc_mmu, sc_vcpu
 from shadowcore.engine.tlb cimport TLB_SIZES, sc_tlb, sc_tlb_entry, tlb_overdue, tlb_valid
 from shadowcore.engine.types cimport (
-    ACC_ALL, ACC_U, ACC_W, MODE_32, MODE_64, MODE_LA57, RC_AUDIT, RC_OK, SC_NONE, u8, u32, u64,
+    ACC_ALL, ACC_U, ACC_W, MODE_32, MODE_64, MODE_LA57, MODE_OFF, RC_AUDIT, RC_OK, SC_NONE, u8, u32, u64,
 )
-from shadowcore.engine.watch cimport watch_due, watch_look
 
 cdef enum:
-    STRUCTURE = 1 << 3 | 1 << 4 | 1 << 5 | 1 << 6 | 1 << 7      # I3 to I7: what the engine follows leads somewhere
+    # I3 to I7, I10 to I12: what the engine follows leads somewhere.
+    STRUCTURE = 1 << 3 | 1 << 4 | 1 << 5 | 1 << 6 | 1 << 7 | 1 << 10 | 1 << 11 | 1 << 12
 
 # What a finding says, by sc_finding.what.
 SENTENCES = (
@@ -79,43 +86,21 @@ SENTENCES = (
     "the head of a list does not tell how many members it has",
     "a page in use has a level that there is not",
     "a root is not the page that its vcpu's registers ask for",
+    "the shadow entry remembers a device that the guest's entry does not name, or that is RAM, or too many rights",
+    "a leaf is not in the reverse map of what it maps, or not once",
+    "the reverse map lists an entry that is not a leaf of what it stands for",
+    "the count of leaves that map a frame is wrong",
+    "the number of leaves, or of unsync pages, is not what the counter says",
+    "the count of reasons against a large leaf is wrong",
+    "a page that was zapped and is a root still has entries, parents or no vcpu that will let go of it",
+    "a page is unsync that is no shadow of a guest's leaf table",
+    "an entry leads to an unsync page, or to one with marks, and is not marked",
+    "the marks of a page are not as many as it counts, or it is a leaf table and has some",
+    "the root of an earlier CR3 is no root for that, or none that is in use",
+    "the vcpu's roots are in sync, and marked: something below them may not be",
 )
 
-cdef enum:
-    S_FRAME = 0
-    S_RIGHTS
-    S_CLEAN
-    S_ABSENT
-    S_TABLE
-    S_UNPROTECTED
-    S_RMAP_MISSING
-    S_RMAP_FOREIGN
-    S_CHILD
-    S_PARENT_MISSING
-    S_PARENT_FOREIGN
-    S_HASH
-    S_TWICE
-    S_SUM
-    S_DIRTY_FREE
-    S_USED
-    S_SHADOWED
-    S_ROOTS
-    S_HW_ROOT
-    S_EXITS
-    S_SPTES
-    S_LIST
-    S_SLOTS
-    S_NONGLOBAL
-    S_FORMATS
-    S_TLB_STALE
-    S_TLB_TABLE
-    S_TLB_LOG
-    S_TLB_SHADOW
-    S_LINK
-    S_LEAF
-    S_HEAD
-    S_LEVEL
-    S_ROOT
+assert len(SENTENCES) == S_COUNT
 
 
 @dataclass(frozen=True)
@@ -144,24 +129,6 @@ cdef tuple audit_violations(const sc_audit *a):
         found.append(Violation(f"I{f.invariant}", SENTENCES[f.what], None if f.page == SC_NONE else f.page, f.index,
                                f.gfn))
     return tuple(found)
-
-
-cdef inline bint _stopped(sc_mmu *mmu, u32 page) noexcept nogil:
-    """Asked at every page: the handler of a signal has raised, and nobody wants to know the rest."""
-    return page & 255 == 0 and mmu.watch != NULL and (
-        mmu.watch.raised != NULL or (watch_due(mmu.watch) and watch_look(mmu.watch)))
-
-
-cdef inline void _report(sc_audit *a, int invariant, int what, u32 page, u32 index, u64 gfn) noexcept nogil:
-    cdef sc_finding *f
-    if a.n < SC_MAX_FINDINGS:
-        f = &a.found[a.n]
-        f.invariant = invariant
-        f.what = what
-        f.page = page
-        f.index = index
-        f.gfn = gfn
-    a.n += 1
 
 
 cdef inline u64 _gpte(const sc_mmu *mmu, const sc_page *page, u32 index) noexcept nogil:
@@ -195,21 +162,21 @@ cdef void _check_leaf(sc_mmu *mmu, u32 number, u32 index, sc_audit *a) noexcept 
     else:
         gpte = _gpte(mmu, page, index)
         if not gpte & PTE_P:
-            _report(a, 1, S_ABSENT, number, index, page.gfn)
+            audit_report(a, 1, S_ABSENT, number, index, page.gfn)
             return
         named = (gpte & (pte_addr() if role_pte_size(page.role) == 8 else 0xFFFFF000U)) >> 12
         allowed &= pte_rights(gpte)
         if granted & ACC_W and not gpte & PTE_D:
-            _report(a, 1, S_CLEAN, number, index, page.gfn)
+            audit_report(a, 1, S_CLEAN, number, index, page.gfn)
         pkey = pte_pkey(gpte)
     if named != gfn:
-        _report(a, 1, S_FRAME, number, index, named)
+        audit_report(a, 1, S_FRAME, number, index, named)
     if role_field(page.role, ROLE_WP0, 1) or mmu.quirks & QUIRK_ROLE_WITHOUT_MODE:
         if not granted & ACC_U:
             allowed |= ACC_W
     if granted & ~allowed or (mode >= MODE_64 and pte_pkey(spte) != pkey and not (
             role_direct(page.role) and mmu.quirks & QUIRK_ROLE_WITHOUT_ACCESS)):
-        _report(a, 1, S_RIGHTS, number, index, page.gfn)
+        audit_report(a, 1, S_RIGHTS, number, index, page.gfn)
 
 
 cdef inline u64 _large_gfn(const sc_page *page, u64 gpte) noexcept nogil:
@@ -233,7 +200,7 @@ cdef void _check_link(sc_mmu *mmu, u32 number, u32 index, sc_audit *a) noexcept 
     child = &mmu.pages[target]
     gpte = _gpte(mmu, page, index)
     if not gpte & PTE_P:
-        _report(a, 1, S_ABSENT, number, index, page.gfn)
+        audit_report(a, 1, S_ABSENT, number, index, page.gfn)
         return
     if not mmu.quirks & QUIRK_ROLE_WITHOUT_ACCESS:
         granted = role_access(child.role)
@@ -241,31 +208,31 @@ cdef void _check_link(sc_mmu *mmu, u32 number, u32 index, sc_audit *a) noexcept 
         if role_direct(child.role) and not gpte & PTE_D:
             allowed &= ~<u32>ACC_W
         if granted & ~allowed or (granted != allowed and not role_direct(child.role)):
-            _report(a, 1, S_RIGHTS, number, index, page.gfn)
+            audit_report(a, 1, S_RIGHTS, number, index, page.gfn)
     large = gpte & PTE_PS and role_level(page.role) <= 3 and (
         role_pte_size(page.role) == 8 or role_field(page.role, ROLE_PSE, 1)
         or mmu.quirks & QUIRK_ROLE_WITHOUT_MODE != 0)
     if role_direct(child.role) or large:
         if not (role_direct(child.role) and large):
-            _report(a, 1, S_TABLE, number, index, page.gfn)
+            audit_report(a, 1, S_TABLE, number, index, page.gfn)
         elif _large_gfn(page, gpte) != child.gfn:
-            _report(a, 1, S_FRAME, number, index, _large_gfn(page, gpte))
+            audit_report(a, 1, S_FRAME, number, index, _large_gfn(page, gpte))
         elif not mmu.quirks & QUIRK_ROLE_WITHOUT_ACCESS and (
                 role_field(child.role, ROLE_GLOBAL, 1) != (gpte & PTE_G != 0)
                 or (role_field(page.role, ROLE_GLEVELS, 15) >= MODE_64
                     and role_field(child.role, ROLE_PKEY, 15) != pte_pkey(gpte))):
-            _report(a, 1, S_RIGHTS, number, index, page.gfn)
+            audit_report(a, 1, S_RIGHTS, number, index, page.gfn)
         return
     named = (gpte & (pte_addr() if role_pte_size(page.role) == 8 else 0xFFFFF000U)) >> 12
     if named != child.gfn:
-        _report(a, 1, S_TABLE, number, index, page.gfn)
+        audit_report(a, 1, S_TABLE, number, index, page.gfn)
 
 
 cdef void check_mappings(sc_mmu *mmu, sc_audit *a) noexcept nogil:
     """I1: each present spte says what the guest's tables say, with rights no wider (mappings)."""
     cdef u32 number, index
     for number in range(mmu.pool_pages):
-        if _stopped(mmu, number):
+        if audit_stopped(mmu, number):
             return
         if not mmu.pages[number].active:
             continue
@@ -282,7 +249,7 @@ cdef void check_write_protection(sc_mmu *mmu, sc_audit *a) noexcept nogil:
     cdef u32 number, index
     cdef u64 frame
     for number in range(mmu.pool_pages):
-        if _stopped(mmu, number):
+        if audit_stopped(mmu, number):
             return
         if not mmu.pages[number].active or role_level(mmu.pages[number].role) != 1:
             continue
@@ -290,29 +257,7 @@ cdef void check_write_protection(sc_mmu *mmu, sc_audit *a) noexcept nogil:
             if spte_is_writable(mmu.table[number * 512 + index]):
                 frame = mem_leaf_frame(mmu.mem, mmu.table[number * 512 + index])
                 if frame < mmu.mem.nframes and mmu.frames[frame].shadowed:
-                    _report(a, 2, S_UNPROTECTED, number, index, mem_gfn(mmu.mem, frame))
-
-
-cdef inline bint _listed(const sc_mmu *mmu, u32 head, u32 spte) noexcept nogil:
-    """The list holds `spte`, with neighbours that agree."""
-    cdef u32 prev, next_
-    if not head & LIST_MANY:
-        return head == spte + 1
-    prev = mmu.links[spte].prev
-    next_ = mmu.links[spte].next
-    if prev > mmu.pool_pages * 512 or next_ > mmu.pool_pages * 512:
-        return False
-    if prev:
-        if mmu.links[prev - 1].next != spte + 1:
-            return False
-    elif list_first(head) != spte + 1:
-        return False
-    return next_ == 0 or mmu.links[next_ - 1].prev == spte + 1
-
-
-cdef inline bint _head_tells(const sc_mmu *mmu, u32 head) noexcept nogil:
-    """LIST_MANY is set in heads of two members or more; the first is one that exists."""
-    return not head & LIST_MANY or (list_first(head) and mmu.links[list_first(head) - 1].next)
+                    audit_report(a, 2, S_UNPROTECTED, number, index, mem_gfn(mmu.mem, frame))
 
 
 cdef void check_rmap(sc_mmu *mmu, sc_audit *a) noexcept nogil:
@@ -322,7 +267,7 @@ cdef void check_rmap(sc_mmu *mmu, sc_audit *a) noexcept nogil:
     cdef u64 leaves = 0
     cdef u64 listed = 0
     for number in range(mmu.pool_pages):
-        if _stopped(mmu, number):
+        if audit_stopped(mmu, number):
             return
         if not mmu.pages[number].active or role_level(mmu.pages[number].role) != 1:
             continue
@@ -331,36 +276,36 @@ cdef void check_rmap(sc_mmu *mmu, sc_audit *a) noexcept nogil:
             frame = mem_leaf_frame(mmu.mem, mmu.table[spte])
             if not spte_is_writable(mmu.table[spte]):
                 if mmu.table[spte] & PTE_P and frame >= mmu.mem.nframes:
-                    _report(a, 3, S_LEAF, number, index, mmu.pages[number].gfn)
+                    audit_report(a, 3, S_LEAF, number, index, mmu.pages[number].gfn)
                 continue
             leaves += 1
             if frame < mmu.mem.nframes and not mmu.pages[number].slots >> mem_slot(
                     mmu.mem, mem_gfn(mmu.mem, frame)) & 1:
-                _report(a, 3, S_SLOTS, number, index, mem_gfn(mmu.mem, frame))
-            if frame >= mmu.mem.nframes or not _listed(mmu, mmu.frames[frame].rmap, spte):
-                _report(a, 3, S_RMAP_MISSING, number, index, mem_gfn(mmu.mem, frame))
+                audit_report(a, 3, S_SLOTS, number, index, mem_gfn(mmu.mem, frame))
+            if frame >= mmu.mem.nframes or not audit_listed(mmu, mmu.frames[frame].rmap, spte):
+                audit_report(a, 3, S_RMAP_MISSING, number, index, mem_gfn(mmu.mem, frame))
     for frame in range(mmu.mem.nframes):
         member = list_first(mmu.frames[frame].rmap)
         while member:
             if (member > mmu.pool_pages * 512 or not spte_is_writable(mmu.table[member - 1])
                     or mem_leaf_frame(mmu.mem, mmu.table[member - 1]) != frame or listed >= leaves):
-                _report(a, 3, S_RMAP_FOREIGN, (member - 1) >> 9, (member - 1) & 511, mem_gfn(mmu.mem, frame))
+                audit_report(a, 3, S_RMAP_FOREIGN, (member - 1) >> 9, (member - 1) & 511, mem_gfn(mmu.mem, frame))
                 break
             listed += 1
             member = list_next(mmu, mmu.frames[frame].rmap, member)
-        if member == 0 and not _head_tells(mmu, mmu.frames[frame].rmap):
-            _report(a, 3, S_HEAD, SC_NONE, 0, mem_gfn(mmu.mem, frame))
+        if member == 0 and not audit_head_tells(mmu, mmu.frames[frame].rmap):
+            audit_report(a, 3, S_HEAD, SC_NONE, 0, mem_gfn(mmu.mem, frame))
     if listed != leaves:
-        _report(a, 3, S_RMAP_MISSING, SC_NONE, 0, 0)
+        audit_report(a, 3, S_RMAP_MISSING, SC_NONE, 0, 0)
 
 
 cdef void check_parents(sc_mmu *mmu, sc_audit *a) noexcept nogil:
-    """I4: parents and children agree, both ways."""
+    """I4: parents and children agree, both ways; a large leaf (unsync) is no parent."""
     cdef u32 number, index, spte, child, member
     cdef u64 links = 0
     cdef u64 listed = 0
     for number in range(mmu.pool_pages):
-        if _stopped(mmu, number):
+        if audit_stopped(mmu, number):
             return
         if not mmu.pages[number].active or role_level(mmu.pages[number].role) == 1:
             continue
@@ -368,32 +313,34 @@ cdef void check_parents(sc_mmu *mmu, sc_audit *a) noexcept nogil:
             spte = number * 512 + index
             if not mmu.table[spte] & PTE_P:
                 if mmu.table[spte]:
-                    _report(a, 4, S_LINK, number, index, mmu.pages[number].gfn)
+                    audit_report(a, 4, S_LINK, number, index, mmu.pages[number].gfn)
                 continue
+            if mmu.lists_all and mmu.table[spte] & PTE_PS and role_level(mmu.pages[number].role) <= 3:
+                continue            # a large leaf: a matter of I11
             links += 1
             child = mem_pool_page(mmu.table[spte])
             if (child >= mmu.pool_pages or not mmu.pages[child].active
                     or role_level(mmu.pages[child].role) != role_level(mmu.pages[number].role) - 1):
-                _report(a, 4, S_CHILD, number, index, mmu.pages[number].gfn)
+                audit_report(a, 4, S_CHILD, number, index, mmu.pages[number].gfn)
             elif (mmu.table[spte] & ~<u64>SPTE_MARK) | PTE_A != nonleaf_spte(child):
-                _report(a, 4, S_LINK, number, index, mmu.pages[number].gfn)
-            elif not _listed(mmu, mmu.pages[child].parents, spte):
-                _report(a, 4, S_PARENT_MISSING, number, index, mmu.pages[child].gfn)
+                audit_report(a, 4, S_LINK, number, index, mmu.pages[number].gfn)
+            elif not audit_listed(mmu, mmu.pages[child].parents, spte):
+                audit_report(a, 4, S_PARENT_MISSING, number, index, mmu.pages[child].gfn)
     for number in range(mmu.pool_pages):
-        if _stopped(mmu, number):
+        if audit_stopped(mmu, number):
             return
         member = list_first(mmu.pages[number].parents)
         while member:
             if (member > mmu.pool_pages * 512 or not mmu.table[member - 1] & PTE_P
                     or mmu.table[member - 1] & pte_addr() != mem_pool_hpa(number) or listed >= links):
-                _report(a, 4, S_PARENT_FOREIGN, number, 0, mmu.pages[number].gfn)
+                audit_report(a, 4, S_PARENT_FOREIGN, number, 0, mmu.pages[number].gfn)
                 break
             listed += 1
             member = list_next(mmu, mmu.pages[number].parents, member)
-        if member == 0 and not _head_tells(mmu, mmu.pages[number].parents):
-            _report(a, 4, S_HEAD, number, 0, mmu.pages[number].gfn)
+        if member == 0 and not audit_head_tells(mmu, mmu.pages[number].parents):
+            audit_report(a, 4, S_HEAD, number, 0, mmu.pages[number].gfn)
     if listed != links:
-        _report(a, 4, S_PARENT_MISSING, SC_NONE, 0, 0)
+        audit_report(a, 4, S_PARENT_MISSING, SC_NONE, 0, 0)
 
 
 cdef u32 _lost_at(const sc_mmu *mmu, u32 first) noexcept nogil:
@@ -407,81 +354,124 @@ cdef u32 _lost_at(const sc_mmu *mmu, u32 first) noexcept nogil:
 
 
 cdef void check_hash(sc_mmu *mmu, sc_audit *a) noexcept nogil:
-    """I5: the hash holds every active page once, in its bucket; no two pages have the same (gfn, role)."""
+    """I5: the hash holds every active page once, in its bucket, and (unsync) each that was zapped and is a root still;
+    no two active pages have the same (gfn, role)."""
     cdef u64 bucket
     cdef u32 number, other, lost
     cdef u64 held = 0
     for bucket in range(<u64>1 << (64 - mmu.hash_shift)):
         lost = _lost_at(mmu, mmu.hash[bucket])
         if lost != SC_NONE:
-            _report(a, 5, S_HASH, lost, 0, 0 if lost >= mmu.pool_pages else mmu.pages[lost].gfn)
+            audit_report(a, 5, S_HASH, lost, 0, 0 if lost >= mmu.pool_pages else mmu.pages[lost].gfn)
             continue
         number = mmu.hash[bucket]
         while number != SC_NONE:
-            if not mmu.pages[number].active or hash_bucket(mmu, mmu.pages[number].gfn) != bucket:
-                _report(a, 5, S_HASH, number, 0, mmu.pages[number].gfn)
+            if (not (mmu.pages[number].active or page_is_dying(&mmu.pages[number]))
+                    or hash_bucket(mmu, mmu.pages[number].gfn) != bucket):
+                audit_report(a, 5, S_HASH, number, 0, mmu.pages[number].gfn)
                 break
             held += 1
             other = mmu.pages[number].hash_next
             while other != SC_NONE:
-                if mmu.pages[other].gfn == mmu.pages[number].gfn and mmu.pages[other].role == mmu.pages[number].role:
-                    _report(a, 5, S_TWICE, number, 0, mmu.pages[number].gfn)
+                if (mmu.pages[other].gfn == mmu.pages[number].gfn and mmu.pages[other].role == mmu.pages[number].role
+                        and mmu.pages[number].active):
+                    audit_report(a, 5, S_TWICE, number, 0, mmu.pages[number].gfn)
                     break
                 other = mmu.pages[other].hash_next
             number = mmu.pages[number].hash_next
-    if held != mmu.n_active:
-        _report(a, 5, S_HASH, SC_NONE, 0, 0)
+    if held != <u64>mmu.n_active + mmu.n_dying:
+        audit_report(a, 5, S_HASH, SC_NONE, 0, 0)
+
+
+cdef inline bint _unmarked(const sc_mmu *mmu, u32 number) noexcept nogil:
+    """The page has none of what only pages in use have (unsync)."""
+    cdef u32 word
+    cdef u64 marks = 0
+    for word in range(8):
+        marks |= mmu.below[number * 8 + word]
+    return not (marks or mmu.pages[number].unsync or mmu.pages[number].unsync_children or mmu.pages[number].flood
+                or mmu.pages[number].parents)
 
 
 cdef void check_pool(sc_mmu *mmu, sc_audit *a) noexcept nogil:
-    """I6: free pages are all zero; free + active = pool; what a page's header counts is what it holds."""
+    """I6: free pages are all zero; free + active = pool, with those (unsync) that were zapped and are roots still, and
+    empty; what a page's header counts is what it holds."""
     cdef u32 number, index, used, previous
     cdef u32 active = 0
+    cdef u32 dying = 0
     cdef u32 listed = 0
     cdef u32 free = 0
     cdef bint marked, global_
     for number in range(mmu.pool_pages):
-        if _stopped(mmu, number):
+        if audit_stopped(mmu, number):
             return
         active += mmu.pages[number].active
+        if page_is_dying(&mmu.pages[number]):
+            dying += 1
+            if mmu.pages[number].parents or mmu.pages[number].unsync:
+                audit_report(a, 6, S_DYING, number, 0, mmu.pages[number].gfn)
+        elif mmu.lists_all and not mmu.pages[number].active and not _unmarked(mmu, number):
+            audit_report(a, 6, S_DIRTY_FREE, number, 0, mmu.pages[number].gfn)
+        elif mmu.pages[number].active and role_invalid(mmu.pages[number].role):
+            audit_report(a, 6, S_DYING, number, 0, mmu.pages[number].gfn)
         if mmu.pages[number].active and not 1 <= role_level(mmu.pages[number].role) <= MODE_LA57:
-            _report(a, 6, S_LEVEL, number, 0, mmu.pages[number].gfn)
+            audit_report(a, 6, S_LEVEL, number, 0, mmu.pages[number].gfn)
         used = 0
         global_ = True
         for index in range(512):
             marked = (mmu.pages[number].used[index >> 6] >> (index & 63)) & 1
             if marked != (mmu.table[number * 512 + index] != 0):
-                _report(a, 6, S_USED if mmu.pages[number].active else S_DIRTY_FREE, number, index,
-                        mmu.pages[number].gfn)
+                audit_report(a, 6, S_USED if mmu.pages[number].active else S_DIRTY_FREE, number, index,
+                             mmu.pages[number].gfn)
                 break
             used += marked
             global_ = global_ and (not marked or mmu.table[number * 512 + index] & PTE_G != 0)
         else:
-            if not global_ and not mmu.pages[number].nonglobal and role_level(mmu.pages[number].role) == 1:
-                _report(a, 6, S_NONGLOBAL, number, 0, mmu.pages[number].gfn)
+            if (not global_ and not mmu.pages[number].nonglobal and role_level(mmu.pages[number].role) == 1
+                    and not mmu.lists_all):
+                audit_report(a, 6, S_NONGLOBAL, number, 0, mmu.pages[number].gfn)
             if used != mmu.pages[number].present or (used and not mmu.pages[number].active):
-                _report(a, 6, S_USED if mmu.pages[number].active else S_DIRTY_FREE, number, 0, mmu.pages[number].gfn)
+                audit_report(a, 6, S_USED if mmu.pages[number].active else S_DIRTY_FREE, number, 0,
+                             mmu.pages[number].gfn)
     number = mmu.young
     previous = SC_NONE
     while number < mmu.pool_pages and listed <= mmu.pool_pages:
         listed += 1
         if mmu.pages[number].prev != previous or mmu.pages[number].active != 1:
-            _report(a, 6, S_LIST, number, 0, mmu.pages[number].gfn)
+            audit_report(a, 6, S_LIST, number, 0, mmu.pages[number].gfn)
         previous = number
         number = mmu.pages[number].next
     if previous != mmu.old or number != SC_NONE:
-        _report(a, 6, S_LIST, mmu.old, 0, 0)
+        audit_report(a, 6, S_LIST, mmu.old, 0, 0)
     number = mmu.free_head
     while number < mmu.pool_pages and not mmu.pages[number].active and free <= mmu.pool_pages:
         free += 1
         number = mmu.pages[number].next
     if (number != SC_NONE or active != mmu.n_active or listed != active or free != mmu.n_free
-            or free + active != mmu.pool_pages):
-        _report(a, 6, S_SUM, SC_NONE, 0, 0)
+            or dying != mmu.n_dying or free + active + dying != mmu.pool_pages or mmu.zapped != SC_NONE):
+        audit_report(a, 6, S_SUM, SC_NONE, 0, 0)
+
+
+cdef void _check_blocks(sc_mmu *mmu, sc_audit *a) noexcept nogil:
+    """Counts of a block: shadow pages of guest tables in it, where the host has large pages."""
+    cdef u64 frame
+    cdef u64 reasons[2]
+    cdef int i
+    reasons[0] = reasons[1] = 0
+    for frame in range(mmu.mem.nframes + 1):
+        for i in range(2):
+            # A block ends with the frame before, or RAM does.
+            if frame and (frame & ((<u64>512 << 9 * i) - 1) == 0 or frame == mmu.mem.nframes):
+                if mmu.no_large[i][(frame - 1) >> 9 * (i + 1)] != (reasons[i] if mmu.host_level > 1 else 0):
+                    audit_report(a, 6, S_NO_LARGE, SC_NONE, i + 2, mem_gfn(mmu.mem, frame - 1))
+                reasons[i] = 0
+            if frame < mmu.mem.nframes:
+                reasons[i] += mmu.frames[frame].shadowed
 
 
 cdef void check_shadowed(sc_mmu *mmu, sc_audit *a) noexcept nogil:
-    """I6, per frame: the count of shadow pages by which a frame is known to be a guest table is right.
+    """I6, per frame: the count of shadow pages by which a frame is known to be a guest table is right; (unsync) so is,
+    for each block of frames, the count by which no large leaf maps it.
 
     They are counted by the hash, which has to be sound (I5)."""
     cdef u32 number, other
@@ -492,7 +482,7 @@ cdef void check_shadowed(sc_mmu *mmu, sc_audit *a) noexcept nogil:
     cdef u32 formats[2]
     formats[0] = formats[1] = 0
     for number in range(mmu.pool_pages):
-        if _stopped(mmu, number):
+        if audit_stopped(mmu, number):
             return
         if not mmu.pages[number].active or role_direct(mmu.pages[number].role):
             continue
@@ -504,66 +494,117 @@ cdef void check_shadowed(sc_mmu *mmu, sc_audit *a) noexcept nogil:
         same = 0
         other = mmu.hash[hash_bucket(mmu, mmu.pages[number].gfn)]
         while other != SC_NONE:
-            same += mmu.pages[other].gfn == mmu.pages[number].gfn and not role_direct(mmu.pages[other].role)
+            if (mmu.pages[other].gfn == mmu.pages[number].gfn and not role_direct(mmu.pages[other].role)
+                    and mmu.pages[other].active):
+                same += 1
             other = mmu.pages[other].hash_next
         if same != mmu.frames[frame].shadowed:
-            _report(a, 6, S_SHADOWED, number, 0, mmu.pages[number].gfn)
+            audit_report(a, 6, S_SHADOWED, number, 0, mmu.pages[number].gfn)
     for frame in range(mmu.mem.nframes):
         counted += mmu.frames[frame].shadowed
     if counted != pages:
-        _report(a, 6, S_SHADOWED, SC_NONE, 0, 0)
+        audit_report(a, 6, S_SHADOWED, SC_NONE, 0, 0)
     if formats[0] != mmu.n_pte4 or formats[1] != mmu.n_pte8:
-        _report(a, 6, S_FORMATS, SC_NONE, 0, 0)
+        audit_report(a, 6, S_FORMATS, SC_NONE, 0, 0)
+    if mmu.lists_all:
+        _check_blocks(mmu, a)
+
+
+cdef void _check_hold(sc_mmu *mmu, const sc_vcpu *v, sc_audit *a) noexcept nogil:
+    """I7, one vcpu whose roots are put in place before its guest goes on (unsync): none of them is, or all are, but for
+    those of four that had to make room; a page that was zapped is let go of before that."""
+    cdef u64 gfn
+    cdef bint direct, wanted
+    cdef int slot
+    if not v.loaded and not v.requests:
+        audit_report(a, 7, S_ROOT, SC_NONE, 0, 0)
+    for slot in range(4):
+        wanted = v.loaded and slot < root_slots(v) and mmu.design.root_of(mmu, v, slot, &gfn, &direct)
+        if wanted != (v.roots[slot] != SC_NONE) and not (wanted and root_slots(v) == 4):
+            audit_report(a, 7, S_ROOT, v.roots[slot], slot, 0)
+        elif (wanted and v.roots[slot] < mmu.pool_pages and page_is_dying(&mmu.pages[v.roots[slot]])
+              and not v.requests & REQUEST_OBSOLETE):
+            audit_report(a, 7, S_DYING, v.roots[slot], slot, mmu.pages[v.roots[slot]].gfn)
+    if v.loaded and v.root_cr3 != (0 if v.guest.mode == MODE_OFF else v.cr3):
+        audit_report(a, 7, S_ROOT, v.roots[0], 0, 0)
 
 
 cdef void check_roots(sc_mmu *mmu, sc_audit *a) noexcept nogil:
-    """I7: root counts equal the roots that vcpus hold, and the processor walks from those; a root is active, and the
-    page that its vcpu's registers ask for."""
+    """I7: root counts equal the roots that vcpus hold, those of earlier CR3s too (unsync), and the processor walks from
+    those, or, as long as its vcpu has requests, from nowhere; a root is active, and the page that its vcpu's registers
+    ask for. One that was zapped is not active, and its vcpu has a request to let go of it (unsync)."""
     cdef u32 number, i, slot, held
     cdef const sc_vcpu *v
     for number in range(mmu.pool_pages):
-        if _stopped(mmu, number):
+        if audit_stopped(mmu, number):
             return
         held = 0
         for i in range(mmu.n_vcpus):
             for slot in range(4):
                 held += mmu.vcpus[i].roots[slot] == number
-        if held != mmu.pages[number].root_count or (held and not mmu.pages[number].active):
-            _report(a, 7, S_ROOTS, number, 0, mmu.pages[number].gfn)
+            for slot in range(mmu.prev_roots):
+                held += mmu.vcpus[i].prev[slot].page == number
+        if (held != mmu.pages[number].root_count
+                or (held and not (mmu.pages[number].active or page_is_dying(&mmu.pages[number])))):
+            audit_report(a, 7, S_ROOTS, number, 0, mmu.pages[number].gfn)
     for i in range(mmu.n_vcpus):
         v = mmu.vcpus[i]
+        if mmu.lists_all:
+            _check_hold(mmu, v, a)
         for slot in range(4):
             if v.roots[slot] == SC_NONE:
                 if v.hw.pdpte[slot] & PTE_P:
-                    _report(a, 7, S_HW_ROOT, SC_NONE, slot, 0)
+                    audit_report(a, 7, S_HW_ROOT, SC_NONE, slot, 0)
                 continue
-            if v.hw.pdpte[slot] != (mem_pool_hpa(v.roots[slot]) | PTE_P) or v.roots[slot] >= mmu.pool_pages:
-                _report(a, 7, S_HW_ROOT, v.roots[slot], slot, 0)
+            if (v.roots[slot] >= mmu.pool_pages
+                    or v.hw.pdpte[slot] != (0 if v.requests else mem_pool_hpa(v.roots[slot]) | PTE_P)):
+                audit_report(a, 7, S_HW_ROOT, v.roots[slot], slot, 0)
                 continue
             if not root_fits(mmu, v, slot, v.roots[slot]):
-                _report(a, 7, S_ROOT, v.roots[slot], slot, mmu.pages[v.roots[slot]].gfn)
-        if v.guest.mode >= MODE_64 and v.hw.root != (0 if v.roots[0] == SC_NONE else mem_pool_hpa(v.roots[0])):
-            _report(a, 7, S_HW_ROOT, v.roots[0], 0, 0)
+                audit_report(a, 7, S_ROOT, v.roots[slot], slot, mmu.pages[v.roots[slot]].gfn)
+        if v.guest.mode >= MODE_64 and v.hw.root != (
+                0 if v.roots[0] == SC_NONE or v.requests else mem_pool_hpa(v.roots[0])):
+            audit_report(a, 7, S_HW_ROOT, v.roots[0], 0, 0)
 
 
 cdef void check_counters(sc_mmu *mmu, sc_audit *a) noexcept nogil:
-    """I9: counters agree: page-fault exits = sum of their reasons, present sptes = installed - removed."""
+    """I9: counters agree: page-fault exits = sum of their reasons (unsync: with those at an entry that remembers a
+    device, which KVM does not count among them); present sptes = installed - removed."""
     cdef u32 number, index
     cdef u64 reasons = 0
     cdef u64 present = 0
     for index in range(EXIT_FAULTS):
         reasons += mmu.stats.exits[index]
-    if reasons != mmu.stats.pf_taken:
-        _report(a, 9, S_EXITS, SC_NONE, 0, 0)
+    if reasons != mmu.stats.pf_taken + mmu.stats.pf_mmio_spte_hit:
+        audit_report(a, 9, S_EXITS, SC_NONE, 0, 0)
     for number in range(mmu.pool_pages):
-        if _stopped(mmu, number):
+        if audit_stopped(mmu, number):
             return
         if mmu.pages[number].active:
             for index in range(512):
                 present += mmu.table[number * 512 + index] & PTE_P
     a.sptes = present
     if mmu.spte_base + mmu.stats.spte_installed - mmu.stats.spte_removed != present:
-        _report(a, 9, S_SPTES, SC_NONE, 0, 0)
+        audit_report(a, 9, S_SPTES, SC_NONE, 0, 0)
+
+
+cdef bint audit_protected(const sc_mmu *mmu, u64 frame) noexcept nogil:
+    """No store to RAM frame `frame` may pass unseen: it is a shadowed guest table, and (unsync) not one of which every
+    page is unsync, and a leaf table."""
+    cdef u64 gfn
+    cdef u32 number
+    cdef u32 steps = 0
+    if mmu.frames[frame].shadowed == 0 or not mmu.lists_all:
+        return mmu.frames[frame].shadowed != 0
+    gfn = mem_gfn(mmu.mem, frame)
+    number = mmu.hash[hash_bucket(mmu, gfn)]
+    while number < mmu.pool_pages and steps < mmu.pool_pages:
+        if (mmu.pages[number].gfn == gfn and mmu.pages[number].active and not role_direct(mmu.pages[number].role)
+                and not (mmu.pages[number].unsync and role_level(mmu.pages[number].role) == 1)):
+            return True
+        number = mmu.pages[number].hash_next
+        steps += 1
+    return False
 
 
 cdef bint _in_shadow(const sc_mmu *mmu, const sc_tlb_entry *e) noexcept nogil:
@@ -580,9 +621,9 @@ cdef bint _in_shadow(const sc_mmu *mmu, const sc_tlb_entry *e) noexcept nogil:
         value = mmu.table[page * 512 + level_index(va, level)]
         if not value & PTE_P:
             return False
-        if level == 1:
-            return (frame != sc_no_frame() and value & pte_addr() == mem_frame_hpa(mmu.mem, frame)
-                    and not e.access & ~pte_rights(value) & ACC_W)
+        if level == 1 or (mmu.lists_all and value & PTE_PS):
+            return (frame != sc_no_frame() and not e.access & ~pte_rights(value) & ACC_W
+                    and ((value & pte_addr()) | (va & level_mask(level) & pte_addr())) == mem_frame_hpa(mmu.mem, frame))
         page = mem_pool_page(value)
         level -= 1
     return False
@@ -607,20 +648,20 @@ cdef void check_tlb(sc_mmu *mmu, sc_audit *a) noexcept nogil:
                 if not tlb_valid(t, e, mmu.flush_epoch):
                     continue
                 if tlb_overdue(t, e):
-                    _report(a, 8, S_TLB_STALE, SC_NONE, n, e.page >> 12)
+                    audit_report(a, 8, S_TLB_STALE, SC_NONE, n, e.page >> 12)
                 if not mmu.shadow:
                     continue
                 if not _in_shadow(mmu, e):
-                    _report(a, 8, S_TLB_SHADOW, SC_NONE, n, e.page >> 12)
+                    audit_report(a, 8, S_TLB_SHADOW, SC_NONE, n, e.page >> 12)
                 if not (e.access & ACC_W and e.dirty):
                     continue
                 frame = mem_frame(mmu.mem, e.gpa >> 12)
                 if frame == sc_no_frame():
                     continue
-                if mmu.frames[frame].shadowed:
-                    _report(a, 8, S_TLB_TABLE, SC_NONE, n, e.gpa >> 12)
+                if audit_protected(mmu, frame):
+                    audit_report(a, 8, S_TLB_TABLE, SC_NONE, n, e.gpa >> 12)
                 if mem_unlogged(mmu.mem, e.gpa >> 12):
-                    _report(a, 8, S_TLB_LOG, SC_NONE, n, e.gpa >> 12)
+                    audit_report(a, 8, S_TLB_LOG, SC_NONE, n, e.gpa >> 12)
 
 
 cdef void _check(sc_mmu *mmu, sc_audit *a, u32 which) noexcept nogil:
@@ -635,10 +676,13 @@ cdef void _check(sc_mmu *mmu, sc_audit *a, u32 which) noexcept nogil:
         check_shadowed(mmu, a)
     if which >> 4 & 1:
         check_parents(mmu, a)
-    if which >> 3 & 1:
+    if which >> 3 & 1 and mmu.design.audit == NULL:
         check_rmap(mmu, a)
     if which >> 7 & 1:
         check_roots(mmu, a)
+    if mmu.design.audit != NULL:
+        mmu.design.audit(mmu, a, which)
+        return
     if which >> 1 & 1:
         check_mappings(mmu, a)
     if which >> 2 & 1:
@@ -647,8 +691,8 @@ cdef void _check(sc_mmu *mmu, sc_audit *a, u32 which) noexcept nogil:
 
 cdef int mmu_settle(sc_mmu *mmu, sc_audit *a) noexcept nogil:
     """The VM is to be used, and mem.busy is not 0. RC_OK, and it is 0, if the only reason was that the shadow structure
-    was written by hand, nobody can write to it any more, and I3 to I7 hold. Else RC_AUDIT; a.n is not 0 if they do
-    not."""
+    was written by hand, nobody can write to it any more, and I3 to I7 (I10 to I12) hold. Else RC_AUDIT; a.n is not 0 if
+    they do not."""
     a.n = 0
     if mmu.mem.busy != SC_WRITTEN or mmu.mem.lent:
         return RC_AUDIT

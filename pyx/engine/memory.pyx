@@ -15,7 +15,7 @@ from shadowcore.engine.memory cimport (
 )
 from shadowcore.engine.types cimport u8, u32, u64
 
-from shadowcore.config import MemorySlot, check_int, parse_size, taken
+from shadowcore.config import HOST_PAGES, MemorySlot, check_bool, check_int, parse_size, taken
 from shadowcore.errors import ConfigError, EngineError
 
 
@@ -110,9 +110,10 @@ cdef class Memory:
 
     memory: bytes (int, or text such as "64MiB") | uint8 array, used in place | list of MemorySlot.
     slots: with an array, the MemorySlots that map it, one after the other (default: one slot at gpa 0).
+    host_page_size: of that one slot.
     """
 
-    def __cinit__(self, memory, slots=None):
+    def __cinit__(self, memory, slots=None, host_page_size=None):
         memset(&self.mem, 0, sizeof(self.mem))
         if isinstance(memory, (list, tuple)):
             if slots is not None:
@@ -130,7 +131,9 @@ cdef class Memory:
             raise ConfigError("memory: bytes (int), a text such as '64MiB', a uint8 array or a list of MemorySlot "
                               f"is needed, not {type(memory).__name__}")
         if slots is None:
-            slots = (MemorySlot(0, ram.size),)
+            slots = (MemorySlot(0, ram.size, host_page_size=4096 if host_page_size is None else host_page_size),)
+        elif host_page_size is not None:
+            raise ConfigError("host_page_size: each of the memory slots says it for itself")
         if sum(slot.size for slot in slots) != ram.size:
             raise ConfigError(f"slots: they hold {sum(slot.size for slot in slots)} bytes, the memory {ram.size}")
         # A buffer keeps most owners from moving their bytes; numpy's refcheck=False is held off by a weak reference.
@@ -150,6 +153,7 @@ cdef class Memory:
             self.mem.slots[i].base_gfn = slot.gpa >> 12
             self.mem.slots[i].npages = slot.size >> 12
             self.mem.slots[i].frame = frame
+            self.mem.slots[i].host_level = HOST_PAGES.index(slot.host_page_size) + 1
             frame += <u64>(slot.size >> 12)
         self.mem.low_frames = 0 if slots[0].gpa else slots[0].size >> 12
         for i, slot in enumerate(slots):
@@ -192,13 +196,24 @@ cdef class Memory:
             raise ConfigError(f"gfn: {gfn:#x} is in no memory slot")
         return frame
 
-    def start_dirty_log(self, slot=0) -> None:
-        """Log, from now on, the frames of `slot` that are written (by the guest, its walks, or devices)."""
+    def start_dirty_log(self, slot=0, initially_set=False) -> None:
+        """Log, from now on, the frames of `slot` that are written (by the guest, its walks, or devices).
+
+        initially_set: all frames count as written, and none is write-protected before its bit is cleared
+        (KVM_DIRTY_LOG_INITIALLY_SET).
+        """
         self._idle()
         index = check_int("slot", slot, 0, <int>self.mem.nslots - 1)
         if index not in self._logs:
-            log = allocate(((self.mem.slots[<u32>index].npages + 63) >> 6) * 8).view(np.uint64)
-            self._changed(index)    # first: it may refuse
+            frames = self.mem.slots[<u32>index].npages
+            log = allocate(((frames + 63) >> 6) * 8).view(np.uint64)
+            if check_bool("initially_set", initially_set):
+                log[:] = 0xFFFFFFFFFFFFFFFF
+                if frames & 63:
+                    log[-1] = (1 << (frames & 63)) - 1
+                self._changed(index, "set")
+            else:
+                self._changed(index, "start")   # first: it may refuse
             self._logs[index] = log
             self.mem.slots[index].dirty = <u64 *>_pointer(log)
             self.mem.logging = True
@@ -207,8 +222,10 @@ cdef class Memory:
         """Stop logging `slot` and forget its log."""
         index = self._logged(slot)
         self.mem.slots[index].dirty = NULL
-        del self._logs[index]
+        log = self._logs.pop(index)
         self.mem.logging = bool(self._logs)
+        self._changed(index, "stop")
+        del log
 
     def dirty_log(self, slot=0):
         """bool[frames of the slot]: True for each frame written since the log was started or cleared."""
@@ -216,11 +233,20 @@ cdef class Memory:
         bits = np.unpackbits(self._logs[index].view(np.uint8), bitorder="little")
         return bits[: self.mem.slots[<u32>index].npages].astype(bool)
 
-    def clear_dirty_log(self, slot=0) -> None:
-        """Clear the log of `slot`; its frames are write-protected again so that the next store is seen."""
+    def clear_dirty_log(self, slot=0, first=0, frames=None) -> None:
+        """Clear the log of `slot`, or of so many frames of it from `first` on; they are write-protected again so that
+        the next store is seen. (Under `unsync` those that the log showed; else all of the slot.)"""
         index = self._logged(slot)
-        self._changed(index)        # first: it may refuse
-        self._logs[index][:] = 0
+        cdef u64 n = self.mem.slots[<u32>index].npages
+        cdef u64 begin = check_int("first", first, 0, n)
+        cdef u64 count = n - begin if frames is None else check_int("frames", frames, 0, n - begin)
+        self._changed(index, "clear", begin, count)     # first: it may refuse
+        if count == n:
+            self._logs[index][:] = 0
+            return
+        bits = np.unpackbits(self._logs[index].view(np.uint8), bitorder="little")
+        bits[begin:begin + count] = 0
+        self._logs[index][:] = np.packbits(bits, bitorder="little").view(np.uint64)
 
     @property
     def logged_slots(self) -> tuple:
@@ -242,11 +268,11 @@ cdef class Memory:
             raise ConfigError(f"slot: {index} is not logged; start_dirty_log({index}) starts a log")
         return index
 
-    def _changed(self, slot):
-        """The dirty log of `slot` begins, or is cleared."""
-        index = check_int("slot", slot, 0, <int>self.mem.nslots - 1)
+    def _changed(self, slot, what, first=0, frames=0):
+        """The dirty log of `slot` begins ("start", or "set": every frame counts as written), ends ("stop"), or is
+        cleared for some frames ("clear")."""
         if self.on_log is not None:
-            self.on_log(index)
+            self.on_log(slot, what, first, frames)
 
     def __repr__(self):
         return f"Memory({self.bytes.size >> 20} MiB, {len(self.slots)} slot(s))"

@@ -15,6 +15,7 @@ from shadowcore.engine.design cimport design_invlpg, design_new_cr3, design_rese
 from shadowcore.engine.designs.cached cimport cached_design
 from shadowcore.engine.designs.flush cimport flush_design
 from shadowcore.engine.designs.native cimport native_design
+from shadowcore.engine.designs.unsync cimport unsync_design
 from shadowcore.engine.emulate cimport device_store
 from shadowcore.engine.flushes cimport FLUSH_COUNT
 from shadowcore.engine.hooks cimport EVENT_COUNT, HOOK_RAISED, POINT_COUNT
@@ -24,6 +25,7 @@ from shadowcore.engine.page cimport sc_frame, sc_link, sc_page
 from shadowcore.engine.policies.fifo cimport fifo_policy
 from shadowcore.engine.pool cimport pool_init, pool_protect_slot, pool_unprotect, pool_zap_all
 from shadowcore.engine.quirks cimport QUIRK_COUNT, QUIRK_ROOT_EMPTIED
+from shadowcore.engine.record cimport RECORD_COUNT
 from shadowcore.engine.resolve cimport resolve
 from shadowcore.engine.rmap cimport list_first, list_next
 from shadowcore.engine.role cimport (
@@ -31,8 +33,9 @@ from shadowcore.engine.role cimport (
     role_field, role_level,
 )
 from shadowcore.engine.roots cimport root_slots
-from shadowcore.engine.state cimport sc_mmu, sc_vcpu
+from shadowcore.engine.state cimport sc_event, sc_mmu, sc_vcpu
 from shadowcore.engine.types cimport (
+    u16,
     MODE_64, RC_AUDIT, RC_EXHAUSTED, RC_HOOK, RC_LIVELOCK, RC_OK, RC_UNGRANTED, RC_UNHANDLED, SC_NONE, u8, u32, u64,
 )
 from shadowcore.engine.walker cimport sc_walk
@@ -50,6 +53,7 @@ cdef dict _DESIGNS = {
     "native": <size_t>native_design,
     "flush": <size_t>flush_design,
     "cached": <size_t>cached_design,
+    "unsync": <size_t>unsync_design,
 }
 cdef dict _POLICIES = {
     "fifo": <size_t>fifo_policy,
@@ -63,12 +67,12 @@ cdef int mmu_resolve(sc_mmu *mmu, sc_vcpu *v, u64 va, u32 access, sc_walk *w) no
 
 cdef void mmu_new_cr3(sc_mmu *mmu, sc_vcpu *v) noexcept nogil:
     """CR3 was loaded with paging on."""
-    design_new_cr3(mmu, v)
+    design_new_cr3(mmu, v, NULL)
 
 
 cdef void mmu_reset(sc_mmu *mmu, sc_vcpu *v) noexcept nogil:
     """CR0, CR4 or EFER was loaded: another mode, or the same mode by other rules."""
-    design_reset(mmu, v)
+    design_reset(mmu, v, NULL)
 
 
 cdef void mmu_invlpg(sc_mmu *mmu, sc_vcpu *v, u64 va) noexcept nogil:
@@ -109,18 +113,32 @@ cdef int _ask_can_emulate(void *hook, u64 gva, u64 gpa, u32 nbytes) noexcept wit
 # The structures of state.pxd, field by field.
 PAGE_DTYPE = np.dtype([
     ("gfn", "<u8"), ("role", "<u4"), ("root_count", "<u4"), ("hash_next", "<u4"), ("prev", "<u4"), ("next", "<u4"),
-    ("parents", "<u4"), ("present", "<u4"), ("active", "u1"), ("nonglobal", "u1"), ("pad", "<u2"), ("slots", "<u8"),
-    ("used", "<u8", 8),
+    ("parents", "<u4"), ("present", "<u4"), ("active", "u1"), ("nonglobal", "u1"), ("unsync", "u1"), ("flood", "u1"),
+    ("unsync_children", "<u4"), ("pad", "<u4"), ("slots", "<u8"), ("used", "<u8", 8),
 ])
 FRAME_DTYPE = np.dtype([("rmap", "<u4"), ("shadowed", "<u2"), ("stale", "<u2")])
 LINK_DTYPE = np.dtype([("prev", "<u4"), ("next", "<u4")])
 assert (PAGE_DTYPE.itemsize, FRAME_DTYPE.itemsize, LINK_DTYPE.itemsize) == (
     sizeof(sc_page), sizeof(sc_frame), sizeof(sc_link))
 
+# The arrays of Mmu._arrays, in their order; those from `below` on are there if pages can be unsync.
+_ARRAYS = {
+    "pages": PAGE_DTYPE, "frames": FRAME_DTYPE, "links": LINK_DTYPE, "hash": np.dtype("<u4"), "below": np.dtype("<u8"),
+    "mapped": np.dtype("<u2"), "large_rmap_2m": np.dtype("<u4"), "no_large_2m": np.dtype("<u4"),
+    "large_rmap_1g": np.dtype("<u4"), "no_large_1g": np.dtype("<u4"),
+}
+
+RECORDED = ("accessed", "dirty", "made", "found", "synced", "unsync", "zapped", "leaf", "device", "device_hit",
+            "exit", "emulated")
+assert len(RECORDED) == RECORD_COUNT
+RECORD_DTYPE = np.dtype([("a", "<u8"), ("b", "<u8"), ("kind", "<u4"), ("c", "<u4")])
+assert RECORD_DTYPE.itemsize == sizeof(sc_event)
+
 PAGES_DTYPE = np.dtype([
     ("page", "<u4"), ("gfn", "<u8"), ("glevels", "u1"), ("level", "u1"), ("quadrant", "u1"), ("direct", "u1"),
     ("access", "u1"), ("nxe", "u1"), ("pse", "u1"), ("wp0", "u1"), ("global_", "u1"), ("pkey", "u1"),
-    ("root_count", "<u4"), ("present", "<u2"), ("parents", "<u4"), ("age", "<u4"),
+    ("root_count", "<u4"), ("present", "<u2"), ("parents", "<u4"), ("age", "<u4"), ("unsync", "u1"), ("flood", "u1"),
+    ("unsync_children", "<u4"),
 ])
 
 
@@ -134,6 +152,8 @@ cdef class Mmu:
             raise MemoryError
         memset(&self.counters, 0, sizeof(self.counters))
         design = checked_design(design)
+        if isinstance(design, Shadow):
+            design = design.of_memory(memory.mem.nframes)
         self.memory = memory
         self.design = design
         self.stats = Stats(self)
@@ -167,6 +187,24 @@ cdef class Mmu:
         self.c.links = <sc_link *>self._array(sizeof(sc_link) * 512 * self.c.pool_pages)
         self.c.hash = <u32 *>self._array(sizeof(u32) * buckets)
         pool_init(self.c)
+        if self.c.lists_all:
+            self._prepare_unsync(design)
+
+    cdef int _prepare_unsync(self, design) except -1:
+        """What only a design whose pages can be unsync needs."""
+        cdef u64 frames = self.memory.mem.nframes
+        self.c.prev_roots = design.prev_roots
+        self.c.prefetch = design.prefetch
+        self.c.rewrites = design.release == "6.1"
+        self.c.host_level = 1
+        for i in range(self.memory.mem.nslots):
+            self.c.host_level = max(self.c.host_level, self.memory.mem.slots[i].host_level)
+        self.c.below = <u64 *>self._array(8 * sizeof(u64) * self.c.pool_pages)
+        self.c.mapped = <u16 *>self._array(sizeof(u16) * frames)
+        for i in range(2):
+            self.c.large_rmap[i] = <u32 *>self._array(sizeof(u32) * ((frames >> 9 * (i + 1)) + 1))
+            self.c.no_large[i] = <u32 *>self._array(sizeof(u32) * ((frames >> 9 * (i + 1)) + 1))
+        return 0
 
     def __dealloc__(self):
         free(self.c)
@@ -265,6 +303,10 @@ cdef class Mmu:
         """The live structures, as read-only arrays that share memory with the engine: table (uint64[pages, 512]), pages
         (PAGE_DTYPE), frames (FRAME_DTYPE, per frame of RAM), links (LINK_DTYPE, per spte), hash (uint32).
 
+        Design `unsync` has more: below (uint64[pages, 8]: a bit per entry, of those that are marked), mapped (uint16,
+        per frame: leaves that map it); and per block of 2 MiB and of 1 GiB of RAM large_rmap_2m, large_rmap_1g (uint32:
+        heads of the lists of large leaves) and no_large_2m, no_large_1g (uint32: reasons against such leaves).
+
         What is read while a batch runs may be of any moment. ConfigError under `native`, which has none.
         """
         return self._windows("arrays", None)
@@ -274,20 +316,22 @@ cdef class Mmu:
 
         While one of them is held, or a view or a buffer of one (a VM whose RAM it is, say), whatever uses the VM raises
         EngineError, in this thread or another. When all have been let go, the first call that uses the VM checks I3 to
-        I7 once, in time linear in the size of the structure: AuditError, of point "writable_arrays", if they do not
-        hold, and nothing is followed or changed. So it is until other values have been written; `vm.audit` works, and
-        `pages`, `table`, `rmap` and `roots`, which check as they go. Addresses of their memory (`ctypes.data`) must not
-        be written to once the arrays are gone.
+        I7 (design `unsync`: I10 to I12 as well) once, in time linear in the size of the structure: AuditError, of point
+        "writable_arrays", if they do not hold, and nothing is followed or changed. So it is until other values have
+        been written; `vm.audit` works, and `pages`, `table`, `rmap` and `roots`, which check as they go. Addresses of
+        their memory (`ctypes.data`) must not be written to once the arrays are gone.
         """
         return self._windows("writable_arrays", self.memory)
 
     cdef dict _windows(self, what, lender):
         if not self.c.shadow or lender is not None and self.c.mem.busy & SC_RUNNING:
             self._shadow(what)
-        pages, frames, links, buckets = [window(array, lender) for array in self._arrays]
-        table = window(self.memory.tables, lender)
-        return {"table": table.view(np.uint64).reshape(-1, 512), "pages": pages.view(PAGE_DTYPE),
-                "frames": frames.view(FRAME_DTYPE), "links": links.view(LINK_DTYPE), "hash": buckets.view(np.uint32)}
+        cdef dict found = {"table": window(self.memory.tables, lender).view(np.uint64).reshape(-1, 512)}
+        for (name, dtype), array in zip(_ARRAYS.items(), self._arrays, strict=False):
+            found[name] = window(array, lender).view(dtype)
+        if self.c.lists_all:
+            found["below"] = found["below"].reshape(-1, 8)
+        return found
 
     def settle(self) -> None:
         """Check what was written through `writable_arrays` (or put back by import_state), as the next call that uses
@@ -330,6 +374,31 @@ cdef class Mmu:
         for cpu in self._vcpus:
             cpu._take_fast_paths(not self._general)
 
+    def record(self, size) -> None:
+        """Record what the shadow MMU does (`recorded`), up to `size` events; 0: nothing more."""
+        self._shadow("record")
+        cdef u64 room = check_int("size", size, 0, 1 << 32)
+        self.c.ring = NULL
+        self._recorded = None
+        memset(&self.ring, 0, sizeof(self.ring))
+        if room:
+            self._recorded = np.zeros(room, dtype=RECORD_DTYPE)
+            self.ring.event = <sc_event *><size_t>self._recorded.ctypes.data
+            self.ring.size = room
+            self.c.ring = &self.ring
+
+    def recorded(self):
+        """The events since the last call, as an array (RECORD_DTYPE; kinds in RECORDED), which begins anew. EngineError
+        if there were more than there was room for."""
+        self._shadow("recorded")
+        if self._recorded is None:
+            raise ConfigError("recorded: nothing is recorded, see Mmu.record")
+        cdef u64 count = self.ring.count
+        self.ring.count = 0
+        if count > self.ring.size:
+            raise EngineError(f"{count} events happened, there was room for {self.ring.size}")
+        return self._recorded[:count].copy()
+
     def fail_pages(self, after, count=1) -> None:
         """For tests: `after` more pages can be taken from the pool, then `count` attempts fail."""
         self._shadow("fail_pages")
@@ -349,7 +418,9 @@ cdef class Mmu:
         """Active shadow pages as a structured array (PAGES_DTYPE), newest first.
 
         page: number in the pool; gfn and role fields; root_count; present: entries in use; parents: sptes that
-        point to it; age: distance from the recycling end (0 = next victim).
+        point to it; age: distance from the recycling end (0 = next victim). Of design `unsync`, else 0: unsync; flood:
+        emulated stores to the table since the page was last used; unsync_children: entries that are marked, as a page
+        below them is unsync.
         """
         cdef u32 n = self.c.n_active
         cdef u32 number = self.c.young
@@ -369,6 +440,7 @@ cdef class Mmu:
                 role_field(p.role, ROLE_WP0, 1), role_field(p.role, ROLE_GLOBAL, 1),
                 role_field(p.role, ROLE_PKEY, 15), p.root_count,
                 np.count_nonzero(self.memory.tables[number] & 1), len(self._list(p.parents)), n - 1 - i,
+                p.unsync, p.flood, p.unsync_children,
             )
             number = p.next
         return out
@@ -389,16 +461,21 @@ cdef class Mmu:
         return self.memory.tables[check_int("page", page, 0, self.c.pool_pages - 1)].copy()
 
     def rmap(self, gfn):
-        """uint32[n, 2]: (page, index) of each writable spte that maps `gfn`, newest first."""
+        """uint32[n, 2]: (page, index) of each writable spte that maps `gfn`, newest first.
+
+        Design `unsync`: of each leaf, writable or not; those of 4 KiB come first, then those of 2 MiB and of 1 GiB."""
         self._looks("rmap")
-        sptes = [(spte >> 9, spte & 511) for spte in self._list(self.c.frames[self.memory.frame(gfn)].rmap)]
-        return np.array(sptes, dtype=np.uint32).reshape(-1, 2)
+        cdef u64 frame = self.memory.frame(gfn)
+        cdef list sptes = self._list(self.c.frames[frame].rmap)
+        if self.c.lists_all:
+            for i in range(2):
+                sptes += self._list(self.c.large_rmap[i][frame >> 9 * (i + 1)])
+        return np.array([(spte >> 9, spte & 511) for spte in sptes], dtype=np.uint32).reshape(-1, 2)
 
     def rmap_length(self, gfn) -> int:
         """Records of `gfn` in the reverse map, with those that the quirk RMAP_LEAK left behind."""
         self._looks("rmap_length")
-        cdef sc_frame *frame = &self.c.frames[self.memory.frame(gfn)]
-        return len(self._list(frame.rmap)) + frame.stale
+        return len(self.rmap(gfn)) + self.c.frames[<u64>self.memory.frame(gfn)].stale
 
     cdef list _list(self, u32 head):
         """Members of a list of sptes. EngineError where the links, which may be written by hand, lead nowhere."""
@@ -417,6 +494,18 @@ cdef class Mmu:
         self._looks("roots")
         cdef sc_vcpu *v = self.c.vcpus[check_int("vcpu", vcpu, 0, self.c.n_vcpus - 1)]
         return [None if v.roots[i] == SC_NONE else v.roots[i] for i in range(root_slots(v))]
+
+    def unsync_marks(self):
+        """uint32[n, 2]: (page, index) of each entry that is marked: a page below it is, or lately was, unsync."""
+        self._looks("unsync_marks")
+        cdef u32 page, index
+        marks = []
+        if self.c.below != NULL:
+            for page in range(self.c.pool_pages):
+                for index in range(512):
+                    if self.c.below[page * 8 + (index >> 6)] >> (index & 63) & 1:
+                        marks.append((page, index))
+        return np.array(marks, dtype=np.uint32).reshape(-1, 2)
 
     def unprotect(self, gfn) -> bool:
         """Zap the shadow pages of the guest table at `gfn`; True if there were any."""
@@ -472,7 +561,7 @@ cdef class Mmu:
         return first
 
     def counters_reset(self) -> None:
-        """The counters are about to be set to 0: remember how many sptes are present."""
+        """The counters are about to be set to 0, but for gauges: remember how many sptes are present."""
         self.idle()
         self.c.spte_base += self.counters.spte_installed - self.counters.spte_removed
 
@@ -482,6 +571,8 @@ cdef class Mmu:
         cdef sc_mmu *c = self.c
         state = {"n_free": c.n_free, "n_active": c.n_active, "free_head": c.free_head, "young": c.young, "old": c.old,
                  "n_pte4": c.n_pte4, "n_pte8": c.n_pte8, "flush_epoch": c.flush_epoch, "spte_base": c.spte_base}
+        if c.lists_all:
+            state |= {"n_dying": c.n_dying, "generation": c.generation}
         state["counters"] = self.stats.as_array().tolist()
         return state
 
@@ -498,25 +589,38 @@ cdef class Mmu:
         cdef list counted = check_ints("counters", state.get("counters"), sizeof(sc_stats) // sizeof(u64), _WORD)
         cdef u32 none = SC_NONE
         pages = [check_int(name, state.get(name), 0, c.pool_pages) for name in _COUNTS]
+        dying = check_int("n_dying", state.get("n_dying"), 0, c.pool_pages) if c.lists_all else 0
+        generation = check_int("generation", state.get("generation"), 0, _WORD) if c.lists_all else 0
         cdef list lists = []
         for name in _LISTS:
             page = state.get(name)
             lists.append(none if page == none else check_int(name, page, 0, max(1, c.pool_pages) - 1))
         words = [check_int(name, state.get(name), 0, _WORD) for name in ("flush_epoch", "spte_base")]
         c.n_free, c.n_active, c.n_pte4, c.n_pte8 = pages
+        c.n_dying = dying
+        c.generation = generation
         c.free_head, c.young, c.old = lists
         c.flush_epoch, c.spte_base = words
         for i, number in enumerate(counted):
             counters[i] = number
         c.mem.busy |= SC_WRITTEN
 
-    def protect_slot(self, slot) -> None:
-        """Write-protect the frames of memory slot `slot`, for its dirty log."""
+    def slot_logged(self, slot, what, first=0, frames=0) -> None:
+        """The dirty log of memory slot `slot` is about to begin ("start", or "set": with every frame in it), or to be
+        cleared for some frames ("clear"); or it has ended ("stop"). Memory says so."""
         self.idle()
         cdef int index = check_int("slot", slot, 0, <int>self.c.mem.nslots - 1)
-        if self.c.shadow:
+        if not self.c.shadow:
+            return
+        if what != "clear":
+            self.c.generation += 2  # flags of a slot change
+        if what == "start" or what == "clear" and self.c.design.log_cleared == NULL:
             pool_protect_slot(self.c, index)
-            self._report()
+        elif what == "clear":
+            self.c.design.log_cleared(self.c, index, first, frames)
+        elif what == "stop" and self.c.design.log_stopped != NULL:
+            self.c.design.log_stopped(self.c, index)
+        self._report()
 
     def _shadow(self, what):
         self.idle()

@@ -6,15 +6,15 @@ is needed when it is taken again (patch 22 scanned all 512, twice).
 from libc.string cimport memset
 
 from shadowcore.engine.bits cimport PTE_P, PTE_W, pte_addr
-from shadowcore.engine.flushes cimport FLUSH_LOG, FLUSH_ZAP, FLUSH_ZAP_UPPER, entry_flush, request_flush
+from shadowcore.engine.flushes cimport FLUSH_LOG, FLUSH_PROTECT, FLUSH_ZAP, FLUSH_ZAP_UPPER, entry_flush, request_flush
 from shadowcore.engine.hooks cimport EVENT_ZAP, event
 from shadowcore.engine.memory cimport mem_frame, mem_gfn, mem_pool_page, sc_no_frame
 from shadowcore.engine.page cimport sc_frame, sc_page
-from shadowcore.engine.pool cimport active_push, active_remove, hash_bucket, pool_find
+from shadowcore.engine.pool cimport active_push, active_remove, count_shadowing, hash_bucket, pool_find
 from shadowcore.engine.quirks cimport QUIRK_ROOT_EMPTIED
 from shadowcore.engine.rmap cimport list_first, list_remove, rmap_remove, rmap_write_protect
-from shadowcore.engine.role cimport role_direct, role_level, role_pte_size
-from shadowcore.engine.spte cimport spte_is_writable, spte_wipe
+from shadowcore.engine.role cimport role_direct, role_level
+from shadowcore.engine.spte cimport leaf_is_listed, spte_is_writable, spte_wipe
 from shadowcore.engine.state cimport memo_drop, sc_mmu
 from shadowcore.engine.types cimport SC_NONE, u32, u64
 
@@ -43,20 +43,7 @@ cdef void pool_init(sc_mmu *mmu) noexcept nogil:
     mmu.n_active = 0
     mmu.young = SC_NONE
     mmu.old = SC_NONE
-
-
-cdef inline void _count_shadowing(sc_mmu *mmu, const sc_page *page, int change) noexcept nogil:
-    """Keep the per-frame and per-format counts of pages that shadow a guest table."""
-    cdef u64 frame
-    if role_direct(page.role):
-        return
-    frame = mem_frame(mmu.mem, page.gfn)
-    if frame != sc_no_frame():
-        mmu.frames[frame].shadowed += change
-    if role_pte_size(page.role) == 4:
-        mmu.n_pte4 += change
-    else:
-        mmu.n_pte8 += change
+    mmu.zapped = SC_NONE
 
 
 cdef bint pool_has(sc_mmu *mmu, u32 need) noexcept nogil:
@@ -101,15 +88,16 @@ cdef u32 pool_take(sc_mmu *mmu, u64 gfn, u32 role) noexcept nogil:
     page.active = True
     page.nonglobal = False
     page.slots = 0
+    page.unsync = False
     bucket = hash_bucket(mmu, gfn)
     page.hash_next = mmu.hash[bucket]
     mmu.hash[bucket] = number
     active_push(mmu, number)
     if not role_direct(role):
-        _count_shadowing(mmu, page, 1)
+        count_shadowing(mmu, page, 1)
         frame = mem_frame(mmu.mem, gfn)
-        if frame != sc_no_frame():
-            rmap_write_protect(mmu, frame)
+        if frame != sc_no_frame() and rmap_write_protect(mmu, frame) and mmu.lists_all:
+            request_flush(mmu, FLUSH_PROTECT)
     return number
 
 
@@ -122,7 +110,8 @@ cdef u32 pool_get(sc_mmu *mmu, u64 gfn, u32 role) noexcept nogil:
     return number
 
 
-cdef inline void _hash_remove(sc_mmu *mmu, u32 number) noexcept nogil:
+cdef void hash_remove(sc_mmu *mmu, u32 number) noexcept nogil:
+    """The page leaves its bucket."""
     cdef u32 *link = &mmu.hash[hash_bucket(mmu, mmu.pages[number].gfn)]
     while link[0] != number:
         link = &mmu.pages[link[0]].hash_next
@@ -141,7 +130,7 @@ cdef inline void _unlink_parents(sc_mmu *mmu, u32 number) noexcept nogil:
 cdef inline void _forget_leaf(sc_mmu *mmu, sc_frame *frames, u64 ram_hfn, u64 value, u32 spte) noexcept nogil:
     """rmap_remove, for what may not be writable. frames, ram_hfn: those of mmu, loaded once for many leaves."""
     cdef u32 *head
-    if not spte_is_writable(value):
+    if not leaf_is_listed(mmu, value):
         return
     head = &frames[((value & pte_addr()) >> 12) - ram_hfn].rmap
     if head[0] == spte + 1:
@@ -224,8 +213,8 @@ cdef void pool_zap(sc_mmu *mmu, u32 number) noexcept nogil:
     if page.root_count:
         active_push(mmu, number)
         return
-    _hash_remove(mmu, number)
-    _count_shadowing(mmu, page, -1)
+    hash_remove(mmu, number)
+    count_shadowing(mmu, page, -1)
     page.active = False
     page.next = mmu.free_head
     mmu.free_head = number
@@ -239,6 +228,9 @@ cdef void pool_zap_all(sc_mmu *mmu) noexcept nogil:
     cdef u32 number = mmu.old
     cdef u32 n = mmu.n_active
     cdef u32 previous
+    if mmu.design.zap_all != NULL:
+        mmu.design.zap_all(mmu)
+        return
     while n:
         previous = mmu.pages[number].prev
         pool_zap(mmu, number)
@@ -251,6 +243,8 @@ cdef bint pool_unprotect(sc_mmu *mmu, u64 gfn) noexcept nogil:
     cdef u32 number = mmu.hash[hash_bucket(mmu, gfn)]
     cdef u32 following
     cdef bint found = False
+    if mmu.design.unprotect != NULL:
+        return mmu.design.unprotect(mmu, gfn)
     while number != SC_NONE:
         following = mmu.pages[number].hash_next
         if mmu.pages[number].gfn == gfn and not role_direct(mmu.pages[number].role):
@@ -283,6 +277,9 @@ cdef void pool_protect_slot(sc_mmu *mmu, int slot) noexcept nogil:
     """Take W from every spte that maps a frame of memory slot `slot`, so that stores are seen again (dirty log)."""
     cdef u32 page, spte
     cdef u64 gfn
+    if mmu.design.protect_slot != NULL:
+        mmu.design.protect_slot(mmu, slot)
+        return
     for page in range(mmu.pool_pages):
         if not mmu.pages[page].active or not mmu.pages[page].slots >> slot & 1:
             continue

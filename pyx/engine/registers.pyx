@@ -6,7 +6,7 @@ CR0 stay clear whatever is written (vol. 2). Bits of CR3 that its tables call ig
 mean nothing: they read as they were written. Outside of long mode the operand has 32 bits, so that CR3 gets no
 others. The privilege level and CS.L are the caller's business: no load is refused for them.
 """
-from libc.string cimport memcpy, memset
+from libc.string cimport memcmp, memcpy, memset
 
 from shadowcore.engine.bits cimport (
     CR0_CD, CR0_NW, CR0_PE, CR0_WP, CR4_FSGSBASE, CR4_LA57, CR4_OSXSAVE, CR4_PAE, CR4_PCIDE, CR4_PGE, CR4_PKE, CR4_PSE,
@@ -23,7 +23,7 @@ from shadowcore.engine.flushes cimport FLUSH_CONTEXT, FLUSH_CR3, flush_lost
 from shadowcore.engine.hooks cimport POINT_POST_CR3, audit_point
 from shadowcore.engine.memory cimport mem_guest_frame, sc_mem
 from shadowcore.engine.quirks cimport QUIRK_ACCESSED_EARLY, QUIRK_IGNORED_BITS_REFUSED
-from shadowcore.engine.state cimport memo_drop, sc_mmu, sc_vcpu, vcpu_pcid
+from shadowcore.engine.state cimport SC_MAX_PREV, memo_drop, sc_loaded, sc_mmu, sc_prev, sc_vcpu, vcpu_pcid
 from shadowcore.engine.tlb cimport tlb_flush_all, tlb_flush_pcid
 from shadowcore.engine.types cimport (
     MODE_32, MODE_64, MODE_LA57, MODE_OFF, MODE_PAE, RC_GP, RC_OK, SC_NONE, u8, u32, u64,
@@ -59,6 +59,18 @@ cdef bint _read_pdptes(const sc_mmu *mmu, const sc_vcpu *v, u64 cr3, u64 *pdpte)
     if frame != NULL:
         memcpy(pdpte, frame + (cr3 & 0xFE0), 32)
     return pdptes_valid(pdpte, v.maxphyaddr)
+
+
+cdef bint _take_pdptes(sc_vcpu *v, const u64 *pdpte) noexcept nogil:
+    """True if they are others than before."""
+    if memcmp(v.guest.pdpte, pdpte, sizeof(v.guest.pdpte)) == 0:
+        return False
+    memcpy(v.guest.pdpte, pdpte, sizeof(v.guest.pdpte))
+    return True
+
+
+cdef inline sc_loaded _before(const sc_vcpu *v) noexcept nogil:
+    return sc_loaded(v.cr0, v.cr3, v.cr4, v.efer, False, False)
 
 
 cdef void vcpu_apply(sc_vcpu *v) noexcept nogil:
@@ -105,8 +117,10 @@ cdef void vcpu_init(sc_mmu *mmu, sc_vcpu *v) noexcept nogil:
     v.flood_gfn = <u64>-1
     for slot in range(4):
         v.roots[slot] = SC_NONE
+    for slot in range(SC_MAX_PREV):
+        v.prev[slot] = sc_prev(0, SC_NONE, 0)
     vcpu_apply(v)
-    design_reset(mmu, v)
+    design_reset(mmu, v, NULL)
 
 
 cdef bint registers_possible(const sc_vcpu *v) noexcept nogil:
@@ -135,6 +149,7 @@ cdef bint registers_possible(const sc_vcpu *v) noexcept nogil:
 
 cdef int load_cr0(sc_mmu *mmu, sc_vcpu *v, u64 value) noexcept nogil:
     cdef u64 pdpte[4]
+    cdef sc_loaded before = _before(v)
     cdef bint pg = value & cr0_pg() != 0
     if value >> 32 or (value & CR0_NW and not value & CR0_CD) or (pg and not value & CR0_PE):
         return RC_GP
@@ -149,7 +164,7 @@ cdef int load_cr0(sc_mmu *mmu, sc_vcpu *v, u64 value) noexcept nogil:
     if _mode(value, v.cr4, v.efer) == MODE_PAE and (value ^ v.cr0) & (CR0_CD | CR0_NW | cr0_pg()):
         if not _read_pdptes(mmu, v, v.cr3, pdpte):
             return RC_GP
-        memcpy(v.guest.pdpte, pdpte, sizeof(pdpte))
+        before.pdptes = _take_pdptes(v, pdpte)
     design_exit(mmu, v.number, EXIT_CR0, value)
     _drop_translations(mmu, v, value != v.cr0)
     v.cr0 = value
@@ -158,21 +173,23 @@ cdef int load_cr0(sc_mmu *mmu, sc_vcpu *v, u64 value) noexcept nogil:
         v.efer |= EFER_LMA
     vcpu_apply(v)
     memo_drop(mmu)
-    design_reset(mmu, v)
+    design_reset(mmu, v, &before)
     return RC_OK
 
 
 cdef int load_cr3(sc_mmu *mmu, sc_vcpu *v, u64 value) noexcept nogil:
     cdef u64 pdpte[4]
+    cdef sc_loaded before           # of the others nobody asks here
     cdef u64 reserved = 0
     cdef u64 ignored = 7
-    cdef bint tagged = False
+    before.cr3 = v.cr3
+    before.tagged = before.pdptes = False
     if v.efer & EFER_LMA:
         reserved = ~((<u64>1 << v.maxphyaddr) - 1)
         ignored = 0xFE0
         if v.cr4 & CR4_PCIDE:
             ignored = 0
-            tagged = value >> 63
+            before.tagged = value >> 63
             value &= ~(<u64>1 << 63)        # bit 63 keeps what the TLB holds for the PCID; it is not stored
     else:
         value &= 0xFFFFFFFFU
@@ -181,21 +198,22 @@ cdef int load_cr3(sc_mmu *mmu, sc_vcpu *v, u64 value) noexcept nogil:
     if v.guest.mode == MODE_PAE:
         if not _read_pdptes(mmu, v, value, pdpte):
             return RC_GP
-        memcpy(v.guest.pdpte, pdpte, sizeof(pdpte))
+        before.pdptes = _take_pdptes(v, pdpte)
     design_exit(mmu, v.number, EXIT_CR3, value)
     v.cr3 = value
     memo_drop(mmu)
-    if v.tlb != NULL and not tagged:
+    if v.tlb != NULL and not before.tagged:
         tlb_flush_pcid(v.tlb, vcpu_pcid(v), flush_lost(mmu, FLUSH_CR3))
     if v.guest.mode != MODE_OFF:
         v.guest.root = v.cr3 & (pte_addr() if v.guest.mode >= MODE_64 else 0xFFFFF000U)
-        design_new_cr3(mmu, v)
+    design_new_cr3(mmu, v, &before)
     audit_point(mmu, POINT_POST_CR3)
     return RC_OK
 
 
 cdef int load_cr4(sc_mmu *mmu, sc_vcpu *v, u64 value) noexcept nogil:
     cdef u64 pdpte[4]
+    cdef sc_loaded before = _before(v)
     if value & ~_cr4_allowed(v):
         return RC_GP
     if v.efer & EFER_LMA and (not value & CR4_PAE or (value ^ v.cr4) & CR4_LA57):
@@ -207,17 +225,18 @@ cdef int load_cr4(sc_mmu *mmu, sc_vcpu *v, u64 value) noexcept nogil:
             and (value ^ v.cr4) & (CR4_PAE | CR4_PGE | CR4_PSE | CR4_SMEP)):
         if not _read_pdptes(mmu, v, v.cr3, pdpte):
             return RC_GP
-        memcpy(v.guest.pdpte, pdpte, sizeof(pdpte))
+        before.pdptes = _take_pdptes(v, pdpte)
     design_exit(mmu, v.number, EXIT_CR4, value)
     _drop_translations(mmu, v, value != v.cr4)
     v.cr4 = value
     vcpu_apply(v)
     memo_drop(mmu)
-    design_reset(mmu, v)
+    design_reset(mmu, v, &before)
     return RC_OK
 
 
 cdef int load_efer(sc_mmu *mmu, sc_vcpu *v, u64 value) noexcept nogil:
+    cdef sc_loaded before = _before(v)
     cdef u64 allowed = EFER_SCE | EFER_LME | EFER_LMA | (EFER_NXE if _has(v, FEAT_NX) else 0)
     if value & ~allowed or (v.cr0 & cr0_pg() and (value ^ v.efer) & EFER_LME):
         return RC_GP
@@ -226,7 +245,7 @@ cdef int load_efer(sc_mmu *mmu, sc_vcpu *v, u64 value) noexcept nogil:
     v.efer = (value & ~<u64>EFER_LMA) | (v.efer & EFER_LMA)
     vcpu_apply(v)
     memo_drop(mmu)
-    design_reset(mmu, v)
+    design_reset(mmu, v, &before)
     return RC_OK
 
 

@@ -1,5 +1,6 @@
 """Where an access leads: by the TLB, by a walk, and by the faults that a walk of the shadow takes."""
 from shadowcore.engine.bits cimport CR4_PGE, PTE_D, PTE_G
+from shadowcore.engine.design cimport design_enter
 from shadowcore.engine.fault cimport page_fault
 from shadowcore.engine.invalidate cimport invalidate_fault
 from shadowcore.engine.memory cimport mem_frame, mem_gfn, sc_no_frame
@@ -70,7 +71,7 @@ cdef int resolve(sc_mmu *mmu, sc_vcpu *v, u64 va, u32 access, sc_walk *w) noexce
         if rc == RC_PF:
             v.cr2 = va
             mmu.stats.pf_guest += 1
-            invalidate_fault(mmu, v, va)
+            invalidate_fault(mmu, v, va, w.error_code)
         elif mem_frame(mmu.mem, w.gpa >> 12) == sc_no_frame():
             rc = RC_MMIO
         elif v.tlb != NULL and v.guest.mode != MODE_OFF:
@@ -78,6 +79,7 @@ cdef int resolve(sc_mmu *mmu, sc_vcpu *v, u64 va, u32 access, sc_walk *w) noexce
             _tlb_fill(mmu, v, va, w, shift, shift)
         return rc
     while exits < MAX_EXITS:
+        design_enter(mmu, v)
         rc = shadow_walk(mmu.mem, &v.hw, va, access, &hw)
         mmu.stats.walk_references += hw.references
         if rc == RC_OK:
@@ -87,7 +89,7 @@ cdef int resolve(sc_mmu *mmu, sc_vcpu *v, u64 va, u32 access, sc_walk *w) noexce
                 _tlb_fill(mmu, v, va, &hw, 12, _guest_shift(mmu, v, &hw))
             return RC_OK
         rc = page_fault(mmu, v, access, &hw, w)
-        if rc != RC_RETRY:
-            return rc
+        if rc != RC_RETRY or v.restarts:
+            return RC_RETRY if rc == RC_OK and v.restarts else rc
         exits += 1
     return RC_LIVELOCK

@@ -10,11 +10,11 @@ from shadowcore.engine.check cimport sc_check
 from shadowcore.engine.memory cimport mem_pool_hpa
 from shadowcore.engine.pool cimport pool_get, pool_zap_all
 from shadowcore.engine.role cimport (
-    ROLE_ACCESS, ROLE_BITS, ROLE_DIRECT, ROLE_DIRTY, ROLE_GLEVELS, ROLE_GLOBAL, ROLE_LEVEL, ROLE_NXE, ROLE_PKEY,
-    ROLE_PSE, ROLE_QUADRANT, ROLE_WP0,
+    ROLE_ACCESS, ROLE_BITS, ROLE_DIRECT, ROLE_DIRTY, ROLE_GLEVELS, ROLE_GLOBAL, ROLE_INVALID, ROLE_LEVEL, ROLE_NXE,
+    ROLE_PKEY, ROLE_PSE, ROLE_QUADRANT, ROLE_SMAP, ROLE_SMEP, ROLE_WP0,
 )
 from shadowcore.engine.roots cimport make_role, root_slots
-from shadowcore.engine.state cimport memo_drop, sc_mmu, sc_vcpu
+from shadowcore.engine.state cimport memo_drop, page_is_dying, sc_mmu, sc_vcpu
 from shadowcore.engine.types cimport ACC_ALL, MODE_64, MODE_LA57, MODE_PAE, SC_NONE, u32, u64
 
 # A role has room for all its fields, none of which reaches into the next: modes, levels, quadrants, rights, keys.
@@ -29,7 +29,10 @@ sc_check(1 >> (ROLE_WP0 - ROLE_PSE) == 0)
 sc_check(1 >> (ROLE_GLOBAL - ROLE_WP0) == 0)
 sc_check(1 >> (ROLE_PKEY - ROLE_GLOBAL) == 0)
 sc_check(15 >> (ROLE_DIRTY - ROLE_PKEY) == 0)
-sc_check(1 >> (ROLE_BITS - ROLE_DIRTY) == 0)
+sc_check(1 >> (ROLE_SMEP - ROLE_DIRTY) == 0)
+sc_check(1 >> (ROLE_SMAP - ROLE_SMEP) == 0)
+sc_check(1 >> (ROLE_INVALID - ROLE_SMAP) == 0)
+sc_check(1 >> (ROLE_BITS - ROLE_INVALID) == 0)
 
 
 cdef inline bint _root_key(const sc_mmu *mmu, const sc_vcpu *v, int slot, u64 *gfn, u32 *role) noexcept nogil:
@@ -38,16 +41,24 @@ cdef inline bint _root_key(const sc_mmu *mmu, const sc_vcpu *v, int slot, u64 *g
     cdef bint direct
     if not mmu.design.root_of(mmu, v, slot, gfn, &direct):
         return False
-    role[0] = make_role(mmu, v, <u64>slot << 30, level, direct, ACC_ALL)
+    if mmu.design.root_role != NULL:
+        role[0] = mmu.design.root_role(mmu, v, slot)
+    else:
+        role[0] = make_role(mmu, v, <u64>slot << 30, level, direct, ACC_ALL)
     return True
 
 
 cdef bint root_fits(const sc_mmu *mmu, const sc_vcpu *v, int slot, u32 page) noexcept nogil:
-    """`page`, which exists, is what the registers ask for as root number `slot`."""
+    """`page`, which exists, is what the registers ask for as root number `slot`, or was (unsync) until it went."""
     cdef u64 gfn
     cdef u32 role
-    return (_root_key(mmu, v, slot, &gfn, &role) and mmu.pages[page].active and mmu.pages[page].gfn == gfn
-            and mmu.pages[page].role == role)
+    if not _root_key(mmu, v, slot, &gfn, &role) or mmu.pages[page].gfn != gfn:
+        return False
+    if page_is_dying(&mmu.pages[page]):
+        role |= <u32>1 << ROLE_INVALID
+    elif not mmu.pages[page].active:
+        return False
+    return mmu.pages[page].role == role
 
 
 cdef u32 root_load(sc_mmu *mmu, sc_vcpu *v, int slot) noexcept nogil:

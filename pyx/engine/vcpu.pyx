@@ -19,19 +19,22 @@ from shadowcore.engine.memo cimport sc_memo
 from shadowcore.engine.memory cimport SC_WRITTEN, mem_pool_hpa
 from shadowcore.engine.mmu cimport Mmu
 from shadowcore.engine.registers cimport (
-    load_ac, load_cr0, load_cr3, load_cr4, load_efer, load_pkru, registers_possible, vcpu_apply, vcpu_init,
+    load_ac, load_cr0, load_cr3, load_cr4, load_efer, load_pkru, load_refused, registers_possible, vcpu_apply,
+    vcpu_init,
 )
 from shadowcore.engine.roots cimport root_fits
-from shadowcore.engine.state cimport SC_MAX_VCPUS, linear_address, linear_exists, sc_mmu, sc_vcpu
+from shadowcore.engine.state cimport (
+    REQUEST_ROOTS, SC_MAX_VCPUS, linear_address, linear_exists, sc_mmu, sc_prev, sc_vcpu,
+)
 from shadowcore.engine.tlb cimport TLB_PAGES, TLB_SIZES, sc_tlb, sc_tlb_entry, tlb_valid
 from shadowcore.engine.translation cimport Translation, walk_levels
 from shadowcore.engine.types cimport (
-    ACC_ALL, MODE_OFF, PF_I, PF_U, PF_W, RC_AUDIT, RC_GP, RC_MMIO, RC_OK, RC_PF, SC_NONE, u32, u64,
+    ACC_ALL, ACC_U, ACC_W, MODE_OFF, PF_I, PF_U, PF_W, RC_AUDIT, RC_GP, RC_MMIO, RC_OK, RC_PF, SC_NONE, u32, u64,
 )
 from shadowcore.engine.walker cimport probe_walk, sc_walk
 
 from shadowcore._version import __version__
-from shadowcore.config import FEATURES as _FEATURES, TLB, Features, check_int, check_ints, taken
+from shadowcore.config import FEATURES as _FEATURES, TLB, Features, check_bool, check_int, check_ints, taken
 from shadowcore.engine.memory import allocate, window
 from shadowcore.errors import ConfigError, GeneralProtection, MMIOAccess, PageFault
 
@@ -105,7 +108,40 @@ cdef u32 _held(const sc_mmu *mmu, const sc_vcpu *own, u32 page) noexcept nogil:
         v = own if i == own.number else mmu.vcpus[i]
         for slot in range(4):
             held += v.roots[slot] == page
+        for slot in range(mmu.prev_roots):
+            held += v.prev[slot].page == page
     return held
+
+
+cdef int _import_lagging(sc_mmu *mmu, sc_vcpu *c, dict state) except -1:
+    """What only a vcpu of design `unsync` has; its roots are in place."""
+    cdef list previous = []
+    cdef object none = <u32>SC_NONE
+    cdef u32 page
+    cdef u32 i
+    c.requests = check_int("requests", state.get("requests"), 0, 2 * REQUEST_ROOTS - 1)
+    c.device_rights = check_int("device_rights", state.get("device_rights"), 0, ACC_W | ACC_U)
+    if c.device_rights & ~<u32>(ACC_W | ACC_U):
+        raise ConfigError(f"device_rights: {c.device_rights} is not 0, 2, 4 or 6")
+    c.loaded, c.restarts, c.odd_stores, c.retried = [
+        check_bool(name, state.get(name)) for name in ("loaded", "restarts", "odd_stores", "retried")]
+    c.root_cr3, c.rip, c.retried_rip, c.retried_va, c.device_va, c.device_gfn, c.device_generation = [
+        check_int(name, state.get(name), 0, _WORD)
+        for name in ("root_cr3", "rip", "retried_rip", "retried_va", "device_va", "device_gfn", "device_generation")]
+    if not isinstance(state.get("previous"), (list, tuple)) or len(state["previous"]) != mmu.prev_roots:
+        raise ConfigError(f"previous: {mmu.prev_roots} pairs are needed, not {state.get('previous')!r:.60}")
+    for pair in state["previous"]:
+        pair = check_ints("previous", pair, 2, _WORD)
+        previous.append((pair[0], check_int("previous", pair[1], 0, none)))
+    for i in range(mmu.prev_roots):
+        c.prev[i] = sc_prev(<u64>previous[i][0], <u32>previous[i][1], 0)
+    for i in range(mmu.prev_roots):
+        page = c.prev[i].page
+        if page != SC_NONE and (page >= mmu.pool_pages or _held(mmu, c, page) > mmu.pages[page].root_count):
+            raise ConfigError(f"previous: page {page} is not held as a root so often")
+    if not c.loaded and not c.requests:
+        raise ConfigError("loaded, requests: without roots there is a request for them")
+    return 0
 
 
 def tlb_sizes(tlb) -> list:
@@ -154,17 +190,26 @@ cdef class VCpu:
         free(self.c)
 
     def _take_fast_paths(self, on) -> None:
-        """For `Mmu.general`: without a memo no fast path is open."""
+        """For `Mmu.general`: without a memo no fast path is open. Nor is one where accesses are not repeated."""
         if self.c.tlb == NULL:
-            self.c.memo = <sc_memo *><size_t>self._memo.ctypes.data if on else NULL
+            self.c.memo = <sc_memo *><size_t>self._memo.ctypes.data if on and not self.c.restarts else NULL
 
     def export_state(self) -> dict:
-        """Registers, roots and flood counter: with `tlb_arrays`, all that a vcpu is (VM.save)."""
+        """Registers, roots and flood counter: with `tlb_arrays`, all that a vcpu is (VM.save). Design `unsync`: roots
+        of earlier CR3s as [CR3, page], requests, and what else that design keeps."""
         cdef sc_vcpu *c = self.c
         self.mmu.still()
-        return {"cr0": c.cr0, "cr2": c.cr2, "cr3": c.cr3, "cr4": c.cr4, "efer": c.efer, "pkru": c.guest.pkru,
-                "ac": bool(c.guest.ac), "cpl": c.cpl, "pdptes": list(self.pdptes),
-                "roots": [c.roots[i] for i in range(4)], "flood_gfn": c.flood_gfn, "flood_count": c.flood_count}
+        state = {"cr0": c.cr0, "cr2": c.cr2, "cr3": c.cr3, "cr4": c.cr4, "efer": c.efer, "pkru": c.guest.pkru,
+                 "ac": bool(c.guest.ac), "cpl": c.cpl, "pdptes": list(self.pdptes),
+                 "roots": [c.roots[i] for i in range(4)], "flood_gfn": c.flood_gfn, "flood_count": c.flood_count}
+        if self.mmu.c.lists_all:
+            state |= {"requests": c.requests, "loaded": bool(c.loaded), "restarts": bool(c.restarts),
+                      "odd_stores": bool(c.odd_stores), "retried": bool(c.retried), "root_cr3": c.root_cr3,
+                      "rip": c.rip, "retried_rip": c.retried_rip,
+                      "retried_va": c.retried_va, "device_va": c.device_va, "device_gfn": c.device_gfn,
+                      "device_rights": c.device_rights, "device_generation": c.device_generation,
+                      "previous": [[c.prev[i].cr3, c.prev[i].page] for i in range(self.mmu.c.prev_roots)]}
+        return state
 
     def import_state(self, dict state) -> None:
         """Put back what export_state gave, without the side effects of register loads.
@@ -198,6 +243,10 @@ cdef class VCpu:
             raise ConfigError(f"cr0, cr3, cr4, efer, pdptes: no loads lead to cr0={c.cr0:#x}, cr3={c.cr3:#x}, "
                               f"cr4={c.cr4:#x}, efer={c.efer:#x}, pdptes={state['pdptes']}")
         vcpu_apply(&c)
+        if self.mmu.c.design.processor != NULL:
+            self.mmu.c.design.processor(&c)
+        if self.mmu.c.lists_all:
+            _import_lagging(self.mmu.c, &c, state)
         c.hw.root = 0
         for i in range(4):
             page = c.roots[i]
@@ -208,9 +257,12 @@ cdef class VCpu:
                 raise ConfigError(f"roots: page {page} is not the root that the registers ask for")
             if _held(self.mmu.c, &c, page) > self.mmu.c.pages[page].root_count:
                 raise ConfigError(f"roots: page {page} is not held as a root so often")
-            c.hw.pdpte[i] = mem_pool_hpa(page) | PTE_P
-            c.hw.root = mem_pool_hpa(page)
+            if c.requests == 0:
+                c.hw.pdpte[i] = mem_pool_hpa(page) | PTE_P
+                if i == 0 or not self.mmu.c.lists_all:
+                    c.hw.root = mem_pool_hpa(page)
         self.c[0] = c
+        self._take_fast_paths(not self.mmu.general)
         self.mmu.c.mem.busy |= SC_WRITTEN
 
     @property
@@ -285,6 +337,47 @@ cdef class VCpu:
                         rows.append((e.page & ~<u64>1, e.gpa, 1 << e.shift, e.pcid, e.access, e.pkey, e.dirty,
                                      e.is_global))
         return np.array(rows, dtype=TLB_DTYPE)
+
+    @property
+    def restarts(self) -> bool:
+        """An access that had an exit which mended the shadow is not made: its outcome is RETRY (5), and the caller
+        begins the instruction anew, from its fetch, as a processor does."""
+        return self.c.restarts
+
+    @restarts.setter
+    def restarts(self, value):
+        self.mmu.idle()
+        self.c.restarts = check_bool("restarts", value)
+        self._take_fast_paths(not self.mmu.general)
+
+    @property
+    def rip(self) -> int:
+        """Address of the instruction that makes the accesses, for the one design that asks (`unsync`: a store that is
+        run again natively is emulated the second time, at the same place)."""
+        return self.c.rip
+
+    @rip.setter
+    def rip(self, value):
+        self.mmu.idle()
+        self.c.rip = _register("rip", value)
+
+    @property
+    def odd_stores(self) -> bool:
+        """Stores are made by instructions that page tables are not written with (MOVNTQ, say). Design `unsync` takes
+        one to a shadowed table as a sign that the frame is something else by now, and runs it again natively. Of the
+        operations it knows ADD, XOR and stores of 16 bytes by itself."""
+        return self.c.odd_stores
+
+    @odd_stores.setter
+    def odd_stores(self, value):
+        self.mmu.idle()
+        self.c.odd_stores = check_bool("odd_stores", value)
+
+    @property
+    def previous_roots(self) -> list:
+        """(CR3, shadow page) of each root of an earlier CR3 that is kept, latest first; None for a free place."""
+        return [None if self.c.prev[i].page == SC_NONE else (self.c.prev[i].cr3, self.c.prev[i].page)
+                for i in range(self.mmu.c.prev_roots)]
 
     @property
     def number(self) -> int:
@@ -395,7 +488,7 @@ cdef class VCpu:
 
     def _loaded(self, int rc):
         if rc == RC_GP:
-            self.mmu.counters.gp_guest += 1
+            load_refused(self.mmu.c)
             raise GeneralProtection(0)
         if self.mmu.c.audit_found:
             raise self.mmu.failure(RC_AUDIT)

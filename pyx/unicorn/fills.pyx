@@ -173,14 +173,14 @@ cdef bint _ask(Fills fills, u64 address, int kind, sc_fill_entry *entry) noexcep
 
 cdef bint _fill(void *uc, u64 address, int kind, sc_fill_entry *entry, void *data) noexcept nogil:
     cdef sc_fills *f = <sc_fills *>data
-    cdef u64 flushes = f.mmu.stats.tlb_flush
+    cdef u64 flushes = f.mmu.stats.tlb_flush + f.mmu.stats.remote_tlb_flush_requests
     cdef bint served
     if f.alone and not f.mmu.mem.busy:
         f.mmu.mem.busy = True
         served = _serve(f, uc, address & ~<u64>4095, kind, entry)
         f.mmu.mem.busy = False
         if served:
-            return f.mmu.stats.tlb_flush == flushes or _flush(<Fills>f.owner)
+            return f.mmu.stats.tlb_flush + f.mmu.stats.remote_tlb_flush_requests == flushes or _flush(<Fills>f.owner)
     return _ask(<Fills>f.owner, address, kind, entry)
 
 

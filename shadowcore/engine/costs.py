@@ -27,6 +27,11 @@ COMPONENTS = {
     "pages": "shadow pages made and zapped, entries linked and unlinked",
 }
 """Parts of a CostBreakdown."""
+UNPRICED = {
+    "synced": (512, "syncs of leaf tables"),
+    "prefetched": (1, "reads of guest entries to prefetch"),
+}
+"""Counters of design `unsync` for which no price is published: entries looked at for each, and what they are called."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,6 +59,13 @@ class Costs:
     mmio: a device access handed out. emulate: a store decoded and carried out. register: a load of a control register
     (roots looked up). flush_page: INVLPG. guest_reference: a guest entry read on the way. page_new, page_zap: a shadow
     page made (cleared), zapped. entry: a shadow entry linked or unlinked (reverse map).
+
+    Nobody has published what the steps of design `unsync` cost one by one, so they have no prices of their own. A
+    leaf table goes unsync within the exit of the first store to it (`rights` or `fill`); the marks in the tables above
+    it are left out. A sync costs `entry` for each shadow entry that it makes or drops; the comparison of the table with
+    the guest's, of 512 entries at most, is left out. So is reading the guest's entry for one that is prefetched;
+    linking it costs `entry`. A CR3 load for which a previous root serves costs `register`, as if the root were looked
+    up. A spurious fault costs what any fault does. What is left out is told beside each total: CostBreakdown.unpriced.
     """
 
     name: str
@@ -262,7 +274,9 @@ class Costs:
         native = None
         if native_counters is not None:
             native = sum(self._parts(_checked("native_counters", native_counters)).values())
-        return CostBreakdown(self.name, self.clock_ghz, parts, native)
+        count = _checked("counters", counters)
+        unpriced = {name: count(name) * entries * self.guest_reference for name, (entries, _) in UNPRICED.items()}
+        return CostBreakdown(self.name, self.clock_ghz, parts, native, {k: v for k, v in unpriced.items() if v})
 
     def _parts(self, n: Callable[..., int]) -> dict[str, float]:
         instructions = n("instructions")
@@ -298,15 +312,34 @@ class Costs:
         }
 
 
+def left_out(unpriced: Mapping[str, Mapping[str, float]]) -> str:
+    """A sentence on what totals leave out, from CostBreakdown.unpriced by design; nothing where that is nothing."""
+    told = []
+    for name, cycles in unpriced.items():
+        if cycles:
+            parts = " and ".join(f"{cycles[key] / 1e6:,.1f} for {UNPRICED[key][1]}" for key in cycles)
+            told.append(f"{name} {parts}")
+    if not told:
+        return ""
+    return (
+        "Not in the cycles, as no price is published; millions, if each entry looked at cost `guest_reference`: "
+        f"{'; '.join(told)}."
+    )
+
+
 @dataclasses.dataclass(frozen=True)
 class CostBreakdown:
     """Cycles of a run: `components` by name (COMPONENTS), `total`, `microseconds`, and `slow_down` against native (None
-    where that is not known). costs, clock_ghz: of the prices."""
+    where that is not known). costs, clock_ghz: of the prices.
+
+    unpriced: cycles that are not in the total, by what for (UNPRICED): no price is published, and these are what it
+    would come to if each entry looked at cost `guest_reference`. A sync is taken to look at all 512."""
 
     costs: str
     clock_ghz: float
     components: dict[str, float]
     native_total: float | None = None
+    unpriced: dict[str, float] = dataclasses.field(default_factory=dict)
 
     @property
     def total(self) -> float:
@@ -330,6 +363,7 @@ class CostBreakdown:
             "clock_ghz": self.clock_ghz,
             "cycles": self.total,
             "cycles_by_component": dict(self.components),
+            "cycles_unpriced": dict(self.unpriced),
             "microseconds": self.microseconds,
             "slow_down": self.slow_down,
         }

@@ -48,6 +48,19 @@ cdef struct sc_stats:
     u64 guest_walk_references       # guest entries read by the shadow MMU's own walks
     u64 tlb_hits                    # accesses that the modelled TLB translated
     u64 tlb_misses                  # accesses that it did not
+    u64 mmu_unsync                  # shadow pages that are unsync now
+    u64 unsync_made                 # shadow pages that became unsync
+    u64 synced                      # unsync pages brought back in sync
+    u64 prefetched                  # leaves made for a neighbour's fault, or at INVLPG
+    u64 prev_root_hits              # CR3 loads for which an earlier root served
+    u64 insn_emulation              # instructions given to the emulator
+    u64 pf_mmio_spte_created        # entries that remember a device
+    u64 pages_4k                    # leaves of 4 KiB that are present now (unsync)
+    u64 pages_2m                    # ... of 2 MiB
+    u64 pages_1g                    # ... of 1 GiB
+    u64 remote_tlb_flush_requests   # flush requests of the shadow MMU to all vcpus (unsync)
+    u64 max_mmu_rmap_size           # most leaves that mapped a frame when one more was added (unsync)
+    u64 pf_mmio_spte_hit            # page-fault exits at an entry that remembers a device: not in pf_taken (unsync)
 
 cdef class Stats:
     cdef sc_stats *c                # counters of a VM, or `own`

@@ -7,6 +7,7 @@ from typing_extensions import disjoint_base
 EXIT_REASONS: Final[tuple[str, ...]]
 PF_REASONS: Final[tuple[str, ...]]
 COUNTERS: Final[tuple[str, ...]]
+GAUGES: Final[tuple[str, ...]]
 
 @disjoint_base
 class Stats:
@@ -41,6 +42,19 @@ class Stats:
     guest_walk_references: Final[int]
     tlb_hits: Final[int]
     tlb_misses: Final[int]
+    mmu_unsync: Final[int]
+    unsync_made: Final[int]
+    synced: Final[int]
+    prefetched: Final[int]
+    prev_root_hits: Final[int]
+    insn_emulation: Final[int]
+    pf_mmio_spte_created: Final[int]
+    pages_4k: Final[int]
+    pages_2m: Final[int]
+    pages_1g: Final[int]
+    remote_tlb_flush_requests: Final[int]
+    max_mmu_rmap_size: Final[int]
+    pf_mmio_spte_hit: Final[int]
 
     @property
     def exits(self) -> dict[str, int]: ...

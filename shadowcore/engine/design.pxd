@@ -1,6 +1,6 @@
 """The events at which a design has something to do: its hook is called, if it has one."""
 from shadowcore.engine.hooks cimport count_exit
-from shadowcore.engine.state cimport sc_mmu, sc_vcpu
+from shadowcore.engine.state cimport sc_loaded, sc_mmu, sc_vcpu
 from shadowcore.engine.types cimport u32, u64
 
 cdef inline void design_exit(sc_mmu *mmu, u32 vcpu, u32 reason, u64 detail) noexcept nogil:
@@ -12,20 +12,25 @@ cdef inline void design_begin(sc_mmu *mmu) noexcept nogil:
     if mmu.design.begin != NULL:
         mmu.design.begin(mmu)
 
-cdef inline void design_new_cr3(sc_mmu *mmu, sc_vcpu *v) noexcept nogil:
+# before: what the registers held, or NULL: nobody knows, or it is the vcpu's first state.
+cdef inline void design_new_cr3(sc_mmu *mmu, sc_vcpu *v, const sc_loaded *before) noexcept nogil:
     if mmu.design.new_cr3 != NULL:
-        mmu.design.new_cr3(mmu, v)
+        mmu.design.new_cr3(mmu, v, before)
 
-cdef inline void design_reset(sc_mmu *mmu, sc_vcpu *v) noexcept nogil:
+cdef inline void design_reset(sc_mmu *mmu, sc_vcpu *v, const sc_loaded *before) noexcept nogil:
     if mmu.design.reset != NULL:
-        mmu.design.reset(mmu, v)
+        mmu.design.reset(mmu, v, before)
+
+cdef inline void design_enter(sc_mmu *mmu, sc_vcpu *v) noexcept nogil:
+    if v.requests:
+        mmu.design.enter(mmu, v)
 
 cdef inline void design_invlpg(sc_mmu *mmu, sc_vcpu *v, u64 va) noexcept nogil:
     if mmu.design.invlpg != NULL:
         mmu.design.invlpg(mmu, v, va)
 
-cdef inline bint design_guest_fault(sc_mmu *mmu, sc_vcpu *v, u64 va) noexcept nogil:
-    return mmu.design.guest_fault != NULL and mmu.design.guest_fault(mmu, v, va)
+cdef inline bint design_guest_fault(sc_mmu *mmu, sc_vcpu *v, u64 va, u32 code) noexcept nogil:
+    return mmu.design.guest_fault != NULL and mmu.design.guest_fault(mmu, v, va, code)
 
 cdef inline bint design_make_room(sc_mmu *mmu, sc_vcpu *v, u64 va) noexcept nogil:
     return mmu.design.make_room == NULL or mmu.design.make_room(mmu, v, va)

@@ -1,7 +1,7 @@
 """TLB flushes: why one is needed, and the request of one."""
 from shadowcore.engine.hooks cimport EVENT_FLUSH, event
 from shadowcore.engine.quirks cimport QUIRK_EXIT_FLUSHES
-from shadowcore.engine.state cimport sc_mmu
+from shadowcore.engine.state cimport REQUEST_FLUSH, sc_mmu, vcpu_request
 from shadowcore.engine.types cimport SC_NONE, u32
 
 # Why a TLB has to be flushed, in the order of mmu.FLUSHES.
@@ -30,9 +30,15 @@ cdef inline void exit_flush(sc_mmu *mmu) noexcept nogil:
 
 cdef inline void request_flush(sc_mmu *mmu, int why) noexcept nogil:
     """The shadow MMU withdrew something that a TLB may hold: no entry of any vcpu outlives this."""
-    mmu.stats.tlb_flush += 1
-    if mmu.n_vcpus > 1:
-        mmu.stats.remote_tlb_flush += 1
+    cdef u32 i
+    if mmu.deferred:
+        mmu.stats.remote_tlb_flush_requests += 1
+        for i in range(mmu.n_vcpus):
+            vcpu_request(mmu.vcpus[i], REQUEST_FLUSH)
+    else:
+        mmu.stats.tlb_flush += 1
+        if mmu.n_vcpus > 1:
+            mmu.stats.remote_tlb_flush += 1
     if not flush_lost(mmu, why):
         mmu.flush_epoch += 1
     event(mmu, EVENT_FLUSH, why, SC_NONE, 0)

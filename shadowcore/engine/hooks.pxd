@@ -9,7 +9,9 @@ cdef enum:
     POINT_PRE_WRITE = 2             # an emulated or device store, before it
     POINT_POST_WRITE = 3            # ... and after it
     POINT_POST_CR3 = 4              # after a load of CR3
-    POINT_COUNT = 5
+    POINT_PRE_SYNC = 5              # roots of sc_mmu.synced are in place, and about to be synced (unsync)
+    POINT_POST_SYNC = 6             # ... and has been
+    POINT_COUNT = 7
 
 # In sc_mmu.audit_found, beside POINT_* + 1: no audit found anything; a callback raised, or the handler of a signal.
 cdef enum:

@@ -1,5 +1,5 @@
 """What the guest's page faults drop of a linear address (SDM vol. 3, 4.10.4.1)."""
 from shadowcore.engine.state cimport sc_mmu, sc_vcpu
-from shadowcore.engine.types cimport u64
+from shadowcore.engine.types cimport u32, u64
 
-cdef void invalidate_fault(sc_mmu *mmu, sc_vcpu *v, u64 va) noexcept nogil
+cdef void invalidate_fault(sc_mmu *mmu, sc_vcpu *v, u64 va, u32 code) noexcept nogil

@@ -65,6 +65,7 @@ class VM:
         *,
         features: Features | None = None,
         slots: Sequence[MemorySlot] | None = None,
+        host_page_size: int | str | None = None,
     ) -> None:
         chosen = design(mmu)
         count = check_int("vcpus", vcpus, 1, 64)
@@ -73,9 +74,9 @@ class VM:
             tlb = taken(TLB, tlb, "tlb")
         self.features = features
         self.tlb = tlb
-        self.memory = Memory(memory, slots)
+        self.memory = Memory(memory, slots, host_page_size)
         self.mmu = Mmu(self.memory, chosen)
-        self.memory.on_log = self.mmu.protect_slot
+        self.memory.on_log = self.mmu.slot_logged
         self._audit_points = AuditPoints(self.mmu)
         self.vcpus = tuple(VCpu(self.mmu, features, tlb) for _ in range(count))
 
@@ -117,7 +118,8 @@ class VM:
     @property
     def audit_points(self) -> tuple[str, ...]:
         """Points at which every invariant is checked: some of "pre-fault", "post-fault", "pre-write", "post-write"
-        (an emulated or device store to RAM), "post-cr3". None of them costs nothing.
+        (an emulated or device store to RAM), "post-cr3"; in design `unsync` "pre-sync" and "post-sync" (roots were put
+        in place, or are synced: nothing below them stays unsync). None of them costs nothing.
 
         The operation under way is finished; the call that made it then raises AuditError with `.point`. ConfigError
         for another name. Not part of what `save` writes.

@@ -16,6 +16,7 @@ cdef struct sc_slot:
     u64 base_gfn                    # first guest frame number of the slot
     u64 npages                      # frames in the slot
     u64 frame                       # index, in guest RAM, of the slot's first frame
+    int host_level                  # level of the host's pages under it: 1, 2 or 3
     u64 *dirty                      # dirty log: one bit a frame, or NULL while the slot is not logged
 
 cdef struct sc_mem:
@@ -125,4 +126,4 @@ cdef class Memory:
     cdef readonly tuple slots       # of MemorySlot
     cdef object _views              # buffers kept alive as long as mem points into them
     cdef dict _logs                 # slot number -> uint64 array behind sc_slot.dirty
-    cdef public object on_log       # called with a slot number when its dirty log starts or is cleared
+    cdef public object on_log       # called with (slot, "start", "stop" or "clear", first frame, frames)

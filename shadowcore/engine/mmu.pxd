@@ -1,7 +1,7 @@
 """The class Mmu, and the functions of the MMU that are published."""
 from shadowcore.engine.counters cimport Stats, sc_stats
 from shadowcore.engine.memory cimport Memory
-from shadowcore.engine.state cimport sc_mmu, sc_vcpu
+from shadowcore.engine.state cimport sc_event_ring, sc_mmu, sc_vcpu
 from shadowcore.engine.types cimport u32, u64
 from shadowcore.engine.walker cimport sc_walk
 from shadowcore.engine.watch cimport sc_watch
@@ -25,6 +25,8 @@ cdef class Mmu:
     cdef sc_watch watch             # behind c.watch, between enter and leave
     cdef bint _general              # no fast path is taken
     cdef object audits              # AuditPoints, once points have been named
+    cdef object _recorded           # what ring.event points into, or None
+    cdef sc_event_ring ring         # behind c.ring
     cdef object event_hook          # keeps what c.event_context points to
 
     cdef int idle(self) except -1
@@ -34,5 +36,6 @@ cdef class Mmu:
     cdef object failure(self, int rc)
     cdef list _list(self, u32 head)
     cdef void *_array(self, u64 nbytes) except NULL
+    cdef int _prepare_unsync(self, design) except -1
     cdef int still(self) except -1
     cdef dict _windows(self, what, lender)

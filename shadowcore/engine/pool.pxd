@@ -1,5 +1,7 @@
 """Shadow pages: found by (gfn, role), taken from the pool, zapped, recycled."""
+from shadowcore.engine.memory cimport mem_frame, sc_no_frame
 from shadowcore.engine.page cimport sc_page
+from shadowcore.engine.role cimport role_direct, role_pte_size
 from shadowcore.engine.state cimport sc_mmu
 from shadowcore.engine.types cimport SC_NONE, u32, u64
 
@@ -38,6 +40,20 @@ cdef inline u32 pool_find(const sc_mmu *mmu, u64 gfn, u32 role) noexcept nogil:
         number = mmu.pages[number].hash_next
     return SC_NONE
 
+cdef inline void count_shadowing(sc_mmu *mmu, const sc_page *page, int change) noexcept nogil:
+    """Keep the per-frame and per-format counts of pages that shadow a guest table."""
+    cdef u64 frame
+    if role_direct(page.role):
+        return
+    frame = mem_frame(mmu.mem, page.gfn)
+    if frame != sc_no_frame():
+        mmu.frames[frame].shadowed += change
+    if role_pte_size(page.role) == 4:
+        mmu.n_pte4 += change
+    else:
+        mmu.n_pte8 += change
+
+cdef void hash_remove(sc_mmu *mmu, u32 number) noexcept nogil
 cdef u32 pool_take(sc_mmu *mmu, u64 gfn, u32 role) noexcept nogil
 cdef u32 pool_get(sc_mmu *mmu, u64 gfn, u32 role) noexcept nogil
 cdef void pool_zap(sc_mmu *mmu, u32 number) noexcept nogil

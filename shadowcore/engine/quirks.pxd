@@ -1,4 +1,4 @@
-"""Defects of the series of January 2007, one by one: members of shadowcore.config.Quirk, bit by bit in
+"""Defects of the series of January 2007 and of Linux 6.1, one by one: members of shadowcore.config.Quirk, bit by bit in
 sc_mmu.quirks."""
 
 cdef enum:
@@ -18,4 +18,12 @@ cdef enum:
     QUIRK_EXIT_FLUSHES = 1 << 13
     QUIRK_GLOBAL_WITHOUT_PGE = 1 << 14
     QUIRK_IGNORED_BITS_REFUSED = 1 << 15
-    QUIRK_COUNT = 16
+    QUIRK_ROLE_WITHOUT_NXE = 1 << 16
+    QUIRK_WP0_HIDES_USER = 1 << 17
+    QUIRK_FAULT_KEEPS_LEAF = 1 << 18
+    QUIRK_TAGGED_CR3_LAGS = 1 << 19
+    QUIRK_DEVICE_UNASKED = 1 << 20
+    QUIRK_STORE_ROUNDED = 1 << 21
+    # No quirk: leaves are made by the rules of unsync. It lies here so that a fast fault asks for all in one look.
+    LAGGING_LEAVES = 1 << 30
+    QUIRK_COUNT = 22

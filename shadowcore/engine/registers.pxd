@@ -11,3 +11,9 @@ cdef int load_cr4(sc_mmu *mmu, sc_vcpu *v, u64 value) noexcept nogil
 cdef int load_efer(sc_mmu *mmu, sc_vcpu *v, u64 value) noexcept nogil
 cdef void load_pkru(sc_mmu *mmu, sc_vcpu *v, u64 value) noexcept nogil
 cdef void load_ac(sc_mmu *mmu, sc_vcpu *v, bint on) noexcept nogil
+
+cdef inline void load_refused(sc_mmu *mmu) noexcept nogil:
+    """A register load was #GP: where it leaves the guest, the emulator found that out."""
+    mmu.stats.gp_guest += 1
+    if mmu.lists_all:
+        mmu.stats.insn_emulation += 1

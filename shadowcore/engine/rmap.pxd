@@ -59,4 +59,5 @@ cdef inline void rmap_remove(sc_mmu *mmu, u32 spte) noexcept nogil:
     list_remove(mmu, &mmu.frames[mem_leaf_frame(mmu.mem, mmu.table[spte])].rmap, spte)
 
 cdef u32 list_length(const sc_mmu *mmu, u32 head) noexcept nogil
-cdef void rmap_write_protect(sc_mmu *mmu, u64 frame) noexcept nogil
+cdef bint rmap_log(sc_mmu *mmu, u32 head) noexcept nogil
+cdef bint rmap_write_protect(sc_mmu *mmu, u64 frame) noexcept nogil

@@ -13,7 +13,10 @@ cdef enum:
     ROLE_GLOBAL = 17                # bit 17: direct: G of every leaf
     ROLE_PKEY = 18                  # bits 18-21: direct: protection key of every leaf
     ROLE_DIRTY = 22                 # bit 22: direct, wp0, leaves not writable for the guest: its entry is dirty
-    ROLE_BITS = 23                  # bits in use
+    ROLE_SMEP = 23                  # bit 23: CR4.SMEP while supervisor stores ignore W (unsync)
+    ROLE_SMAP = 24                  # bit 24: CR4.SMAP, or CR4.PKE, while they do (unsync)
+    ROLE_INVALID = 25               # bit 25: zapped: no key has it (unsync)
+    ROLE_BITS = 26                  # bits in use
 
 cdef inline u32 role_field(u32 role, int at, u32 mask) noexcept nogil:
     return (role >> at) & mask
@@ -27,6 +30,9 @@ cdef inline u32 role_access(u32 role) noexcept nogil:
 
 cdef inline bint role_direct(u32 role) noexcept nogil:
     return role_field(role, ROLE_DIRECT, 1)
+
+cdef inline bint role_invalid(u32 role) noexcept nogil:
+    return role_field(role, ROLE_INVALID, 1)
 
 cdef inline int role_pte_size(u32 role) noexcept nogil:
     """Bytes of an entry of the guest table behind a page that is not direct."""

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 import numpy as np
 
 from .. import npy
-from ..config import TLB, Features, MemorySlot, Native, Quirk, Shadow
+from ..config import PAGE_SIZE, TLB, Features, MemorySlot, Native, Quirk, Shadow
 from ..errors import AuditError, SnapshotError
 from ..files import Replacement, check_path
 from .memory import checked_slots
@@ -54,7 +54,7 @@ VERSION = 1
 SC_NONE = 0xFFFFFFFF
 LIST_MANY = 0x80000000
 ROLE_LEVEL = 4
-_ARRAYS = ("table", "pages", "frames", "links", "hash")
+PTE_PS = 1 << 7
 _UNFIT = (KeyError, ValueError, TypeError, OverflowError, IndexError, AttributeError)
 """What making a VM of a state raises that does not fit together."""
 RATIO = 1100
@@ -76,7 +76,7 @@ def save(vm: Machine, path: str | os.PathLike[str]) -> None:
         "format": FORMAT,
         "version": VERSION,
         "memory": int(vm.memory.bytes.size),
-        "slots": [[slot.gpa, slot.size] for slot in vm.memory.slots],
+        "slots": [_slot(slot) for slot in vm.memory.slots],
         "logged": sorted(int(name.removeprefix("log_")) for name in members if name.startswith("log_")),
         "design": {"kind": type(vm.mmu.design).__name__, **dataclasses.asdict(vm.mmu.design)},
         "features": dataclasses.asdict(vm.features),
@@ -89,6 +89,11 @@ def save(vm: Machine, path: str | os.PathLike[str]) -> None:
     members |= {"state": np.array(text), "digest": np.array(_digest(text, members))}
     with Replacement(path) as file:
         np.savez_compressed(file, **members)  # type: ignore[arg-type]
+
+
+def _slot(slot: MemorySlot) -> list[Any]:
+    """What makes a slot: gpa, size, and the size of the host's pages under it where that is not the usual one."""
+    return [slot.gpa, slot.size, *([] if slot.host_page_size == PAGE_SIZE else [slot.host_page_size])]
 
 
 def load(make: Callable[..., M], path: str | os.PathLike[str], memory: NDArray[np.uint8] | None = None) -> M:
@@ -142,8 +147,7 @@ def _members(vm: Machine) -> dict[str, NDArray[Any]]:
         for part, array in enumerate(cpu.tlb_arrays):
             members[f"tlb_{cpu.number}_{part}"] = array
     if isinstance(vm.mmu.design, Shadow):
-        for name in _ARRAYS:
-            array = vm.mmu.arrays[name]
+        for name, array in vm.mmu.arrays.items():
             members[f"mmu_{name}"] = array.view(np.uint8).reshape(len(array), -1)
     return members
 
@@ -222,7 +226,7 @@ def _settings(state: dict[str, Any]) -> tuple[list[MemorySlot], Native | Shadow,
     ):
         raise ValueError(f"design: Native or Shadow expected, not {state['design']!r:.60}")
     logged = state["logged"]
-    slots = [MemorySlot(gpa, size, dirty_log=number in logged) for number, (gpa, size) in enumerate(state["slots"])]
+    slots = [MemorySlot(gpa, size, number in logged, *host) for number, (gpa, size, *host) in enumerate(state["slots"])]
     if not all(type(number) is int for number in logged) or logged != [n for n, s in enumerate(slots) if s.dirty_log]:
         raise ValueError(f"logged: numbers of slots expected, not {logged!r:.60}")
     total = sum(int(slot.size) for slot in slots)
@@ -247,11 +251,19 @@ def _expected(state: dict[str, Any]) -> dict[str, tuple[Any, ...]]:
             found[f"tlb_{number}_{part}"] = byte, (size,)
     if isinstance(mmu, Shadow):
         pages = mmu.pool_pages
+        if pages is None:
+            raise ValueError("design: a pool of so many pages expected")
         found["mmu_table"] = byte, (pages, 4096)
         found["mmu_pages"] = byte, (pages, PAGE_DTYPE.itemsize)
         found["mmu_frames"] = byte, (state["memory"] >> 12, FRAME_DTYPE.itemsize)
         found["mmu_links"] = byte, (512 * pages, LINK_DTYPE.itemsize)
         found["mmu_hash"] = byte, (max(4, 1 << (pages - 1).bit_length()), 4)
+        if mmu.lagging:
+            frames = state["memory"] >> 12
+            found["mmu_below"], found["mmu_mapped"] = (byte, (pages, 64)), (byte, (frames, 2))
+            for name, shift in (("2m", 9), ("1g", 18)):
+                found[f"mmu_large_rmap_{name}"] = byte, ((frames >> shift) + 1, 4)
+                found[f"mmu_no_large_{name}"] = byte, ((frames >> shift) + 1, 4)
     return found
 
 
@@ -267,8 +279,8 @@ def _restore(vm: Machine, state: dict[str, Any], members: dict[str, NDArray[Any]
         vm.memory.dirty_words(slot)[:] = members[f"log_{slot}"]
     if isinstance(vm.mmu.design, Shadow):
         arrays = vm.mmu.arrays
-        saved = {name: members[f"mmu_{name}"].reshape(-1) for name in _ARRAYS}
-        _check_shadow(vm, {name: saved[name].view(arrays[name].dtype).reshape(arrays[name].shape) for name in _ARRAYS})
+        saved = {name: members[f"mmu_{name}"].reshape(-1) for name in arrays}
+        _check_shadow(vm, {name: saved[name].view(arrays[name].dtype).reshape(arrays[name].shape) for name in arrays})
         for cpu in vm.vcpus:
             cpu.import_state(cpu.export_state() | {"roots": [SC_NONE] * 4})
         _write_shadow(vm, saved)
@@ -276,6 +288,11 @@ def _restore(vm: Machine, state: dict[str, Any], members: dict[str, NDArray[Any]
     for cpu, registers in zip(vm.vcpus, state["vcpus"], strict=True):
         cpu.import_tlb([members[f"tlb_{cpu.number}_{part}"] for part in range(len(cpu.tlb_arrays))])
         cpu.import_state(registers)
+
+
+def _lags(vm: Machine) -> bool:
+    """Shadow tables may be unsync: there are large leaves, and state that others do not have."""
+    return isinstance(vm.mmu.design, Shadow) and vm.mmu.design.lagging
 
 
 def _write_shadow(vm: Machine, saved: dict[str, NDArray[Any]]) -> None:
@@ -303,7 +320,9 @@ def _check_shadow(vm: Machine, arrays: dict[str, Any]) -> None:
         within(pages[name][active] if name != "next" else pages[name], pool, f"pages.{name}")
     within(pages["active"], 2, "pages.active", none=False)
     within(arrays["hash"], pool, "hash")
-    for values in (pages["parents"], arrays["frames"]["rmap"]):
+    heads = [pages["parents"], arrays["frames"]["rmap"]]
+    heads += [arrays[name] for name in ("large_rmap_2m", "large_rmap_1g") if name in arrays]
+    for values in heads:
         within(values & ~np.uint32(LIST_MANY), sptes + 1, "list heads", none=False)
         if np.any(values == LIST_MANY):
             raise SnapshotError("", "lists of many sptes that have a first one expected")
@@ -313,10 +332,13 @@ def _check_shadow(vm: Machine, arrays: dict[str, Any]) -> None:
     within(level[pages["active"] != 0] - np.uint32(1), 5, "levels", none=False)
     address = (table & np.uint64(0x000FFFFFFFFFF000)) >> np.uint64(12)
     present = (table & np.uint64(1)) != 0
-    leaf = present & (level == 1)[:, None]
+    large = present & ((table & np.uint64(PTE_PS)) != 0) & (level > 1)[:, None]
+    if not _lags(vm):
+        large[:] = False
+    leaf = present & (level == 1)[:, None] | large
     frame = address - np.uint64(vm.memory.ram_hpa >> 12)
     within(frame[leaf], vm.memory.bytes.size >> 12, "frames that leaves map", none=False)
-    link = (table != 0) & (level > 1)[:, None]
+    link = (table != 0) & (level > 1)[:, None] & ~large
     within(
         (address - np.uint64(vm.memory.pool_hpa >> 12))[link],
         pool,

@@ -44,11 +44,15 @@ cdef inline void spte_wipe(sc_mmu *mmu, u32 spte) noexcept nogil:
 cdef inline bint spte_is_writable(u64 value) noexcept nogil:
     return value & (PTE_P | PTE_W) == (PTE_P | PTE_W)
 
+cdef inline bint leaf_is_listed(const sc_mmu *mmu, u64 value) noexcept nogil:
+    """A leaf of this value is in the reverse map: if it is writable, or (unsync) if it is there at all."""
+    return spte_is_writable(value) or (mmu.lists_all and value & PTE_P)
+
 cdef inline void spte_unlink(sc_mmu *mmu, u32 spte, int level) noexcept nogil:
     """Take an entry of a page of `level` off the list it is on; its value stays."""
     cdef u64 value = mmu.table[spte]
     if level == 1:
-        if spte_is_writable(value):
+        if leaf_is_listed(mmu, value):
             rmap_remove(mmu, spte)
     elif value & PTE_P:
         list_remove(mmu, &mmu.pages[mem_pool_page(value)].parents, spte)

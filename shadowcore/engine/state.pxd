@@ -9,12 +9,29 @@ from shadowcore.engine.memo cimport sc_memo
 from shadowcore.engine.memory cimport sc_mem
 from shadowcore.engine.tlb cimport sc_tlb
 from shadowcore.engine.page cimport sc_frame, sc_link, sc_page
+from shadowcore.engine.role cimport role_invalid
 from shadowcore.engine.types cimport MODE_64, MODE_LA57, u16, u32, u64
 from shadowcore.engine.walker cimport sc_paging, sc_walk
 from shadowcore.engine.watch cimport sc_watch
 
 cdef enum:
     SC_MAX_VCPUS = 64
+
+    SC_MAX_PREV = 16                # roots of earlier CR3s that a vcpu can keep
+
+# What a vcpu has to do before the guest goes on (unsync), in this order.
+cdef enum:
+    REQUEST_OBSOLETE = 1            # let go of roots that were zapped
+    REQUEST_SYNC = 2                # sync what the roots reach
+    REQUEST_FLUSH = 4               # flush the TLB: the shadow MMU withdrew something
+    REQUEST_CURRENT = 8             # flush the TLB for the guest's sake
+    REQUEST_GUEST = 16              # ... and sync what the roots reach, earlier ones too
+    REQUEST_ROOTS = 32              # put roots in place
+
+cdef struct sc_prev:                # a root of an earlier CR3
+    u64 cr3                         # that it is for
+    u32 page                        # its shadow page, or SC_NONE
+    u32 pad
 
 cdef struct sc_vcpu:
     sc_paging guest                 # what the guest set
@@ -32,6 +49,20 @@ cdef struct sc_vcpu:
     u32 flood_count                 # consecutive emulated stores to it
     u32 features                    # FEAT_*
     int maxphyaddr
+    # Of design unsync.
+    u32 requests                    # bit per REQUEST_*; while there are any, hw.root and hw.pdpte lead nowhere
+    bint restarts                   # an access that had an exit is not made: the caller begins its instruction anew
+    u64 root_cr3                    # CR3 that the root is for
+    sc_prev prev[SC_MAX_PREV]       # roots of earlier CR3s, latest first
+    bint odd_stores                 # by instructions that page tables are not written with, the caller says
+    u64 rip                         # of the instruction that makes the accesses, as far as the caller says
+    bint retried                    # a store was run again natively, and is remembered:
+    u64 retried_rip                 # its rip
+    u64 retried_va                  # ... and its linear address
+    u64 device_va                   # page of linear addresses at which a device was met last, or 0
+    u64 device_gfn                  # ... and its gfn
+    u32 device_rights               # ... and the rights there: ACC_W, ACC_U
+    u64 device_generation           # ... and sc_mmu.generation
     sc_tlb *tlb                     # NULL: no TLB is modelled
     sc_memo *memo                   # NULL: no fast path is open (a TLB is modelled, or Mmu.general)
 
@@ -39,10 +70,31 @@ cdef struct sc_vcpu:
 # the callback failed and the access is to be given up.
 ctypedef int (*sc_can_emulate)(void *hook, u64 gva, u64 gpa, u32 nbytes) noexcept nogil
 
+# An event by its number in EVENTS (unsync): gfn or gpa, role or entry, what else there is to say.
+cdef struct sc_event:
+    u64 a
+    u64 b
+    u32 kind
+    u32 c
+
+cdef struct sc_event_ring:
+    sc_event *event
+    u64 size                        # room
+    u64 count                       # events, of which those beyond `size` are lost
+
 cdef struct sc_mmu                  # for the callback
 ctypedef void (*sc_audit_hook)(sc_mmu *mmu, u32 point) noexcept nogil
 
 ctypedef void (*sc_event_hook)(sc_mmu *mmu, u32 kind, u32 detail, u32 vcpu, u64 address) noexcept nogil
+
+# What a register load replaced.
+cdef struct sc_loaded:
+    u64 cr0
+    u64 cr3
+    u64 cr4
+    u64 efer
+    bint tagged                     # CR3: bit 63 asked for what the TLB holds to stay
+    bint pdptes                     # PAE root entries were read, and other ones came
 
 # What a design does at events that are rare beside accesses. Each design fills it in, with sc_mmu.shadow and by_table,
 # in a file of its own in engine/designs; nothing else asks which design it is. NULL, where it may be: nothing is done.
@@ -51,13 +103,14 @@ cdef struct sc_design:
     u32 invariants                  # bit per number: those that hold, beside I8 and I9, which always do
     # Accesses are about to be made for which memos of earlier ones serve. May be NULL.
     void (*begin)(sc_mmu *mmu) noexcept nogil
-    # CR3 was loaded with paging on; CR0, CR4 or EFER was. May be NULL.
-    void (*new_cr3)(sc_mmu *mmu, sc_vcpu *v) noexcept nogil
-    void (*reset)(sc_mmu *mmu, sc_vcpu *v) noexcept nogil
+    # CR3 was loaded; CR0, CR4 or EFER was, or the vcpu made. May be NULL.
+    void (*new_cr3)(sc_mmu *mmu, sc_vcpu *v, const sc_loaded *before) noexcept nogil
+    void (*reset)(sc_mmu *mmu, sc_vcpu *v, const sc_loaded *before) noexcept nogil
     # The guest's INVLPG of a linear address. May be NULL.
     void (*invlpg)(sc_mmu *mmu, sc_vcpu *v, u64 va) noexcept nogil
-    # A page fault of the guest at va: what is cached of the page goes. True: leaves went. May be NULL.
-    bint (*guest_fault)(sc_mmu *mmu, sc_vcpu *v, u64 va) noexcept nogil
+    # A page fault of the guest at va, with that error code: what is cached of the page goes. True: leaves went. May be
+    # NULL.
+    bint (*guest_fault)(sc_mmu *mmu, sc_vcpu *v, u64 va, u32 code) noexcept nogil
     # Before a fault at va changes anything: False if there are not the pages that it can need. May be NULL.
     bint (*make_room)(sc_mmu *mmu, sc_vcpu *v, u64 va) noexcept nogil
     # The gfn of what root number `slot` stands for, by the registers; direct: it is no guest table. False: for nothing.
@@ -67,6 +120,31 @@ cdef struct sc_design:
     u32 (*child)(sc_mmu *mmu, const sc_vcpu *v, u64 va, int level, const sc_walk *w, u32 linked) noexcept nogil
     # The level, in shadow tables, of the guest's page that the complete walk w of the shadow leads into.
     int (*guest_level)(const sc_mmu *mmu, const sc_walk *w) noexcept nogil
+    # A page-fault exit that is not the usual one: fault.page_fault says what it returns. NULL: it is.
+    int (*page_fault)(sc_mmu *mmu, sc_vcpu *v, u32 access, const sc_walk *hw, sc_walk *w) noexcept nogil
+    # The bytes of an emulated store of v, or of a device's (v NULL), have changed. NULL: table_written came before.
+    void (*stored)(sc_mmu *mmu, sc_vcpu *v, u64 gpa, u32 nbytes) noexcept nogil
+    # A store to a table by an instruction that is none to write tables with: True if what shadows it was zapped, so
+    # that it can be run again natively. May be NULL.
+    bint (*run_again)(sc_mmu *mmu, sc_vcpu *v, u64 va, u64 gpa) noexcept nogil
+    # Zap the shadow pages of the guest table at gfn (True if there were any); zap every page. NULL: pool.pyx does it.
+    bint (*unprotect)(sc_mmu *mmu, u64 gfn) noexcept nogil
+    void (*zap_all)(sc_mmu *mmu) noexcept nogil
+    # Take W from every leaf that maps a frame of the memory slot, for its dirty log. NULL: pool.pyx does it.
+    void (*protect_slot)(sc_mmu *mmu, int slot) noexcept nogil
+    # The dirty log of a slot is about to be cleared, for n frames from the first on: as protect_slot, for those that it
+    # shows. It has been given up. NULL: protect_slot; nothing.
+    void (*log_cleared)(sc_mmu *mmu, int slot, u64 first, u64 n) noexcept nogil
+    void (*log_stopped)(sc_mmu *mmu, int slot) noexcept nogil
+    # v has requests: before the guest goes on. NULL: it never has.
+    void (*enter)(sc_mmu *mmu, sc_vcpu *v) noexcept nogil
+    # Check those of the invariants `which` (a bit each) that I4 to I9 are not. found: sc_audit, to which it adds. NULL:
+    # invariants.pyx does it.
+    void (*audit)(sc_mmu *mmu, void *found, u32 which) noexcept nogil
+    # What v.hw has other than vcpu_apply makes it of the registers. May be NULL.
+    void (*processor)(sc_vcpu *v) noexcept nogil
+    # Role of the page that root number `slot` has to be, by the registers. NULL: roots.pyx makes it.
+    u32 (*root_role)(const sc_mmu *mmu, const sc_vcpu *v, int slot) noexcept nogil
 
 # Which page is recycled when pages run short. New pages enter the active list at its young end; else its order is the
 # policy's.
@@ -115,6 +193,23 @@ cdef struct sc_mmu:
     u32 audit_found
     sc_audit_hook audit             # the audit; NULL only if audit_points is 0
     void *audit_report              # where it puts what it finds
+    # Of design unsync.
+    bint lists_all                  # the reverse map lists every leaf, not only the writable ones
+    bint deferred                   # flushes are requests to the vcpus, done before each next lets its guest go on
+    # INVLPG drops a leaf and makes it again, a sync rewrites every leaf (6.1); else (6.12) what is right stays.
+    bint rewrites
+    u32 prev_roots                  # roots of earlier CR3s that a vcpu keeps, 0 to SC_MAX_PREV
+    u32 prefetch                    # entries of the aligned group that a fault fills, a power of two; 0: none
+    u32 host_level                  # level of the host's pages under guest RAM: 1, 2 or 3
+    u64 generation                  # of the memory slots: device entries of another one are stale
+    u32 n_dying                     # pages that were zapped and are roots still
+    u32 synced                      # vcpu whose roots are, or were last, brought back in sync
+    u32 zapped                      # pages zapped and not yet free, linked by next, or SC_NONE
+    u64 *below                      # per pool page: 512 bits, of entries below which a page is unsync
+    u16 *mapped                     # per frame of RAM: leaves that map it
+    u32 *large_rmap[2]              # per block of 2 MiB, of 1 GiB of RAM: large leaves that map it, a list
+    u32 *no_large[2]                # per block: how many reasons there are against a large leaf
+    sc_event_ring *ring             # where events are recorded; NULL: nowhere
     u32 exhausted                   # vcpu for which there were not enough pages, when RC_EXHAUSTED was returned
     u32 fail_after                  # for tests: pages that can still be taken from the pool
     u32 fail_for                    # ... and attempts that fail then
@@ -133,6 +228,10 @@ cdef inline bint is_shadowed(const sc_mmu *mmu, u64 frame) noexcept nogil:
     """The frame of RAM is a guest table that has a shadow: stores to it are emulated."""
     return mmu.shadow and mmu.frames[frame].shadowed != 0
 
+cdef inline bint page_is_dying(const sc_page *page) noexcept nogil:
+    """The page was zapped and is a root still (unsync): it is in its bucket, empty, and on no list of pages."""
+    return not page.active and page.root_count and role_invalid(page.role)
+
 cdef inline u64 linear_address(const sc_vcpu *v, u64 va) noexcept nogil:
     """`va` as the processor takes it: below 4-level paging its low 32 bits count."""
     return va if v.guest.mode >= MODE_64 else va & 0xFFFFFFFFULL
@@ -144,3 +243,9 @@ cdef inline bint linear_exists(const sc_vcpu *v, u64 va) noexcept nogil:
 cdef inline u16 vcpu_pcid(const sc_vcpu *v) noexcept nogil:
     """The PCID that tags translations: 0 unless CR4.PCIDE is on."""
     return <u16>(v.cr3 & 0xFFF) if v.cr4 & CR4_PCIDE else 0
+
+cdef inline void vcpu_request(sc_vcpu *v, u32 request) noexcept nogil:
+    """v has something to do before its guest goes on: no walk succeeds before that."""
+    v.requests |= request
+    v.hw.root = 0
+    v.hw.pdpte[0] = v.hw.pdpte[1] = v.hw.pdpte[2] = v.hw.pdpte[3] = 0

@@ -6,7 +6,9 @@ from shadowcore.engine.invariants cimport sc_audit, sc_finding
 from shadowcore.engine.memory cimport sc_mem, sc_slot
 from shadowcore.engine.mmu cimport Mmu
 from shadowcore.engine.page cimport sc_frame, sc_link, sc_page
-from shadowcore.engine.state cimport sc_design, sc_mmu, sc_policy, sc_vcpu
+from shadowcore.engine.state cimport (
+    sc_design, sc_event, sc_event_ring, sc_loaded, sc_mmu, sc_policy, sc_prev, sc_vcpu,
+)
 from shadowcore.engine.tlb cimport sc_tlb, sc_tlb_entry
 from shadowcore.engine.types cimport u32, u64
 from shadowcore.engine.walker cimport sc_paging, sc_walk
@@ -28,7 +30,7 @@ cdef sc_vcpu *vm_vcpu(object vm, u32 number) except NULL
 # Modules of other packages are compiled with the structures of these headers. So those that were compiled with others
 # are told, the two functions below are inline: sizes within them are those of the module that uses them.
 cdef enum:
-    SC_SHARED = 20
+    SC_SHARED = 24
 
 cdef struct sc_shared:              # this one stays as it is
     const char *name                # of a structure of a published header
@@ -58,6 +60,10 @@ cdef inline void shared_sizes(sc_shared *s) noexcept nogil:
     s[17].name, s[17].size = "sc_audit", sizeof(sc_audit)
     s[18].name, s[18].size = "sc_design", sizeof(sc_design)
     s[19].name, s[19].size = "sc_policy", sizeof(sc_policy)
+    s[20].name, s[20].size = "sc_prev", sizeof(sc_prev)
+    s[21].name, s[21].size = "sc_loaded", sizeof(sc_loaded)
+    s[22].name, s[22].size = "sc_event", sizeof(sc_event)
+    s[23].name, s[23].size = "sc_event_ring", sizeof(sc_event_ring)
 
 cdef inline sc_mmu *mmu_struct(object vm) except NULL:
     """The structure behind a VM, for other packages; good for as long as the VM lives. TypeError for anything else,

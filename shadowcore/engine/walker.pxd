@@ -39,6 +39,7 @@ cdef struct sc_walk:
     u64 gpa                         # where the access leads
     u64 entry[6]                    # entry found at each level
     u64 table[6]                    # gfn (shadow: hfn) of the table at each level
+    u64 found                       # the leaf as it was, if the walk set A or D in it
     u32 access                      # ACC_* of the whole walk
     u32 pkey                        # protection key of the leaf
     u32 error_code                  # PF_* when the walk failed
@@ -168,6 +169,7 @@ cdef inline u64 leaf_address(u64 entry, u64 va, int level, sc_gmode g) noexcept 
 
 cdef inline void walk_update(sc_mem *m, u32 access, sc_walk *w, int level, sc_gmode g) noexcept nogil:
     """Set A in each entry of a complete walk that lacks it, and D in the leaf, of `level`, for a store."""
+    w.found = w.entry[level]
     if not w.entry[level] & PTE_D and access & PF_W:
         w.dirtied = True
         set_entry_bits(m, w, level, PTE_A | PTE_D, g)

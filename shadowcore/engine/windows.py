@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 from numpy.typing import NDArray
 
-from .counters import COUNTERS, EXIT_REASONS, Stats
+from .counters import COUNTERS, EXIT_REASONS, GAUGES, Stats
 
 NAMES = tuple(f"exits_{reason}" for reason in EXIT_REASONS) + COUNTERS
 """Of the elements of Stats.as_array."""
 
 
+def grown(after: Mapping[str, int], before: Mapping[str, int]) -> dict[str, int]:
+    """What counters of VM.stats grew by; gauges as they are afterwards. What is not in `before` was 0."""
+    return {name: after[name] - (0 if name in GAUGES else before.get(name, 0)) for name in after}
+
+
 class WindowLog:
     """Counts by windows, from the state of `stats` on.
 
-    `arrays()` gives uint64 arrays with one element a window: what each counter of VM.stats grew by, `exits_total`,
+    `arrays()` gives uint64 arrays with one element a window: what each counter of VM.stats grew by (a gauge: what it
+    was at the end), `exits_total`,
     what `count` was told of; `pages_mean` (rounded) and `pages_max`, shadow pages in use; and `operation`, the number
     of operations (records) that were done at its end.
     """
@@ -72,6 +80,8 @@ class WindowLog:
             self.close(operation)
         grown = np.diff(np.array(self._rows, dtype=np.uint64).reshape(-1, len(NAMES)), axis=0)
         found = {name: np.ascontiguousarray(grown[:, place]) for place, name in enumerate(NAMES)}
+        for name in GAUGES:
+            found[name] = np.array([row[NAMES.index(name)] for row in self._rows[1:]], dtype=np.uint64)
         found["exits_total"] = grown[:, : len(EXIT_REASONS)].sum(axis=1, dtype=np.uint64)
         for name, values in self._extra.items():
             found[name] = np.array(values, dtype=np.uint64)

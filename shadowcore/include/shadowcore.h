@@ -274,6 +274,19 @@ typedef struct sc_counters {
     uint64_t guest_walk_references;
     uint64_t tlb_hits;
     uint64_t tlb_misses;
+    uint64_t mmu_unsync;
+    uint64_t unsync_made;
+    uint64_t synced;
+    uint64_t prefetched;
+    uint64_t prev_root_hits;
+    uint64_t insn_emulation;
+    uint64_t pf_mmio_spte_created;
+    uint64_t pages_4k;
+    uint64_t pages_2m;
+    uint64_t pages_1g;
+    uint64_t remote_tlb_flush_requests;
+    uint64_t max_mmu_rmap_size;
+    uint64_t pf_mmio_spte_hit;
 } sc_counters;
 
 typedef struct sc_event {

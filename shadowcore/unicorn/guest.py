@@ -124,9 +124,9 @@ class Guest:
             if self._frames is not None and self._frames[index >> 12]:
                 assert self.recording is not None
                 self.recording.follow(table)
-        if self.vm.stats.tlb_flush != self._flushes or result.outcome[0] == 1:
+        if self._flushed() != self._flushes or result.outcome[0] == 1:
             # A page fault of the guest: Unicorn may hold what the tables said of the page before (SDM 4.10.4.1).
-            self._flushes = self.vm.stats.tlb_flush
+            self._flushes = self._flushed()
             self._flush_wanted = True
         return result
 
@@ -227,6 +227,10 @@ class Guest:
         self.p.enter(segments, self._hardware | registers, self.p.table("GDTR"), self.p.table("IDTR"))
         self._flush_wanted = False
 
+    def _flushed(self) -> int:
+        """Flushes so far, and requests of them: those of `unsync` wait until the vcpu goes on."""
+        return self.vm.stats.tlb_flush + self.vm.stats.remote_tlb_flush_requests
+
     def _sync(self) -> None:
         """Give the processor what the MMU wants it to run with now."""
         if self.p.pending:
@@ -249,7 +253,7 @@ class Guest:
                     write(register, wanted[name])
             self._hardware = wanted
             self._flush_wanted = True
-        if self._flush_wanted or self.vm.stats.tlb_flush != self._flushes:  # one may come from outside: a dirty log
-            self._flushes = self.vm.stats.tlb_flush
+        if self._flush_wanted or self._flushed() != self._flushes:  # one may come from outside: a dirty log
+            self._flushes = self._flushed()
             self.p.flush()
             self._flush_wanted = False

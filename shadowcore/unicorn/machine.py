@@ -112,7 +112,7 @@ class Machine(Instructions):
     def _flush(self) -> None:
         """The MMU asked for a flush during a fill. The next exit would be late: before it the guest may store to what
         has just become a shadowed table."""
-        self._flushes = self.vm.stats.tlb_flush
+        self._flushes = self._flushed()
         self._flush_wanted = False
         self.p.flush()
 

@@ -13,7 +13,7 @@ from shadowcore.engine.role cimport role_direct
 from shadowcore.engine.roots cimport (
     make_role, release_everything, root_load, root_release, root_slots, roots_load, roots_release,
 )
-from shadowcore.engine.state cimport sc_mmu, sc_vcpu
+from shadowcore.engine.state cimport sc_loaded, sc_mmu, sc_vcpu
 from shadowcore.engine.types cimport MODE_64, MODE_OFF, MODE_PAE, SC_NONE, u32, u64
 from shadowcore.engine.walker cimport sc_paging, sc_walk, walk_above
 
@@ -25,13 +25,15 @@ cdef inline void _other_roots(sc_mmu *mmu, sc_vcpu *v) noexcept nogil:
     roots_load(mmu, v)
 
 
-cdef void _new_cr3(sc_mmu *mmu, sc_vcpu *v) noexcept nogil:
+cdef void _new_cr3(sc_mmu *mmu, sc_vcpu *v, const sc_loaded *before) noexcept nogil:
+    if v.guest.mode == MODE_OFF:
+        return
     mmu.stats.tlb_flush += 1        # the flush itself is the CR3 load's: see registers
     exit_flush(mmu)
     _other_roots(mmu, v)
 
 
-cdef void _reset(sc_mmu *mmu, sc_vcpu *v) noexcept nogil:
+cdef void _reset(sc_mmu *mmu, sc_vcpu *v, const sc_loaded *before) noexcept nogil:
     """Pages of the old mode stay: roles tell them apart."""
     exit_flush(mmu)
     _other_roots(mmu, v)

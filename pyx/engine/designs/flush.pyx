@@ -13,7 +13,7 @@ from shadowcore.engine.pool cimport pool_get, pool_zap, pool_zap_all
 from shadowcore.engine.role cimport role_level
 from shadowcore.engine.roots cimport make_role, roots_load, roots_release
 from shadowcore.engine.spte cimport leaf_guest_rights, spte_drop
-from shadowcore.engine.state cimport linear_exists, sc_mmu, sc_vcpu
+from shadowcore.engine.state cimport linear_exists, sc_loaded, sc_mmu, sc_vcpu
 from shadowcore.engine.types cimport ACC_ALL, MODE_32, MODE_64, MODE_OFF, PF_P, PF_RSVD, RC_OK, SC_NONE, u32, u64
 from shadowcore.engine.walker cimport probe_walk, sc_walk
 
@@ -36,10 +36,12 @@ cdef u32 _child(sc_mmu *mmu, const sc_vcpu *v, u64 va, int level, const sc_walk 
     return pool_get(mmu, _linear_gfn(v, va, level), make_role(mmu, v, va, level, True, ACC_ALL))
 
 
-cdef void _new_cr3(sc_mmu *mmu, sc_vcpu *v) noexcept nogil:
+cdef void _new_cr3(sc_mmu *mmu, sc_vcpu *v, const sc_loaded *before) noexcept nogil:
     """The leaf tables that hold a leaf without G are zapped; upper levels stay."""
     cdef u32 number = mmu.old
     cdef u32 previous
+    if v.guest.mode == MODE_OFF:
+        return
     mmu.stats.tlb_flush += 1        # the flush itself is the CR3 load's: see registers
     exit_flush(mmu)
     while number != SC_NONE:
@@ -49,7 +51,7 @@ cdef void _new_cr3(sc_mmu *mmu, sc_vcpu *v) noexcept nogil:
         number = previous
 
 
-cdef void _reset(sc_mmu *mmu, sc_vcpu *v) noexcept nogil:
+cdef void _reset(sc_mmu *mmu, sc_vcpu *v, const sc_loaded *before) noexcept nogil:
     """Another mode, or other rules: everything goes."""
     exit_flush(mmu)
     roots_release(mmu, v)
@@ -152,7 +154,7 @@ cdef void _invlpg(sc_mmu *mmu, sc_vcpu *v, u64 va) noexcept nogil:
     _drop_leaves(mmu, v, va, False, FLUSH_INVLPG)
 
 
-cdef bint _guest_fault(sc_mmu *mmu, sc_vcpu *v, u64 va) noexcept nogil:
+cdef bint _guest_fault(sc_mmu *mmu, sc_vcpu *v, u64 va, u32 code) noexcept nogil:
     """Leaves that say what the tables say stay, as in the original: their loss would show in exits alone. (The original
     kept the others, too.)"""
     return v.guest.mode != MODE_OFF and _drop_leaves(mmu, v, va, True, FLUSH_FAULT)

@@ -1,0 +1,478 @@
+"""Leaves of shadow pages that may be unsync: how they are made, and made right again.
+
+A leaf table leaves sync at the first store to it: all shadow pages of it are marked, and leaves that map it get W. From
+then on its leaves may lag, as a TLB may, until the guest flushes: sync_below then write-protects it and looks at every
+leaf anew.
+"""
+from shadowcore.engine.bits cimport (
+    PTE_A, PTE_D, PTE_P, PTE_PS, PTE_W, SPTE_GENERATION, SPTE_GUEST_U, SPTE_GUEST_W, SPTE_MARK, SPTE_MMU_W, pte_addr,
+    pte_pkey, pte_rights,
+)
+from shadowcore.engine.flushes cimport FLUSH_LEAF, FLUSH_LOG, request_flush
+from shadowcore.engine.marks cimport (
+    marks_clear, marks_first, marks_next, marks_set_above, marks_walk, sc_unsync, sc_unsync_at,
+)
+from shadowcore.engine.memory cimport (
+    mem_frame, mem_gfn, mem_guest_frame, mem_leaf_frame, mem_mark_dirty, mem_pool_page, mem_slot, sc_no_frame,
+)
+from shadowcore.engine.pool cimport hash_bucket
+from shadowcore.engine.record cimport RECORD_DEVICE, RECORD_LEAF, RECORD_UNSYNC, record, record_page
+from shadowcore.engine.rmap cimport list_add, list_length, list_remove, rmap_log, rmap_write_protect
+from shadowcore.engine.role cimport (
+    ROLE_PKEY, ROLE_QUADRANT, role_access, role_direct, role_field, role_invalid, role_level, role_pte_size,
+)
+from shadowcore.engine.spte cimport leaf_guest_rights, spte_is_writable, spte_put, spte_wipe
+from shadowcore.engine.state cimport memo_drop, sc_mmu, sc_vcpu
+from shadowcore.engine.sync cimport leaf_bits, leaf_fill, leaf_key, leaf_writable
+from shadowcore.engine.types cimport ACC_U, ACC_W, ACC_X, SC_NONE, u8, u32, u64
+from shadowcore.engine.zap cimport leaf_counted, leaf_drop, leaf_list, page_left_sync, zap_commit, zap_prepare
+
+
+cdef enum:
+    GENERATIONS = 0x7FF             # that an entry can tell apart
+
+
+cdef inline u64 _mmu_w() noexcept nogil:
+    return <u64>1 << SPTE_MMU_W
+
+
+cdef bint is_tracked(const sc_mmu *mmu, u64 gfn) noexcept nogil:
+    """The frame is a guest table above the leaves that has a shadow: stores to it are emulated."""
+    cdef u64 frame = mem_frame(mmu.mem, gfn)
+    cdef u32 number
+    if frame == sc_no_frame() or mmu.frames[frame].shadowed == 0:
+        return False
+    number = mmu.hash[hash_bucket(mmu, gfn)]
+    while number != SC_NONE:
+        if (mmu.pages[number].gfn == gfn and not role_direct(mmu.pages[number].role)
+                and not role_invalid(mmu.pages[number].role) and role_level(mmu.pages[number].role) > 1):
+            return True
+        number = mmu.pages[number].hash_next
+    return False
+
+
+cdef bint _let_go(sc_mmu *mmu, u64 gfn, u64 frame, bint can_unsync, bint prefetch) noexcept nogil:
+    """A leaf that maps `gfn` is about to get W: what shadows that frame becomes unsync. False: it must not."""
+    cdef u32 number
+    if mmu.frames[frame].shadowed == 0:
+        return True
+    if is_tracked(mmu, gfn):
+        return False
+    number = mmu.hash[hash_bucket(mmu, gfn)]
+    while number != SC_NONE:
+        if (mmu.pages[number].gfn == gfn and not role_direct(mmu.pages[number].role)
+                and not role_invalid(mmu.pages[number].role)):
+            if not can_unsync:
+                return False
+            if not mmu.pages[number].unsync:
+                if prefetch:
+                    return False
+                record_page(mmu, RECORD_UNSYNC, number)
+                mmu.pages[number].unsync = True
+                mmu.stats.mmu_unsync += 1
+                mmu.stats.unsync_made += 1
+                marks_set_above(mmu, number)
+        number = mmu.pages[number].hash_next
+    return True
+
+
+cdef bint table_let_go(sc_mmu *mmu, u64 gfn, u64 frame) noexcept nogil:
+    """The guest stores to a table through a mapping of which nothing is known: what shadows it becomes unsync. False:
+    the store has to be emulated."""
+    return _let_go(mmu, gfn, frame, True, False)
+
+
+cdef inline u64 _keys() noexcept nogil:
+    """Bits 62:59 of a leaf."""
+    return <u64>15 << 59
+
+
+cdef u64 _make(sc_mmu *mmu, const sc_vcpu *v, int level, u64 gfn, u64 frame, u32 rights, u32 pkey, u64 old,
+               bint prefetch, bint can_unsync, bint *protected) noexcept nogil:
+    """The value of a leaf for `gfn`, in place of `old`, or of 0. protected: W is withheld."""
+    cdef u64 value = leaf_bits(mmu, v, frame, rights, pkey)
+    protected[0] = False
+    if not prefetch:
+        value |= PTE_A
+    if level > 1:
+        value |= PTE_PS
+    if not rights & ACC_W:
+        return value
+    if not spte_is_writable(old):
+        if not _let_go(mmu, gfn, frame, can_unsync, prefetch):
+            protected[0] = True
+            return value
+        value |= PTE_D
+        mem_mark_dirty(mmu.mem, gfn)
+    return value | PTE_W | _mmu_w()
+
+
+cdef bint _replace(sc_mmu *mmu, u32 spte, u64 value) noexcept nogil:
+    """Give a present leaf another value for the same frame; True if that asks for a flush."""
+    cdef u64 old = mmu.table[spte]
+    mmu.table[spte] = value
+    memo_drop(mmu)
+    return (old & _mmu_w() and not value & PTE_W) or old & ~value & (PTE_A | PTE_D)
+
+
+cdef void _fill_large(sc_mmu *mmu, u32 spte, int level, u64 value) noexcept nogil:
+    """A leaf of `level`, above 1, for an entry that is 0."""
+    cdef u32 *head = leaf_list(mmu, value, level)
+    cdef u64 others = list_length(mmu, head[0])
+    spte_put(mmu, spte, value)
+    list_add(mmu, head, spte)
+    leaf_counted(mmu, value, level, 1)
+    if others > mmu.stats.max_mmu_rmap_size:
+        mmu.stats.max_mmu_rmap_size = others
+
+
+cdef void _remember_device(sc_mmu *mmu, u32 spte, u64 gfn, u32 rights) noexcept nogil:
+    record(mmu, RECORD_DEVICE, gfn, (rights & (ACC_W | ACC_U)) | ACC_X, 0)
+    if mmu.table[spte]:
+        leaf_drop(mmu, spte)
+    spte_put(mmu, spte, gfn << 12 | (<u64>rights & (ACC_W | ACC_U)) << 9 | SPTE_MARK
+             | (mmu.generation & GENERATIONS) << SPTE_GENERATION)
+
+
+cdef bint device_is_stale(const sc_mmu *mmu, u64 value) noexcept nogil:
+    """Memory slots have changed since the entry was made."""
+    return (value >> SPTE_GENERATION ^ mmu.generation) & GENERATIONS
+
+
+cdef u32 device_rights(u64 value) noexcept nogil:
+    """ACC_W and ACC_U that an entry which remembers a device has kept."""
+    return (ACC_W if value & SPTE_GUEST_W else 0) | (ACC_U if value & SPTE_GUEST_U else 0)
+
+
+cdef int leaf_set(sc_mmu *mmu, const sc_vcpu *v, u32 spte, u64 gfn, u32 rights, u32 pkey, int what) noexcept nogil:
+    """Set the leaf at `spte`, for the pages from `gfn` on that its level covers, whose rights are those of the guest's
+    tables: LEAF_*."""
+    cdef int level = role_level(mmu.pages[spte >> 9].role)
+    cdef u64 frame = mem_frame(mmu.mem, gfn)
+    cdef u64 old = mmu.table[spte]
+    cdef u64 value
+    cdef bint flush = False
+    cdef bint protected
+    cdef int made = LEAF_SET
+    if frame == sc_no_frame():
+        mmu.stats.pf_mmio_spte_created += 1
+        _remember_device(mmu, spte, gfn, rights)
+        return LEAF_DEVICE
+    if old & PTE_P:
+        if level > 1 and not old & PTE_PS:
+            # The table that a large leaf replaces.
+            list_remove(mmu, &mmu.pages[mem_pool_page(old)].parents, spte)
+            spte_wipe(mmu, spte)
+            flush = True
+        elif mem_leaf_frame(mmu.mem, old) != frame:
+            leaf_drop(mmu, spte)
+            flush = True
+    elif old:
+        spte_wipe(mmu, spte)
+    old = mmu.table[spte]
+    value = _make(mmu, v, level, gfn, frame, rights, pkey, old, what == FOR_NEIGHBOUR, True, &protected)
+    if old == value:
+        made = LEAF_SAME
+    else:
+        if old:
+            flush |= _replace(mmu, spte, value)
+        elif level == 1:
+            leaf_fill(mmu, spte, frame, value)
+        else:
+            _fill_large(mmu, spte, level, value)
+        record(mmu, RECORD_LEAF, gfn, value, level)
+    if flush:
+        request_flush(mmu, FLUSH_LEAF)
+    return LEAF_PROTECTED if protected and what == FOR_STORE else made
+
+
+cdef u64 direct_page_gfn(const sc_mmu *mmu, u32 spte) noexcept nogil:
+    """The first gfn of what an entry of a direct page stands for."""
+    return mmu.pages[spte >> 9].gfn + (<u64>(spte & 511) << (9 * (role_level(mmu.pages[spte >> 9].role) - 1)))
+
+
+cdef u64 _gpte(const sc_mmu *mmu, u32 spte, bint *there) noexcept nogil:
+    """The guest's entry behind one of a page of level 1."""
+    cdef u32 role = mmu.pages[spte >> 9].role
+    cdef u8 *table = mem_guest_frame(mmu.mem, mmu.pages[spte >> 9].gfn << 12)
+    there[0] = table != NULL
+    if table == NULL:
+        return 0
+    if role_pte_size(role) == 8:
+        return (<u64 *>table)[spte & 511]
+    return (<u32 *>table)[512 * role_field(role, ROLE_QUADRANT, 1) + (spte & 511)]
+
+
+cdef inline u64 _gpte_gfn(const sc_mmu *mmu, u32 spte, u64 gpte) noexcept nogil:
+    return (gpte & (pte_addr() if role_pte_size(mmu.pages[spte >> 9].role) == 8 else 0xFFFFF000U)) >> 12
+
+
+cdef inline u32 _gpte_rights(const sc_mmu *mmu, u32 spte, u64 gpte) noexcept nogil:
+    """What a leaf may grant before a walk has come by: no W unless the guest's entry is dirty."""
+    cdef u32 rights = role_access(mmu.pages[spte >> 9].role) & pte_rights(gpte)
+    return rights if gpte & PTE_D else rights & ~<u32>ACC_W
+
+
+cdef inline bint _serves(const sc_vcpu *v, u64 gpte) noexcept nogil:
+    """A leaf can be made of the guest's entry without a walk: it is present, accessed, and has no reserved bit set."""
+    return gpte & (PTE_P | PTE_A) == (PTE_P | PTE_A) and not gpte & v.guest.reserved[(gpte >> 7) & 1][1]
+
+
+cdef inline bint _is_logged(const sc_mmu *mmu, u64 gfn) noexcept nogil:
+    return mmu.mem.logging and mmu.mem.slots[mem_slot(mmu.mem, gfn)].dirty != NULL
+
+
+cdef int leaf_level(const sc_mmu *mmu, u64 gfn, u64 frame, int most) noexcept nogil:
+    """The level of the leaf that can be made for a guest's page of level `most`."""
+    cdef u64 first, n
+    cdef int slot
+    if frame == sc_no_frame() or _is_logged(mmu, gfn):
+        return 1
+    slot = mem_slot(mmu.mem, gfn)
+    while most > 1:
+        n = <u64>1 << (9 * (most - 1))
+        first = gfn & ~(n - 1)
+        if (most <= mmu.mem.slots[slot].host_level and not mmu.no_large[most - 2][frame >> (9 * (most - 1))]
+                and first >= mmu.mem.slots[slot].base_gfn
+                and first + n <= mmu.mem.slots[slot].base_gfn + mmu.mem.slots[slot].npages
+                and (frame ^ gfn) & (n - 1) == 0):
+            break
+        most -= 1
+    return most
+
+
+cdef bint _prefetch(sc_mmu *mmu, const sc_vcpu *v, u32 spte, bint unlogged) noexcept nogil:
+    """Make the leaf of a page of level 1 from the guest's entry, without an access; False if that cannot be."""
+    cdef bint there
+    cdef u64 gpte = _gpte(mmu, spte, &there)
+    cdef u64 gfn
+    cdef u32 rights
+    if not there:
+        return False
+    if not _serves(v, gpte):
+        leaf_drop(mmu, spte)
+        return False
+    gfn = _gpte_gfn(mmu, spte, gpte)
+    if mem_frame(mmu.mem, gfn) == sc_no_frame():
+        return False
+    rights = _gpte_rights(mmu, spte, gpte)
+    if unlogged and rights & ACC_W and _is_logged(mmu, gfn):
+        return False                # it would be logged as written, and nothing has written to it
+    leaf_set(mmu, v, spte, gfn, rights, pte_pkey(gpte), FOR_NEIGHBOUR)
+    mmu.stats.prefetched += 1
+    return True
+
+
+cdef void _prefetch_direct(sc_mmu *mmu, const sc_vcpu *v, u32 first, u32 spte) noexcept nogil:
+    """The free entries of the group from `first` on; a stretch of them ends where RAM does."""
+    cdef u32 at = first
+    cdef u32 rights = role_access(mmu.pages[spte >> 9].role)
+    cdef u32 pkey = role_field(mmu.pages[spte >> 9].role, ROLE_PKEY, 15)
+    cdef bint open_ = True
+    cdef bint any_ = False
+    while at < first + mmu.prefetch:
+        if at == spte or mmu.table[at] & PTE_P:
+            open_ = True
+            any_ = False
+        elif open_:
+            if mem_frame(mmu.mem, direct_page_gfn(mmu, at)) == sc_no_frame() or (
+                    rights & ACC_W and _is_logged(mmu, direct_page_gfn(mmu, at))):
+                if not any_:
+                    return
+                open_ = False
+            else:
+                leaf_set(mmu, v, at, direct_page_gfn(mmu, at), rights, pkey, FOR_NEIGHBOUR)
+                mmu.stats.prefetched += 1
+                any_ = True
+        at += 1
+
+
+cdef void prefetch_around(sc_mmu *mmu, const sc_vcpu *v, u32 spte) noexcept nogil:
+    """After a fault that set a leaf of level 1: its neighbours, upwards, until one cannot be made."""
+    cdef u32 first, at, rights
+    cdef u64 gpte, frame
+    cdef bint there
+    if mmu.prefetch == 0 or role_level(mmu.pages[spte >> 9].role) > 1:
+        return
+    first = spte & ~(mmu.prefetch - 1)
+    if role_direct(mmu.pages[spte >> 9].role):
+        _prefetch_direct(mmu, v, first, spte)
+        return
+    for at in range(first, first + mmu.prefetch):
+        if at == spte or mmu.table[at] & PTE_P:
+            continue
+        gpte = _gpte(mmu, at, &there)
+        if there and _serves(v, gpte) and not mmu.table[at] and not mmu.mem.logging and mmu.ring == NULL:
+            # What most neighbours are: _prefetch with nothing to look at.
+            frame = mem_frame(mmu.mem, _gpte_gfn(mmu, at, gpte))
+            if frame != sc_no_frame() and not mmu.frames[frame].shadowed:
+                rights = _gpte_rights(mmu, at, gpte)
+                leaf_fill(mmu, at, frame, leaf_bits(mmu, v, frame, rights, pte_pkey(gpte))
+                          | (leaf_writable() if rights & ACC_W else 0))
+                mmu.stats.prefetched += 1
+                continue
+        if not _prefetch(mmu, v, at, True):
+            return
+
+
+cdef void slot_protect(sc_mmu *mmu, int slot) noexcept nogil:
+    """Stores to the slot are to be seen by its dirty log: leaves lose W, and remember that this is all they lost."""
+    cdef u64 frame = mmu.mem.slots[slot].frame
+    cdef u64 i
+    cdef u32 level
+    for i in range(frame, frame + mmu.mem.slots[slot].npages):
+        rmap_log(mmu, mmu.frames[i].rmap)
+    for level in range(2, 4):
+        for i in range(frame >> (9 * (level - 1)), ((frame + mmu.mem.slots[slot].npages - 1) >> (9 * (level - 1))) + 1):
+            rmap_log(mmu, mmu.large_rmap[level - 2][i])
+    request_flush(mmu, FLUSH_LOG)
+
+
+cdef void log_cleared(sc_mmu *mmu, int slot, u64 first, u64 n) noexcept nogil:
+    """The same, for the frames that the log shows: of their leaves of 4 KiB, for a logged slot has no others that are
+    writable."""
+    cdef const u64 *dirty = mmu.mem.slots[slot].dirty
+    cdef bint any_ = False
+    cdef u64 i
+    for i in range(first, first + n):
+        if dirty[i >> 6] >> (i & 63) & 1:
+            any_ = True
+            rmap_log(mmu, mmu.frames[mmu.mem.slots[slot].frame + i].rmap)
+    if any_:
+        request_flush(mmu, FLUSH_LOG)
+
+
+cdef void log_stopped(sc_mmu *mmu, int slot) noexcept nogil:
+    """Leaves of 4 KiB in direct pages go where a large one can be again."""
+    cdef u32 page, spte
+    cdef u64 gfn
+    cdef bint flush = False
+    for page in range(mmu.pool_pages):
+        gfn = mmu.pages[page].gfn
+        if (not mmu.pages[page].active or not role_direct(mmu.pages[page].role)
+                or role_level(mmu.pages[page].role) != 1
+                or gfn - mmu.mem.slots[slot].base_gfn >= mmu.mem.slots[slot].npages
+                or leaf_level(mmu, gfn, mem_frame(mmu.mem, gfn), 3) == 1):
+            continue
+        for spte in range(page * 512, page * 512 + 512):
+            if mmu.table[spte] & PTE_P:
+                leaf_drop(mmu, spte)
+                flush = True
+    if flush:
+        request_flush(mmu, FLUSH_LOG)
+
+
+cdef int _entry_sync(sc_mmu *mmu, const sc_vcpu *v, u32 spte, u64 gpte) noexcept nogil:
+    """Bring an entry of a page of level 1, which is not 0, in line with the guest's: 1 if that asks for a flush."""
+    cdef u64 old = mmu.table[spte]
+    cdef u64 gfn = _gpte_gfn(mmu, spte, gpte)
+    cdef u32 rights = _gpte_rights(mmu, spte, gpte)
+    cdef bint protected
+    if not _serves(v, gpte):
+        leaf_drop(mmu, spte)
+        return 1
+    if not old & PTE_P:
+        if (old & pte_addr()) >> 12 == gfn:
+            _remember_device(mmu, spte, gfn, rights)
+        else:
+            leaf_drop(mmu, spte)
+        return 0
+    if mem_gfn(mmu.mem, mem_leaf_frame(mmu.mem, old)) != gfn:
+        leaf_drop(mmu, spte)
+        return 1
+    if not mmu.rewrites and leaf_guest_rights(old) == rights and not (old ^ leaf_key(v, pte_pkey(gpte))) & _keys():
+        return 0
+    return _replace(mmu, spte, _make(mmu, v, 1, gfn, mem_leaf_frame(mmu.mem, old), rights, pte_pkey(gpte), old, True,
+                                     False, &protected))
+
+
+cdef void leaf_refetch(sc_mmu *mmu, const sc_vcpu *v, u32 spte) noexcept nogil:
+    """INVLPG of an entry of an unsync page: it is dropped, and made again at once if the guest's entry serves; or
+    (6.12) brought in line if it is there."""
+    cdef bint there
+    cdef u64 gpte
+    if mmu.rewrites:
+        if mmu.table[spte]:
+            if mmu.table[spte] & PTE_P:
+                leaf_drop(mmu, spte)
+                request_flush(mmu, FLUSH_LEAF)
+            else:
+                leaf_drop(mmu, spte)
+        _prefetch(mmu, v, spte, False)
+        return
+    if mmu.table[spte]:
+        gpte = _gpte(mmu, spte, &there)
+        if _entry_sync(mmu, v, spte, gpte):
+            request_flush(mmu, FLUSH_LEAF)
+
+
+cdef int page_sync(sc_mmu *mmu, const sc_vcpu *v, u32 page) noexcept nogil:
+    """Bring every entry of a leaf table in line: 1 if that asks for a flush, -1 if the guest's table is not there."""
+    cdef u32 role = mmu.pages[page].role
+    cdef u8 *table = mem_guest_frame(mmu.mem, mmu.pages[page].gfn << 12)
+    cdef bint wide = role_pte_size(role) == 8
+    cdef u64 address = pte_addr() if wide else 0xFFFFF000U
+    cdef u64 *sptes = mmu.table + <u64>page * 512
+    cdef u64 flush = 0
+    cdef u64 bits, gpte, old, value, frame
+    cdef u32 word, i, rights
+    if table == NULL:
+        return -1 if mmu.pages[page].present else 0
+    if not wide:
+        table += 2048 * role_field(role, ROLE_QUADRANT, 1)
+    for word in range(8):
+        bits = mmu.pages[page].used[word]
+        i = word * 64
+        while bits:
+            if bits & 1:
+                gpte = (<u64 *>table)[i] if wide else (<u32 *>table)[i]
+                old = sptes[i]
+                frame = mem_leaf_frame(mmu.mem, old)
+                rights = role_access(role) & pte_rights(gpte)
+                if not gpte & PTE_D:
+                    rights &= ~<u32>ACC_W
+                # What most are: _entry_sync with nothing to look up.
+                if (old & PTE_P and _serves(v, gpte) and frame < mmu.mem.low_frames
+                        and (gpte & address) >> 12 == frame and (not rights & ACC_W or old & PTE_W)):
+                    value = leaf_bits(mmu, v, frame, rights, pte_pkey(gpte))
+                    if mmu.rewrites or leaf_guest_rights(old) != rights or (old ^ value) & _keys():
+                        if rights & ACC_W:
+                            value |= PTE_W | _mmu_w()
+                        flush |= (old & ~value & (PTE_A | PTE_D)) | (old & _mmu_w() if not value & PTE_W else 0)
+                        sptes[i] = value
+                else:
+                    flush |= <u64>_entry_sync(mmu, v, page * 512 + i, gpte)
+            bits >>= 1
+            i += 1
+    memo_drop(mmu)
+    return flush != 0
+
+
+cdef void sync_below(sc_mmu *mmu, const sc_vcpu *v, u32 page) noexcept nogil:
+    """Bring every unsync page below `page` back in sync: first they are write-protected, then looked at."""
+    cdef sc_unsync found
+    cdef sc_unsync_at at
+    cdef bint flush = False
+    cdef bint protected, ignored
+    cdef int synced
+    cdef u64 frame
+    while marks_walk(mmu, page, &found):
+        protected = False
+        marks_first(mmu, &found, &at)
+        while marks_next(mmu, &found, &at):
+            frame = mem_frame(mmu.mem, mmu.pages[at.page].gfn)
+            if frame != sc_no_frame():
+                protected |= rmap_write_protect(mmu, frame)
+        if protected:
+            zap_commit(mmu, True)
+            flush = False
+        marks_first(mmu, &found, &at)
+        while marks_next(mmu, &found, &at):
+            page_left_sync(mmu, at.page)
+            mmu.stats.synced += 1
+            synced = page_sync(mmu, v, at.page)
+            if synced < 0:
+                zap_prepare(mmu, at.page, &ignored)
+            flush |= synced > 0
+            marks_clear(mmu, &at)
+    zap_commit(mmu, flush)

@@ -1,0 +1,198 @@
+"""Zapping of shadow pages as Linux 6.1 does it, and the dropping of single entries."""
+from shadowcore.engine.bits cimport PTE_P, PTE_PS
+from shadowcore.engine.flushes cimport FLUSH_ZAP, request_flush
+from shadowcore.engine.hooks cimport EVENT_ZAP, event
+from shadowcore.engine.marks cimport marks_clear, marks_first, marks_next, marks_walk, sc_unsync, sc_unsync_at
+from shadowcore.engine.memory cimport mem_frame, mem_leaf_frame, mem_pool_page, sc_no_frame
+from shadowcore.engine.page cimport sc_page
+from shadowcore.engine.pool cimport active_remove, count_shadowing, hash_bucket, hash_remove
+from shadowcore.engine.record cimport RECORD_SYNCED, RECORD_ZAPPED, record_page
+from shadowcore.engine.rmap cimport list_first, list_remove
+from shadowcore.engine.role cimport ROLE_INVALID, role_direct, role_invalid, role_level
+from shadowcore.engine.spte cimport spte_wipe
+from shadowcore.engine.state cimport REQUEST_OBSOLETE, memo_drop, sc_mmu, vcpu_request
+from shadowcore.engine.types cimport SC_NONE, u32, u64
+
+
+cdef u32 *leaf_list(sc_mmu *mmu, u64 value, int level) noexcept nogil:
+    """The reverse map's list for what a present leaf of `level` maps."""
+    cdef u64 frame = mem_leaf_frame(mmu.mem, value)
+    if level == 1:
+        return &mmu.frames[frame].rmap
+    return &mmu.large_rmap[level - 2][frame >> (9 * (level - 1))]
+
+
+cdef void leaf_counted(sc_mmu *mmu, u64 value, int level, int change) noexcept nogil:
+    """A leaf came (1) or went (-1)."""
+    if level == 1:
+        mmu.stats.pages_4k += change
+        mmu.mapped[mem_leaf_frame(mmu.mem, value)] += change
+    elif level == 2:
+        mmu.stats.pages_2m += change
+    else:
+        mmu.stats.pages_1g += change
+
+
+cdef void leaf_drop(sc_mmu *mmu, u32 spte) noexcept nogil:
+    """Make a leaf 0, or what remembers a device; nothing, if it is 0 already."""
+    cdef u64 value = mmu.table[spte]
+    cdef int level = role_level(mmu.pages[spte >> 9].role)
+    if value == 0:
+        return
+    if value & PTE_P:
+        list_remove(mmu, leaf_list(mmu, value, level), spte)
+        leaf_counted(mmu, value, level, -1)
+    spte_wipe(mmu, spte)
+
+
+cdef void entry_zap(sc_mmu *mmu, u32 spte) noexcept nogil:
+    """Make any entry 0."""
+    cdef u64 value = mmu.table[spte]
+    if value & PTE_P and not value & PTE_PS and role_level(mmu.pages[spte >> 9].role) > 1:
+        list_remove(mmu, &mmu.pages[mem_pool_page(value)].parents, spte)
+        spte_wipe(mmu, spte)
+    else:
+        leaf_drop(mmu, spte)
+
+
+cdef void page_left_sync(sc_mmu *mmu, u32 page) noexcept nogil:
+    """An unsync page is that no more."""
+    record_page(mmu, RECORD_SYNCED, page)
+    mmu.pages[page].unsync = False
+    mmu.stats.mmu_unsync -= 1
+
+
+cdef void _allow_large(sc_mmu *mmu, u64 gfn) noexcept nogil:
+    cdef u64 frame = mem_frame(mmu.mem, gfn)
+    if frame != sc_no_frame() and mmu.host_level > 1:
+        mmu.no_large[0][frame >> 9] -= 1
+        mmu.no_large[1][frame >> 18] -= 1
+
+
+cdef u32 zap_prepare(sc_mmu *mmu, u32 number, bint *others) noexcept nogil:
+    """Take a page out of use, with the unsync pages below it. Returns the number of pages that will be free; others:
+    set if it is not the page alone."""
+    cdef sc_page *page = &mmu.pages[number]
+    cdef sc_unsync found
+    cdef sc_unsync_at at
+    cdef u32 zapped = 0
+    cdef u32 i
+    cdef bint ignored = False
+    record_page(mmu, RECORD_ZAPPED, number)
+    event(mmu, EVENT_ZAP, number, SC_NONE, page.gfn)
+    mmu.stats.mmu_shadow_zapped += 1
+    memo_drop(mmu)
+    if role_level(page.role) > 1:
+        while marks_walk(mmu, number, &found):
+            marks_first(mmu, &found, &at)
+            while marks_next(mmu, &found, &at):
+                zap_prepare(mmu, at.page, &ignored)
+                marks_clear(mmu, &at)
+                zapped += 1
+    if page.present:
+        for i in range(512):
+            if mmu.table[number * 512 + i]:
+                entry_zap(mmu, number * 512 + i)
+    while page.parents:
+        entry_zap(mmu, list_first(page.parents) - 1)
+    if zapped:
+        others[0] = True
+    if not role_invalid(page.role):
+        if not role_direct(page.role):
+            _allow_large(mmu, page.gfn)
+        count_shadowing(mmu, page, -1)
+        active_remove(mmu, number)
+        page.active = False
+    if page.unsync:
+        page_left_sync(mmu, number)
+    if page.root_count == 0:
+        zapped += 1
+        if role_invalid(page.role):
+            mmu.n_dying -= 1
+        else:
+            mmu.n_active -= 1
+        page.next = mmu.zapped
+        mmu.zapped = number
+    elif not role_invalid(page.role):
+        mmu.n_active -= 1
+        mmu.n_dying += 1
+        mmu.flush_epoch += 1        # the load of the root that takes its place flushes, and KVM does not count it
+        for i in range(mmu.n_vcpus):
+            vcpu_request(mmu.vcpus[i], REQUEST_OBSOLETE)
+    page.role |= <u32>1 << ROLE_INVALID
+    return zapped
+
+
+cdef void zap_commit(sc_mmu *mmu, bint flush) noexcept nogil:
+    """What was prepared becomes free, with one flush; without any, flush says whether there is one all the same."""
+    cdef u32 number, i
+    if mmu.zapped == SC_NONE:
+        if flush:
+            request_flush(mmu, FLUSH_ZAP)
+        return
+    request_flush(mmu, FLUSH_ZAP)
+    while mmu.zapped != SC_NONE:
+        number = mmu.zapped
+        mmu.zapped = mmu.pages[number].next
+        hash_remove(mmu, number)
+        for i in range(8):
+            mmu.below[number * 8 + i] = 0
+        mmu.pages[number].unsync_children = 0
+        mmu.pages[number].flood = 0
+        mmu.pages[number].next = mmu.free_head
+        mmu.free_head = number
+        mmu.n_free += 1
+        mmu.stats.page_frees += 1
+
+
+cdef void root_let_go(sc_mmu *mmu, u32 number) noexcept nogil:
+    """A vcpu holds a root no more; zap_commit is to follow."""
+    cdef bint ignored = False
+    mmu.pages[number].root_count -= 1
+    if mmu.pages[number].root_count == 0 and role_invalid(mmu.pages[number].role):
+        zap_prepare(mmu, number, &ignored)
+
+
+cdef bint zap_gfn(sc_mmu *mmu, u64 gfn) noexcept nogil:
+    """Zap the shadow pages of the guest table at `gfn`; True if there were any."""
+    cdef u32 number = mmu.hash[hash_bucket(mmu, gfn)]
+    cdef bint ignored = False
+    cdef bint found = False
+    while number != SC_NONE:
+        if (mmu.pages[number].gfn == gfn and not role_direct(mmu.pages[number].role)
+                and not role_invalid(mmu.pages[number].role)):
+            zap_prepare(mmu, number, &ignored)
+            found = True
+        number = mmu.pages[number].hash_next
+    zap_commit(mmu, False)
+    if found:
+        mmu.stats.mmu_unprotect += 1
+    return found
+
+
+cdef void zap_all(sc_mmu *mmu) noexcept nogil:
+    """Zap every page, roots in use included, which are replaced."""
+    cdef bint ignored = False
+    while mmu.old != SC_NONE:
+        zap_prepare(mmu, mmu.old, &ignored)
+    zap_commit(mmu, False)
+
+
+cdef void zap_oldest(sc_mmu *mmu, u32 want) noexcept nogil:
+    """Zap the oldest pages, but for roots in use, until `want` have gone."""
+    cdef u32 zapped = 0
+    cdef u32 number = mmu.old
+    cdef u32 previous
+    cdef bint others
+    while number != SC_NONE:
+        previous = mmu.pages[number].prev
+        if mmu.pages[number].root_count:
+            number = previous
+            continue
+        others = False
+        zapped += zap_prepare(mmu, number, &others)
+        if zapped >= want:
+            break
+        number = mmu.old if others else previous    # the page before may have gone too
+    zap_commit(mmu, False)
+    mmu.stats.mmu_recycled += zapped

@@ -1,0 +1,31 @@
+"""What the shadow MMU does, event by event, recorded where somebody asked for it, as KVM's tracepoints tell it."""
+from shadowcore.engine.state cimport sc_event, sc_mmu
+from shadowcore.engine.types cimport u32, u64
+
+# In the order of record.RECORDED. a, b, c of each:
+cdef enum:
+    RECORD_ACCESSED = 0             # gpa of the guest's entry in which a walk of the MMU's set A
+    RECORD_DIRTY = 1                # ... D
+    RECORD_MADE = 2                 # a shadow page was made: gfn, role, 2 * root_count + unsync
+    RECORD_FOUND = 3                # ... found by gfn and role: the same
+    RECORD_SYNCED = 4               # ... is no longer unsync: the same, as it was
+    RECORD_UNSYNC = 5               # ... becomes unsync: the same, as it was
+    RECORD_ZAPPED = 6               # ... is zapped: the same, as it was
+    RECORD_LEAF = 7                 # a leaf was set: gfn, the entry, its level
+    RECORD_DEVICE = 8               # an entry remembers a device: gfn, ACC_*
+    RECORD_DEVICE_HIT = 9           # ... was met: gfn, ACC_*
+    RECORD_EXIT = 10                # a page-fault exit: linear address, the processor's error code
+    RECORD_EMULATED = 11            # an instruction is given to the emulator: linear address of its operand
+    RECORD_COUNT = 12
+
+cdef inline void record(sc_mmu *mmu, u32 kind, u64 a, u64 b, u32 c) noexcept nogil:
+    if mmu.ring == NULL:
+        return
+    if mmu.ring.count < mmu.ring.size:
+        mmu.ring.event[mmu.ring.count] = sc_event(a, b, kind, c)
+    mmu.ring.count += 1
+
+cdef inline void record_page(sc_mmu *mmu, u32 kind, u32 page) noexcept nogil:
+    if mmu.ring != NULL:
+        record(mmu, kind, mmu.pages[page].gfn, mmu.pages[page].role,
+               2 * mmu.pages[page].root_count + mmu.pages[page].unsync)

@@ -1,0 +1,58 @@
+"""Leaves made from the guest's entries: at faults, for neighbours, and when an unsync page is brought back in sync."""
+from shadowcore.engine.bits cimport PTE_D, PTE_P, PTE_W, SPTE_MMU_W
+from shadowcore.engine.features cimport FEAT_PKU
+from shadowcore.engine.memory cimport mem_frame_hpa
+from shadowcore.engine.rmap cimport list_add
+from shadowcore.engine.spte cimport spte_put
+from shadowcore.engine.state cimport sc_mmu, sc_vcpu
+from shadowcore.engine.types cimport ACC_U, ACC_W, ACC_X, MODE_64, u32, u64
+
+# What setting a leaf came to.
+cdef enum:
+    LEAF_SET = 0                    # it changed
+    LEAF_SAME = 1                   # it was right as it was
+    LEAF_DEVICE = 2                 # there is no RAM: the entry remembers a device
+    LEAF_PROTECTED = 3              # it changed or not, and W is withheld from a store
+
+# What a leaf is set for.
+cdef enum:
+    FOR_LOAD = 0
+    FOR_STORE = 1
+    FOR_NEIGHBOUR = 2               # no access: A stays clear, no page becomes unsync
+
+cdef inline u64 leaf_key(const sc_vcpu *v, u32 pkey) noexcept nogil:
+    """The bits of a leaf that hold its protection key, where the processor has them."""
+    return <u64>pkey << 59 if v.guest.mode >= MODE_64 and v.features & FEAT_PKU else 0
+
+cdef inline u64 leaf_bits(const sc_mmu *mmu, const sc_vcpu *v, u64 frame, u32 rights, u32 pkey) noexcept nogil:
+    """A leaf for `frame` with the guest's `rights`, but for A, and for W, which not every frame may be given."""
+    return (mem_frame_hpa(mmu.mem, frame) | PTE_P | (<u64>rights & (ACC_W | ACC_U)) << 9 | (rights & ACC_U)
+            | (~<u64>rights & ACC_X) << 63 | leaf_key(v, pkey))
+
+cdef inline u64 leaf_writable() noexcept nogil:
+    """What a leaf has beside, if it may be written."""
+    return PTE_W | PTE_D | <u64>1 << SPTE_MMU_W
+
+cdef inline void leaf_fill(sc_mmu *mmu, u32 spte, u64 frame, u64 value) noexcept nogil:
+    """A leaf of level 1 for an entry that is 0."""
+    spte_put(mmu, spte, value)
+    list_add(mmu, &mmu.frames[frame].rmap, spte)
+    if mmu.mapped[frame] > mmu.stats.max_mmu_rmap_size:
+        mmu.stats.max_mmu_rmap_size = mmu.mapped[frame]
+    mmu.mapped[frame] += 1
+    mmu.stats.pages_4k += 1
+
+cdef bint is_tracked(const sc_mmu *mmu, u64 gfn) noexcept nogil
+cdef bint table_let_go(sc_mmu *mmu, u64 gfn, u64 frame) noexcept nogil
+cdef int leaf_set(sc_mmu *mmu, const sc_vcpu *v, u32 spte, u64 gfn, u32 rights, u32 pkey, int what) noexcept nogil
+cdef void prefetch_around(sc_mmu *mmu, const sc_vcpu *v, u32 spte) noexcept nogil
+cdef void leaf_refetch(sc_mmu *mmu, const sc_vcpu *v, u32 spte) noexcept nogil
+cdef int page_sync(sc_mmu *mmu, const sc_vcpu *v, u32 page) noexcept nogil
+cdef int leaf_level(const sc_mmu *mmu, u64 gfn, u64 frame, int most) noexcept nogil
+cdef void log_cleared(sc_mmu *mmu, int slot, u64 first, u64 n) noexcept nogil
+cdef void log_stopped(sc_mmu *mmu, int slot) noexcept nogil
+cdef void slot_protect(sc_mmu *mmu, int slot) noexcept nogil
+cdef void sync_below(sc_mmu *mmu, const sc_vcpu *v, u32 page) noexcept nogil
+cdef u64 direct_page_gfn(const sc_mmu *mmu, u32 spte) noexcept nogil
+cdef bint device_is_stale(const sc_mmu *mmu, u64 value) noexcept nogil
+cdef u32 device_rights(u64 value) noexcept nogil
