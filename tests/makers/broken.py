@@ -48,6 +48,21 @@ LEAF = "a leaf maps what is no frame of guest RAM"
 HEAD = "the head of a list does not tell how many members it has"
 LEVEL = "a page in use has a level that there is not"
 ROOT = "a root is not the page that its vcpu's registers ask for"
+# Of design `unsync`.
+DEVICE_ENTRY = (
+    "the shadow entry remembers a device that the guest's entry does not name, or that is RAM, or too many rights"
+)
+LEAF_MISSING = "a leaf is not in the reverse map of what it maps, or not once"
+LEAF_FOREIGN = "the reverse map lists an entry that is not a leaf of what it stands for"
+MAPPED = "the count of leaves that map a frame is wrong"
+GAUGE = "the number of leaves, or of unsync pages, is not what the counter says"
+NO_LARGE = "the count of reasons against a large leaf is wrong"
+DYING = "a page that was zapped and is a root still has entries, parents or no vcpu that will let go of it"
+UNSYNC = "a page is unsync that is no shadow of a guest's leaf table"
+MARK_MISSING = "an entry leads to an unsync page, or to one with marks, and is not marked"
+MARKS = "the marks of a page are not as many as it counts, or it is a leaf table and has some"
+PREVIOUS = "the root of an earlier CR3 is no root for that, or none that is in use"
+LAGS = "the vcpu's roots are in sync, and marked: something below them may not be"
 
 NONE = 0xFFFFFFFF  # no page
 MANY = 0x80000000  # in the head of a list: of two and more

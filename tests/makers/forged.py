@@ -50,7 +50,8 @@ TLB_ENTRY = np.dtype(
     ]
 )
 FIELDS = {"mmu_pages": PAGE_DTYPE, "mmu_frames": FRAME_DTYPE, "mmu_links": LINK_DTYPE}
-SINGLE = {"mmu_table": "<u8", "mmu_hash": "<u4"}
+SINGLE = {"mmu_table": "<u8", "mmu_hash": "<u4", "mmu_below": "<u8", "mmu_mapped": "<u2"}
+SINGLE |= dict.fromkeys(("mmu_large_rmap_2m", "mmu_large_rmap_1g", "mmu_no_large_2m", "mmu_no_large_1g"), "<u4")
 
 
 def machine(design, mode, tlb=None, vcpus=1, logged=False):
@@ -58,6 +59,7 @@ def machine(design, mode, tlb=None, vcpus=1, logged=False):
     mmu = design if design == "native" else sc.Shadow.cached(pool_pages=POOL)
     mmu = sc.Shadow.flush(pool_pages=POOL) if design == "flush" else mmu
     mmu = sc.Shadow.kvm_2007(pool_pages=POOL) if design == "kvm-2007" else mmu
+    mmu = sc.Shadow.unsync(pool_pages=POOL) if design == "unsync" else mmu
     slots = [sc.MemorySlot(0, RAM - 8 * PAGE, dirty_log=logged), sc.MemorySlot(1 << 24, 8 * PAGE)]
     vm = sc.VM(slots, mmu, vcpus, tlb)
     if mode != "off":
@@ -118,12 +120,37 @@ def use_up(vm):
     use(vm)
 
 
+def lagging(mode, vcpus=1, base=LINEAR):
+    """A machine of design `unsync` with a large leaf, an unsync table, roots of earlier CR3s and pending requests."""
+    vm = sc.VM("4MiB", sc.Shadow.unsync(pool_pages=POOL, min_free=0, refill=0), vcpus, host_page_size="2MiB")
+    tables = sc.PageTables(vm.memory, mode, allocate=range(512, 560))
+    large = 1 << tables.format.shift(2)
+    tables.map(base, 0, 16 * PAGE, "rwxu", PAGE, accessed=True, dirty=True)
+    tables.map(base + (1 << 28), 512 * PAGE, 48 * PAGE, "rwx", PAGE, accessed=True, dirty=True)
+    tables.map(1 << 29, 0, large, "rwxu", large, accessed=True, dirty=True)
+    for cpu in vm.vcpus:
+        for register, value in tables.registers.items():
+            setattr(cpu, register, value)
+        if mode == "64":
+            cpu.cr3 = cpu.cr3 | 8
+            cpu.read(base)
+            cpu.cr3 = cpu.cr3 & ~8
+        attempt(lambda cpu=cpu: cpu.write((1 << 29) + 5, 1))
+        cpu.write(base, 1)
+        cpu.write(base + (1 << 28) + tables.entry(base).gpa - (512 << 12) + 16, 0, tables.format.entry_size)
+    use(vm, base)
+    return vm
+
+
 MACHINES = {
     "cached-64-tlb": lambda: machine("cached", "64", sc.TLB(8, 2, 4, 2, 2, 2), vcpus=2, logged=True),
     "cached-pae": lambda: machine("cached", "pae"),
     "kvm-32": lambda: machine("kvm-2007", "32", logged=True),
     "flush-la57": lambda: machine("flush", "la57", sc.TLB(8, 2, 0, 1, 2, 1)),
     "cached-off": lambda: machine("cached", "off", vcpus=2),
+    "unsync-64": lambda: lagging("64", vcpus=2),
+    "unsync-32": lambda: lagging("32"),
+    "unsync-pae-tlb": lambda: machine("unsync", "pae", sc.TLB(8, 2, 4, 2, 2, 2), vcpus=2, logged=True),
     "native-64-tlb": lambda: machine("native", "64", sc.TLB(8, 2, 4, 2, 2, 2)),
 }
 

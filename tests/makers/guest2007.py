@@ -55,9 +55,9 @@ class Guest:
     are still to be loaded (`start`).
     """
 
-    def __init__(self, mode="64", mmu="cached", pages=8, paging=True, tlb=None):
+    def __init__(self, mode="64", mmu="cached", pages=8, paging=True, tlb=None, **more):
         self.mode = mode
-        self.vm = sc.VM(memory=RAM, mmu=mmu, tlb=tlb)
+        self.vm = sc.VM(memory=RAM, mmu=mmu, tlb=tlb, **more)
         self.cpu = self.vm.vcpus[0]
         self.frames = iter(range(TABLES >> 12, TABLES_END >> 12))
         self.tables = self.address_space(pages)
@@ -129,7 +129,7 @@ class Guest:
             index = va >> 12 + 9 * (level - 1) & 511
             spte = int(self.vm.memory.pool[page, index])
             found.append((level, page, index, spte))
-            if not spte & P:
+            if not spte & P or (level > 1 and spte & 0x80):
                 break
             page = (spte & ADDRESS) - self.vm.memory.pool_hpa >> 12
         return found

@@ -15,7 +15,7 @@ OPTIONS = {
     "4k": {"direct_map": "4k", "global_": False, "fault_around": 1, "atomic_bytes": 4, "flush_ceiling": 0},
     "isolation": {"isolation": True},
     "pcid": {"pcid": True},
-    "both": {"isolation": True, "pcid": True, "atomic_bytes": 8},
+    "both": {"isolation": True, "pcid": True, "atomic_bytes": 8, "grouped": True, "flush_gather": 40},
 }
 
 
@@ -26,9 +26,9 @@ def possible(mode, options):
 CASES = [(mode, name) for mode in MODES for name, options in OPTIONS.items() if possible(mode, options)]
 
 
-def boot(mmu="cached", memory="32MiB", tlb=None, **options):
+def boot(mmu="cached", memory="32MiB", tlb=None, vcpus=1, **options):
     mmu = sc.Shadow.cached(pool_pages=12, flood_threshold=1) if mmu is None else mmu
-    return sc.Kernel(sc.VM(memory, mmu=mmu, tlb=tlb), sc.KernelOptions(**options))
+    return sc.Kernel(sc.VM(memory, mmu=mmu, vcpus=vcpus, tlb=tlb), sc.KernelOptions(**options))
 
 
 def leaf_frames(kernel, process):

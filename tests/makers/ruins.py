@@ -133,6 +133,7 @@ def write(vm, rng, name, state):
             cpu.import_tlb(arrays)
         return what
     if name == "scalars":
+        first = vm.vcpus[0]
         key = rng.choice([key for key in state.scalars if key != "counters"])
         ruined = {key: rng.choice([rng.getrandbits(32), rng.randrange(POOL + 2), NONE])}
         roots = [rng.choice([NONE, POOL, rng.randrange(POOL), rng.getrandbits(32)]) for _ in range(4)]
@@ -141,6 +142,21 @@ def write(vm, rng, name, state):
         if rng.random() < 0.5:
             with suppress(sc.ConfigError):
                 vm.vcpus[0].import_state(state.vcpus[0][0] | {"roots": roots})
+        lagging = state.vcpus[0][0].keys() & {
+            "requests",
+            "previous",
+            "loaded",
+            "root_cr3",
+            "device_rights",
+            "device_gfn",
+        }
+        if lagging and rng.random() < 0.5:
+            key = rng.choice(sorted(lagging))
+            number = rng.choice([0, 1, 32, rng.getrandbits(6), rng.randrange(POOL + 2), rng.getrandbits(32)])
+            value = [[rng.choice([first.cr3, number]), root] for root in roots[:3]] if key == "previous" else number
+            with suppress(sc.ConfigError):
+                first.import_state(first.export_state() | {key: value})
+            return f"{ruined} {roots} {key} {value}"
         return f"{ruined} {roots}"
     if name == "all":
         name = rng.choice(list(state.arrays))
@@ -206,7 +222,9 @@ def run(name, seed, rounds, used):
             module.allocate = between_walls
     rng = random.Random(f"{name} {seed}")
     accepted = 0
-    designs = [sc.Shadow.cached, sc.Shadow.flush, sc.Shadow.kvm_2007] if used else [sc.Shadow.cached]
+    designs = [sc.Shadow.cached, sc.Shadow.unsync]
+    if used:
+        designs += [sc.Shadow.flush, sc.Shadow.kvm_2007]
     with tempfile.TemporaryDirectory() as directory:
         for design in designs:
             for mode in ("32", "pae", "64"):

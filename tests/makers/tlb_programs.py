@@ -243,19 +243,24 @@ class Steps:
 class Together:
     """An engine and the forgetful model, operation by operation, with a vcpu for each mode.
 
-    habits: of the model, see LazyCpu.
+    habits: of the model, see LazyCpu; ahead: whether it reads ahead.
     """
 
     def __init__(self, modes, design, tlb, **habits):
         self.vm = machine(modes, design, tlb)
         self.memory = lazy_oracle.FlatMemory(*SLOTS)
         store_entries(modes, self.memory.write)
+        self.cpus = []
         self.parts = [Part(self, i, mode, habits) for i, mode in enumerate(modes)]
         self.by_memory = 0  # accesses that only a held translation explains
 
     def step(self, number, vcpu=0):
         part = self.parts[vcpu]
         part.step(step(part.mode, number))
+
+    def read_ahead(self):
+        for cpu in self.cpus:
+            cpu.read_ahead()
 
     def finish(self):
         for cpu, part in zip(self.vm.vcpus, self.parts, strict=True):
@@ -270,14 +275,19 @@ class Part(Steps):
     """One vcpu, on both sides."""
 
     def __init__(self, together, number, mode, habits):
-        super().__init__(mode, lazy_oracle.LazyCpu(together.memory, **habits))
+        ahead = habits.get("ahead", False)
+        habits = {key: value for key, value in habits.items() if key != "ahead"}
+        super().__init__(mode, lazy_oracle.LazyCpu(together.memory, ahead=linear_pages(mode) * ahead, **habits))
         self.together = together
+        together.cpus.append(self.cpu)
+        self.cpu.beside = together.cpus
         self.engine = together.vm.vcpus[number]
         self.ops = np.zeros(1, dtype=sc.OP_DTYPE)
         for op, value in registers(mode):
             self.op(op, value=value)
 
     def op(self, op, address=0, value=0, size=8, user=0):
+        self.together.read_ahead()
         self.ops[0] = (op, user, size, address, value)
         result = self.engine.run(self.ops)
         got = int(result.outcome[0]), int(result.error_code[0]), int(result.gpa[0])
@@ -306,6 +316,7 @@ class Part(Steps):
         raise AssertionError(f"op {op} at {address:#x}: {got} is none of {results}, or has another effect")
 
     def device(self, gpa, value, size):
+        self.together.read_ahead()
         self.together.vm.write_physical(gpa, value.to_bytes(size, "little"))
         self.together.memory.write(gpa, value, size)
 

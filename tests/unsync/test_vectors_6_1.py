@@ -1,0 +1,113 @@
+"""Design `unsync` with the settings of Linux 6.1 and 6.12 is that KVM: every field of the golden vectors."""
+
+import json
+import pathlib
+
+import numpy as np
+import pytest
+from kvm_streams import MODE, POKE, Replay, load
+
+DATA = pathlib.Path(__file__).parents[1] / "data"
+FILES = (
+    sorted(DATA.glob("kvm-6.1/*.npz")) + sorted(DATA.glob("kvm-6.12/*.npz")) + sorted(DATA.glob("kvm-6.1-more/*.npz"))
+)
+NAMES = [f"{path.parent.name}/{path.stem}" for path in FILES]
+# What needs a host that takes pages away and memory slots that change.
+BEYOND = ("back_", "backcol", "backlog", "slots", "dirtylog_pingpong_n5")
+FILES = [path for path in FILES if not path.name.startswith(BEYOND)]
+NAMES = [f"{path.parent.name}/{path.stem}" for path in FILES]
+# Operation by operation, one of each kind and mode; the others so as well, in slow tests.
+CLOSELY = (
+    "demand_64",
+    "forkcow_pae",
+    "forkswitch_32",
+    "odddir_32",
+    "tabledata_64",
+    "unsync_64",
+    "upper_32",
+    "fuzz_64_s1",
+    "fuzzH_32",
+    "fuzzlazy_pae",
+    "rights_t_64",
+    "modeswitch",
+    "pressure64_64",
+    "largeH_64",
+    "recursive_pae",
+    "wide_",
+    "smp_32",
+    "giant",
+)
+
+
+def replay(path):
+    base = None
+    if path.parent.name == "kvm-6.12":
+        base = DATA / "kvm-6.1" / path.name
+    elif path.parent.name == "kvm-6.1-more":
+        with np.load(path) as z:
+            named = json.loads(str(z["info"])).get("base")
+        base = named and DATA / "kvm-6.1" / f"{named}.npz"
+    return Replay(load(path, base), "kvm-6.12" if path.parent.name == "kvm-6.12" else "kvm-6.1")
+
+
+def closely(path):
+    return path.name.startswith(CLOSELY)
+
+
+@pytest.mark.parametrize(
+    "path", [pytest.param(path, marks=() if closely(path) else pytest.mark.slow) for path in FILES], ids=NAMES
+)
+def test_every_operation(path):
+    """Results, exits, events and counters of each operation; pages, entries, roots, marks and memory at checkpoints."""
+    made = replay(path)
+    for k in range(len(made.ops)):
+        assert made.step(k) == [], (path.name, k, made.ops[k])
+
+
+@pytest.mark.parametrize(
+    "path",
+    [path for path in FILES if not closely(path)],
+    ids=[name for path, name in zip(FILES, NAMES, strict=True) if not closely(path)],
+)
+def test_totals(path):
+    """The stream as batches: exits of each operation, totals of the counters, and the structure at checkpoints."""
+    made = replay(path)
+    differ, exits = made.in_batches()
+    assert differ == []
+    known = np.bincount(made.z["flt"]["op"][made.z["flt"]["err"] & 8 != 0], minlength=len(exits))
+    assert exits == (np.bincount(made.z["flt"]["op"], minlength=len(exits)) - known).tolist()
+    for name, columns in made.columns.items():
+        assert getattr(made.vm.stats, name) == int(made.z["cnt"][:, columns].sum()), name
+
+
+def test_there_are_streams_of_every_kind():
+    kinds = {path.stem.split("_")[0] for path in FILES}
+    assert len(FILES) > 140
+    assert {
+        "demand",
+        "flood",
+        "forkcow",
+        "forkswitch",
+        "fuzz",
+        "fuzzH",
+        "fuzzlazy",
+        "globals",
+        "large",
+        "largeH",
+        "modeswitch",
+        "odddir",
+        "oddleaf",
+        "pingpong",
+        "pressure128",
+        "pressure64",
+        "recursive",
+        "rights",
+        "tabledata",
+        "unsync",
+        "upper",
+        "giant",
+        "smp",
+        "smplazy",
+        "wide",
+    } <= kinds
+    assert {MODE, POKE} == {13, 14}
