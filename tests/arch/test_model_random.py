@@ -367,6 +367,12 @@ IDENTICAL = {
     "cached, every store zaps": sc.Shadow.cached(flood_threshold=1),
 }
 
+LAGGING = (
+    sc.Shadow.unsync(),
+    sc.Shadow.unsync(pool_pages=8, prev_roots=0, release="6.12"),
+    sc.Shadow.unsync(pool_pages=24, prev_roots=16, prefetch=32, flood_threshold=1),
+)
+
 
 @sampled_examples()
 @pytest.mark.parametrize("mode", MODES)
@@ -389,8 +395,8 @@ def test_program(mode, examples):
 @sampled_examples()
 @pytest.mark.parametrize("mode", MODES)
 def test_program_that_flushes_after_every_edit(mode, examples):
-    """`flush`, like a TLB, sees edits only at invalidations; a guest that makes one after each edit cannot
-    tell it from walking at every access.  (Without the two habits of 2007 that are that baseline's costs,
+    """`flush` and `unsync`, like a TLB, see edits only at invalidations; a guest that makes one after each edit cannot
+    tell them from walking at every access.  (Without the two habits of 2007 that are that baseline's costs,
     of which one shows: A set by accesses that then fault.)"""
 
     @settings(max_examples=examples)
@@ -405,6 +411,8 @@ def test_program_that_flushes_after_every_edit(mode, examples):
             if edited and not reference.flush():
                 break
         assert_same(reference, sc.Shadow.flush(quirks=0), logged=len(steps) % 4 == 0)
+        for design in LAGGING:
+            assert_same(reference, design)
 
     run()
 

@@ -53,7 +53,7 @@ def forbid(guest):
 
 @pytest.mark.parametrize("batch", [False, True], ids=["call", "batch"])
 @pytest.mark.parametrize("size", ["small", "large"])
-@pytest.mark.parametrize("design", ["cached", sc.Shadow.flush(quirks=0)], ids=["cached", "flush"])
+@pytest.mark.parametrize("design", ["cached", sc.Shadow.flush(quirks=0), "unsync"], ids=["cached", "flush", "unsync"])
 @pytest.mark.parametrize(("mode", "what"), CASES)
 def test_store_then_an_access_that_is_looked_at(mode, what, design, size, batch):
     """The store passes; what it left behind does not let through what the tables refuse. Turned on before the store, or

@@ -9,7 +9,7 @@ import shadowcore as sc
 P, W, U = 1, 2, 4
 
 
-@pytest.fixture(params=["native", "cached", "flush"])
+@pytest.fixture(params=["native", "cached", "flush", "unsync"])
 def machine(request):
     """64-bit mode, linear page 0 = frame 16, run a little so that there is something to damage."""
     vm = sc.VM(memory=64 * 4096, mmu=request.param)
@@ -215,7 +215,7 @@ def read_only():
     ],
     ids=lambda memory: repr(memory)[:40].replace("\n", " "),
 )
-@pytest.mark.parametrize("mmu", ["native", "cached"])
+@pytest.mark.parametrize("mmu", ["native", "cached", "unsync"])
 def test_memory_that_cannot_be(memory, mmu):
     with pytest.raises(sc.ConfigError) as caught:
         sc.VM(memory=memory, mmu=mmu)

@@ -59,7 +59,7 @@ def test_an_integer_is_read_once_and_plain():
 WRONG = {
     sc.Features: ("maxphyaddr",),
     sc.TLB: ("small_entries", "large_ways", "huge_entries"),
-    sc.Shadow: ("pool_pages", "min_free", "refill", "flood_threshold", "quirks"),
+    sc.Shadow: ("pool_pages", "min_free", "refill", "flood_threshold", "prev_roots", "prefetch", "quirks"),
     KernelOptions: ("max_processes", "max_mappings", "kernel_data", "atomic_bytes", "seed"),
 }
 
@@ -97,12 +97,13 @@ def test_settings_that_lie(kind, name):
 def test_plain_settings_are_kept_plain():
     made = sc.Shadow.cached(pool_pages=np.int64(64), min_free=Changing(5), name=type("S", (str,), {})("mine"))
     assert [type(getattr(made, f.name)) for f in fields(made) if f.name != "quirks"] == [
-        *(str, bool, int, int, int, int, bool)
+        *(str, bool, int, int, int, int, bool),
+        *(bool, int, int, str),
     ]
     copy = taken(sc.Shadow, made, "mmu")
     assert copy == made
     assert copy is not made
-    for wrong in ({"keep": "no"}, {"keep": 2}, {"flood_reset": None}, {"name": 5}):
+    for wrong in ({"keep": "no"}, {"keep": 2}, {"flood_reset": None}, {"name": 5}, {"release": 6.1}):
         with pytest.raises(sc.ConfigError, match=next(iter(wrong))):
             sc.Shadow(**wrong)
     assert sc.Features(nx=np.bool_(False), pcid=0) == sc.Features(nx=False, pcid=False)
@@ -225,9 +226,14 @@ def test_slots_that_are_none(slot):
     for mmu in ("cached", "native"):
         vm = sc.VM("1MiB", mmu)
         vm.vcpus[0].write(0, 1)
-        for call in (vm.mmu.protect_slot, vm.memory._changed, vm.memory.start_dirty_log, vm.memory.on_log):
+        for call, more in (
+            (vm.mmu.slot_logged, ("start",)),
+            (vm.memory._changed, ("start",)),
+            (vm.memory.start_dirty_log, ()),
+            (vm.memory.on_log, ("start", 0, 0)),
+        ):
             with pytest.raises(sc.ConfigError, match="slot"):
-                call(slot)
+                call(slot, *more)
 
 
 # -- processors ------------------------------------------------------------------------------------------------

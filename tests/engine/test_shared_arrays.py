@@ -17,7 +17,7 @@ FRAME = 0x20_0000
 """gpa of DATA."""
 OPS = 0x8_0000
 """Where in the mapped data an array lies."""
-DESIGNS = ("native", "flush", "cached", "kvm-2007")
+DESIGNS = ("native", "flush", "cached", "kvm-2007", "unsync")
 ALIGNED = np.dtype(sc.OP_DTYPE.descr, align=True)
 SEVERAL = np.dtype([*sc.OP_DTYPE.descr, ("vcpu", "u1")])
 LAYOUTS = {"packed": sc.OP_DTYPE, "aligned": ALIGNED, "several": SEVERAL}
@@ -61,7 +61,7 @@ def test_the_guest_stores_over_an_operation_to_come(field, value, message, layou
     """The batch ends at the operation, with an error that says what it is by now; those before it were done."""
     if field == "vcpu" and layout != "several":
         return
-    for design, op in zip(DESIGNS, (sc.Op.READ, sc.Op.WRITE, sc.Op.READ, sc.Op.CMPXCHG), strict=True):
+    for design, op in zip(DESIGNS, (sc.Op.READ, sc.Op.WRITE, sc.Op.READ, sc.Op.CMPXCHG, sc.Op.READ), strict=True):
         for victim in (1, 31, 40, 5000):
             vm = guest(design, vcpus=2)
             ops, where = in_memory(vm, LAYOUTS[layout], 6000)
@@ -180,7 +180,7 @@ def test_the_guest_stores_over_the_columns_and_results_of_a_c_call(design):
 def test_an_array_that_another_thread_writes():
     """Whatever comes of it: ConfigError or none, and a machine whose audit is clean."""
     rng = np.random.default_rng(5)
-    for design in ("native", "cached"):
+    for design in ("native", "cached", "unsync"):
         vm = guest(design)
         ops = np.zeros(30_000, sc.OP_DTYPE)
         plain(ops, addr=DATA + rng.integers(0, 0x7_0000, len(ops)))

@@ -138,10 +138,26 @@ MMU_ODD = {
 }
 
 
+LAGGING_VCPU_ODD = {
+    "requests": (-1, 64, 1 << 32, None, "x"),
+    **dict.fromkeys(("loaded", "restarts", "retried", "odd_stores"), (2, None, "x", -1)),
+    **dict.fromkeys(
+        ("root_cr3", "rip", "retried_rip", "retried_va", "device_va", "device_gfn"), (-1, 1 << 64, None, "x", 0.5)
+    ),
+    "device_rights": (-1, 1, 3, 7, 8, None),
+    "previous": ([], [[0, NONE]] * 2, [[0, NONE]] * 4, [[0, 16]] * 3, [[0, NONE + 1]] * 3, [0] * 3, None, [[0, 0]] * 3),
+}
+LAGGING_MMU_ODD = {"n_dying": (-1, 17, NONE, 1 << 40, None, 0.5)}
+
+
 @pytest.mark.parametrize("name", forged.MACHINES)
 def test_import_state_refuses_what_cannot_be(name):
     vm = forged.MACHINES[name]()
-    for target, odd in ((vm.vcpus[0], VCPU_ODD), (vm.mmu, MMU_ODD)):
+    lagging = name.startswith("unsync")
+    for target, odd in (
+        (vm.vcpus[0], VCPU_ODD | (LAGGING_VCPU_ODD if lagging else {})),
+        (vm.mmu, MMU_ODD | (LAGGING_MMU_ODD if lagging else {})),
+    ):
         before = target.export_state()
         for field, values in odd.items():
             for value in values:

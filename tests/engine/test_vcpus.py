@@ -182,7 +182,7 @@ def test_write_protection_reaches_all():
     assert run("protect") == ((1, 1, 1), 1, {"I8"}, 0, DATA_B)
 
 
-@pytest.mark.parametrize("mmu", ["cached", "native"])
+@pytest.mark.parametrize("mmu", ["cached", "native", "unsync"])
 def test_floods_are_counted_by_each(mmu):
     """Stores by two in turn are each one's own sequence: of three by one the third zaps the page that both use."""
     vm, tables, (first, second) = pair(mmu)
@@ -307,7 +307,7 @@ def test_every_mode_at_once(mmu, tlb):
         assert levels == {0, 2, 3, 4, 5}
 
 
-@pytest.mark.parametrize("mmu", ["native", "cached"])
+@pytest.mark.parametrize("mmu", ["native", "cached", "unsync"])
 def test_modes_that_share_tables(mmu):
     """PAE and 4-level directories have one format: of one directory there are shadow pages for each, and a store by
     either reaches both."""

@@ -109,9 +109,35 @@ def test_interleaved_programs(modes, examples):
 def test_interleaved_with_tlbs(modes, mmu, number):
     """Each vcpu with a TLB of its own, against what the architecture lets each remember; an invalidation by one does
     nothing for the other."""
-    design = {"native": "native", "cached": sc.Shadow.cached(pool_pages=40)}.get(mmu, sc.Shadow.flush(quirks=0))
+    design = {"cached": sc.Shadow.cached(pool_pages=40), "flush": sc.Shadow.flush(quirks=0)}.get(mmu, mmu)
     for rng, program in seeded(500, number):
-        interleaved(modes, design, rng.choice(TLBS), program)
+        interleaved(modes, design, rng.choice(TLBS), program, ahead=mmu == "unsync")
+
+
+def lagging(rng):
+    """Settings of `unsync`."""
+    least = rng.choice([0, 5])
+    return sc.Shadow.unsync(
+        pool_pages=rng.choice([8, 10, 12, 16, 40, 64]),
+        min_free=least,
+        refill=max(least, rng.choice([0, 5, 25])),
+        prev_roots=rng.choice([0, 1, 3, 16]),
+        prefetch=rng.choice([0, 1, 2, 8, 32]),
+        flood_threshold=rng.choice([None, 1, 3, 255]),
+        release=rng.choice(["6.1", "6.12"]),
+    )
+
+
+@sampled("number", 200)
+@pytest.mark.parametrize("modes", PAIRS)
+def test_interleaved_with_lagging_tables(modes, number):
+    """Under `unsync` with any settings, with a TLB and without: what one processor changes and invalidates, another may
+    remember until it invalidates itself."""
+    met = 0
+    for rng, program in seeded(2000, number):
+        design = lagging(rng)
+        met += interleaved(modes, design, rng.choice([None, *TLBS]), program, ahead=True).by_memory
+    assert met
 
 
 def test_interleaved_programs_do_something():

@@ -13,7 +13,8 @@ global (G with CR4.PGE=1).  It may forget at any time, and it must forget:
 - A change of CR0.PG, CR0.WP, CR4.PGE, PAE, SMEP, of CR4.PCIDE to 0, or of EFER.NXE: everything.
 - A page fault (4.10.4.1): what translates the faulting address, of the current PCID or global.
 
-Translations that are not present, and ones that lead to no memory, are not held.  Rights are judged by the
+Translations that are not present are not held, nor, but for a processor that reads ahead, ones that lead to no memory.
+Rights are judged by the
 registers as they are at the access; where what is held forbids an access, or is not dirty and the access is a
 store, the tables are walked."""
 
@@ -100,12 +101,16 @@ class LazyCpu(oracle.Cpu):
     early: faulting walks may set A in the entries that they met.  keeps_refused: a translation that refused an
     access may be held as well.  (Two habits of the code of 2007 before the series.)  rereads: what a page fault drops
     may be held again at once, as far as it is what the tables say at that moment (4.10.2.3: a processor may read ahead
-    of the code, with what has A in every entry).  holds: False for a processor without a TLB.
+    of the code, with what has A in every entry).  ahead: linear addresses that the processor reads ahead for
+    (4.10.2.3): whatever the tables said of them at any moment, with A in every entry, it may hold, and what leads to no
+    memory as well.  A shadow MMU whose leaves lag does so.  holds: False for a processor without a TLB.
     """
 
-    def __init__(self, memory, early=False, keeps_refused=False, rereads=False, holds=True):
+    def __init__(self, memory, early=False, keeps_refused=False, rereads=False, ahead=(), holds=True):
         super().__init__(memory)
         self.early, self.keeps_refused, self.rereads, self.holds = early, keeps_refused, rereads, holds
+        self.ahead = ahead
+        self.beside = [self]  # the processors that read the same memory
         self.held = set()
 
     @property
@@ -156,6 +161,16 @@ class LazyCpu(oracle.Cpu):
             read = self._holding(now, address)
             self.held |= {t for t in gone if t in (read._replace(pcid=t.pcid), read._replace(pcid=t.pcid, dirty=False))}
 
+    def read_ahead(self):
+        """Hold what may be held of the tables as they are now.  To be called before they, or registers, change."""
+        for address in self.ahead:
+            try:
+                now = self.translate(address)
+            except oracle.Fault:
+                continue
+            if now.levels and all(entry & A for _, _, entry in now.levels):
+                self.held.add(self._holding(now, address))
+
     # -- what an access may come to --------------------------------------------------------------------------
 
     def _linear(self, address):
@@ -165,6 +180,9 @@ class LazyCpu(oracle.Cpu):
         """Every right outcome, the one without a TLB first."""
         found = self._by_walk(op, address, value, size, user)
         for gpa in self._by_held(op, self._linear(address), user):
+            if gpa not in self.memory:
+                found.append(Outcome((MMIO, 0, gpa)))
+                continue
             found.append(Outcome((OK, 0, gpa), store=(gpa, value, size) if op == WRITE else None))
         return found
 
@@ -222,6 +240,9 @@ class LazyCpu(oracle.Cpu):
         """Go on from `outcome` of an access to `address`."""
         for where, flags in outcome.marks:
             self.memory.write(where, self.memory.read(where, 1) | flags, 1)
+        if outcome.marks:
+            for cpu in self.beside:
+                cpu.read_ahead()
         if outcome.store:
             self.memory.write(*outcome.store)
         if outcome.result[0] == PAGE_FAULT:

@@ -249,7 +249,7 @@ def test_the_command_prints_a_table_or_json():
     assert exits.split() == ["VM", "exits", "0", f"{cached.stats['exits_total']:,}"]
     arguments = [FAMILY, "--json", "--mode", "pae", "--fold", "--operations", 5000, "--memory", "32MiB"]
     plain = json.loads(run("programs", *arguments))
-    assert [entry["design"] for entry in plain] == ["native", "flush", "cached"]
+    assert [entry["design"] for entry in plain] == ["native", "flush", "cached", "unsync"]
     assert {entry["accesses"] for entry in plain} == {5000}
     assert {entry["frames"]["total"] for entry in plain} == {8192}
     assert len({entry["history"] for entry in plain}) == 1

@@ -53,7 +53,7 @@ def in_blocks(linux, tmp_path_factory):
     return write(linux, tmp_path_factory.mktemp("whole") / "linux.screc", 10_007)
 
 
-@pytest.mark.parametrize("design", ["native", "flush", "cached", "kvm-2007"])
+@pytest.mark.parametrize("design", ["native", "flush", "cached", "kvm-2007", "unsync"])
 def test_the_whole_recording_in_blocks(in_blocks, linux, design):
     streamed = trace.open_recording(in_blocks)
     assert isinstance(streamed, trace.RecordingFile)

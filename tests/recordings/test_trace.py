@@ -11,7 +11,7 @@ import shadowcore as sc
 from shadowcore.pagetables import PageTables
 from shadowcore.recording import replay as trace
 
-DESIGNS = ["native", "flush", "cached", "kvm-2007"]
+DESIGNS = ["native", "flush", "cached", "kvm-2007", "unsync"]
 
 
 @pytest.fixture(scope="module")
@@ -245,7 +245,7 @@ def test_every_access_reaches_the_recorded_gpa(cut, design):
     else:
         assert exits["cr3"] == cut.counts["cr3_loads"]
         assert 0 < result.pages_mean <= result.pages_max <= 256
-        assert (exits["invlpg"] > 0) == (design == "flush")
+        assert (exits["invlpg"] > 0) == (design in ("flush", "unsync"))
         assert (exits["emulate"] > 0) == (design != "flush")
 
 
@@ -309,7 +309,7 @@ def test_a_replay_ends_where_an_audit_fails(cut, monkeypatch):
     assert result.as_dict()["violations"][1] == {"record": 15_000, "violation": "another"}
 
 
-@pytest.mark.parametrize("design", ["native", "cached"])
+@pytest.mark.parametrize("design", ["native", "cached", "unsync"])
 def test_start_at_the_workload(cut, design):
     """The tables are put in place, the shadow begins empty; what the guest sees is the same."""
     late = trace.replay(cut, design, start=cut.first_user)
@@ -368,7 +368,7 @@ def test_a_wrong_gpa_is_counted_and_named(cut):
     value[accesses] ^= np.uint64(0x1000)
     fields = {name: getattr(short, name) for name in ("cr0", "cr4", "efer", "nframes", "name")}
     changed = trace.Recording(**(short.arrays | {"value": value}), **fields)
-    for design in ("native", "cached"):
+    for design in ("native", "cached", "unsync"):
         result = trace.replay(changed, design)
         assert result.gpa_mismatches == 3
         assert result.mismatch_records == tuple(accesses.tolist())
@@ -483,7 +483,7 @@ def test_late_stores_to_a_table_are_done(size):
 
 def test_a_user_access_to_the_kernel_is_a_fault():
     recording, _ = small_guest(READ, (trace.ACCESS, trace.USER, 0x401000, 0x5000))
-    for design in ("native", "cached"):
+    for design in ("native", "cached", "unsync"):
         result = trace.replay(recording, design)
         assert (result.faults, result.gpa_mismatches) == (1, 1)
         assert result.mismatch_records == (recording.operations - 1,)

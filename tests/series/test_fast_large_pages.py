@@ -59,7 +59,7 @@ def operations(mode, leaf, n, seed):
 
 
 @pytest.mark.parametrize("logging", [False, True], ids=["", "logged"])
-@pytest.mark.parametrize("design", ["cached", "flush", "kvm-2007"])
+@pytest.mark.parametrize("design", ["cached", "flush", "kvm-2007", "unsync"])
 @pytest.mark.parametrize(("mode", "size"), SIZES)
 def test_as_the_general_way(mode, size, design, logging):
     """Results, counters, guest memory, dirty logs and the whole shadow structure."""

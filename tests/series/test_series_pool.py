@@ -149,7 +149,7 @@ def test_recycling_passes_over_a_root_in_use(mode):
 # -- 28, 32: the end ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("mmu", ["cached", "flush", "native", "kvm-2007"])
+@pytest.mark.parametrize("mmu", ["cached", "flush", "native", "kvm-2007", "unsync"])
 def test_a_machine_that_goes_leaves_nothing(mmu):
     """Guest memory that the caller gave, and the pool, are held by nothing when the machine is gone."""
     ram = np.zeros(1 << 20, dtype=np.uint8)

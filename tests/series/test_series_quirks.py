@@ -1,22 +1,25 @@
-"""Each quirk by itself: what exactly it changes, beside the same guest without it."""
+"""Each quirk by itself: what exactly it changes, beside the same guest without it. Those of Linux 6.1 come last."""
 
 import inspect
+import pathlib
+import re
 import sys
 
 import pytest
 from guest2007 import BELOW_ROOT, DATA, LEVELS, PAGE, RAM, TABLES, USER, A, D, Guest, P, U, W, every_mode
-from oracle import CR0_PG, CR0_WP, CR4_PGE
+from oracle import CR0_PG, CR0_WP, CR4_PCIDE, CR4_PGE, CR4_PKE, CR4_SMAP, EFER_NXE
 
 import shadowcore as sc
 from shadowcore import Quirk
 from shadowcore.pagetables import NX
 
 OTHER = USER + (16 << 20)
+RESERVED = 1 << 3  # of a page fault's error code
 
 
-def pair(mode, quirk, **settings):
+def pair(mode, quirk, design=sc.Shadow.cached, **settings):
     """(guest without the quirk, guest with it and no other), each for the same script."""
-    return [Guest(mode, sc.Shadow.cached(quirks=quirks), **settings) for quirks in (Quirk.NONE, quirk)]
+    return [Guest(mode, design(quirks=quirks), **settings) for quirks in (Quirk.NONE, quirk)]
 
 
 def attempt(access, *args, **kwargs):
@@ -36,18 +39,32 @@ def refused(guest, va, **kwargs):
 
 
 def test_every_quirk_has_a_test():
+    """Here, or, of what the guest sees of tables that lag, beside the other tests of that."""
     names = [name for name, _ in inspect.getmembers(sys.modules[__name__], inspect.isfunction)]
+    beside = pathlib.Path(__file__).parents[1] / "unsync" / "test_guest_sees.py"
+    names += re.findall(r"^def (test_\w+)", beside.read_text(), re.M)
     for quirk in Quirk:
         assert any(name.startswith(f"test_{quirk.name.lower()}_") for name in names), quirk
 
 
-def test_kvm_2007_is_all_of_them():
-    """Every member, and nothing else, is on in the design of January 2007; none in the corrected one."""
+def test_every_quirk_is_on_in_one_design_of_the_real_code():
+    """In that of January 2007 or in that of Linux 6.1; none is in the corrected ones."""
     together = Quirk.NONE
     for quirk in Quirk:
         together |= quirk
-    assert sc.Shadow.kvm_2007().quirks == together == Quirk.KVM_2007
-    assert sc.Shadow.cached().quirks == Quirk.NONE
+    assert sc.Shadow.kvm_2007().quirks == Quirk.KVM_2007 == Quirk(0xFFFF)
+    assert sc.Shadow.kvm_6_1().quirks == sc.Shadow.kvm_6_12().quirks == Quirk.KVM_6_1
+    assert together == Quirk.KVM_2007 ^ Quirk.KVM_6_1
+    assert sc.Shadow.cached().quirks == sc.Shadow.unsync().quirks == Quirk.NONE
+
+
+@pytest.mark.parametrize(
+    ("design", "quirk"),
+    [(sc.Shadow.cached, Quirk.WP0_HIDES_USER), (sc.Shadow.unsync, Quirk.TWO_EXITS), (sc.Shadow.flush, Quirk.KVM_6_1)],
+)
+def test_a_quirk_of_another_design_is_refused(design, quirk):
+    with pytest.raises(sc.ConfigError, match="the design has only"):
+        design(quirks=quirk)
 
 
 @every_mode
@@ -409,10 +426,109 @@ def test_ignored_bits_refused_by_loads_of_cr0_and_cr3(mode):
 
 
 def test_ignored_bits_refused_is_the_one_quirk_of_native():
-    with pytest.raises(sc.ConfigError, match="native has only"):
+    with pytest.raises(sc.ConfigError, match="the design has only"):
         sc.Native(Quirk.KVM_2007)
     with pytest.raises(sc.ConfigError, match="not a combination"):
-        sc.Native(1 << 20)
+        sc.Native(1 << 40)
+
+
+@pytest.mark.parametrize("mode", ["pae", "64", "la57"])
+def test_role_without_nxe_serves_an_entry_whose_bit_63_is_reserved(mode):
+    """A page made while EFER.NXE was on is found again when it is off, and what it maps is read without an exit."""
+    plain, quirky = pair(mode, Quirk.ROLE_WITHOUT_NXE, sc.Shadow.unsync)
+    for guest, code in ((plain, P | RESERVED), (quirky, None)):
+        guest.map(OTHER, DATA, rights="rw")
+        assert guest.tables.entry(OTHER).value & NX
+        guest.cpu.efer |= EFER_NXE
+        guest.exits(OTHER)
+        guest.cpu.efer &= ~EFER_NXE
+        guest.cpu.read(USER, 4)
+        with guest.counting() as moved:
+            assert attempt(guest.cpu.read, OTHER, 4) == code
+        assert moved == ({} if code is None else {"pf_taken": 1, "pf_guest": 1})
+
+
+@every_mode
+def test_wp0_hides_user_lets_a_supervisor_past_smap(mode):
+    """With CR0.WP off, EFLAGS.AC allows a store to a read-only page of the user; the leaf that grants it says that the
+    page is the supervisor's, and the next load needs no AC."""
+    plain, quirky = pair(mode, Quirk.WP0_HIDES_USER, sc.Shadow.unsync)
+    for guest, code in ((plain, P), (quirky, None)):
+        guest.map(OTHER, DATA, rights="rxu")
+        guest.cpu.cr0 &= ~CR0_WP
+        guest.cpu.cr4 |= CR4_SMAP
+        guest.cpu.ac = True
+        with guest.counting() as moved:
+            guest.cpu.write(OTHER, 5, 4)
+        assert moved.get("pf_emulate", 0) == (code is not None)
+        assert guest.rights(OTHER) == ("" if code is not None else "rw")
+        guest.cpu.ac = False
+        assert attempt(guest.cpu.read, OTHER, 4) == code
+
+
+@every_mode
+def test_fault_keeps_leaf_that_lags_behind_an_entry_that_went(mode):
+    """The entry of a page that is in use becomes 0; a store to it faults, and after that a load should."""
+    plain, quirky = pair(mode, Quirk.FAULT_KEEPS_LEAF, sc.Shadow.unsync)
+    for guest, code in ((plain, 0), (quirky, None)):
+        guest.map(OTHER, DATA, dirty=False)
+        guest.exits(OTHER)
+        guest.edit(OTHER, 0)
+        assert attempt(guest.cpu.read, OTHER, 4) is None
+        assert attempt(guest.cpu.write, OTHER, 1, 4) == W
+        assert attempt(guest.cpu.read, OTHER, 4) == code
+
+
+@pytest.mark.parametrize("mode", ["64", "la57"])
+def test_tagged_cr3_lags_behind_what_another_pcid_left(mode):
+    """Two roots have their leaf tables in common. While one is in use an entry is made, used and changed: the other,
+    loaded with bit 63 set, never used that page while it led elsewhere."""
+    plain, quirky = pair(mode, Quirk.TAGGED_CR3_LAGS, sc.Shadow.unsync)
+    for guest, seen in ((plain, b"new!"), (quirky, b"old!")):
+        vm, cpu = guest.vm, guest.cpu
+        guest.map(OTHER, DATA, 2 * PAGE)
+        vm.write_physical(DATA, b"old!")
+        vm.write_physical(DATA + PAGE, b"new!")
+        cpu.cr4 |= CR4_PCIDE
+        root, twin = cpu.cr3, next(guest.frames) << 12
+        vm.write_physical(twin, vm.read_physical(root, PAGE))
+        cpu.cr3 = root | 1
+        cpu.cr3 = twin | 2
+        cpu.read(OTHER + PAGE, 4)  # so that it leads to the leaf table
+        guest.edit(OTHER, 0)
+        cpu.cr3 = root | 1
+        assert attempt(cpu.read, OTHER, 4) == 0
+        guest.edit(OTHER, DATA | P | W | A | D)
+        assert cpu.read(OTHER, 4).to_bytes(4, "little") == b"old!"
+        guest.edit(OTHER, DATA + PAGE | P | W | A | D)
+        cpu.cr3 = 1 << 63 | twin | 2
+        assert cpu.read(OTHER, 4).to_bytes(4, "little") == seen
+
+
+@pytest.mark.parametrize("mode", ["64", "la57"])
+def test_device_unasked_for_its_protection_key(mode):
+    """The page of a device, beyond RAM, is met once; then its key forbids it."""
+    plain, quirky = pair(mode, Quirk.DEVICE_UNASKED, sc.Shadow.unsync)
+    for guest, refusal in ((plain, sc.PageFault), (quirky, sc.MMIOAccess)):
+        guest.map(OTHER, RAM, pkey=3)
+        guest.cpu.cr4 |= CR4_PKE
+        with pytest.raises(sc.MMIOAccess):
+            guest.cpu.read(OTHER, 4)
+        guest.cpu.pkru = 1 << 6
+        with pytest.raises(refusal):
+            guest.cpu.read(OTHER, 4)
+
+
+@pytest.mark.parametrize("mode", ["pae", "64", "la57"])
+def test_store_rounded_down_to_one_entry(mode):
+    """Four bytes, two of them in the directory entry that leads to a page in use."""
+    plain, quirky = pair(mode, Quirk.STORE_ROUNDED, sc.Shadow.unsync)
+    for guest, code in ((plain, 0), (quirky, None)):
+        guest.map(OTHER, DATA)
+        guest.exits(OTHER)
+        guest.cpu.write(guest.window(guest.entry(OTHER, 2) - 2), 0, 4)
+        guest.cpu.cr3 = guest.cpu.cr3
+        assert attempt(guest.cpu.read, OTHER, 4) == code
 
 
 def test_levels_are_those_of_the_tables():

@@ -84,7 +84,7 @@ UPPER = [
 ]
 
 
-@pytest.mark.parametrize("mmu", ["native", "cached"])
+@pytest.mark.parametrize("mmu", ["native", "cached", "unsync"])
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize(("level", "upper", "op"), UPPER)
 @pytest.mark.parametrize("maxphyaddr", [46, 40])
@@ -106,7 +106,7 @@ def test_bits_that_are_part_of_an_address_in_the_other_view(mmu, mode, level, up
 
 @pytest.mark.parametrize("mode", MODES)
 def test_bits_that_become_reserved_in_the_other_view(mode):
-    for mmu in ("native", "cached"):
+    for mmu in ("native", "cached", "unsync"):
         views = TwoViews(mmu, mode, 1, P | W, maxphyaddr=37)
         assert views.by_wide(K) == (0, 0, (P | W) << 32 | DATA)
         views.by_narrow(2 * K + 1, sc.Op.READ)

@@ -172,7 +172,7 @@ def test_native_keeps_pages_whole(mode):
 
 
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("mmu", ["cached", "flush"])
+@pytest.mark.parametrize("mmu", ["cached", "flush", "unsync"])
 def test_shadow_tables_hold_only_small_pages(mmu, mode):
     """The processor walks the shadow, whose leaves are of 4 KiB, whatever the guest's are."""
     large = 4 * MIB if mode == "32" else 2 * MIB

@@ -256,7 +256,7 @@ def test_flush_when_an_upper_entry_is_turned():
     assert run("link") == (3, {"I8"})
 
 
-@pytest.mark.parametrize("mmu", ["cached", "flush"])
+@pytest.mark.parametrize("mmu", ["cached", "flush", "unsync"])
 def test_flush_when_a_log_is_cleared(mmu):
     """ "log": stores through an entry that was writable before are missing from the dirty log."""
 
@@ -281,7 +281,7 @@ def test_flush_when_a_log_is_cleared(mmu):
         assert run(first, "log") == (False, {"I8"})
 
 
-@pytest.mark.parametrize("mmu", ["native", "cached"])
+@pytest.mark.parametrize("mmu", ["native", "cached", "unsync"])
 def test_flush_when_cr3_is_loaded(mmu):
     """ "cr3": the translations of one address space serve another."""
 
@@ -296,8 +296,12 @@ def test_flush_when_cr3_is_loaded(mmu):
     assert run("cr3") == (DATA_A, {"I8"})
 
 
-@pytest.mark.parametrize("mmu", ["native", "cached"])
-@pytest.mark.parametrize("load", ["paging off", "PGE", "PCIDE"])
+# Leaves of `unsync` are not global.
+CONTEXTS = [(mmu, load) for mmu in ("native", "cached", "unsync") for load in ("paging off", "PGE", "PCIDE")]
+CONTEXTS.remove(("unsync", "PGE"))
+
+
+@pytest.mark.parametrize(("mmu", "load"), CONTEXTS)
 def test_flush_when_the_context_changes(mmu, load):
     """ "context": with paging off the linear address is translated all the same; a global translation outlives the
     loads that are to end it, one of a PCID the end of PCIDs."""

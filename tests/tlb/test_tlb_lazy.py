@@ -44,6 +44,11 @@ DESIGNS = {
             {"early": True, "keeps_refused": True, "rereads": True},
         ),
     ],
+    "unsync": [
+        (sc.Shadow.unsync(pool_pages=64), {"ahead": True}),
+        (sc.Shadow.unsync(pool_pages=8, prev_roots=0, prefetch=0, release="6.12"), {"ahead": True}),
+        (sc.Shadow.unsync(pool_pages=16, prev_roots=16, prefetch=32, flood_threshold=1), {"ahead": True}),
+    ],
 }
 
 

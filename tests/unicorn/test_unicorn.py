@@ -25,7 +25,9 @@ guest = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(guest)
 
 FEATURES = sc.Features(maxphyaddr=40, pku=False, pcid=False)
-DESIGNS = ("native", "flush", "cached", "kvm-2007")
+DESIGNS = ("native", "flush", "cached", "kvm-2007", "unsync")
+# Stores that Unicorn makes by itself to a leaf table out of sync are in no recording.
+UNSEEN = ("unsync", "walker")
 # What differs between the ways, for one counts the accesses that succeed as well.
 OF_SUCCESS = {"accesses", "walk_references", "gp_guest"}
 
@@ -54,6 +56,8 @@ def test_kernel_computes_what_the_model_does_and_counts_what_the_engine_does(mmu
     assert machine.run(seconds=60) == 0
     assert machine.serial.decode().strip() == guest.guest_model()
     assert machine.vm.audit(strict=True).ok
+    if (mmu, way) == UNSEEN:
+        return
     other = fresh(mmu)
     machine.recording.replay(other)
     assert counters(other) == counters(machine.vm)
@@ -75,7 +79,7 @@ def test_both_ways_take_the_same_exits(mmu):
 
 
 @pytest.mark.parametrize("image", ["kernel.elf", "corners.elf"])
-@pytest.mark.parametrize("mmu", ["native", "flush", "cached"])
+@pytest.mark.parametrize("mmu", ["native", "flush", "cached", "unsync"])
 def test_fills_without_python_are_those_by_python(mmu, image, monkeypatch):
     """Served by the function in C; by Python, since all is recorded; by Python, since Unicorn hides its library."""
     found, asked = [], []
@@ -93,7 +97,7 @@ def test_fills_without_python_are_those_by_python(mmu, image, monkeypatch):
     assert asked[0] < asked[1] == asked[2]
 
 
-@pytest.mark.parametrize("mmu", ["native", "flush", "cached"])
+@pytest.mark.parametrize("mmu", ["native", "flush", "cached", "unsync"])
 def test_what_an_access_serves_does_not_come_to_python(mmu, monkeypatch):
     """Of all misses, those that come to Python with nothing else under way and are filled there are under 5 %."""
     misses, in_python = [], []
@@ -179,11 +183,13 @@ def test_a_store_to_a_table_whose_shadow_was_just_made(mmu, way):
 
 
 @pytest.mark.parametrize("way", su.WAYS)
-@pytest.mark.parametrize("mmu", ["native", "flush", "cached"])
+@pytest.mark.parametrize("mmu", ["native", "flush", "cached", "unsync"])
 def test_odd_stores_to_tables_write_protection_off_and_the_apic(mmu, way):
     machine = su.boot(EXAMPLES / "corners.elf", mmu=mmu, way=way, record=True)
     assert machine.run(seconds=60) == 0
     assert machine.vm.audit(strict=True).ok
+    if (mmu, way) == UNSEEN:
+        return
     other = fresh(mmu)
     machine.recording.replay(other)
     assert counters(other) == counters(machine.vm)
@@ -415,7 +421,7 @@ def test_the_example_runs():
 
 
 @pytest.mark.parametrize("way", su.WAYS)
-@pytest.mark.parametrize("mmu", ["flush", "cached"])
+@pytest.mark.parametrize("mmu", ["flush", "cached", "unsync"])
 def test_stores_after_a_dirty_log_was_cleared_between_runs(mmu, way):
     """Clearing it asks for a flush, and Unicorn's own translations of before would let the next stores pass unseen."""
     store = bytes.fromhex("c60500300000")  # mov byte [0x3000], ...
@@ -427,7 +433,8 @@ def test_stores_after_a_dirty_log_was_cleared_between_runs(mmu, way):
         machine.exit_code = None
         machine.run(seconds=30)
         assert memory.bytes[0x3000] == number
-        assert np.flatnonzero(memory.dirty_log()).tolist() == [3]
+        # `unsync` gives W, and logs that, where the guest may store, also if it loads or fetches.
+        assert set(np.flatnonzero(memory.dirty_log())) - ({1} if mmu == "unsync" else set()) == {3}
         memory.clear_dirty_log()
 
 

@@ -33,7 +33,11 @@ END = bytes.fromhex("b033 e6f4 f4")  # 0x33 to the port
 GDT, LDT, TSS = PAGES["gdt"], PAGES["ldt"], PAGES["tss"]
 everywhere = pytest.mark.parametrize(
     ("mmu", "way", "record"),
-    [(mmu, way, way == "fills+") for mmu in ("native", "flush", "cached") for way in ("walker", "fills", "fills+")],
+    [
+        (mmu, way, way == "fills+")
+        for mmu in ("native", "flush", "cached", "unsync")
+        for way in ("walker", "fills", "fills+")
+    ],
 )
 
 
@@ -63,7 +67,7 @@ def test_an_exception_with_smap_and_a_user_page_on_its_way(place, cpl, ac, mmu, 
 
 
 @pytest.mark.parametrize("way", su.WAYS)
-@pytest.mark.parametrize("mmu", ["native", "flush", "cached"])
+@pytest.mark.parametrize("mmu", ["native", "flush", "cached", "unsync"])
 def test_a_replay_makes_the_same_implicit_accesses(mmu, way):
     code = bytes.fromhex("0f20e0 0d00002000 0f22e0")  # SMAP on
     machine = start(code + flag(0, 1) + UD2, mmu, way, user_pages=["stack"], smap=False, record=True)
@@ -99,7 +103,7 @@ def test_user_code_and_what_the_processor_does_for_it(code, expected, smap, mmu,
 
 
 @pytest.mark.parametrize("record", [False, True])
-@pytest.mark.parametrize("mmu", ["native", "flush", "cached"])
+@pytest.mark.parametrize("mmu", ["native", "flush", "cached", "unsync"])
 def test_a_far_return_of_user_code_from_a_stack_of_the_kernel(mmu, record):
     """By Unicorn's walker it would pass."""
     machine = start(b"\xbc" + struct.pack("<I", OTHER + 8) + b"\xcf", mmu, "fills", cpl=3, record=record)
