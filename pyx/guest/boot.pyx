@@ -8,6 +8,7 @@ from shadowcore.engine.bits cimport (
 from shadowcore.engine.emulate cimport device_store
 from shadowcore.engine.registers cimport load_cr0, load_cr3, load_cr4, load_efer
 from shadowcore.engine.types cimport MODE_64, MODE_LA57, MODE_PAE, RC_OK, u8, u32, u64
+from shadowcore.guest.cpu cimport cpu_go
 from shadowcore.guest.state cimport FRAME_BOOT, NO_PROCESS, RC_NOMEM, guest_index, guest_span, sc_guest
 from shadowcore.guest.tables cimport entry_frame, entry_read
 
@@ -55,6 +56,7 @@ cdef int boot_tables(sc_guest *g, int large_level, bint global_) noexcept nogil:
     cdef u64 flags = PTE_P | PTE_W | PTE_A | PTE_D | (PTE_G if global_ else 0)
     cdef u64 gpa = 0
     cdef u64 top, frame, table
+    cdef u32 cpu
     cdef int leaf
     g.fresh = 1                     # frame 0 is never given: 0 says "none"
     frame = _frame(g)
@@ -92,18 +94,21 @@ cdef int boot_tables(sc_guest *g, int large_level, bint global_) noexcept nogil:
             return RC_NOMEM
     g.boot_end = g.fresh
     g.n_free = g.nframes - g.fresh
+    g.fresh_end = g.nframes
     gpa = g.all_frames
     while gpa > g.nframes:          # what is above are whole large pages; the lowest is given first
         gpa -= guest_span(g, 2) >> 12
         g.next_free[gpa] = <u32>g.large_head
         g.large_head = gpa
         g.n_large += 1
-    g.current = NO_PROCESS
+    for cpu in range(g.n_cpus):
+        g.cpus[cpu].current = NO_PROCESS
+    cpu_go(g, 0)
     return RC_OK
 
 
 cdef int boot_registers(sc_guest *g, bint global_) noexcept nogil:
-    """Paging on, with the kernel's root."""
+    """Paging on, with the kernel's root, on the processor that is at work."""
     cdef u64 cr4 = CR4_PSE | (CR4_PGE if global_ else 0)
     cdef int rc
     if g.mode >= MODE_PAE:

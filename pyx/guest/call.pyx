@@ -1,12 +1,12 @@
 """Operations of the guest kernel, checked and carried out one after the other."""
 from shadowcore.engine.types cimport RC_BAD_OP, RC_OK, u32, u64
 from shadowcore.guest.call cimport (
-    BAD_FILE, BAD_FLAGS, BAD_NOTHING, BAD_OP, BAD_PIPE, BAD_PROCESS, BAD_PROGRAM, BAD_PROT, BAD_RANGE, BAD_SIZE,
-    CALL_AGE, CALL_BARE, CALL_BRK, CALL_COUNT, CALL_DROP, CALL_EXEC, CALL_EXIT, CALL_FORK, CALL_IDLE, CALL_MMAP,
-    CALL_MOVE, CALL_MPROTECT, CALL_MUNMAP, CALL_PIPE_READ, CALL_PIPE_WRITE, CALL_SPAWN, CALL_SWAP_OUT, CALL_SWITCH,
-    CALL_SYSCALL, CALL_TOUCH, sc_call,
+    BAD_CPU, BAD_FILE, BAD_FLAGS, BAD_NOTHING, BAD_OP, BAD_PIPE, BAD_PROCESS, BAD_PROGRAM, BAD_PROT, BAD_RANGE,
+    BAD_SIZE, CALL_AGE, CALL_BARE, CALL_BRK, CALL_COUNT, CALL_CPU, CALL_DROP, CALL_EXEC, CALL_EXIT, CALL_FORK,
+    CALL_IDLE, CALL_MMAP, CALL_MOVE, CALL_MPROTECT, CALL_MUNMAP, CALL_PIPE_READ, CALL_PIPE_WRITE, CALL_SPAWN,
+    CALL_SWAP_OUT, CALL_SWITCH, CALL_SYSCALL, CALL_TOUCH, sc_call,
 )
-from shadowcore.guest.cpu cimport cpu_enter, cpu_work
+from shadowcore.guest.cpu cimport cpu_enter, cpu_go, cpu_work
 from shadowcore.guest.lifecycle cimport (
     process_age, process_exec, process_exit, process_fork, process_idle, process_reap, process_spawn, process_swap_out,
     process_switch,
@@ -76,6 +76,9 @@ cdef int call_check(const sc_guest *g, const sc_call *c) noexcept nogil:
     elif c.op == CALL_SYSCALL or c.op == CALL_IDLE:
         if c.count > 1 << 20:
             return BAD_RANGE
+    elif c.op == CALL_CPU:
+        if c.value >= g.n_cpus:
+            return BAD_CPU
     elif c.op == CALL_PIPE_WRITE:
         if c.value >= g.n_pipes:
             return BAD_PIPE
@@ -112,6 +115,10 @@ cdef int _as_process(sc_guest *g, const sc_call *c, u64 *result) noexcept nogil:
     if rc != RC_OK or c.op == CALL_SYSCALL:
         return rc
     if c.op == CALL_FORK:
+        if g.procs[c.value].state == PROCESS_ENDED:
+            rc = process_reap(g)    # another processor has not left its root yet
+            if rc != RC_OK:
+                return rc
         return process_fork(g, p, <u32>c.value)
     if c.op == CALL_EXEC:
         return process_exec(g, p, <u32>c.value, c.flags & CALL_BARE, c.addr)
@@ -188,6 +195,8 @@ cdef int call_run(sc_guest *g, const sc_call *calls, u64 n, u64 *at, u64 *within
             if stop < c.count:
                 return RC_OK
             within[0] = 0
+        elif c.op == CALL_CPU:
+            cpu_go(g, <u32>c.value)
         else:
             if c.op == CALL_SPAWN or c.op == CALL_AGE or c.op == CALL_SWAP_OUT or c.op == CALL_IDLE:
                 rc = _as_kernel(g, c, &results[at[0]])

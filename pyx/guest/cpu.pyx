@@ -1,4 +1,4 @@
-"""The guest kernel's processor: supervisor accesses through the direct map, string instructions, CR3 loads, INVLPG.
+"""The guest kernel's processors: supervisor accesses through the direct map, string instructions, CR3 loads, INVLPG.
 
 A supervisor access that faults is a panic: the kernel made the tables that it uses.
 """
@@ -8,7 +8,7 @@ from libc.string cimport memcpy, memset
 from shadowcore.engine.access cimport OP_CR3, OP_INVLPG, OP_READ, OP_WRITE, access_do, sc_op, sc_result, vcpu_op
 from shadowcore.engine.types cimport RC_OK, u8, u32, u64
 from shadowcore.guest.state cimport (
-    NO_PROCESS, RC_NOLOG, RC_PANIC, USER_PCID, guest_mix, history_add, sc_glog, sc_guest,
+    NO_PROCESS, RC_NOLOG, RC_PANIC, USER_PCID, guest_mix, history_add, sc_gcpu, sc_glog, sc_guest,
 )
 
 
@@ -30,6 +30,21 @@ cdef int cpu_log(sc_guest *g, u32 op, bint user, u32 size, u64 addr, u64 value) 
     g.log[g.log_length].value = value
     g.log_length += 1
     return RC_OK
+
+
+cdef void cpu_go(sc_guest *g, u32 number) noexcept nogil:
+    """From here on processor `number` is at work; the one before stops where it is."""
+    cdef sc_gcpu *cpu = &g.cpus[g.cpu]
+    if g.v != NULL:
+        cpu.current, cpu.idle, cpu.in_user = g.current, g.idle, g.in_user
+        cpu.asid, cpu.asid_next = g.asid, g.asid_next
+        memcpy(cpu.asids, g.asids, sizeof(g.asids))
+    g.cpu = number
+    cpu = &g.cpus[number]
+    g.v = cpu.v
+    g.current, g.idle, g.in_user = cpu.current, cpu.idle, cpu.in_user
+    g.asid, g.asid_next = cpu.asid, cpu.asid_next
+    memcpy(g.asids, cpu.asids, sizeof(g.asids))
 
 
 cdef int cpu_access(sc_guest *g, u32 op, u32 size, u64 va, u64 value, sc_result *r) noexcept nogil:

@@ -1,7 +1,7 @@
 """A small guest kernel that runs on a VM: processes, memory, pipes; it edits its own page tables.
 
-What it does is done by the VM's processor 0 in guest memory: stores to tables and data through the direct map, CR3
-loads, INVLPG. See guest_options.KernelOptions for its settings, and docs/workloads.md for the concepts.
+What it does is done by the VM's processors, one at a time, in guest memory: stores to tables and data through the
+direct map, CR3 loads, INVLPG. See guest_options.KernelOptions for its settings, and docs/workloads.md for the concepts.
 """
 import numpy as np
 
@@ -10,8 +10,8 @@ from libc.string cimport memcpy, memset
 from shadowcore.engine.types cimport RC_OK, u8, u16, u32, u64
 from shadowcore.engine.watch cimport watch_due, watch_error
 from shadowcore.guest.call cimport (
-    BAD_FILE, BAD_FLAGS, BAD_NOTHING, BAD_OP, BAD_PIPE, BAD_PROCESS, BAD_PROGRAM, BAD_PROT, BAD_RANGE, BAD_SIZE,
-    CALL_SPAWN, call_check, call_run, sc_call,
+    BAD_CPU, BAD_FILE, BAD_FLAGS, BAD_NOTHING, BAD_OP, BAD_PIPE, BAD_PROCESS, BAD_PROGRAM, BAD_PROT, BAD_RANGE,
+    BAD_SIZE, CALL_SPAWN, call_check, call_run, sc_call,
 )
 from shadowcore.guest.frames cimport frame_put
 from shadowcore.guest.kernel_base cimport KernelBase
@@ -83,6 +83,7 @@ cdef dict _WHY = {
     BAD_RANGE: "addr, count, value: not whole pages of the user half, or too much",
     BAD_PROT: "prot: not a combination of READ, WRITE, EXEC", BAD_FILE: "value: no such file",
     BAD_PROGRAM: "value: no such program", BAD_PIPE: "value: no such pipe", BAD_FLAGS: "flags: no such combination",
+    BAD_CPU: "value: no such processor",
 }
 
 

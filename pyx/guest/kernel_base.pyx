@@ -10,9 +10,10 @@ from shadowcore.engine.types cimport (
 )
 from shadowcore.engine.vcpu cimport VCpu
 from shadowcore.guest.boot cimport boot_registers, boot_tables
+from shadowcore.guest.cpu cimport cpu_go
 from shadowcore.guest.state cimport (
-    FRAME_WAS_TABLE, RC_NOLOG, RC_NOMEM, RC_NOROOM, RC_PANIC, RC_SEGV, guest_mix, guest_span, sc_gcount, sc_glog,
-    sc_gpipe, sc_gproc, sc_gprogram, sc_gvma,
+    FRAME_WAS_TABLE, RC_NOLOG, RC_NOMEM, RC_NOROOM, RC_PANIC, RC_SEGV, guest_mix, guest_span, sc_gcount, sc_gcpu,
+    sc_glog, sc_gpipe, sc_gproc, sc_gprogram, sc_gvma,
 )
 
 from shadowcore.config import Features, MemorySlot, taken
@@ -73,10 +74,12 @@ cdef class KernelBase:
         slot = MemorySlot(m.slots[0].base_gfn << 12, m.slots[0].npages << 12)
         if slot.gpa:
             raise ConfigError(f"vm: its memory starts at gpa {slot.gpa:#x}, RAM from 0 is needed")
-        if self._cpu.c.guest.mode != MODE_OFF:
-            raise ConfigError("vm: its processor 0 has paging on, a guest kernel boots on a fresh VM")
-        if len(self.vm.vcpus) != 1:
-            raise ConfigError(f"vm: it has {len(self.vm.vcpus)} vcpus, the guest kernel runs on 1")
+        self.g.n_cpus = len(self.vm.vcpus)
+        self.g.cpus = <sc_gcpu *>self._array(self.g.n_cpus, sizeof(sc_gcpu))
+        for number, cpu in enumerate(self.vm.vcpus):
+            self.g.cpus[<u32>number].v = (<VCpu?>cpu).c
+            if self.g.cpus[<u32>number].v.guest.mode != MODE_OFF:
+                raise ConfigError(f"vm: its processor {number} has paging on, a guest kernel boots on a fresh VM")
         for name, wanted in (("la57", options.mode == "la57"), ("pcid", options.pcid),
                              ("gbpages", options.direct_map == "huge")):
             if wanted and not getattr(features, name):
@@ -88,7 +91,6 @@ cdef class KernelBase:
         if slot.size >> 12 >= 0xFFFFFFFF:
             raise ConfigError(f"vm: memory of {slot.size} bytes: at most {0xFFFFFFFE} frames are managed")
         self.g.mmu = self._cpu.mmu.c
-        self.g.v = self._cpu.c
         self.g.ram = self.g.mmu.mem.ram
         self.g.mode = _MODES[options.mode]
         self.g.all_frames = slot.size >> 12
@@ -109,6 +111,8 @@ cdef class KernelBase:
         self.g.atomic_bytes = options.atomic_bytes
         self.g.fault_around = options.fault_around
         self.g.flush_ceiling = options.flush_ceiling
+        self.g.gather_room = options.flush_gather
+        self.g.grouped = options.grouped
         self.g.kernel_work = options.kernel_work
         self.g.age_flush = options.age_flush
         self.g.data_frames = options.kernel_data
@@ -143,6 +147,7 @@ cdef class KernelBase:
         self.g.count = <u32 *>self._array(self.g.all_frames, sizeof(u32))
         self.g.next_free = <u32 *>self._array(self.g.all_frames, sizeof(u32))
         self.g.kind = <u8 *>self._array(self.g.all_frames, 1)
+        self.g.gather = <u64 *>self._array(self.g.gather_room, sizeof(u64))
         self.g.procs = <sc_gproc *>self._array(self.g.max_procs + 1, sizeof(sc_gproc))
         self.g.vmas = <sc_gvma *>self._array((<u64>self.g.max_procs + 1) * self.g.max_vmas, sizeof(sc_gvma))
         self.g.file_first = <u64 *>self._array(self.g.max_files, sizeof(u64))
@@ -161,10 +166,16 @@ cdef class KernelBase:
 
     def _boot(self, options):
         cdef int rc
+        cdef u32 cpu
         cdef int level = _DIRECT_MAPS[options.direct_map]
         if boot_tables(&self.g, level, options.global_) != RC_OK:
             raise GuestOutOfMemory(f"the guest's memory of {self.g.nframes << 12} bytes does not hold its kernel")
-        rc = boot_registers(&self.g, options.global_)
+        rc = RC_OK
+        for cpu in range(self.g.n_cpus):
+            cpu_go(&self.g, cpu)
+            if rc == RC_OK:
+                rc = boot_registers(&self.g, options.global_)
+        cpu_go(&self.g, 0)
         if rc == RC_GP:
             raise ConfigError("vm: its processor refuses the registers of a guest kernel; a fresh VM is needed")
         if rc != RC_OK:
@@ -217,8 +228,8 @@ cdef class KernelBase:
         cdef u64 i
         cdef u64 found[8]
         memset(found, 0, sizeof(found))
-        for i in range(1, self.g.fresh):
-            if not self.g.kind[i] & FRAME_WAS_TABLE:
+        for i in range(1, self.g.nframes):
+            if (i < self.g.fresh or i >= self.g.fresh_end) and not self.g.kind[i] & FRAME_WAS_TABLE:
                 found[self.g.kind[i] & 7] += 1
         large = guest_span(&self.g, 2) >> 12
         use = {"total": self.g.nframes, "free": self.g.n_free, "large": (self.g.all_frames - self.g.nframes) // large,
@@ -254,6 +265,8 @@ cdef class KernelBase:
         String instructions are then made store by store. 19 bytes an operation, in the host's memory.
         """
         self._ready()
+        if on and self.g.n_cpus > 1:
+            raise ConfigError(f"record: a recording is of one processor, and the guest has {self.g.n_cpus}")
         if on and not self.g.recording:
             self.g.log_length = 0
         self.g.recording = bool(on)
@@ -269,5 +282,5 @@ cdef class KernelBase:
         return out
 
     def last_fault(self) -> int:
-        """CR2: the address of the last page fault."""
+        """CR2 of the processor that worked last: the address of its last page fault."""
         return self.g.v.cr2

@@ -4,7 +4,7 @@ from libc.string cimport memcpy, memset
 from shadowcore.engine.access cimport OP_READ, sc_result
 from shadowcore.engine.bits cimport PTE_A, PTE_D, PTE_P, PTE_W
 from shadowcore.engine.types cimport MODE_64, RC_OK, u32, u64
-from shadowcore.guest.cpu cimport cpu_access, cpu_enter, cpu_flush_all, cpu_load_cr3, cpu_load_root, cpu_work
+from shadowcore.guest.cpu cimport cpu_access, cpu_enter, cpu_go, cpu_load_cr3, cpu_load_root, cpu_work
 from shadowcore.guest.fault cimport leaf_install
 from shadowcore.guest.frames cimport frame_is_page, frame_known, frame_put, frame_take, frame_zeroed
 from shadowcore.guest.mappings cimport leaf_bits, memory_map, memory_next, memory_zap
@@ -15,7 +15,7 @@ from shadowcore.guest.state cimport (
 )
 from shadowcore.guest.tables cimport (
     entry_age, entry_frame, entry_has_frame, entry_protect, entry_read, entry_set, entry_take, flush_begin, flush_end,
-    flush_free, flush_page, root_free, root_make, root_trim, table_find, table_spent, tables_trim,
+    flush_everywhere, flush_free, flush_page, root_free, root_make, root_trim, table_find, table_spent, tables_trim,
 )
 
 cdef enum:
@@ -127,8 +127,35 @@ cdef int _load(sc_guest *g, u32 p, u32 number, bint bare, u64 heap) noexcept nog
     return leaf_install(g, p, table, guest_index(g, g.stack_top - 4096, 1), frame << 12 | leaf_bits(g, m, True) | PTE_D)
 
 
+cdef int _leave_elsewhere(sc_guest *g, u32 p) noexcept nogil:
+    """The address space of `p` is about to go: other processors leave its root, as their threads end first."""
+    cdef u32 here = g.cpu
+    cdef u32 i
+    cdef int rc = RC_OK
+    for i in range(g.n_cpus):
+        if rc == RC_OK and i != here and g.cpus[i].current == p:
+            cpu_go(g, i)
+            g.current = NO_PROCESS
+            g.in_user = False
+            rc = cpu_load_cr3(g, g.kernel_root)
+            cpu_go(g, here)
+    return rc
+
+
 cdef int process_reap(sc_guest *g) noexcept nogil:
-    """Leave the root of a process that has ended, and free it."""
+    """On every processor: leave the root of a process that has ended, and free it."""
+    cdef u32 here = g.cpu
+    cdef u32 i
+    cdef int rc = RC_OK
+    for i in range(g.n_cpus):
+        if rc == RC_OK:
+            cpu_go(g, i)
+            rc = _reap(g)
+    cpu_go(g, here)
+    return rc
+
+
+cdef int _reap(sc_guest *g) noexcept nogil:
     cdef u32 p = g.current
     cdef int rc
     if p == NO_PROCESS or g.procs[p].state != PROCESS_ENDED:
@@ -270,8 +297,7 @@ cdef int process_fork(sc_guest *g, u32 p, u32 child) noexcept nogil:
         if rc == RC_OK and m[i].flags & MAP_ANON and not m[i].flags & MAP_SHARED:
             rc = _copy_mapping(g, p, child, &m[i], &protected)
     if protected and not g.sloppy & SLOPPY_FORK:
-        g.procs[p].changed += 1
-        done = cpu_flush_all(g)
+        done = flush_everywhere(g, p, 0, ~<u64>0)
         if done != RC_OK:
             return done
     if rc != RC_OK:
@@ -289,7 +315,10 @@ cdef int process_exec(sc_guest *g, u32 p, u32 program, bint bare, u64 heap) noex
     cdef sc_gproc new
     cdef sc_gvma swapped
     cdef u32 i
-    cdef int rc = _begin(g, spare)
+    cdef int rc = _leave_elsewhere(g, p)
+    if rc != RC_OK:
+        return rc
+    rc = _begin(g, spare)
     if rc == RC_OK:
         rc = _load(g, spare, program, bare, heap)
     if rc != RC_OK:
@@ -321,7 +350,9 @@ cdef int process_exec(sc_guest *g, u32 p, u32 program, bint bare, u64 heap) noex
 cdef int process_exit(sc_guest *g, u32 p) noexcept nogil:
     """exit by the current process. Its root goes when another one is loaded: at the next switch, or, if it was the
     last, now."""
-    cdef int rc = _empty(g, p)
+    cdef int rc = _leave_elsewhere(g, p)
+    if rc == RC_OK:
+        rc = _empty(g, p)
     if rc != RC_OK:
         return rc
     frame_put(g, g.procs[p].stack)

@@ -7,10 +7,10 @@ leaf in use by XCHG: the processor may set A and D in between.
 from shadowcore.engine.access cimport OP_AND, OP_READ, OP_WRITE, OP_XCHG, sc_result
 from shadowcore.engine.bits cimport PTE_A, PTE_D, PTE_P, PTE_U, PTE_W, pte_nx
 from shadowcore.engine.types cimport MODE_32, MODE_PAE, RC_OK, u32, u64
-from shadowcore.guest.cpu cimport cpu_access, cpu_flush_all, cpu_invlpg, cpu_string
+from shadowcore.guest.cpu cimport cpu_access, cpu_enter, cpu_flush_all, cpu_go, cpu_invlpg, cpu_string
 from shadowcore.guest.frames cimport frame_known, frame_put, frame_zeroed
 from shadowcore.guest.state cimport (
-    FRAME_DYING, FRAME_TABLE, GATHER, RC_PANIC, guest_index, guest_shift, history_add, sc_gproc, sc_guest,
+    FRAME_DYING, FRAME_TABLE, RC_PANIC, guest_index, guest_shift, history_add, sc_gproc, sc_guest,
 )
 from shadowcore.guest.tables cimport entry_frame, entry_read
 
@@ -279,30 +279,50 @@ cdef void flush_page(sc_guest *g, u64 va) noexcept nogil:
     g.flush_wanted = True
 
 
-cdef int _flush(sc_guest *g, u32 p) noexcept nogil:
-    """Flush the range that has built up: page by page if it is small, else everything."""
-    cdef sc_gproc *process = &g.procs[p]
-    cdef u64 va
+cdef int _flush_here(sc_guest *g, u64 start, u64 end) noexcept nogil:
+    """On the processor that is at work, whose current process it is: page by page if they are few, else everything."""
+    cdef u64 va = start
     cdef int rc
+    if (end - start) >> 12 > g.flush_ceiling:
+        return cpu_flush_all(g)
+    while va < end:
+        rc = cpu_invlpg(g, va)
+        if rc != RC_OK:
+            return rc
+        va += 4096
+    g.asids[g.asid].changed = g.procs[g.current].changed
+    g.asids[g.asid].flush_user = True
+    return RC_OK
+
+
+cdef int flush_everywhere(sc_guest *g, u32 p, u64 start, u64 end) noexcept nogil:
+    """Flush [start, end) of process `p` on every processor that has its root loaded (native_flush_tlb_multi). Where it
+    is not loaded, that is heard when the process is switched to."""
+    cdef u32 here = g.cpu
+    cdef u32 i
+    cdef int rc = RC_OK
+    g.procs[p].changed += 1
+    if g.current == p:
+        rc = _flush_here(g, start, end)
+    for i in range(g.n_cpus):
+        if rc == RC_OK and i != here and g.cpus[i].current == p:
+            cpu_go(g, i)
+            g.n.shootdowns += 1
+            rc = cpu_enter(g)
+            if rc == RC_OK:
+                rc = _flush_here(g, start, end)
+            cpu_go(g, here)
+    return rc
+
+
+cdef int _flush(sc_guest *g, u32 p) noexcept nogil:
+    """Flush the range that has built up."""
+    cdef u64 start = g.flush_start
+    cdef u64 end = g.flush_end
     if not g.flush_wanted:
         return RC_OK
-    process.changed += 1            # heard when the process is switched to, if it is not the current one
-    if p == g.current:
-        if (g.flush_end - g.flush_start) >> 12 > g.flush_ceiling:
-            rc = cpu_flush_all(g)
-            if rc != RC_OK:
-                return rc
-        else:
-            va = g.flush_start
-            while va < g.flush_end:
-                rc = cpu_invlpg(g, va)
-                if rc != RC_OK:
-                    return rc
-                va += 4096
-            g.asids[g.asid].changed = process.changed
-            g.asids[g.asid].flush_user = True
     flush_begin(g)
-    return RC_OK
+    return flush_everywhere(g, p, start, end)
 
 
 cdef void _release(sc_guest *g) noexcept nogil:
@@ -327,6 +347,6 @@ cdef int flush_free(sc_guest *g, u32 p, u64 frame, bint forgotten) noexcept nogi
     """Give up a reference to `frame` after the next flush."""
     g.gather[g.n_gather] = frame
     g.n_gather += 1
-    if g.n_gather == GATHER:
+    if g.n_gather == g.gather_room:
         return flush_end(g, p, forgotten)
     return RC_OK

@@ -22,7 +22,8 @@ cdef enum:
     CALL_IDLE = 15
     CALL_DROP = 16
     CALL_MOVE = 17
-    CALL_COUNT = 18
+    CALL_CPU = 18
+    CALL_COUNT = 19
 
     CALL_BARE = 1                   # flags of SPAWN and EXEC: nothing is mapped, the heap begins at addr
 
@@ -34,7 +35,7 @@ cdef struct sc_call:                # the layout of CALL_DTYPE
     u32 process                     # its number
     u64 addr
     u64 count                       # accesses, bytes or pages
-    u64 value                       # stride or region, child, program, file, pipe, source of a move
+    u64 value                       # stride or region, child, program, file, pipe, source of a move, processor
 
 # Why a call cannot be.
 cdef enum:
@@ -48,6 +49,7 @@ cdef enum:
     BAD_PROGRAM = 7
     BAD_PIPE = 8
     BAD_FLAGS = 9
+    BAD_CPU = 10
 
 cdef int call_check(const sc_guest *g, const sc_call *c) noexcept nogil
 cdef int call_run(sc_guest *g, const sc_call *calls, u64 n, u64 *at, u64 *within, u64 budget,

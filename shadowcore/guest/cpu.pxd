@@ -3,6 +3,7 @@ from shadowcore.engine.access cimport sc_result
 from shadowcore.engine.types cimport u8, u32, u64
 from shadowcore.guest.state cimport sc_guest
 
+cdef void cpu_go(sc_guest *g, u32 number) noexcept nogil
 cdef int cpu_access(sc_guest *g, u32 op, u32 size, u64 va, u64 value, sc_result *r) noexcept nogil
 cdef int cpu_load_cr3(sc_guest *g, u64 value) noexcept nogil
 cdef int cpu_invlpg(sc_guest *g, u64 va) noexcept nogil

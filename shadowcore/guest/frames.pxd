@@ -4,7 +4,7 @@ from shadowcore.guest.state cimport FRAME_ANON, FRAME_CACHE, FRAME_LARGE, sc_gue
 
 cdef inline bint frame_known(const sc_guest *g, u64 frame) noexcept nogil:
     """A frame that the kernel has given away: what an entry in guest memory may name."""
-    return (frame >= g.boot_end and (frame < g.fresh or frame >= g.nframes) and frame < g.all_frames
+    return (frame >= g.boot_end and (frame < g.fresh or frame >= g.fresh_end) and frame < g.all_frames
             and g.count[frame] != 0)
 
 cdef inline bint frame_is_page(const sc_guest *g, u64 frame) noexcept nogil:

@@ -8,7 +8,6 @@ from shadowcore.engine.types cimport u8, u16, u32, u64
 
 cdef enum:
     NO_PROCESS = 0xFFFFFFFF
-    GATHER = 512                    # frames that wait for a flush before they are freed (mmu_gather)
     PIPE_BUFFERS = 16               # pages of a pipe (PIPE_DEF_BUFFERS)
     ASIDS = 6                       # PCIDs that one processor keeps in use (TLB_NR_DYN_ASIDS)
     USER_PCID = 1 << 11             # of the PCID that goes with the user's root (X86_CR3_PTI_PCID_USER_BIT)
@@ -111,12 +110,22 @@ cdef struct sc_gasid:
     u32 flush_user                  # the PCID of the user's root has to be flushed at its next load
     u64 changed                     # sc_gproc.changed when the PCID was last flushed
 
+cdef struct sc_gcpu:                # a processor, while another one is at work: see the fields of sc_guest
+    sc_vcpu *v
+    u32 current
+    bint idle
+    bint in_user
+    sc_gasid asids[ASIDS]
+    u32 asid
+    u32 asid_next
+
 cdef struct sc_gcount:              # u64s; kernel_base.COUNTERS are their names
     u64 accesses                    # of user code
     u64 kernel_accesses             # of the kernel; a string instruction is one
     u64 cr3_loads
     u64 invlpg
     u64 full_flushes                # CR3 loads that were made to flush
+    u64 shootdowns                  # flushes that one processor asked of another
     u64 table_stores                # stores to frames that serve as tables
     u64 leaf_installs               # leaf entries that became present
     u64 leaf_clears                 # leaf entries that ceased to be present
@@ -161,7 +170,10 @@ cdef packed struct sc_glog:         # one operation of a recording; the layout o
 
 cdef struct sc_guest:
     sc_mmu *mmu
-    sc_vcpu *v
+    sc_vcpu *v                      # the processor that is at work
+    sc_gcpu *cpus
+    u32 n_cpus
+    u32 cpu                         # number of v
     u8 *ram                         # guest memory from gpa 0
     u64 nframes                     # frames that the allocator has; large pages lie behind them
     u64 all_frames                  # frames of memory
@@ -196,7 +208,12 @@ cdef struct sc_guest:
     u32 *next_free                  # next in the free list, of frames that are in it
     u8 *kind                        # FRAME_*
     u64 free_head                   # last freed, first given; 0 ends
-    u64 fresh                       # frames from here on have not been given yet
+    u64 fresh                       # frames from here to fresh_end have not been given yet
+    u64 fresh_end                   # above lie, if frames are grouped, the blocks of what cannot be moved
+    bint grouped
+    u64 fixed_head                  # free frames of these blocks, as above
+    u64 fixed                       # of the last block taken, frames from here to fixed_end have not been given yet
+    u64 fixed_end
     u64 n_free
     u64 boot_end
     u64 large_head                  # free large pages, as above
@@ -208,6 +225,7 @@ cdef struct sc_guest:
     sc_gvma *vmas                   # max_vmas for each of them
     u32 max_vmas
     u32 n_alive
+    # The processor that is at work
     u32 current                     # process whose root is loaded, or NO_PROCESS
     bint idle                       # nobody runs: the root of `current` stays loaded (lazy TLB)
     bint in_user                    # the root of user code is loaded (isolation)
@@ -236,8 +254,9 @@ cdef struct sc_guest:
     u32 swap_free                   # slot + 1, or 0
     u32 swap_pages
     # What waits for a flush
-    u64 gather[GATHER]
+    u64 *gather                     # frames
     u32 n_gather
+    u32 gather_room
     u64 flush_start
     u64 flush_end
     bint flush_wanted

@@ -34,5 +34,6 @@ cdef void root_free(sc_guest *g, u32 p) noexcept nogil
 cdef int root_trim(sc_guest *g, u32 p) noexcept nogil
 cdef void flush_begin(sc_guest *g) noexcept nogil
 cdef void flush_page(sc_guest *g, u64 va) noexcept nogil
+cdef int flush_everywhere(sc_guest *g, u32 p, u64 start, u64 end) noexcept nogil
 cdef int flush_free(sc_guest *g, u32 p, u64 frame, bint forgotten) noexcept nogil
 cdef int flush_end(sc_guest *g, u32 p, bint forgotten) noexcept nogil

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from ..config import TLB, Features, Native, Shadow, check_int
 from ..engine.machine import VM
-from ..engine.windows import WindowLog
+from ..engine.windows import WindowLog, grown
 from ..errors import ConfigError
 from ..guest.kernel import Kernel
 from ..guest.options import KernelOptions
@@ -134,6 +134,8 @@ def run(
     progress: Callable[[int, int], None] | None = None,
     window: int = 0,
     tlb: TLB | None = None,
+    vcpus: int | None = None,
+    host_page_size: int | str | None = None,
     **parameters: Any,
 ) -> WorkloadResult:
     """Run a workload until the processor has done `operations`, setup left out; the round in hand is finished.
@@ -142,7 +144,8 @@ def run(
     seed: of everything random. options: of the kernel; what the workload needs (swap, large pages) is added.
     record: keep every operation (19 bytes each). audit_every: check all invariants (AuditError) after this many
         operations, and at the end (0: never). progress: called with operations done, and all.
-    window: count by windows of this many operations (0: do not). tlb: a TLB to model, where the VM is made here.
+    window: count by windows of this many operations (0: do not). tlb: a TLB to model, vcpus: processors (1), and
+        host_page_size: of the host's pages under the guest's memory (4096 bytes), where the VM is made here.
     parameters: see WORKLOADS[name].parameters. ConfigError for what cannot be.
     """
     workload = find(name)
@@ -158,9 +161,12 @@ def run(
     options = dataclasses.replace(options, seed=seed, **needed)
     step = check_int("window", window, 0, 1 << 62)
     if not isinstance(vm, VM):
-        vm = VM(workload.memory, vm, tlb=tlb, features=Features())
-    elif tlb is not None:
-        raise ConfigError("tlb: the VM that was given has its own, or none")
+        count = 1 if vcpus is None else vcpus
+        vm = VM(workload.memory, vm, count, tlb, features=Features(), host_page_size=host_page_size)
+    else:
+        for key, value in (("tlb", tlb), ("vcpus", vcpus), ("host_page_size", host_page_size)):
+            if value is not None:
+                raise ConfigError(f"{key}: the VM that was given has its own, or none")
     kernel = Kernel(vm, options)
     if record:
         kernel.record()
@@ -193,7 +199,7 @@ def run(
         operations=done,
         setup=setup,
         counters=_since(kernel.counters, counters),
-        stats=_since(vm.stats.as_dict(), stats),
+        stats=grown(vm.stats.as_dict(), stats),
         frames=kernel.frames,
         history=kernel.history,
         seconds=seconds,

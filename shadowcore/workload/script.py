@@ -75,6 +75,7 @@ class Guest:
         self.kernel = kernel
         self.rng = rng
         self.carry_out: Callable[[NDArray[Any]], NDArray[np.uint64]] = kernel.run
+        self.processors = len(kernel.vm.vcpus)
         self._rows: list[tuple[int, ...]] = []
         self._free: list[int] = []
         self._next = 0
@@ -143,6 +144,10 @@ class Guest:
     def execute(self, process: int, addr: int, count: int, stride: int = 4096) -> None:
         """`count` fetches from `addr` on, `stride` bytes apart."""
         self._add(Call.TOUCH, process, addr, count, stride, Touch.FETCH, 1)
+
+    def on(self, processor: int) -> None:
+        """What follows is done by that processor."""
+        self._add(Call.CPU, value=processor)
 
     def syscall(self, process: int, accesses: int = 8) -> None:
         """Into the kernel and back, with `accesses` accesses to its own data."""

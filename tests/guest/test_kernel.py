@@ -19,17 +19,27 @@ def test_random_programs_against_the_model(mode, name):
         random_program(mode, OPTIONS[name], random.Random(f"{mode} {name} {seed} TLB"), mmu, sc.TLB())
 
 
-def random_program(mode, options, rng, mmu, tlb):
-    kernel = boot(mmu, "24MiB", tlb, mode=mode, swap_pages=256, seed=7, **options)
+@pytest.mark.parametrize(("mode", "name"), CASES)
+def test_random_programs_on_several_processors(mode, name):
+    """Every step on any of three processors, each with a TLB: whoever changes an entry flushes it everywhere."""
+    for mmu in ("native", EXACT_FLUSH, "cached", None):
+        random_program(mode, OPTIONS[name], random.Random(f"{mode} {name} {mmu}"), mmu, sc.TLB(), vcpus=3)
+
+
+def random_program(mode, options, rng, mmu, tlb, vcpus=1):
+    kernel = boot(mmu, "24MiB", tlb, vcpus, mode=mode, swap_pages=256, seed=7, **options)
     files = Files()
     on_disk = [kernel.file(40), kernel.file(9)]
     shared = kernel.file(24, zero=True)
     pipe = kernel.pipe()
-    first = kernel.spawn()
+    first = process = kernel.spawn()
     models = {first: Model(files)}
     spaces = {first: []}
     for step in range(500):
-        process = rng.choice(list(models))
+        if vcpus > 1 and rng.random() < 0.4:
+            kernel.call(sc.Call.CPU, value=rng.randrange(vcpus))
+        if vcpus == 1 or process not in models or rng.random() < 0.1:
+            process = rng.choice(list(models))
         model, areas = models[process], spaces[process]
         act = rng.random()
         if act < 0.10 and len(areas) < 12:
@@ -127,7 +137,7 @@ def test_histories_are_the_same_under_every_design(mode, name):
 
 
 @pytest.mark.parametrize("options", [{}, {"pcid": True}, {"isolation": True, "pcid": True}])
-@pytest.mark.parametrize("mmu", ["native", "flush", "cached"])
+@pytest.mark.parametrize("mmu", ["native", "flush", "cached", "unsync"])
 def test_a_tlb_shows_nothing_that_a_careful_kernel_flushed(mmu, options):
     without = life(boot("native", "16MiB", swap_pages=128, **options))
     kernel = boot(mmu, "16MiB", tlb=sc.TLB(), swap_pages=128, **options)
@@ -280,7 +290,7 @@ def test_a_recording_repeats_itself(mode):
     life(kernel)
     ops = kernel.recording
     assert ops.dtype == sc.OP_DTYPE
-    for mmu in ("native", "cached"):
+    for mmu in ("native", "cached", "unsync"):
         again = boot(mmu, "16MiB", mode=mode, swap_pages=128)
         result = again.vm.vcpus[0].run(ops)
         assert (again.vm.memory.bytes & 0x9F == kernel.vm.memory.bytes & 0x9F).all()

@@ -62,7 +62,6 @@ def test_bad_machines():
     refused("features.la57", sc.VM(features=sc.Features(la57=False)), mode="la57")
     refused("features.pcid", sc.VM(features=sc.Features(pcid=False)), pcid=True)
     refused("features.gbpages", sc.VM("2GiB", features=sc.Features(gbpages=False)), direct_map="huge")
-    refused("vcpus", sc.VM(vcpus=2))
     refused("large_pages", sc.VM("16MiB"), large_pages=5)
     vm = sc.VM("16MiB")
     sc.Kernel(vm)

@@ -118,6 +118,40 @@ def test_a_process_that_does_not_run_is_flushed_when_it_does(isolation):
     assert (victim.access(base + np.arange(20) * PAGE)[1] == np.arange(20)).all()
 
 
+@pytest.mark.parametrize("options", [{}, {"flush_ceiling": 0}, {"pcid": True}, {"isolation": True, "pcid": True}])
+@pytest.mark.parametrize("mmu", ["native", "flush", "cached"])
+def test_what_one_processor_changes_the_others_hear_of(mmu, options):
+    """Threads of one process on three processors, whose TLBs know all of its pages."""
+    kernel = boot(mmu, "16MiB", sc.TLB(), 3, **options)
+    process = kernel.spawn()
+    base = process.mmap(24 * PAGE)
+    pages = base + np.arange(24) * PAGE
+
+    def on(number):
+        kernel.call(sc.Call.CPU, value=number)
+        return process
+
+    for number in range(3):
+        on(number).touch(pages, True, 7)
+    assert kernel.counters["shootdowns"] == 0
+    on(1).mprotect(base, 8 * PAGE, Prot.READ)
+    assert kernel.counters["shootdowns"] == 2
+    process.munmap(base + 8 * PAGE, 8 * PAGE)
+    child = process.fork()
+    for number in (0, 2, 1):
+        outcome = on(number).access(pages, True, 100 + number)[0]
+        assert outcome.tolist() == [1] * 16 + [0] * 8
+        assert process.read(base) == 7
+    for number in range(3):
+        assert on(number).read(base + 20 * PAGE) == 101
+    assert child.read(base + 20 * PAGE) == 7
+    on(0)
+    process.exit()  # the others leave its root
+    again = kernel.spawn()
+    assert again.access(pages)[0].all()
+    kernel.vm.audit(strict=True)
+
+
 def test_entries_of_two_halves_appear_and_go_as_one():
     """PAE: what has P is stored last when an entry is made, and first when it is cleared."""
     kernel = boot("native", mode="pae")

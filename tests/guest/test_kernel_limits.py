@@ -10,7 +10,7 @@ from shadowcore import Call, Prot
 
 PAGE = 4096
 MODES = ("32", "pae", "64", "la57")
-DESIGNS = ("native", "flush", "cached")
+DESIGNS = ("native", "flush", "cached", "unsync")
 BASE = 0x10000000
 LEVELS = {"32": 2, "pae": 3, "64": 4, "la57": 5}
 
@@ -63,7 +63,7 @@ def loops(mode):
 
 
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("mmu", ["native", "cached"])
+@pytest.mark.parametrize("mmu", ["native", "cached", "unsync"])
 def test_unmapping_a_huge_range_through_a_loop_of_tables_ends_in_a_panic(mode, mmu):
     """An upper entry, or all of them, leads back to its own table or one above it. munmap of a range of which every
     table seems to exist ends at once; what it does not come by, exit does."""

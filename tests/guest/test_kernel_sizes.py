@@ -13,7 +13,7 @@ from shadowcore.cli import main
 FAMILY = DATA / "programs" / "family.screc"
 PAGE = 4096
 MODES = ("32", "pae", "64", "la57")
-DESIGNS = ("native", "flush", "cached")
+DESIGNS = ("native", "flush", "cached", "unsync")
 SIZES = sorted(
     {size for power in range(12, 27) for size in ((1 << power) - PAGE, 1 << power, (1 << power) + PAGE) if size}
 )

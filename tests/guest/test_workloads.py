@@ -23,6 +23,10 @@ SMALL = {
     "database": {"pages": 900, "index": 100},
     "analytics": {"large": 2},
     "demand": {"pages": 600, "touches": 4},
+    "page-fault": {"pages": 600},
+    "parallel-fault": {"pages": 600},
+    "fault-scaling": {"pages": 600},
+    "unmap-scaling": {"pages": 600},
     "ageing": {"processes": 2, "pages": 600, "hot": 60, "touches": 500},
     "kbuild-like": {"work": 2000, "heap": 100, "text": 200},
     "idle": {"ticks": 20},
@@ -61,13 +65,31 @@ def test_the_same_under_every_design(name):
         assert flush.stats["exits_fill"] > 10 * cached.stats["exits_fill"]
 
 
+@pytest.mark.parametrize("ahead", [0, 200])
+def test_threads_do_the_same_under_every_design(ahead):
+    options = sc.KernelOptions(isolation=True, pcid=True)
+    results = [
+        small("parallel-fault", mmu, vcpus=3, ahead=ahead, tlb=sc.TLB(), options=options, audit_every=10_000)
+        for mmu in ("native", "flush", "cached")
+    ]
+    assert len({result.history for result in results}) == 1
+    assert results[0].counters["shootdowns"] > 0
+    with pytest.raises(sc.ConfigError, match="a recording is of one processor"):
+        small("parallel-fault", vcpus=2, record=True)
+    for given in ({"vcpus": 2}, {"host_page_size": 4096}, {"tlb": sc.TLB()}):
+        with pytest.raises(sc.ConfigError, match=next(iter(given))):
+            workload.run("page-fault", sc.VM(), **given)
+
+
 @pytest.mark.parametrize("mode", ["32", "pae", "la57"])
 @pytest.mark.parametrize("name", WORKLOADS)
 def test_in_other_modes(name, mode):
     options = sc.KernelOptions(mode=mode)
-    first, second = (small(name, mmu, operations=8000, options=options) for mmu in ("native", "cached"))
-    assert first.history == second.history
-    assert second.counters["faults_segv"] == 0
+    designs = ("native", "cached", "unsync")
+    first, *others = (small(name, mmu, operations=8000, options=options) for mmu in designs)
+    for other in others:
+        assert first.history == other.history
+        assert other.counters["faults_segv"] == 0
 
 
 @pytest.mark.parametrize("name", WORKLOADS)
@@ -80,7 +102,7 @@ def test_the_seed_decides(name):
 @pytest.mark.parametrize("options", [{"isolation": True}, {"pcid": True}, {"isolation": True, "pcid": True}])
 def test_with_isolation_and_pcids(options):
     made = sc.KernelOptions(**options)
-    results = [small("shell", mmu, options=made, audit_every=10_000) for mmu in ("native", "flush", "cached")]
+    results = [small("shell", mmu, options=made, audit_every=10_000) for mmu in ("native", "flush", "cached", "unsync")]
     assert len({result.history for result in results}) == 1
     plain = small("shell", "native")
     more = results[0].counters["cr3_loads"] > 2 * plain.counters["cr3_loads"]
@@ -94,7 +116,7 @@ def test_a_recorded_workload_repeats_itself(name):
     assert ops.dtype == sc.OP_DTYPE
     needed = WORKLOADS[name]
     memory = []
-    for mmu in ("native", "cached"):
+    for mmu in ("native", "cached", "unsync"):
         vm = sc.VM(needed.memory, mmu=mmu)
         sc.Kernel(vm, sc.KernelOptions(**needed.options))
         result = vm.vcpus[0].run(ops)

@@ -1,0 +1,212 @@
+"""First stores to anonymous memory under the shadow MMU of today, against what others counted on Linux 7.3.
+
+The figures are those of PVM, a shadow MMU for guests without hardware exits that uses KVM's shadow code
+(github.com/aledbf/shadowbox, docs/TUNING-LOG.md, September 2026): exits a page, with huge pages in the host. What has
+no tolerance here is a count that follows from the design.
+"""
+
+import collections
+
+import numpy as np
+import pytest
+
+import shadowcore as sc
+from shadowcore.workload import WORKLOADS, Guest
+
+MEASURED = {
+    # page faults that exit, the guest's own, those that the shadow MMU fixes: each by page
+    ("page-fault", 1): (2.009, 1.000, 1.006),
+    ("page-fault", 8): (2.013, 1.000, 1.011),
+    ("parallel-fault", 1): (2.006, 1.000, 1.003),
+    ("parallel-fault", 8): (2.026, 1.000, 1.022),
+    ("fault-scaling", 1): (2.009, 1.001, 1.005),
+    ("fault-scaling", 8): (2.009, 1.000, 1.006),
+}
+ROUNDS = {"page-fault": 1, "parallel-fault": 6, "fault-scaling": 4, "unmap-scaling": 6}
+HALVES = ("fault-scaling", "unmap-scaling")
+"""Their rounds have two parts: what is measured, and what comes before it or after it."""
+POOL = (1 << 30) // 4096 // 50
+"""Linux's limit: a fiftieth of the pages of memory."""
+
+
+def rounds(name, vcpus=1, mmu="kvm-6.1", host="2MiB", parts=None, parameters=None, **settings):
+    """What each part of a round counted, and the pages of a round."""
+    workload = WORKLOADS[name]
+    vm = sc.VM("1GiB", sc.config.design(mmu, pool_pages=POOL, **settings), vcpus, host_page_size=host)
+    guest = Guest(sc.Kernel(vm, sc.KernelOptions(**workload.options)), np.random.default_rng(0))
+    steps = workload.function(guest, **workload.checked(parameters or {}))
+    next(steps)
+    found = []
+    for _ in range(parts or ROUNDS[name] * (2 if name in HALVES else 1)):
+        before = collections.Counter(vm.stats.as_dict())
+        next(steps)
+        after = collections.Counter(vm.stats.as_dict())
+        after.subtract(before)
+        found.append(after)
+    pages = workload.parameters["pages"].default * (1 if name == "page-fault" else vcpus)
+    return found, pages
+
+
+def page_faults(counts):
+    """Exits of page faults, those of the guest, those that were fixed."""
+    return counts["pf_taken"], counts["pf_guest"], counts["pf_fixed"]
+
+
+@pytest.mark.parametrize(("name", "vcpus"), MEASURED)
+@pytest.mark.parametrize("mmu", ["unsync", "kvm-6.1", "kvm-6.12"])
+def test_exits_a_page_are_those_that_were_measured(name, vcpus, mmu):
+    found, pages = rounds(name, vcpus, mmu)
+    counted = np.sum([page_faults(counts) for counts in found], axis=0) / (pages * ROUNDS[name])
+    measured = MEASURED[name, vcpus]
+    # For parallel-fault on several processors see test_threads_out_of_step.
+    tolerance = 0.005 if vcpus == 1 or name == "fault-scaling" else 0.007 if name == "page-fault" else 0.02
+    assert counted == pytest.approx(measured, rel=tolerance)
+    assert sum(counts["pf_guest"] for counts in found) == pages * ROUNDS[name]
+
+
+def test_where_the_exits_of_page_fault_come_from():
+    """Each page: one reflected, one fixed. Each table: its entry is stored by the emulator, the first store to it makes
+    it unsync. Each 2 MiB of memory: the direct map's leaf for it, large."""
+    (counts,), pages = rounds("page-fault")
+    tables = pages // 512
+    assert counts["pf_guest"] == pages
+    assert counts["pf_emulate"] == counts["mmu_unsync"] == tables
+    assert counts["pages_2m"] == tables
+    # What is left: the blocks of the tables and of the kernel itself are mapped by leaves of 4 KiB, eight at a time.
+    rest = counts["pf_fixed"] - pages - 2 * tables
+    assert 7 * rest == counts["prefetched"]
+    assert rest < 2 * 64
+    assert counts["mmu_cache_miss"] == tables + 2
+    assert counts["pf_taken"] == counts["pf_guest"] + counts["pf_fixed"] + counts["pf_emulate"]
+
+
+@pytest.mark.parametrize("vcpus", [1, 2, 4, 8])
+def test_nothing_amortises(vcpus):
+    """Once memory is warm, each round of parallel-fault is as dear as the one before: 4,096 reflected, and one more
+    fixed for each table but one (measured: 4,096 to 4,097, and 8 to 27 more); their shadow pages are made anew."""
+    found, pages = rounds("parallel-fault", vcpus)
+    tables = pages // 512
+    assert all(counts == found[1] for counts in found[2:])
+    assert page_faults(found[1])[1:] == (pages, pages + tables - 1)
+    assert found[1]["mmu_cache_miss"] == tables - 1
+    # The last three stores to the table above are a flood: what hangs on it is zapped with it, while still unsync.
+    assert found[1]["pf_emulate"] == tables + 4
+    assert found[1]["mmu_flooded"] == 1
+    assert found[1]["mmu_shadow_zapped"] == tables - 1
+    assert found[1]["synced"] == 0
+
+
+@pytest.mark.parametrize(("vcpus", "measured"), [(2, None), (4, 1.063), (8, 1.022)])
+def test_threads_out_of_step(vcpus, measured):
+    """The flood of a thread that unmaps zaps what hangs on the table above, the other threads' tables included, and
+    what they have stored to is fixed again when they read it, eight pages at a time. That is the most that can happen:
+    their faults end a flood, if they come between its stores. Measured was less, and more than in step."""
+    pages = 4096
+    in_step, total = rounds("parallel-fault", vcpus)
+    apart, _ = rounds("parallel-fault", vcpus, parameters={"ahead": pages // vcpus})
+    least, most = (found[-1]["pf_fixed"] / total for found in (in_step, apart))
+    assert most == pytest.approx(1 + (1 - 1 / vcpus) / 8, abs=0.005)
+    assert apart[-1]["pf_guest"] == total
+    assert measured is None or least < measured < most
+
+
+@pytest.mark.parametrize("vcpus", [1, 8])
+def test_unmapping_costs_next_to_nothing(vcpus):
+    """A leaf entry of a table that is unsync is cleared without an exit."""
+    found, _ = rounds("unmap-scaling", vcpus)
+    for counts in found[::2]:
+        assert page_faults(counts) == (5, 0, 1)
+        assert counts["exits_cr3"] == vcpus * vcpus  # each munmap is heard of by all
+
+
+def test_small_host_pages_add_faults_of_the_direct_map():
+    """Each frame that the guest clears for the first time takes a fill, or each eighth where neighbours are prefetched.
+    Measured without huge pages in the host: 2.23 to 2.32 exits a page over four rounds; there a neighbour is prefetched
+    only if the host has a frame for it, which a guest's fresh memory has not."""
+    found, pages = rounds("fault-scaling", host="4KiB", prefetch=0)
+    exits = [page_faults(counts)[0] / pages for counts in found[::2]]
+    assert exits == pytest.approx([3.01, 2.004, 2.004, 2.004], abs=0.005)
+    assert 2.2 < sum(page_faults(counts)[0] for counts in found) / (4 * pages) < 2.3
+    found, pages = rounds("fault-scaling", host="4KiB", parts=1)
+    assert page_faults(found[0])[0] / pages == pytest.approx(2 + 1 / 8, abs=0.006)
+
+
+def test_a_kernel_that_does_not_group_its_tables_breaks_every_large_leaf():
+    """One table in each 2 MiB of memory, which is therefore mapped by leaves of 4 KiB."""
+    vm = sc.VM("1GiB", sc.config.design("kvm-6.1", pool_pages=POOL), host_page_size="2MiB")
+    process = sc.Kernel(vm).spawn()
+    base = process.mmap(65536 * 4096)
+    before = vm.stats.as_dict()
+    process.sweep(base, 65536, write=True)
+    assert vm.stats.pages_2m <= 1
+    assert (vm.stats.pf_fixed - before["pf_fixed"]) / 65536 == pytest.approx(1.033, abs=0.001)
+
+
+def test_a_study_says_how_many_processors_and_what_host_pages():
+    settings = {"vcpus": 2, "host_page_size": "2MiB", "pages": 600}
+    found = sc.study("parallel-fault", ("native", "kvm-6.1"), operations=5000, windows=0, settings=settings)
+    assert {name: found.settings[name] for name in settings} == settings
+    assert "--set vcpus=2 --set host_page_size=2MiB" in found.command
+    assert all(design.history_equal for design in found.designs.values())
+    assert found.designs["kvm-6.1"].counters["pages_2m"] > 0
+    for bad in ({"vcpus": 0}, {"vcpus": "many"}, {"host_page_size": "8KiB"}, {"host_page_size": "1 apple"}):
+        with pytest.raises(sc.ConfigError, match=next(iter(bad))):
+            sc.study("parallel-fault", operations=1000, settings=bad)
+    with pytest.raises(sc.ConfigError, match="vcpus"):
+        sc.study(None, operations=1000, settings={"vcpus": 2})
+
+
+# Markers of entries that are not present
+
+
+def leaf_state(vm, va):
+    """Of the shadow page of the guest's leaf table for `va`: "none", "synced" or "unsync"."""
+    level, entry, _ = vm.vcpus[0].walk_levels(va)[-1]
+    if level != 1:
+        return "none"
+    pages = vm.mmu.arrays["pages"]
+    role = pages["role"]
+    live = (pages["active"] != 0) & (pages["gfn"] == entry >> 12) & (role >> 4 & 15 == 1) & (role >> 10 & 1 == 0)
+    found = pages[live & (role >> 25 & 1 == 0)]
+    if not len(found):
+        return "none"
+    return "unsync" if found["unsync"].any() else "synced"
+
+
+def where_reflected_faults_land(mmu, pages=4096):
+    vm = sc.VM("64MiB", mmu, host_page_size="2MiB")
+    process = sc.Kernel(vm, sc.KernelOptions(grouped=True)).spawn()
+    base = process.mmap(pages * 4096, addr=0x50000000)
+    landed = collections.Counter()
+    for va in range(base, base + pages * 4096, 4096):
+        before = vm.stats.pf_guest
+        state = leaf_state(vm, va)
+        process.write(va, 1)
+        assert vm.stats.pf_guest == before + 1
+        landed[state] += 1
+    return landed
+
+
+@pytest.mark.parametrize("mmu", ["unsync", "kvm-6.1", "kvm-6.12"])
+def test_a_marker_of_absent_entries_is_no_use_to_tables_that_may_lag(mmu):
+    """KVM of 2.6.25 (bypass_guest_pf) marked entries that the guest has not made, and the processor reflected the fault
+    by itself. Measured today: of the markers set at reflected faults all were stale when they were met again (65,418 of
+    65,536 pages met one), and markers in tables in sync alone were never met.
+
+    A marker can be set where the table has a shadow page: all but one fault a table. It is met once, by the access that
+    is made again, after the guest has made the entry: stale. All but two a table land where the table is unsync, and
+    markers would have to be dropped; the one that lands in sync is followed by the store that ends that."""
+    pages = 4096
+    tables = pages // 512
+    landed = where_reflected_faults_land(mmu, pages)
+    assert landed == {"none": tables, "synced": tables, "unsync": pages - 2 * tables}
+    assert 1 - 2 / 512 == pytest.approx(landed["unsync"] / pages) == pytest.approx(0.9935, abs=0.0026)  # 99.1 to 99.6 %
+    assert (pages - landed["none"]) / pages == pytest.approx(65418 / 65536, abs=0.0005)
+
+
+def test_it_is_of_use_to_tables_that_may_not():
+    """Under `cached` as it was when the marker came, floods counted anew at each fault: tables stay in sync, the
+    emulator sees each entry that the guest makes, and each fault but one a table would have met a marker."""
+    pages = 4096
+    landed = where_reflected_faults_land(sc.Shadow.cached(flood_reset=True), pages)
+    assert landed == {"none": pages // 512, "synced": pages - pages // 512}
