@@ -13,13 +13,14 @@ from shadowcore.engine.access cimport (
     OP_INVLPG, OP_READ, OP_WRITE, access_do, op_is_access, sc_op, sc_result, vcpu_op,
 )
 from shadowcore.engine.bits cimport cr0_kept
-from shadowcore.engine.counters cimport EXIT_EMULATE
+from shadowcore.engine.counters cimport EXIT_EMULATE, EXIT_WRITE
 from shadowcore.engine.emulate cimport emulate_store
 from shadowcore.engine.held cimport Held
 from shadowcore.engine.leaf cimport fault_count, sc_fault
 from shadowcore.engine.memory cimport mem_frame, mem_guest_frame, mem_mark_dirty, sc_no_frame
 from shadowcore.engine.registers cimport load_cr0, load_cr3, load_cr4
 from shadowcore.engine.state cimport is_shadowed, sc_mmu, sc_vcpu
+from shadowcore.engine.sync cimport table_let_go
 from shadowcore.engine.types cimport PF_W, RC_AUDIT, RC_BAD_OP, RC_GP, RC_OK, RC_PF, u8, u16, u32, u64
 from shadowcore.engine.vcpu cimport VCpu
 from shadowcore.engine.walker cimport probe_walk, sc_walk
@@ -105,12 +106,20 @@ cdef int _access(sc_mmu *mmu, sc_vcpu *v, u32 op, u64 va, bint user, u32 size, u
 cdef void _store_at_gpa(sc_mmu *mmu, sc_vcpu *v, u64 gpa, const u8 *data, u32 nbytes) noexcept nogil:
     """The guest's store to `gpa` by a mapping that is not known: as seen by the MMU."""
     cdef sc_fault f
-    if is_shadowed(mmu, mem_frame(mmu.mem, gpa >> 12)):
+    cdef u64 frame = mem_frame(mmu.mem, gpa >> 12)
+    cdef u64 unsync = mmu.stats.unsync_made
+    cdef bint shadowed = is_shadowed(mmu, frame)
+    cdef bint native = shadowed and mmu.design.stored != NULL and table_let_go(mmu, gpa >> 12, frame)
+    if shadowed and not (native and mmu.stats.unsync_made == unsync):
         memset(&f, 0, sizeof(f))
         f.va = gpa
         f.mode = v.guest.mode
-        f.kind = EXIT_EMULATE
+        f.kind = EXIT_WRITE if native else EXIT_EMULATE
+        f.changed = native
         fault_count(mmu, v, &f)
+    if shadowed and not native:
+        if mmu.design.stored != NULL:   # it leaves that count to the fault
+            mmu.stats.pf_emulate += 1
         emulate_store(mmu, v, gpa, data, nbytes)
         return
     memcpy(mem_guest_frame(mmu.mem, gpa) + (gpa & 4095), data, nbytes)

@@ -16,6 +16,7 @@ import click
 from .._version import __version__
 from ..errors import ShadowcoreError
 from . import about as cli_about
+from . import evolution as cli_evolution
 from . import programs as cli_programs
 from . import recording as cli_recording
 from . import replay as cli_replay
@@ -87,6 +88,15 @@ def main(context: click.Context) -> None:
         click.echo(context.get_help())
 
 
-for _module in (cli_study, cli_workload, cli_programs, cli_recording, cli_replay, cli_reproduce, cli_about):
+for _module in (
+    cli_study,
+    cli_workload,
+    cli_programs,
+    cli_recording,
+    cli_replay,
+    cli_reproduce,
+    cli_evolution,
+    cli_about,
+):
     for _command in _module.COMMANDS:
         main.add_command(_command)

@@ -181,7 +181,8 @@ POOL = click.option(
     "--pool",
     type=click.IntRange(4, POOL_MAX),
     metavar="N",
-    help="Shadow pages in the pool, 4096 bytes each; native has none.  [default: 256]",
+    help="Shadow pages in the pool, 4096 bytes each; native has none.  [default: 256; unsync: a fiftieth of the "
+    "guest's frames, at least 64]",
 )
 SET = click.option(
     "--set",
@@ -189,9 +190,10 @@ SET = click.option(
     type=Assignment(),
     multiple=True,
     metavar="NAME=VALUE",
-    help="A setting: of shadow MMUs (pool, min_free, refill, flood_threshold, flood_reset; pages and stores), tlb "
-    "(entries, or none), and of workloads: memory, their parameters (`shadowcore workloads NAME`), and those of the "
-    "guest kernel (mode, pcid, isolation, ...). May be repeated.  [default: as each has it]",
+    help="A setting: of shadow MMUs (pool, min_free, refill, flood_threshold, flood_reset; of unsync prev_roots, "
+    "prefetch, release), tlb (entries, or none), and of workloads: memory, vcpus, host_page_size, their parameters "
+    "(`shadowcore workloads NAME`), and those of the guest kernel (mode, pcid, isolation, ...). May be repeated.  "
+    "[default: as each has it]",
 )
 OPERATIONS = click.option(
     "--operations",

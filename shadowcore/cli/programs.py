@@ -6,7 +6,7 @@ import json
 
 import click
 
-from ..config import DESIGNS
+from ..config import DEFAULT_DESIGNS, DESIGNS
 from ..guest.options import MODES
 from .options import command
 
@@ -18,7 +18,7 @@ from .options import command
     "designs",
     multiple=True,
     type=click.Choice(sorted(DESIGNS)),
-    help="Design; may be given several times.  [default: native, flush, cached]",
+    help=f"Design; may be given several times.  [default: {', '.join(DEFAULT_DESIGNS)}]",
 )
 @click.option("--mode", type=click.Choice(MODES), default="64", show_default=True, help="Paging mode of the guest.")
 @click.option("--memory", metavar="SIZE", help="RAM of the guest, as 64MiB.  [default: enough]")
@@ -58,7 +58,7 @@ def programs(
 
     results = runs.compare(
         recordings,
-        designs or ("native", "flush", "cached"),
+        designs or DEFAULT_DESIGNS,
         turn=turn,
         memory=memory,
         operations=operations,

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from ..config import DEFAULT_DESIGNS
 from ..errors import ConfigError
 from .options import COSTS, JSON, OPERATIONS, POOL, SEED, SET, Output, Series, Source, apart, command, mmu, together
 
@@ -18,8 +19,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from ..studies.results import Study
-
-DEFAULT_DESIGNS = ("native", "flush", "cached")
 
 _COMPARED = (
     click.argument("source", required=False, metavar="[WORKLOAD|RECORDING]", type=Source()),

@@ -11,8 +11,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..config import Features, Native, Shadow, check_int, parse_size
+from ..config import DEFAULT_DESIGNS, Features, Native, Shadow, check_int, parse_size
 from ..engine.machine import VM
+from ..engine.reported import UNSYNC
+from ..engine.windows import grown
 from ..errors import ConfigError, EngineError, GuestOutOfMemory
 from ..guest.kernel import NO_PROGRAM, Kernel
 from ..guest.options import Call, File, KernelOptions
@@ -340,7 +342,7 @@ def run(
 
 def compare(
     recordings: str | os.PathLike[str] | Sequence[str | os.PathLike[str]] | Survey,
-    designs: Sequence[str | Native | Shadow] = ("native", "flush", "cached"),
+    designs: Sequence[str | Native | Shadow] = DEFAULT_DESIGNS,
     *,
     turn: int = TURN,
     **settings: Any,
@@ -363,6 +365,7 @@ _ROWS = (
     ("  CR3 load", "exits_cr3"),
     ("  INVLPG", "exits_invlpg"),
     ("shadow pages zapped", "mmu_shadow_zapped"),
+    *((name, key) for key, name in UNSYNC.items()),
     ("entries read by the processor's walks", "walk_references"),
 )
 
@@ -377,6 +380,8 @@ def table(results: Sequence[ProgramResult]) -> str:
         "".join([f"{'':40}", *(f"{result.design:>14}" for result in results)]),
     ]
     for name, key in _ROWS:
+        if key in UNSYNC and not any(result.stats[key] for result in results):
+            continue
         lines.append("".join([f"{name:40}", *(f"{result.stats[key]:14,}" for result in results)]))
     per_million = (1e6 * result.stats["exits_total"] / max(result.accesses, 1) for result in results)
     lines.append("".join([f"{'VM exits per million accesses':40}", *(f"{value:14,.1f}" for value in per_million)]))
@@ -412,7 +417,7 @@ def _result(
         operations=sum(counters[name] for name in ("accesses", "kernel_accesses", "cr3_loads", "invlpg")),
         setup=0,
         counters=counters,
-        stats={name: stats[name] - before[name] for name in stats},
+        stats=grown(stats, before),
         frames=kernel.frames,
         history=kernel.history,
         seconds=seconds,

@@ -17,7 +17,8 @@ from numpy.typing import NDArray
 
 from ..config import TLB, Features, Native, Shadow, check_int, design
 from ..engine.machine import VM, set_registers
-from ..engine.windows import WindowLog
+from ..engine.reported import unsync_counts
+from ..engine.windows import WindowLog, grown
 from ..errors import AuditError, ConfigError, GeneralProtection, TraceError
 from .guest import (
     ACCESS,
@@ -160,6 +161,7 @@ def _phase_dict(phase: Phase) -> dict[str, Any]:
         "recycled": counters["mmu_recycled"],
         "walk_references": counters["walk_references"],
         "guest_walk_references": counters["guest_walk_references"],
+        **unsync_counts(counters),
     }
 
 
@@ -270,8 +272,7 @@ def replay(
             break
 
     def phase(name: str, first: int, last: int, before: dict[str, int], after: dict[str, int]) -> Phase:
-        grown = {name: after[name] - before.get(name, 0) for name in after}
-        return Phase(last - first, instructions.get(name, sum(instructions.values())), grown)
+        return Phase(last - first, instructions.get(name, sum(instructions.values())), grown(after, before))
 
     final = vm.stats.as_dict()
     return ReplayResult(

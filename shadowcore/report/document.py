@@ -93,6 +93,7 @@ def _design(result: Any, limit: int) -> dict[str, Any]:
             "total": _plain(cost.total),
             "slow_down": _plain(getattr(cost, "slow_down", None)),
             "microseconds": _plain(getattr(cost, "microseconds", None)),
+            "unpriced": _plain(getattr(cost, "unpriced", {})),
         },
         "windows": {name: _plain(values) for name, values in windows.items()},
         "rates": {name: _plain(values) for name, values in _rates(windows).items()},

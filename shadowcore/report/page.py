@@ -16,6 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .._version import __version__
+from ..engine.costs import left_out
+from ..engine.reported import UNSYNC
 from ..errors import ConfigError
 from ..files import replace
 from ..recording.format import INCOMPLETE
@@ -36,6 +38,7 @@ _COUNTERS = (
     ("mmu_shadow_zapped", "shadow pages zapped", ""),
     ("mmu_flooded", "by floods of stores, or misaligned ones", "part"),
     ("mmu_recycled", "recycled for room in the pool", "part"),
+    *((name, label, "part") for name, label in UNSYNC.items()),
     ("mmu_cache_hit", "shadow pages found when a table was linked", ""),
     ("mmu_cache_miss", "shadow pages made", ""),
     ("spte_installed", "shadow entries installed", ""),
@@ -369,6 +372,7 @@ def _costs(plain: dict[str, Any]) -> str:
         (part.replace("_", " "), "part", [number(cost["cycles"].get(part, 0)) for cost in costs.values()])
         for part in parts
     ]
+    note = left_out({name: cost["unpriced"] for name, cost in costs.items()})
     rows.append(("cycles, all", "strong", [number(cost["total"]) for cost in costs.values()]))
     return "\n".join(
         (
@@ -376,6 +380,7 @@ def _costs(plain: dict[str, Any]) -> str:
             _boxes(legend),
             f'<div class="plots wide">{picture}</div>',
             _table("cost", ["cycles", *costs], rows),
+            f'<p class="note">{html.escape(note)}</p>' if note else "",
         )
     )
 

@@ -5,13 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.markup import escape
+from rich.measure import Measurement
 from rich.table import Table
 
-from ..engine.costs import COMPONENTS
+from ..engine.costs import COMPONENTS, left_out
 from ..recording.format import INCOMPLETE
 from ..recording.replay import Phase, ReplayResult
+from ..studies.evolution import RELEASES, Evolution
 from ..studies.reproduction import Reproduction
 from ..studies.results import Study, StudyDesign
 from ..workload import WorkloadResult
@@ -31,8 +34,10 @@ def comparison(study: Study) -> Table:
     designs = list(study.designs.values())
     unit = "operations" if study.kind == "workload" else "records"
     title = escape(f"{study.workload}: {study.operations:,} {unit}")
-    table = Table(title=title, caption=_caption(study), title_style="bold", caption_justify="left")
-    table.add_column("", no_wrap=True)
+    told = (_caption(study), left_out({design.name: design.cost.unpriced for design in designs}))
+    caption = escape("\n".join(filter(None, told)))
+    table = Table(title=title, caption=caption, title_style="bold", caption_justify="left")
+    table.add_column("")  # it gives way where there is little room: a number that is cut looks like a number
     for design in designs:
         table.add_column(design.name, justify="right", no_wrap=True)
 
@@ -58,6 +63,8 @@ def comparison(study: Study) -> Table:
     counter("shadow pages zapped", "mmu_shadow_zapped")
     counter("  by floods of stores, or misaligned ones", "mmu_flooded")
     counter("  recycled for room in the pool", "mmu_recycled")
+    for key, label in study.unsync_rows().items():
+        counter(label, key)
     row("shadow pages in use, mean", [design.pages_mean for design in designs], digits=1)
     row("shadow pages in use, most", [design.pages_max for design in designs])
     table.add_section()
@@ -185,6 +192,26 @@ def print_run(study: Study) -> None:
     )
     table.add_row("history", *(f"{d.history or 0:016x}" for d in designs))
     _console().print(table)
+
+
+def print_evolution(found: Evolution) -> None:
+    """Workloads down, releases across."""
+    table = Table(
+        title="VM exits of KVM's shadow MMU, by release of Linux",
+        caption="docs/evolution.md says what changed.",
+        title_style="bold",
+        box=SIMPLE_HEAD,
+        pad_edge=False,
+        padding=(0, 1, 0, 0),
+    )
+    table.add_column("", no_wrap=True)
+    for release in RELEASES:
+        table.add_column(release.name.replace("-", " "), justify="right")
+    for source in found.studies:
+        table.add_row(source, *(found.shown(source, release.name) for release in RELEASES))
+    console = _console()
+    console.width = max(console.width, Measurement.get(console, console.options.update(width=200), table).maximum)
+    console.print(table)
 
 
 def print_reproduction(found: Reproduction) -> None:

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .._version import __version__
+from ..engine.reported import UNSYNC
 from ..errors import ConfigError
 from ..files import replace
 from .document import edges
@@ -29,6 +30,7 @@ TIMES = ("operations", "microseconds")
 _RATES = {
     "shadow pages zapped": "mmu_shadow_zapped",
     "entries read by walks": "walk_references",
+    **{label: name for name, label in UNSYNC.items()},
 }
 
 

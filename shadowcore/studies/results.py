@@ -7,6 +7,7 @@ import dataclasses
 import io
 import os
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from numpy.typing import NDArray
 from .. import notebook, workload
 from ..config import Native, Shadow
 from ..engine.costs import CostBreakdown, Costs
+from ..engine.reported import UNSYNC, unsync_counts
 from ..files import replace
 from ..recording import replay as trace
 from ..recording.format import INCOMPLETE
@@ -83,6 +85,7 @@ class StudyDesign:
             "zapped": n["mmu_shadow_zapped"],
             "flooded": n["mmu_flooded"],
             "recycled": n["mmu_recycled"],
+            **unsync_counts(n),
             "walk_references": n["walk_references"],
             "guest_walk_references": n["guest_walk_references"],
             "tlb_hits": n["tlb_hits"],
@@ -166,12 +169,18 @@ class Study:
         frames = [notebook.pandas().DataFrame(d.windows).assign(design=name) for name, d in self.designs.items()]
         return notebook.pandas().concat(frames).set_index(["design", "operation"])
 
+    def unsync_rows(self) -> dict[str, str]:
+        """Of the counters in `reported.UNSYNC` those that some design has not 0, with what reports call them."""
+        designs = self.designs.values()
+        return {key: label for key, label in UNSYNC.items() if any(each.counters[key] for each in designs)}
+
     def _repr_html_(self) -> str:
         names = list(self.designs)
         picked: list[tuple[str, Callable[[StudyDesign], str]]] = [
             ("VM exits", lambda d: f"{d.exits_total:,}"),
             ("emulated stores", lambda d: f"{d.counters['pf_emulate']:,}"),
             ("shadow pages zapped", lambda d: f"{d.counters['mmu_shadow_zapped']:,}"),
+            *((label, partial(_count, key)) for key, label in self.unsync_rows().items()),
             ("shadow pages in use, mean", lambda d: f"{d.pages_mean:,.1f}"),
             ("cycles, millions", lambda d: f"{d.cost.total / 1e6:,.1f}"),
             ("slow-down", lambda d: "" if d.cost.slow_down is None else f"{d.cost.slow_down:.3f}"),
@@ -182,6 +191,10 @@ class Study:
 
     def __repr__(self) -> str:
         return f"Study({self.workload!r}, {self.operations} operations, {', '.join(self.designs)})"
+
+
+def _count(name: str, design: StudyDesign) -> str:
+    return f"{design.counters[name]:,}"
 
 
 def write_csv(path: str | os.PathLike[str], rows: list[dict[str, Any]]) -> None:

@@ -21,11 +21,18 @@ DESIGN = {
     "refill": "pages that are free after that",
     "flood_threshold": "consecutive stores to a guest table that zap its shadow pages; none: never",
     "flood_reset": "true: a fault in between makes them count anew",
+    "prev_roots": "roots of earlier CR3s that a vcpu keeps (unsync)",
+    "prefetch": "entries of the group that a fault fills, a power of two, or 0 (unsync)",
+    "release": "6.1 or 6.12: what INVLPG and a sync do (unsync)",
 }
 """Settings of a shadow MMU."""
+UNSYNC = ("prev_roots", "prefetch", "release")
+"""Those that only `unsync`, and what is made of it, has; it has no flood_reset."""
 MACHINE = {
     "tlb": "entries of the modelled TLB for pages of 4096 bytes; none: no TLB",
     "memory": "guest RAM, such as 64MiB (workloads only)",
+    "vcpus": "processors of the guest (workloads only)",
+    "host_page_size": "of the host's pages under guest RAM, such as 2MiB (workloads only)",
 }
 GUEST = tuple(field.name for field in dataclasses.fields(KernelOptions) if field.name != "seed")
 """Settings of the guest kernel (workloads only)."""
@@ -44,7 +51,7 @@ class Split:
         """ConfigError for a setting of shadow MMUs that none of the designs has."""
         chosen = list(designs)
         for name in self.design:
-            if not any(isinstance(which, Shadow) and (which.keep or name == "pool") for which in chosen):
+            if not any(_has(which, name) for which in chosen):
                 names = ", ".join(which.name for which in chosen)
                 raise ConfigError(f"{name}: it is no setting of {names}; a design that has it is needed")
 
@@ -53,12 +60,21 @@ class Split:
         chosen = design(mmu)
         if not isinstance(chosen, Shadow):
             return chosen
-        changes = {"pool_pages" if name == "pool" else name: value for name, value in self.design.items()}
-        return dataclasses.replace(chosen, **changes)
+        wanted = {name: value for name, value in self.design.items() if _has(chosen, name) or not chosen.keep}
+        return dataclasses.replace(
+            chosen, **{"pool_pages" if name == "pool" else name: value for name, value in wanted.items()}
+        )
 
     @property
     def options(self) -> KernelOptions:
         return KernelOptions(**self.guest)
+
+
+def _has(which: Native | Shadow, name: str) -> bool:
+    """The design has a setting of this name."""
+    if not isinstance(which, Shadow) or (not which.keep and name != "pool"):
+        return False
+    return which.lagging if name in UNSYNC else not (which.lagging and name == "flood_reset")
 
 
 def split(settings: Mapping[str, Any], workload: Workload | None) -> Split:
@@ -81,8 +97,9 @@ def split(settings: Mapping[str, Any], workload: Workload | None) -> Split:
     for name, value in found.guest.items():
         if isinstance(getattr(KernelOptions(), name), bool) and not isinstance(value, bool):
             raise ConfigError(f"{name}: true or false is needed, not {value!r}")
-    if "memory" in found.machine:
-        parse_size(found.machine["memory"])
+    for name in ("memory", "host_page_size"):
+        if name in found.machine:
+            parse_size(found.machine[name], name)
     return found
 
 

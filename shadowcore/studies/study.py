@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .. import workload
-from ..config import Features, Native, Shadow, check_int, design
+from ..config import DEFAULT_DESIGNS, Features, Native, Shadow, check_int, design
 from ..engine.costs import Costs
 from ..engine.costs import find as find_costs
 from ..engine.machine import VM
@@ -25,9 +25,10 @@ from ..recording.guest import Recording, RecordingFile
 from . import settings
 from .results import Study, StudyDesign
 
-DEFAULT_DESIGNS = ("native", "flush", "cached")
 OPERATIONS = 1_000_000
 """Of a workload, where nothing else is said."""
+_MACHINE = ("vcpus", "host_page_size")
+"""Settings of a VM that are only shown where they are set."""
 WINDOWS = 200
 """Windows in a study, about, where nothing else is said."""
 
@@ -66,10 +67,10 @@ def study(
     operations: of a workload (None: a million), or records of a recording, at most (None: all).
     seed: of a workload (None: 0). skip_boot: replay a recording from its first user-mode access on.
     parameters, settings: of the workload (WORKLOADS[name].parameters), of the guest kernel (KernelOptions), of shadow
-        MMUs (pool, min_free, refill, flood_threshold, flood_reset), and of the machine: memory, tlb (entries for small
-        pages, a TLB, or None; a workload has the TLB of the costs unless told otherwise, a recording none, for what it
-        holds are the accesses that missed one). Settings win; they can have any name. One that nothing here uses is an
-        error.
+        MMUs (pool, min_free, refill, flood_threshold, flood_reset), and of the machine: memory, vcpus, host_page_size,
+        tlb (entries for small pages, a TLB, or None; a workload has the TLB of the costs unless told otherwise, a
+        recording none, for what it holds are the accesses that missed one). Settings win; they can have any name. One
+        that nothing here uses is an error.
     progress: called with the name of each design, gives a context manager whose value, unless None, is called with
         operations done, and all.
 
@@ -163,6 +164,7 @@ class _Job:
             self.options = self.split.options
             self.tlb = settings.tlb(self.split.machine.get("tlb", "costs"), costs.tlb)
             self.memory = self.split.machine.get("memory", source.workload.memory)
+            self.machine = {name: self.split.machine[name] for name in _MACHINE if name in self.split.machine}
         else:
             assert source.recording is not None
             user = source.recording.first_user if skip_boot else 0
@@ -216,7 +218,7 @@ class _Job:
         shown = {"costs": self.costs.name, "tlb": None if self.tlb is None else self.tlb.small_entries}
         if self.source.workload:
             shown |= {"operations": self.total, "seed": self.seed, "memory": self.memory}
-            shown |= self.parameters | {name: getattr(self.options, name) for name in self.split.guest}
+            shown |= self.machine | self.parameters | {name: getattr(self.options, name) for name in self.split.guest}
         else:
             shown |= {"start": self.start, "operations": self.total}
         shown |= self.split.design
@@ -237,7 +239,7 @@ class _Job:
         self, made: Native | Shadow, report: Callable[[int, int], None] | None, window: int
     ) -> trace.ReplayResult | workload.WorkloadResult:
         if self.source.workload:
-            vm = VM(self.memory, made, tlb=self.tlb, features=Features())
+            vm = VM(self.memory, made, tlb=self.tlb, features=Features(), **self.machine)
             return workload.run(
                 self.source.workload.name,
                 vm,
