@@ -10,7 +10,7 @@ from shadowcore.report import terminal as report
 
 
 def main() -> None:
-    console = Console(record=True, width=82, highlight=False)
+    console = Console(record=True, width=96, highlight=False)
     console.print(report.comparison(sc.study(windows=0)))
     target = Path(__file__).parent / "images" / "compare.svg"
     target.parent.mkdir(exist_ok=True)
