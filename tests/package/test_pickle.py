@@ -21,7 +21,7 @@ from shadowcore.programs.survey import Fold
 from shadowcore.recording import replay as trace
 from shadowcore.recording.guest import RecordingFile
 from shadowcore.recordings import Event, Writer
-from shadowcore.studies import explain, reproduction
+from shadowcore.studies import evolution, explain, reproduction
 
 PROTOCOLS = range(pickle.HIGHEST_PROTOCOL + 1)
 WAYS = [pytest.param(lambda made, p=p: pickle.loads(pickle.dumps(made, p)), id=f"protocol {p}") for p in PROTOCOLS]
@@ -241,6 +241,7 @@ RESULTS = {
     "Figure, Reproduction": lambda _: reproduction.Reproduction(
         sc.Costs.modern(), (reproduction.Figure("a", "b", 1.0, 2.0, 3.0, True, 4.0),), {}, {}, {}
     ),
+    "Evolution, Release": lambda _: (evolution.evolution(["idle"], 2000), evolution.RELEASES),
     "ProcessState": lambda _: process.ProcessState(*range(7), mappings=np.zeros(2, dtype=[("start", "<u8")])),
     "Entry": lambda _: [sc.pagetables.Entry(1, 0x1000, 7)],
     "settings": lambda _: (

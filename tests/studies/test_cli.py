@@ -10,10 +10,11 @@ import streams
 from commands import COMMAND, refused, run
 
 import shadowcore as sc
+from shadowcore.engine.reported import UNSYNC
 from shadowcore.recording import replay as trace
 
 IMAGE = str(streams.DATA / "linux-pagetables" / "linux_4lvl.npz")
-DEFAULT = ["native", "flush", "cached"]
+DEFAULT = ["native", "flush", "cached", "unsync"]
 
 
 @pytest.fixture(scope="module")
@@ -53,6 +54,7 @@ def test_compare_prints_a_table(recording):
         "shadow pages zapped",
         "by floods of stores, or misaligned ones",
         "recycled for room in the pool",
+        *(label for counter, label in UNSYNC.items() if counter != "prev_root_hits"),  # of which there are none so far
         "shadow pages in use, mean",
         "shadow pages in use, most",
         "entries read by the processor's walks",
@@ -61,6 +63,9 @@ def test_compare_prints_a_table(recording):
     ):
         assert sum(row in line for line in lines) == 1, row
     assert "boot: 60,000 records" in output
+    assert "Not in the cycles, as no price is published" in output
+    old = run("compare", recording, "--mmu", "flush", "--mmu", "cached")
+    assert not any(row in old for row in (*UNSYNC.values(), "no price is published"))
 
 
 def test_compare_json(recording):
@@ -74,6 +79,10 @@ def test_compare_json(recording):
             *("fill", "write", "emulate", "guest", "mmio"),
             *("cr0", "cr3", "cr4", "efer", "invlpg"),
         }
+        for field in ("unsync_made", "synced", "prefetched", "spurious"):
+            assert (design[field] > 0) == (name == "unsync")
+        assert design["prev_root_hits"] == 0
+        assert set(design["cycles_unpriced"]) == ({"synced", "prefetched"} if name == "unsync" else set())
         for field in ("emulated", "zapped", "flooded", "recycled", "pages_max", "walk_references"):
             assert isinstance(design[field], int)
         assert isinstance(design["pages_mean"], float)
@@ -96,7 +105,7 @@ def test_compare_tells_boot_from_workload(workload):
     output = run("compare", workload)
     assert "in the boot" in output
     assert "in the workload, per million" in output
-    assert "Boot ends at record 542,801" in output
+    assert "Boot ends at record 542,801" in " ".join(output.split())
     plain = json.loads(run("compare", workload, "--json", "--skip-boot"))
     for design in plain["designs"].values():
         assert design["boot"] is None

@@ -254,6 +254,7 @@ COMMANDS = {
     "audit": ("GUEST",),
     "completion": ("bash",),
     "calibration": ("--spaces", 1),
+    "evolution": ("--operations", 1),
     "reproduce": (),
 }
 

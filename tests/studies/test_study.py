@@ -38,7 +38,7 @@ def sums(design):
 
 def test_recording(short):
     study = sc.study(short, windows=7_000)
-    assert list(study.designs) == ["native", "flush", "cached"]
+    assert list(study.designs) == ["native", "flush", "cached", "unsync"]
     assert (study.workload, study.kind, study.operations, study.window) == (short.name, "recording", 60_000, 7_000)
     for name, design in study.designs.items():
         direct = trace.replay(short, name)
@@ -96,7 +96,7 @@ def test_workload(forks):
     assert forks.settings["pages"] == 64
     assert forks.settings["pool"] == 48
     assert forks.command.startswith(
-        "shadowcore compare fork-storm --mmu native --mmu flush --mmu cached --set pages=64"
+        "shadowcore compare fork-storm --mmu native --mmu flush --mmu cached --mmu unsync --set pages=64"
     )
     assert "--seed 3" in forks.command
     slow = {name: design.cost.slow_down for name, design in forks.designs.items()}
