@@ -15,7 +15,7 @@ from shadowcore.engine.memory cimport (
 )
 from shadowcore.engine.types cimport u8, u32, u64
 
-from shadowcore.config import HOST_PAGES, MemorySlot, check_bool, check_int, parse_size, taken
+from shadowcore.config import HOST_PAGES as _HOST_PAGES, MemorySlot, check_bool, check_int, parse_size, taken
 from shadowcore.errors import ConfigError, EngineError
 
 
@@ -153,7 +153,7 @@ cdef class Memory:
             self.mem.slots[i].base_gfn = slot.gpa >> 12
             self.mem.slots[i].npages = slot.size >> 12
             self.mem.slots[i].frame = frame
-            self.mem.slots[i].host_level = HOST_PAGES.index(slot.host_page_size) + 1
+            self.mem.slots[i].host_level = _HOST_PAGES.index(slot.host_page_size) + 1
             frame += <u64>(slot.size >> 12)
         self.mem.low_frames = 0 if slots[0].gpa else slots[0].size >> 12
         for i, slot in enumerate(slots):
