@@ -10,7 +10,7 @@ from shadowcore.engine.design cimport design_enter, design_exit, design_invlpg
 from shadowcore.engine.designs.native cimport store_seen
 from shadowcore.engine.emulate cimport emulate_store, walk_updated
 from shadowcore.engine.flushes cimport FLUSH_INVLPG, flush_lost
-from shadowcore.engine.invalidate cimport invalidate_fault
+from shadowcore.engine.invalidate cimport inject_fault
 from shadowcore.engine.memory cimport mem_frame, mem_gfn, mem_guest_frame, mem_mark_dirty, sc_no_frame
 from shadowcore.engine.fast cimport NO_EXIT, fault_fast
 from shadowcore.engine.pool cimport pool_unprotect
@@ -153,7 +153,9 @@ cdef int _ask_embedder(sc_mmu *mmu, sc_vcpu *v, const sc_op *o, u32 access, sc_p
     cdef int i, answer
     cdef int rc = RC_OK
     cdef int refusals = 0
+    cdef bint again
     while rc == RC_OK:
+        again = False
         for i in range(n):
             if not parts[i].emulate:
                 continue
@@ -164,26 +166,21 @@ cdef int _ask_embedder(sc_mmu *mmu, sc_vcpu *v, const sc_op *o, u32 access, sc_p
                 return RC_HOOK
             if (answer and mmu.design.run_again != NULL and parts[i].table and not _writes_tables(v, o)
                     and refusals < 2 * n):
-                answer = not mmu.design.run_again(mmu, v, parts[i].va, parts[i].gpa)
-                if not answer:
-                    if v.restarts:
-                        return RC_RETRY
-                    refusals += 1
-                    rc = _resolve(mmu, v, access, parts, n, r)
-                    answer = -1
-                    break
-            if answer == 0:
+                again = mmu.design.run_again(mmu, v, parts[i].va, parts[i].gpa)
+            if again or answer == 0:
                 break
         else:
             return RC_OK
-        if answer < 0:
-            continue
-        if not parts[i].table:
-            return RC_UNGRANTED
         refusals += 1
-        pool_unprotect(mmu, parts[i].gpa >> 12)
-        if _is_table(mmu, parts[i].gpa) or refusals > 2 * n:
-            return RC_UNHANDLED
+        if again:                   # natively
+            if v.restarts:
+                return RC_RETRY
+        else:
+            if not parts[i].table:
+                return RC_UNGRANTED
+            pool_unprotect(mmu, parts[i].gpa >> 12)
+            if _is_table(mmu, parts[i].gpa) or refusals > 2 * n:
+                return RC_UNHANDLED
         rc = _resolve(mmu, v, access, parts, n, r)
     return rc
 
@@ -200,10 +197,8 @@ cdef int _emulate_whole(sc_mmu *mmu, sc_vcpu *v, const sc_op *o, u32 access, sc_
     now[1] = o.value[1]
     for i in range(2):
         if guest_walk(mmu.mem, &v.guest, parts[i].va, access, &w) == RC_PF:
-            v.cr2 = parts[i].va
-            mmu.stats.pf_guest += 1
             r.error_code = w.error_code
-            invalidate_fault(mmu, v, parts[i].va, w.error_code)
+            inject_fault(mmu, v, parts[i].va, w.error_code)
             return RC_PF
         mmu.stats.guest_walk_references += w.references
         walk_updated(mmu, v, &w)

@@ -14,3 +14,10 @@ cdef void invalidate_fault(sc_mmu *mmu, sc_vcpu *v, u64 va, u32 code) noexcept n
         pcid = TLB_ANY_PCID         # no entry may outlive the leaf that it was made of
     if v.tlb != NULL:
         tlb_flush_fault(v.tlb, va, pcid, flush_lost(mmu, FLUSH_FAULT))
+
+
+cdef void inject_fault(sc_mmu *mmu, sc_vcpu *v, u64 va, u32 code) noexcept nogil:
+    """The guest gets a page fault at `va`: CR2, its count, and what it makes the caches forget."""
+    v.cr2 = va
+    mmu.stats.pf_guest += 1
+    invalidate_fault(mmu, v, va, code)

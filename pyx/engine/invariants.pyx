@@ -24,10 +24,10 @@ from shadowcore.engine.invariants cimport (
     S_LEAF, S_LEVEL, S_LINK, S_LIST, S_NONGLOBAL, S_NO_LARGE, S_PARENT_FOREIGN, S_PARENT_MISSING, S_RIGHTS,
     S_RMAP_FOREIGN, S_RMAP_MISSING, S_ROOT, S_ROOTS, S_SHADOWED, S_SLOTS, S_SPTES, S_SUM, S_TABLE, S_TLB_LOG,
     S_TLB_SHADOW, S_TLB_STALE, S_TLB_TABLE, S_TWICE, S_UNPROTECTED, S_USED, SC_MAX_FINDINGS, audit_head_tells,
-    audit_listed, audit_report, audit_stopped, sc_audit, sc_finding,
+    audit_listed, audit_report, audit_stopped, entry_gpte, sc_audit, sc_finding,
 )
 from shadowcore.engine.memory cimport (
-    SC_RUNNING, SC_WRITTEN, mem_frame, mem_frame_hpa, mem_gfn, mem_guest_frame, mem_leaf_frame, mem_pool_hpa,
+    SC_RUNNING, SC_WRITTEN, mem_frame, mem_frame_hpa, mem_gfn, mem_leaf_frame, mem_pool_hpa,
     mem_pool_page, mem_slot, mem_unlogged, sc_no_frame,
 )
 from shadowcore.engine.page cimport sc_page
@@ -43,7 +43,7 @@ from shadowcore.engine.spte cimport nonleaf_spte, spte_is_writable
 from shadowcore.engine.state cimport REQUEST_OBSOLETE, memo_drop, page_is_dying, sc_mmu, sc_vcpu
 from shadowcore.engine.tlb cimport TLB_SIZES, sc_tlb, sc_tlb_entry, tlb_overdue, tlb_valid
 from shadowcore.engine.types cimport (
-    ACC_ALL, ACC_U, ACC_W, MODE_32, MODE_64, MODE_LA57, MODE_OFF, RC_AUDIT, RC_OK, SC_NONE, u8, u32, u64,
+    ACC_ALL, ACC_U, ACC_W, MODE_32, MODE_64, MODE_LA57, MODE_OFF, RC_AUDIT, RC_OK, SC_NONE, u32, u64,
 )
 
 cdef enum:
@@ -131,19 +131,6 @@ cdef tuple audit_violations(const sc_audit *a):
     return tuple(found)
 
 
-cdef inline u64 _gpte(const sc_mmu *mmu, const sc_page *page, u32 index) noexcept nogil:
-    """The guest entry from which entry `index` of a page that is not direct was made."""
-    cdef u8 *table = mem_guest_frame(mmu.mem, page.gfn << 12)
-    cdef u32 quadrant = role_field(page.role, ROLE_QUADRANT, 3)
-    if table == NULL:
-        return 0
-    if role_pte_size(page.role) == 8:
-        return (<u64 *>table)[index]
-    if role_level(page.role) == 1:
-        return (<u32 *>table)[(quadrant & 1) * 512 + index]
-    return (<u32 *>table)[quadrant * 256 + index // 2]
-
-
 cdef void _check_leaf(sc_mmu *mmu, u32 number, u32 index, sc_audit *a) noexcept nogil:
     """I1, a leaf: it maps the frame its gpte names, with rights no wider than the guest's, and W only if the gpte is
     dirty; a leaf that is W and not U may stand for a supervisor store under CR0.WP = 0."""
@@ -160,7 +147,7 @@ cdef void _check_leaf(sc_mmu *mmu, u32 number, u32 index, sc_audit *a) noexcept 
     if role_direct(page.role):
         named = page.gfn + index + (512 * role_field(page.role, ROLE_QUADRANT, 1) if mode == MODE_32 else 0)
     else:
-        gpte = _gpte(mmu, page, index)
+        gpte = entry_gpte(mmu, page, index)
         if not gpte & PTE_P:
             audit_report(a, 1, S_ABSENT, number, index, page.gfn)
             return
@@ -198,7 +185,7 @@ cdef void _check_link(sc_mmu *mmu, u32 number, u32 index, sc_audit *a) noexcept 
     if role_direct(page.role) or target >= mmu.pool_pages:
         return                      # the latter is a matter of I4
     child = &mmu.pages[target]
-    gpte = _gpte(mmu, page, index)
+    gpte = entry_gpte(mmu, page, index)
     if not gpte & PTE_P:
         audit_report(a, 1, S_ABSENT, number, index, page.gfn)
         return

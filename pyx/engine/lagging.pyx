@@ -9,41 +9,28 @@ from shadowcore.engine.features cimport FEAT_PKU
 from shadowcore.engine.invariants cimport (
     S_ABSENT, S_CLEAN, S_DEVICE, S_FRAME, S_GAUGE, S_HEAD, S_LAGS, S_LEAF, S_LEAF_FOREIGN, S_LEAF_MISSING,
     S_MAPPED, S_MARKS, S_MARK_MISSING, S_PREVIOUS, S_RIGHTS, S_RMAP_MISSING, S_TABLE, S_UNPROTECTED, S_UNSYNC,
-    audit_head_tells, audit_listed, audit_protected, audit_report, audit_stopped, sc_audit,
+    audit_head_tells, audit_listed, audit_protected, audit_report, audit_stopped, entry_gpte, sc_audit,
 )
 from shadowcore.engine.lagging cimport LAGGING_SYNCED
 from shadowcore.engine.memory cimport (
-    mem_frame, mem_gfn, mem_guest_frame, mem_leaf_frame, mem_pool_page, sc_no_frame,
+    mem_frame, mem_gfn, mem_leaf_frame, mem_pool_page, sc_no_frame,
 )
 from shadowcore.engine.page cimport sc_page
 from shadowcore.engine.quirks cimport QUIRK_ROLE_WITHOUT_NXE
 from shadowcore.engine.rmap cimport list_first, list_next
 from shadowcore.engine.role cimport (
-    ROLE_GLEVELS, ROLE_INVALID, ROLE_PKEY, ROLE_PSE, ROLE_QUADRANT, ROLE_WP0, role_access, role_direct, role_field,
+    ROLE_GLEVELS, ROLE_INVALID, ROLE_PKEY, ROLE_PSE, ROLE_WP0, role_access, role_direct, role_field,
     role_level, role_pte_size,
 )
 from shadowcore.engine.spte cimport spte_is_writable
 from shadowcore.engine.state cimport REQUEST_OBSOLETE, SC_MAX_PREV, page_is_dying, sc_mmu, sc_prev, sc_vcpu
 from shadowcore.engine.sync cimport device_rights, direct_page_gfn
-from shadowcore.engine.types cimport ACC_U, ACC_W, MODE_32, MODE_64, SC_NONE, u8, u32, u64
+from shadowcore.engine.types cimport ACC_U, ACC_W, MODE_32, MODE_64, SC_NONE, u32, u64
 
 
 cdef inline bint _is_leaf(u64 value, int level) noexcept nogil:
     """A present entry of a page of `level` maps memory; above level 3 none does (I4)."""
     return value & PTE_P and (level == 1 or (value & PTE_PS and level <= 3))
-
-
-cdef inline u64 _gpte(const sc_mmu *mmu, const sc_page *page, u32 index) noexcept nogil:
-    """The guest's entry behind entry `index` of a page that is not direct."""
-    cdef u8 *table = mem_guest_frame(mmu.mem, page.gfn << 12)
-    cdef u32 quadrant = role_field(page.role, ROLE_QUADRANT, 3)
-    if table == NULL:
-        return 0
-    if role_pte_size(page.role) == 8:
-        return (<u64 *>table)[index]
-    if role_level(page.role) == 1:
-        return (<u32 *>table)[(quadrant & 1) * 512 + index]
-    return (<u32 *>table)[quadrant * 256 + index // 2]
 
 
 cdef inline bint _has_keys(const sc_mmu *mmu, const sc_page *page) noexcept nogil:
@@ -89,7 +76,7 @@ cdef void _check_leaf(sc_mmu *mmu, u32 number, u32 index, sc_audit *a) noexcept 
     if role_direct(page.role):
         named = direct_page_gfn(mmu, number * 512 + index)
     else:
-        gpte = _gpte(mmu, page, index)
+        gpte = entry_gpte(mmu, page, index)
         if not gpte & PTE_P:
             audit_report(a, 1, S_ABSENT, number, index, page.gfn)
             return
@@ -119,7 +106,7 @@ cdef void _check_device(sc_mmu *mmu, u32 number, u32 index, sc_audit *a) noexcep
     if role_direct(page.role):
         fits = fits and direct_page_gfn(mmu, number * 512 + index) == gfn
     else:
-        gpte = _gpte(mmu, page, index)
+        gpte = entry_gpte(mmu, page, index)
         allowed &= pte_rights(gpte)
         if not gpte & PTE_D:
             allowed &= ~<u32>ACC_W
@@ -145,7 +132,7 @@ cdef void _check_link(sc_mmu *mmu, u32 number, u32 index, sc_audit *a) noexcept 
     if role_direct(page.role):
         named = direct_page_gfn(mmu, number * 512 + index)
     else:
-        gpte = _gpte(mmu, page, index)
+        gpte = entry_gpte(mmu, page, index)
         if not gpte & PTE_P:
             audit_report(a, 1, S_ABSENT, number, index, page.gfn)
             return
@@ -209,7 +196,7 @@ cdef void check_synced_protection(sc_mmu *mmu, sc_audit *a) noexcept nogil:
             continue
         for index in range(512):
             value = mmu.table[number * 512 + index]
-            if not _is_leaf(value, level) or not (spte_is_writable(value) or value >> SPTE_MMU_W & 1):
+            if not _is_leaf(value, level) or not (spte_is_writable(value) or value & SPTE_MMU_W):
                 continue
             frame = mem_leaf_frame(mmu.mem, value)
             n = <u64>1 << 9 * (level - 1)

@@ -2,7 +2,7 @@
 from shadowcore.engine.bits cimport CR4_PGE, PTE_D, PTE_G
 from shadowcore.engine.design cimport design_enter
 from shadowcore.engine.fault cimport page_fault
-from shadowcore.engine.invalidate cimport invalidate_fault
+from shadowcore.engine.invalidate cimport inject_fault
 from shadowcore.engine.memory cimport mem_frame, mem_gfn, sc_no_frame
 from shadowcore.engine.roots cimport root_slots
 from shadowcore.engine.state cimport sc_mmu, sc_vcpu, vcpu_pcid
@@ -69,9 +69,7 @@ cdef int resolve(sc_mmu *mmu, sc_vcpu *v, u64 va, u32 access, sc_walk *w) noexce
         rc = guest_walk(mmu.mem, &v.guest, va, access, w)
         mmu.stats.walk_references += w.references
         if rc == RC_PF:
-            v.cr2 = va
-            mmu.stats.pf_guest += 1
-            invalidate_fault(mmu, v, va, w.error_code)
+            inject_fault(mmu, v, va, w.error_code)
         elif mem_frame(mmu.mem, w.gpa >> 12) == sc_no_frame():
             rc = RC_MMIO
         elif v.tlb != NULL and v.guest.mode != MODE_OFF:

@@ -19,14 +19,14 @@ cdef u32 list_length(const sc_mmu *mmu, u32 head) noexcept nogil:
 
 cdef bint _protect_listed(sc_mmu *mmu, u32 head, u64 frame) noexcept nogil:
     """Take W from every leaf of a list that has others too; True if one had it."""
-    cdef u64 protected = <u64>PTE_W | <u64>1 << SPTE_MMU_W
+    cdef u64 protected = PTE_W | SPTE_MMU_W
     cdef u32 member = list_first(head)
     cdef bint flush = False
     cdef u64 value
     while member:
         value = mmu.table[member - 1]
         if value & protected:
-            flush |= value >> SPTE_MMU_W & 1
+            flush |= value & SPTE_MMU_W != 0
             mmu.table[member - 1] = value & ~protected
             mmu.stats.rmap_protected += 1
             memo_drop(mmu)

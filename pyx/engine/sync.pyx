@@ -15,11 +15,11 @@ from shadowcore.engine.marks cimport (
 from shadowcore.engine.memory cimport (
     mem_frame, mem_gfn, mem_guest_frame, mem_leaf_frame, mem_mark_dirty, mem_pool_page, mem_slot, sc_no_frame,
 )
-from shadowcore.engine.pool cimport hash_bucket
+from shadowcore.engine.pool cimport hash_bucket, shadows
 from shadowcore.engine.record cimport RECORD_DEVICE, RECORD_LEAF, RECORD_UNSYNC, record, record_page
 from shadowcore.engine.rmap cimport list_add, list_length, list_remove, rmap_log, rmap_write_protect
 from shadowcore.engine.role cimport (
-    ROLE_PKEY, ROLE_QUADRANT, role_access, role_direct, role_field, role_invalid, role_level, role_pte_size,
+    ROLE_PKEY, ROLE_QUADRANT, role_access, role_direct, role_field, role_level, role_pte_size,
 )
 from shadowcore.engine.spte cimport leaf_guest_rights, spte_is_writable, spte_put, spte_wipe
 from shadowcore.engine.state cimport memo_drop, sc_mmu, sc_vcpu
@@ -32,10 +32,6 @@ cdef enum:
     GENERATIONS = 0x7FF             # that an entry can tell apart
 
 
-cdef inline u64 _mmu_w() noexcept nogil:
-    return <u64>1 << SPTE_MMU_W
-
-
 cdef bint is_tracked(const sc_mmu *mmu, u64 gfn) noexcept nogil:
     """The frame is a guest table above the leaves that has a shadow: stores to it are emulated."""
     cdef u64 frame = mem_frame(mmu.mem, gfn)
@@ -44,8 +40,7 @@ cdef bint is_tracked(const sc_mmu *mmu, u64 gfn) noexcept nogil:
         return False
     number = mmu.hash[hash_bucket(mmu, gfn)]
     while number != SC_NONE:
-        if (mmu.pages[number].gfn == gfn and not role_direct(mmu.pages[number].role)
-                and not role_invalid(mmu.pages[number].role) and role_level(mmu.pages[number].role) > 1):
+        if shadows(mmu, number, gfn) and role_level(mmu.pages[number].role) > 1:
             return True
         number = mmu.pages[number].hash_next
     return False
@@ -60,8 +55,7 @@ cdef bint _let_go(sc_mmu *mmu, u64 gfn, u64 frame, bint can_unsync, bint prefetc
         return False
     number = mmu.hash[hash_bucket(mmu, gfn)]
     while number != SC_NONE:
-        if (mmu.pages[number].gfn == gfn and not role_direct(mmu.pages[number].role)
-                and not role_invalid(mmu.pages[number].role)):
+        if shadows(mmu, number, gfn):
             if not can_unsync:
                 return False
             if not mmu.pages[number].unsync:
@@ -104,7 +98,7 @@ cdef u64 _make(sc_mmu *mmu, const sc_vcpu *v, int level, u64 gfn, u64 frame, u32
             return value
         value |= PTE_D
         mem_mark_dirty(mmu.mem, gfn)
-    return value | PTE_W | _mmu_w()
+    return value | PTE_W | SPTE_MMU_W
 
 
 cdef bint _replace(sc_mmu *mmu, u32 spte, u64 value) noexcept nogil:
@@ -112,7 +106,7 @@ cdef bint _replace(sc_mmu *mmu, u32 spte, u64 value) noexcept nogil:
     cdef u64 old = mmu.table[spte]
     mmu.table[spte] = value
     memo_drop(mmu)
-    return (old & _mmu_w() and not value & PTE_W) or old & ~value & (PTE_A | PTE_D)
+    return (old & SPTE_MMU_W and not value & PTE_W) or old & ~value & (PTE_A | PTE_D)
 
 
 cdef void _fill_large(sc_mmu *mmu, u32 spte, int level, u64 value) noexcept nogil:
@@ -389,15 +383,13 @@ cdef int _entry_sync(sc_mmu *mmu, const sc_vcpu *v, u32 spte, u64 gpte) noexcept
 cdef void leaf_refetch(sc_mmu *mmu, const sc_vcpu *v, u32 spte) noexcept nogil:
     """INVLPG of an entry of an unsync page: it is dropped, and made again at once if the guest's entry serves; or
     (6.12) brought in line if it is there."""
-    cdef bint there
+    cdef bint there, present
     cdef u64 gpte
     if mmu.rewrites:
-        if mmu.table[spte]:
-            if mmu.table[spte] & PTE_P:
-                leaf_drop(mmu, spte)
-                request_flush(mmu, FLUSH_LEAF)
-            else:
-                leaf_drop(mmu, spte)
+        present = mmu.table[spte] & PTE_P
+        leaf_drop(mmu, spte)
+        if present:
+            request_flush(mmu, FLUSH_LEAF)
         _prefetch(mmu, v, spte, False)
         return
     if mmu.table[spte]:
@@ -437,8 +429,8 @@ cdef int page_sync(sc_mmu *mmu, const sc_vcpu *v, u32 page) noexcept nogil:
                     value = leaf_bits(mmu, v, frame, rights, pte_pkey(gpte))
                     if mmu.rewrites or leaf_guest_rights(old) != rights or (old ^ value) & _keys():
                         if rights & ACC_W:
-                            value |= PTE_W | _mmu_w()
-                        flush |= (old & ~value & (PTE_A | PTE_D)) | (old & _mmu_w() if not value & PTE_W else 0)
+                            value |= PTE_W | SPTE_MMU_W
+                        flush |= (old & ~value & (PTE_A | PTE_D)) | (old & SPTE_MMU_W if not value & PTE_W else 0)
                         sptes[i] = value
                 else:
                     flush |= <u64>_entry_sync(mmu, v, page * 512 + i, gpte)

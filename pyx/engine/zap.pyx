@@ -5,7 +5,7 @@ from shadowcore.engine.hooks cimport EVENT_ZAP, event
 from shadowcore.engine.marks cimport marks_clear, marks_first, marks_next, marks_walk, sc_unsync, sc_unsync_at
 from shadowcore.engine.memory cimport mem_frame, mem_leaf_frame, mem_pool_page, sc_no_frame
 from shadowcore.engine.page cimport sc_page
-from shadowcore.engine.pool cimport active_remove, count_shadowing, hash_bucket, hash_remove
+from shadowcore.engine.pool cimport active_remove, count_shadowing, hash_bucket, hash_remove, shadows
 from shadowcore.engine.record cimport RECORD_SYNCED, RECORD_ZAPPED, record_page
 from shadowcore.engine.rmap cimport list_first, list_remove
 from shadowcore.engine.role cimport ROLE_INVALID, role_direct, role_invalid, role_level
@@ -62,11 +62,15 @@ cdef void page_left_sync(sc_mmu *mmu, u32 page) noexcept nogil:
     mmu.stats.mmu_unsync -= 1
 
 
-cdef void _allow_large(sc_mmu *mmu, u64 gfn) noexcept nogil:
-    cdef u64 frame = mem_frame(mmu.mem, gfn)
-    if frame != sc_no_frame() and mmu.host_level > 1:
-        mmu.no_large[0][frame >> 9] -= 1
-        mmu.no_large[1][frame >> 18] -= 1
+cdef void count_no_large(sc_mmu *mmu, const sc_page *page, int change) noexcept nogil:
+    """A page that shadows a guest table comes (1) or goes (-1): no large leaf covers the table."""
+    cdef u64 frame
+    if role_direct(page.role) or mmu.host_level <= 1:
+        return
+    frame = mem_frame(mmu.mem, page.gfn)
+    if frame != sc_no_frame():
+        mmu.no_large[0][frame >> 9] += change
+        mmu.no_large[1][frame >> 18] += change
 
 
 cdef u32 zap_prepare(sc_mmu *mmu, u32 number, bint *others) noexcept nogil:
@@ -98,8 +102,7 @@ cdef u32 zap_prepare(sc_mmu *mmu, u32 number, bint *others) noexcept nogil:
     if zapped:
         others[0] = True
     if not role_invalid(page.role):
-        if not role_direct(page.role):
-            _allow_large(mmu, page.gfn)
+        count_no_large(mmu, page, -1)
         count_shadowing(mmu, page, -1)
         active_remove(mmu, number)
         page.active = False
@@ -159,8 +162,7 @@ cdef bint zap_gfn(sc_mmu *mmu, u64 gfn) noexcept nogil:
     cdef bint ignored = False
     cdef bint found = False
     while number != SC_NONE:
-        if (mmu.pages[number].gfn == gfn and not role_direct(mmu.pages[number].role)
-                and not role_invalid(mmu.pages[number].role)):
+        if shadows(mmu, number, gfn):
             zap_prepare(mmu, number, &ignored)
             found = True
         number = mmu.pages[number].hash_next

@@ -11,7 +11,7 @@ cdef enum:
     PTE_G = 1 << 8                  # global (leaf only)
     # Software bits of an spte; the processor ignores bits 9 to 11.
     SPTE_MARK = 1 << 9              # level 2: the child stands for a large gpte; level 1, not present: device frame
-    SPTE_MMU_W = 9                  # number of that bit in a leaf (unsync): W is given, or only a dirty log took it
+    SPTE_MMU_W = 1 << 9             # the same bit of a present leaf (unsync): W is given, or only a dirty log took it
     SPTE_GUEST_W = 1 << 10          # the guest's tables allow writes; bit 1 says what is granted now
     SPTE_GUEST_U = 1 << 11          # the guest's tables allow user access; bit 2 says what is granted now
     SPTE_GENERATION = 52            # not present, device: first of 11 bits, the generation of the memory slots

@@ -1,7 +1,10 @@
 """The invariants of the MMU, a checker each; and what checkers have in common."""
+from shadowcore.engine.memory cimport mem_guest_frame
+from shadowcore.engine.page cimport sc_page
 from shadowcore.engine.rmap cimport LIST_MANY, list_first
+from shadowcore.engine.role cimport ROLE_QUADRANT, role_field, role_level, role_pte_size
 from shadowcore.engine.state cimport sc_mmu
-from shadowcore.engine.types cimport u32, u64
+from shadowcore.engine.types cimport u8, u32, u64
 from shadowcore.engine.watch cimport watch_due, watch_look
 
 cdef enum:
@@ -75,6 +78,18 @@ cdef tuple audit_violations(const sc_audit *a)
 cdef bint audit_protected(const sc_mmu *mmu, u64 frame) noexcept nogil
 
 # Of checkers. Whatever is in the arrays, they stay within them and end.
+
+cdef inline u64 entry_gpte(const sc_mmu *mmu, const sc_page *page, u32 index) noexcept nogil:
+    """The guest entry from which entry `index` of a page that is not direct was made."""
+    cdef u8 *table = mem_guest_frame(mmu.mem, page.gfn << 12)
+    cdef u32 quadrant = role_field(page.role, ROLE_QUADRANT, 3)
+    if table == NULL:
+        return 0
+    if role_pte_size(page.role) == 8:
+        return (<u64 *>table)[index]
+    if role_level(page.role) == 1:
+        return (<u32 *>table)[(quadrant & 1) * 512 + index]
+    return (<u32 *>table)[quadrant * 256 + index // 2]
 
 cdef inline bint audit_stopped(sc_mmu *mmu, u32 page) noexcept nogil:
     """Asked at every page: the handler of a signal has raised, and nobody wants to know the rest."""

@@ -1,7 +1,7 @@
 """Shadow pages: found by (gfn, role), taken from the pool, zapped, recycled."""
 from shadowcore.engine.memory cimport mem_frame, sc_no_frame
 from shadowcore.engine.page cimport sc_page
-from shadowcore.engine.role cimport role_direct, role_pte_size
+from shadowcore.engine.role cimport role_direct, role_invalid, role_pte_size
 from shadowcore.engine.state cimport sc_mmu
 from shadowcore.engine.types cimport SC_NONE, u32, u64
 
@@ -39,6 +39,11 @@ cdef inline u32 pool_find(const sc_mmu *mmu, u64 gfn, u32 role) noexcept nogil:
             return number
         number = mmu.pages[number].hash_next
     return SC_NONE
+
+cdef inline bint shadows(const sc_mmu *mmu, u32 number, u64 gfn) noexcept nogil:
+    """A page of the bucket of `gfn` is one of the guest table there, and not zapped."""
+    cdef const sc_page *page = &mmu.pages[number]
+    return page.gfn == gfn and not role_direct(page.role) and not role_invalid(page.role)
 
 cdef inline void count_shadowing(sc_mmu *mmu, const sc_page *page, int change) noexcept nogil:
     """Keep the per-frame and per-format counts of pages that shadow a guest table."""

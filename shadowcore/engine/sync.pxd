@@ -31,7 +31,7 @@ cdef inline u64 leaf_bits(const sc_mmu *mmu, const sc_vcpu *v, u64 frame, u32 ri
 
 cdef inline u64 leaf_writable() noexcept nogil:
     """What a leaf has beside, if it may be written."""
-    return PTE_W | PTE_D | <u64>1 << SPTE_MMU_W
+    return PTE_W | PTE_D | SPTE_MMU_W
 
 cdef inline void leaf_fill(sc_mmu *mmu, u32 spte, u64 frame, u64 value) noexcept nogil:
     """A leaf of level 1 for an entry that is 0."""

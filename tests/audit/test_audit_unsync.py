@@ -1,6 +1,5 @@
 """Each invariant of design `unsync` broken by hand (`broken_unsync`), and streams in which none is ever broken."""
 
-import json
 import pathlib
 
 import broken
@@ -8,7 +7,7 @@ import broken_unsync
 import numpy as np
 import pytest
 from guest2007 import MODES, PAGE, TABLES, USER, Guest
-from kvm_streams import POKE, Replay, load
+from kvm_streams import POKE, replay
 
 import shadowcore as sc
 
@@ -40,18 +39,6 @@ def test_what_was_broken_is_not_used(mode):
         break_it(guest)
         with pytest.raises(sc.AuditError):
             guest.cpu.read(USER)
-
-
-def replay(path, **settings):
-    """A stream on its machine; with the recording of 6.1 for a base where the file only says how it differs."""
-    base = None
-    if path.parent.name == "kvm-6.12":
-        base = DATA / "kvm-6.1" / path.name
-    elif path.parent.name == "kvm-6.1-more":
-        with np.load(path) as z:
-            named = json.loads(str(z["info"])).get("base")
-        base = named and DATA / "kvm-6.1" / f"{named}.npz"
-    return Replay(load(path, base), "kvm-6.12" if path.parent.name == "kvm-6.12" else "kvm-6.1", **settings)
 
 
 def clean(made, every):

@@ -113,6 +113,18 @@ def load(path, base=None):
     return given | own
 
 
+def replay(path, **settings):
+    """A stream of tests/data on its machine; of a file that tells only differences, on top of the file it names."""
+    base = None
+    if path.parent.name == "kvm-6.12":
+        base = path.parents[1] / "kvm-6.1" / path.name
+    elif path.parent.name == "kvm-6.1-more":
+        with np.load(path) as z:
+            named = json.loads(str(z["info"])).get("base")
+        base = named and path.parents[1] / "kvm-6.1" / f"{named}.npz"
+    return Replay(load(path, base), "kvm-6.12" if path.parent.name == "kvm-6.12" else "kvm-6.1", **settings)
+
+
 class Replay:
     """One stream on one machine. `step` makes the next operation and compares it; `check` compares a checkpoint."""
 

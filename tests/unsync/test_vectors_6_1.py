@@ -1,11 +1,10 @@
 """Design `unsync` with the settings of Linux 6.1 and 6.12 is that KVM: every field of the golden vectors."""
 
-import json
 import pathlib
 
 import numpy as np
 import pytest
-from kvm_streams import MODE, POKE, Replay, load
+from kvm_streams import MODE, POKE, replay
 
 DATA = pathlib.Path(__file__).parents[1] / "data"
 FILES = (
@@ -37,17 +36,6 @@ CLOSELY = (
     "smp_32",
     "giant",
 )
-
-
-def replay(path):
-    base = None
-    if path.parent.name == "kvm-6.12":
-        base = DATA / "kvm-6.1" / path.name
-    elif path.parent.name == "kvm-6.1-more":
-        with np.load(path) as z:
-            named = json.loads(str(z["info"])).get("base")
-        base = named and DATA / "kvm-6.1" / f"{named}.npz"
-    return Replay(load(path, base), "kvm-6.12" if path.parent.name == "kvm-6.12" else "kvm-6.1")
 
 
 def closely(path):

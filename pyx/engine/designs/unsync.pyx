@@ -18,13 +18,13 @@ from shadowcore.engine.emulate cimport walk_updated
 from shadowcore.engine.features cimport FEAT_PKU
 from shadowcore.engine.flushes cimport FLUSH_LEAF, FLUSH_LINK, request_flush
 from shadowcore.engine.hooks cimport POINT_POST_SYNC, POINT_PRE_SYNC, audit_point, count_exit
-from shadowcore.engine.invalidate cimport invalidate_fault
+from shadowcore.engine.invalidate cimport inject_fault
 from shadowcore.engine.lagging cimport LAGGING, lagging_audit
 from shadowcore.engine.marks cimport marks_set
 from shadowcore.engine.memory cimport (
     SC_POOL_HFN, mem_frame, mem_guest_frame, mem_pool_hpa, mem_pool_page, sc_no_frame,
 )
-from shadowcore.engine.pool cimport hash_bucket, pool_take
+from shadowcore.engine.pool cimport hash_bucket, pool_take, shadows
 from shadowcore.engine.quirks cimport (
     LAGGING_LEAVES, QUIRK_DEVICE_UNASKED, QUIRK_FAULT_KEEPS_LEAF, QUIRK_ROLE_WITHOUT_NXE, QUIRK_STORE_ROUNDED,
     QUIRK_TAGGED_CR3_LAGS, QUIRK_WP0_HIDES_USER,
@@ -37,6 +37,7 @@ from shadowcore.engine.role cimport (
     ROLE_ACCESS, ROLE_DIRECT, ROLE_GLEVELS, ROLE_LEVEL, ROLE_NXE, ROLE_PKEY, ROLE_PSE, ROLE_QUADRANT, ROLE_SMAP,
     ROLE_SMEP, ROLE_WP0, role_direct, role_field, role_invalid, role_level, role_pte_size,
 )
+from shadowcore.engine.roots cimport root_slots
 from shadowcore.engine.spte cimport spte_link
 from shadowcore.engine.state cimport (
     REQUEST_CURRENT, REQUEST_FLUSH, REQUEST_GUEST, REQUEST_OBSOLETE, REQUEST_ROOTS, REQUEST_SYNC,
@@ -55,7 +56,7 @@ from shadowcore.engine.walker cimport (
     guest_walk, paging_refused, paging_reserved, rights_fault, sc_paging, sc_walk, walk_above, walk_index,
 )
 from shadowcore.engine.zap cimport (
-    entry_zap, leaf_drop, root_let_go, zap_all, zap_commit, zap_gfn, zap_oldest, zap_prepare,
+    count_no_large, entry_zap, leaf_drop, root_let_go, zap_all, zap_commit, zap_gfn, zap_oldest, zap_prepare,
 )
 
 
@@ -96,7 +97,6 @@ cdef u32 _page(sc_mmu *mmu, const sc_vcpu *v, u64 gfn, u32 role) noexcept nogil:
     """The page of (gfn, role), found or made; SC_NONE when none is free. One that is unsync is synced in passing, and
     stays unsync. A table that is to be shadowed above the leaves cannot be unsync as a leaf table."""
     cdef u32 number = mmu.hash[hash_bucket(mmu, gfn)]
-    cdef u64 frame
     cdef bint ignored = False
     cdef int synced
     while number != SC_NONE:
@@ -126,11 +126,7 @@ cdef u32 _page(sc_mmu *mmu, const sc_vcpu *v, u64 gfn, u32 role) noexcept nogil:
         return number
     number = pool_take(mmu, gfn, role)
     if number != SC_NONE:
-        if not role_direct(role) and mmu.host_level > 1:
-            frame = mem_frame(mmu.mem, gfn)
-            if frame != sc_no_frame():
-                mmu.no_large[0][frame >> 9] += 1
-                mmu.no_large[1][frame >> 18] += 1
+        count_no_large(mmu, &mmu.pages[number], 1)
         record_page(mmu, RECORD_MADE, number)
     return number
 
@@ -200,22 +196,22 @@ cdef void _sync_roots(sc_mmu *mmu, sc_vcpu *v) noexcept nogil:
     audit_point(mmu, POINT_POST_SYNC)
 
 
-cdef u64 _root_gfn(const sc_vcpu *v, int slot, bint *wanted) noexcept nogil:
-    wanted[0] = True
-    if v.guest.mode == MODE_OFF:
-        return <u64>slot << 18
+cdef bint _root_of(const sc_mmu *mmu, const sc_vcpu *v, int slot, u64 *gfn, bint *direct) noexcept nogil:
+    """The guest's root table, in PAE format a directory; with paging off a GiB."""
+    direct[0] = v.guest.mode == MODE_OFF
     if v.guest.mode == MODE_PAE:
-        wanted[0] = v.guest.pdpte[slot] & PTE_P
-        return (v.guest.pdpte[slot] & pte_addr()) >> 12
-    return v.guest.root >> 12
+        gfn[0] = (v.guest.pdpte[slot] & pte_addr()) >> 12
+        return v.guest.pdpte[slot] & PTE_P
+    gfn[0] = <u64>slot << 18 if direct[0] else v.guest.root >> 12
+    return True
 
 
 cdef bint _load_root(sc_mmu *mmu, sc_vcpu *v, int slot) noexcept nogil:
     """Put root number `slot` in place, if the registers ask for one; False if there is no page for it."""
-    cdef bint wanted
-    cdef u64 gfn = _root_gfn(v, slot, &wanted)
+    cdef bint direct
+    cdef u64 gfn
     cdef u32 page
-    if not wanted:
+    if not _root_of(mmu, v, slot, &gfn, &direct):
         return True
     page = _page(mmu, v, gfn, _root_role(mmu, v, slot))
     if page == SC_NONE:
@@ -231,10 +227,9 @@ cdef bint _load_roots(sc_mmu *mmu, sc_vcpu *v) noexcept nogil:
     none is left to the fault that needs it."""
     cdef int slot
     cdef int found = 0
-    cdef int slots = 1 if v.guest.mode >= MODE_64 else 4
     if not _make_room(mmu, 1):
         _last_resort(mmu, v, -1)
-    for slot in range(slots):
+    for slot in range(root_slots(v)):
         found += _load_root(mmu, v, slot)
     if not found:
         return False
@@ -253,6 +248,7 @@ cdef void _enter(sc_mmu *mmu, sc_vcpu *v) noexcept nogil:
     """All that is requested, until nothing is; then the processor has its roots. A request that syncs stands until that
     is done, so that at no point of an audit a vcpu without roots to walk from has none."""
     cdef u32 earlier, i, slot
+    cdef bint current
     while v.requests:
         if v.requests & REQUEST_OBSOLETE:
             v.requests &= ~<u32>REQUEST_OBSOLETE
@@ -260,8 +256,9 @@ cdef void _enter(sc_mmu *mmu, sc_vcpu *v) noexcept nogil:
             for i in range(mmu.prev_roots):
                 earlier |= <u32>_is_obsolete(mmu, v.prev[i].page) << i
             # Of the four roots of PAE format KVM cannot tell which is meant.
-            if earlier or (v.loaded and (v.guest.mode < MODE_64 or _is_obsolete(mmu, v.roots[0]))):
-                _let_go(mmu, v, earlier, v.guest.mode < MODE_64 or _is_obsolete(mmu, v.roots[0]))
+            current = v.guest.mode < MODE_64 or _is_obsolete(mmu, v.roots[0])
+            if earlier or (v.loaded and current):
+                _let_go(mmu, v, earlier, current)
         if v.requests & REQUEST_SYNC:
             _sync_roots(mmu, v)
             v.requests &= ~<u32>REQUEST_SYNC
@@ -289,7 +286,6 @@ cdef void _enter(sc_mmu *mmu, sc_vcpu *v) noexcept nogil:
     for slot in range(4):
         v.hw.pdpte[slot] = 0 if v.roots[slot] == SC_NONE else mem_pool_hpa(v.roots[slot]) | PTE_P
     v.hw.root = 0 if v.roots[0] == SC_NONE else mem_pool_hpa(v.roots[0])
-    v.hw.mode = v.guest.mode if v.guest.mode >= MODE_64 else MODE_PAE
 
 
 # Register loads
@@ -474,12 +470,15 @@ cdef bint _guest_fault(sc_mmu *mmu, sc_vcpu *v, u64 va, u32 code) noexcept nogil
 
 # Faults
 
-cdef u32 _last_entry(const sc_mmu *mmu, const sc_vcpu *v, u64 va) noexcept nogil:
-    """The last entry of the shadow on the way to va, or SC_NONE."""
+cdef u32 _last_entry(sc_mmu *mmu, const sc_vcpu *v, u64 va, bint used) noexcept nogil:
+    """The last entry of the shadow on the way to va, or SC_NONE. used: the pages on the way are in use, and their
+    floods end."""
     cdef u32 page = _root_at(v, va)
     cdef u32 spte = SC_NONE
     cdef int level
     while page != SC_NONE:
+        if used:
+            mmu.pages[page].flood = 0
         level = role_level(mmu.pages[page].role)
         spte = page * 512 + level_index(va, level)
         if level == 1 or not mmu.table[spte] & PTE_P or mmu.table[spte] & PTE_PS:
@@ -488,24 +487,8 @@ cdef u32 _last_entry(const sc_mmu *mmu, const sc_vcpu *v, u64 va) noexcept nogil
     return spte
 
 
-cdef void _used(sc_mmu *mmu, const sc_vcpu *v, u64 va) noexcept nogil:
-    """The pages on the way to va are in use: their floods end."""
-    cdef u32 page = _root_at(v, va)
-    cdef int level
-    cdef u64 value
-    while page != SC_NONE:
-        mmu.pages[page].flood = 0
-        level = role_level(mmu.pages[page].role)
-        value = mmu.table[page * 512 + level_index(va, level)]
-        if level == 1 or not value & PTE_P or value & PTE_PS:
-            return
-        page = mem_pool_page(value)
-
-
 cdef int _inject(sc_mmu *mmu, sc_vcpu *v, u64 va, sc_walk *w) noexcept nogil:
-    v.cr2 = va
-    mmu.stats.pf_guest += 1
-    invalidate_fault(mmu, v, va, w.error_code)
+    inject_fault(mmu, v, va, w.error_code)
     count_exit(mmu, v.number, EXIT_GUEST, va)
     _enter(mmu, v)
     return RC_PF
@@ -683,7 +666,7 @@ cdef int _page_fault(sc_mmu *mmu, sc_vcpu *v, u32 access, const sc_walk *hw, sc_
     if not v.loaded:
         mmu.exhausted = v.number
         return RC_EXHAUSTED
-    spte = _last_entry(mmu, v, va)
+    spte = _last_entry(mmu, v, va, False)
     old = 0 if spte == SC_NONE else mmu.table[spte]
     record(mmu, RECORD_EXIT, va, hw.error_code | (PF_RSVD if old and not old & PTE_P else 0), 0)
     stale = old and not old & PTE_P and device_is_stale(mmu, old)
@@ -701,7 +684,7 @@ cdef int _page_fault(sc_mmu *mmu, sc_vcpu *v, u32 access, const sc_walk *hw, sc_
             pkey = w.pkey
     gfn = w.gpa >> 12
     if hw.error_code & PF_P and access & PF_W and not stale and is_tracked(mmu, gfn):
-        _used(mmu, v, va)
+        _last_entry(mmu, v, va, True)
         return _emulate(mmu, v, va)
     if mem_frame(mmu.mem, gfn) == sc_no_frame():
         v.device_va = va & ~<u64>4095
@@ -824,8 +807,7 @@ cdef void _stored(sc_mmu *mmu, sc_vcpu *v, u64 gpa, u32 nbytes) noexcept nogil:
     mmu.stats.mmu_pte_write += 1
     number = mmu.hash[hash_bucket(mmu, gfn)]
     while number != SC_NONE:
-        if (mmu.pages[number].gfn == gfn and not role_direct(mmu.pages[number].role)
-                and not role_invalid(mmu.pages[number].role)):
+        if shadows(mmu, number, gfn):
             if _misaligned(offset, nbytes, role_pte_size(mmu.pages[number].role)) or _floods(mmu, number, v):
                 zap_prepare(mmu, number, &ignored)
                 mmu.stats.mmu_flooded += 1
@@ -850,13 +832,6 @@ cdef int _guest_level(const sc_mmu *mmu, const sc_walk *w) noexcept nogil:
     while level < 3 and role_direct(mmu.pages[w.table[level] - SC_POOL_HFN].role):
         level += 1
     return level
-
-
-cdef bint _root_of(const sc_mmu *mmu, const sc_vcpu *v, int slot, u64 *gfn, bint *direct) noexcept nogil:
-    cdef bint wanted
-    direct[0] = v.guest.mode == MODE_OFF
-    gfn[0] = _root_gfn(v, slot, &wanted)
-    return wanted
 
 
 cdef void unsync_design(sc_mmu *mmu) noexcept nogil:
