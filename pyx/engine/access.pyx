@@ -13,7 +13,6 @@ from shadowcore.engine.flushes cimport FLUSH_INVLPG, flush_lost
 from shadowcore.engine.invalidate cimport inject_fault
 from shadowcore.engine.memory cimport mem_frame, mem_gfn, mem_guest_frame, mem_mark_dirty, sc_no_frame
 from shadowcore.engine.fast cimport NO_EXIT, fault_fast
-from shadowcore.engine.pool cimport pool_unprotect
 from shadowcore.engine.registers cimport load_ac, load_cr0, load_cr3, load_cr4, load_efer, load_pkru, load_refused
 from shadowcore.engine.resolve cimport resolve
 from shadowcore.engine.state cimport is_shadowed, linear_address, linear_exists, sc_mmu, sc_vcpu
@@ -178,7 +177,7 @@ cdef int _ask_embedder(sc_mmu *mmu, sc_vcpu *v, const sc_op *o, u32 access, sc_p
         else:
             if not parts[i].table:
                 return RC_UNGRANTED
-            pool_unprotect(mmu, parts[i].gpa >> 12)
+            mmu.design.unprotect(mmu, parts[i].gpa >> 12)
             if _is_table(mmu, parts[i].gpa) or refusals > 2 * n:
                 return RC_UNHANDLED
         rc = _resolve(mmu, v, access, parts, n, r)

@@ -3,7 +3,6 @@ from shadowcore.engine.bits cimport level_index
 from shadowcore.engine.flushes cimport FLUSH_LINK, FLUSH_WITHHELD, request_flush
 from shadowcore.engine.leaf cimport fault_decide, leaf_commit, leaf_decide, sc_fault
 from shadowcore.engine.memory cimport SC_POOL_HFN, mem_pool_page
-from shadowcore.engine.pool cimport pool_unprotect
 from shadowcore.engine.roots cimport root_load
 from shadowcore.engine.spte cimport spte_drop, spte_link
 from shadowcore.engine.state cimport sc_mmu, sc_vcpu
@@ -68,7 +67,7 @@ cdef int fetch(sc_mmu *mmu, sc_vcpu *v, const sc_walk *hw, const sc_walk *w, sc_
     if f.withheld:
         request_flush(mmu, FLUSH_WITHHELD)
     if f.unprotect:
-        pool_unprotect(mmu, f.gpa >> 12)
+        mmu.design.unprotect(mmu, f.gpa >> 12)
         if _link_path(mmu, v, NULL, w, f) != RC_OK:
             return RC_EXHAUSTED
         f.unprotected = True

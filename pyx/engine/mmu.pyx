@@ -23,7 +23,7 @@ from shadowcore.engine.invariants cimport audit_violations, mmu_settle, sc_audit
 from shadowcore.engine.memory cimport SC_RUNNING, SC_WRITTEN, Memory, mem_frame, mem_guest_frame, sc_no_frame
 from shadowcore.engine.page cimport sc_frame, sc_link, sc_page
 from shadowcore.engine.policies.fifo cimport fifo_policy
-from shadowcore.engine.pool cimport pool_init, pool_protect_slot, pool_unprotect, pool_zap_all
+from shadowcore.engine.pool cimport pool_init
 from shadowcore.engine.quirks cimport QUIRK_COUNT, QUIRK_ROOT_EMPTIED
 from shadowcore.engine.record cimport RECORD_COUNT
 from shadowcore.engine.resolve cimport resolve
@@ -81,7 +81,7 @@ cdef void mmu_invlpg(sc_mmu *mmu, sc_vcpu *v, u64 va) noexcept nogil:
 
 
 cdef void mmu_protect_slot(sc_mmu *mmu, int slot) noexcept nogil:
-    pool_protect_slot(mmu, slot)
+    mmu.design.protect_slot(mmu, slot)
 
 
 _COUNTS = ("n_free", "n_active", "n_pte4", "n_pte8")
@@ -510,14 +510,14 @@ cdef class Mmu:
     def unprotect(self, gfn) -> bool:
         """Zap the shadow pages of the guest table at `gfn`; True if there were any."""
         self._shadow("unprotect")
-        cdef bint found = pool_unprotect(self.c, check_int("gfn", gfn, 0, (1 << 52) - 1))
+        cdef bint found = self.c.design.unprotect(self.c, check_int("gfn", gfn, 0, (1 << 52) - 1))
         self._report()
         return found
 
     def zap_all(self) -> None:
         """Zap every shadow page; roots in use stay, empty."""
         self._shadow("zap_all")
-        pool_zap_all(self.c)
+        self.c.design.zap_all(self.c)
         self._report()
 
     def _report(self):
@@ -614,8 +614,8 @@ cdef class Mmu:
             return
         if what != "clear":
             self.c.generation += 2  # flags of a slot change
-        if what == "start" or what == "clear" and self.c.design.log_cleared == NULL:
-            pool_protect_slot(self.c, index)
+        if what == "start":
+            self.c.design.protect_slot(self.c, index)
         elif what == "clear":
             self.c.design.log_cleared(self.c, index, first, frames)
         elif what == "stop" and self.c.design.log_stopped != NULL:

@@ -223,14 +223,11 @@ cdef void pool_zap(sc_mmu *mmu, u32 number) noexcept nogil:
     mmu.stats.page_frees += 1
 
 
-cdef void pool_zap_all(sc_mmu *mmu) noexcept nogil:
+cdef void _zap_all(sc_mmu *mmu) noexcept nogil:
     """Zap every page once; only roots in use stay, empty."""
     cdef u32 number = mmu.old
     cdef u32 n = mmu.n_active
     cdef u32 previous
-    if mmu.design.zap_all != NULL:
-        mmu.design.zap_all(mmu)
-        return
     while n:
         previous = mmu.pages[number].prev
         pool_zap(mmu, number)
@@ -238,13 +235,11 @@ cdef void pool_zap_all(sc_mmu *mmu) noexcept nogil:
         n -= 1
 
 
-cdef bint pool_unprotect(sc_mmu *mmu, u64 gfn) noexcept nogil:
+cdef bint _unprotect(sc_mmu *mmu, u64 gfn) noexcept nogil:
     """Zap the shadow pages of the guest table at `gfn`, each once; True if there were any (patches 14, 27)."""
     cdef u32 number = mmu.hash[hash_bucket(mmu, gfn)]
     cdef u32 following
     cdef bint found = False
-    if mmu.design.unprotect != NULL:
-        return mmu.design.unprotect(mmu, gfn)
     while number != SC_NONE:
         following = mmu.pages[number].hash_next
         if mmu.pages[number].gfn == gfn and not role_direct(mmu.pages[number].role):
@@ -273,13 +268,10 @@ cdef void pool_recycle(sc_mmu *mmu, u32 target) noexcept nogil:
         pool_zap(mmu, victim)
 
 
-cdef void pool_protect_slot(sc_mmu *mmu, int slot) noexcept nogil:
+cdef void _protect_slot(sc_mmu *mmu, int slot) noexcept nogil:
     """Take W from every spte that maps a frame of memory slot `slot`, so that stores are seen again (dirty log)."""
     cdef u32 page, spte
     cdef u64 gfn
-    if mmu.design.protect_slot != NULL:
-        mmu.design.protect_slot(mmu, slot)
-        return
     for page in range(mmu.pool_pages):
         if not mmu.pages[page].active or not mmu.pages[page].slots >> slot & 1:
             continue
@@ -293,3 +285,15 @@ cdef void pool_protect_slot(sc_mmu *mmu, int slot) noexcept nogil:
                 memo_drop(mmu)
     for _ in range(mmu.n_vcpus):
         request_flush(mmu, FLUSH_LOG)
+
+
+cdef void _log_cleared(sc_mmu *mmu, int slot, u64 first, u64 n) noexcept nogil:
+    _protect_slot(mmu, slot)
+
+
+cdef void pool_design(sc_mmu *mmu) noexcept nogil:
+    """Fill in what the designs of 2007 do with pages and their leaves."""
+    mmu.design.unprotect = _unprotect
+    mmu.design.zap_all = _zap_all
+    mmu.design.protect_slot = _protect_slot
+    mmu.design.log_cleared = _log_cleared

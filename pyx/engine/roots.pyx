@@ -8,7 +8,7 @@ a root (patch 25).
 from shadowcore.engine.bits cimport PTE_P
 from shadowcore.engine.check cimport sc_check
 from shadowcore.engine.memory cimport mem_pool_hpa
-from shadowcore.engine.pool cimport pool_get, pool_zap_all
+from shadowcore.engine.pool cimport pool_get
 from shadowcore.engine.role cimport (
     ROLE_ACCESS, ROLE_BITS, ROLE_DIRECT, ROLE_DIRTY, ROLE_GLEVELS, ROLE_GLOBAL, ROLE_INVALID, ROLE_LEVEL, ROLE_NXE,
     ROLE_PKEY, ROLE_PSE, ROLE_QUADRANT, ROLE_SMAP, ROLE_SMEP, ROLE_WP0,
@@ -110,4 +110,4 @@ cdef void release_everything(sc_mmu *mmu, sc_vcpu *v, u64 va) noexcept nogil:
     for slot in range(4):
         if root_slots(v) == 4 and slot != <int>(va >> 30) & 3:
             root_release(mmu, v, slot)
-    pool_zap_all(mmu)
+    mmu.design.zap_all(mmu)

@@ -62,9 +62,7 @@ cdef void hash_remove(sc_mmu *mmu, u32 number) noexcept nogil
 cdef u32 pool_take(sc_mmu *mmu, u64 gfn, u32 role) noexcept nogil
 cdef u32 pool_get(sc_mmu *mmu, u64 gfn, u32 role) noexcept nogil
 cdef void pool_zap(sc_mmu *mmu, u32 number) noexcept nogil
-cdef void pool_zap_all(sc_mmu *mmu) noexcept nogil
-cdef bint pool_unprotect(sc_mmu *mmu, u64 gfn) noexcept nogil
 cdef void pool_recycle(sc_mmu *mmu, u32 target) noexcept nogil
 cdef void pool_init(sc_mmu *mmu) noexcept nogil
 cdef bint pool_has(sc_mmu *mmu, u32 need) noexcept nogil
-cdef void pool_protect_slot(sc_mmu *mmu, int slot) noexcept nogil
+cdef void pool_design(sc_mmu *mmu) noexcept nogil

@@ -127,13 +127,13 @@ cdef struct sc_design:
     # A store to a table by an instruction that is none to write tables with: True if what shadows it was zapped, so
     # that it can be run again natively. May be NULL.
     bint (*run_again)(sc_mmu *mmu, sc_vcpu *v, u64 va, u64 gpa) noexcept nogil
-    # Zap the shadow pages of the guest table at gfn (True if there were any); zap every page. NULL: pool.pyx does it.
+    # Zap the shadow pages of the guest table at gfn (True if there were any); zap every page.
     bint (*unprotect)(sc_mmu *mmu, u64 gfn) noexcept nogil
     void (*zap_all)(sc_mmu *mmu) noexcept nogil
-    # Take W from every leaf that maps a frame of the memory slot, for its dirty log. NULL: pool.pyx does it.
+    # Take W from every leaf that maps a frame of the memory slot, for its dirty log.
     void (*protect_slot)(sc_mmu *mmu, int slot) noexcept nogil
     # The dirty log of a slot is about to be cleared, for n frames from the first on: as protect_slot, for those that it
-    # shows. It has been given up. NULL: protect_slot; nothing.
+    # shows. It has been given up; may be NULL.
     void (*log_cleared)(sc_mmu *mmu, int slot, u64 first, u64 n) noexcept nogil
     void (*log_stopped)(sc_mmu *mmu, int slot) noexcept nogil
     # v has requests: before the guest goes on. NULL: it never has.

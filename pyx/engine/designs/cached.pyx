@@ -7,7 +7,7 @@ from shadowcore.engine.counters cimport EXIT_CR0, EXIT_CR3, EXIT_CR4, EXIT_EFER
 from shadowcore.engine.flushes cimport exit_flush
 from shadowcore.engine.leaf cimport direct_gfn, direct_role
 from shadowcore.engine.memory cimport SC_POOL_HFN
-from shadowcore.engine.pool cimport pool_get, pool_has, pool_recycle
+from shadowcore.engine.pool cimport pool_design, pool_get, pool_has, pool_recycle
 from shadowcore.engine.quirks cimport QUIRK_ABSENT_PDPTES, QUIRK_NO_REFILL_AT_CR3, QUIRK_ROLE_WITHOUT_ACCESS
 from shadowcore.engine.role cimport role_direct
 from shadowcore.engine.roots cimport (
@@ -107,6 +107,7 @@ cdef void cached_design(sc_mmu *mmu) noexcept nogil:
     """Make `mmu` one of this design."""
     mmu.shadow = True
     mmu.by_table = True
+    pool_design(mmu)
     mmu.design.exits = 1 << EXIT_CR0 | 1 << EXIT_CR3 | 1 << EXIT_CR4 | 1 << EXIT_EFER
     mmu.design.invariants = 1 << 1 | 1 << 2 | 1 << 3 | 1 << 4 | 1 << 5 | 1 << 6 | 1 << 7
     mmu.design.new_cr3 = _new_cr3

@@ -9,7 +9,7 @@ from shadowcore.engine.bits cimport (
 from shadowcore.engine.counters cimport EXIT_CR0, EXIT_CR3, EXIT_CR4, EXIT_EFER, EXIT_INVLPG
 from shadowcore.engine.flushes cimport FLUSH_FAULT, FLUSH_INVLPG, exit_flush, request_flush
 from shadowcore.engine.memory cimport mem_frame, mem_frame_hpa, mem_pool_page, sc_no_frame
-from shadowcore.engine.pool cimport pool_get, pool_zap, pool_zap_all
+from shadowcore.engine.pool cimport pool_design, pool_get, pool_zap
 from shadowcore.engine.role cimport role_level
 from shadowcore.engine.roots cimport make_role, roots_load, roots_release
 from shadowcore.engine.spte cimport leaf_guest_rights, spte_drop
@@ -55,7 +55,7 @@ cdef void _reset(sc_mmu *mmu, sc_vcpu *v, const sc_loaded *before) noexcept nogi
     """Another mode, or other rules: everything goes."""
     exit_flush(mmu)
     roots_release(mmu, v)
-    pool_zap_all(mmu)
+    mmu.design.zap_all(mmu)
     roots_load(mmu, v)
 
 
@@ -170,6 +170,7 @@ cdef void flush_design(sc_mmu *mmu) noexcept nogil:
     """Make `mmu` one of this design. Shadows may lag, so I1 and I2 do not hold."""
     mmu.shadow = True
     mmu.by_table = False
+    pool_design(mmu)
     mmu.design.exits = 1 << EXIT_CR0 | 1 << EXIT_CR3 | 1 << EXIT_CR4 | 1 << EXIT_EFER | 1 << EXIT_INVLPG
     mmu.design.invariants = 1 << 3 | 1 << 4 | 1 << 5 | 1 << 6 | 1 << 7
     mmu.design.new_cr3 = _new_cr3

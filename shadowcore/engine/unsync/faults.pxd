@@ -1,0 +1,6 @@
+"""Page-fault exits under design unsync, in the order in which Linux 6.1 goes about them."""
+from shadowcore.engine.state cimport sc_mmu, sc_vcpu
+from shadowcore.engine.types cimport u32
+from shadowcore.engine.walker cimport sc_walk
+
+cdef int page_fault(sc_mmu *mmu, sc_vcpu *v, u32 access, const sc_walk *hw, sc_walk *w) noexcept nogil

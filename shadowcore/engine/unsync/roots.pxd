@@ -1,0 +1,20 @@
+"""What a vcpu walks from under design unsync: roles of today, pages found or made, roots of the present and of earlier
+CR3s, and what is requested of a vcpu before its guest goes on.
+
+A request is carried out by `enter`, as KVM's vcpu_enter_guest does.
+"""
+from shadowcore.engine.state cimport sc_mmu, sc_vcpu
+from shadowcore.engine.types cimport u32, u64
+
+cdef u32 role_of(const sc_mmu *mmu, const sc_vcpu *v, u64 va, int level, bint direct, u32 access) noexcept nogil
+cdef u32 root_role(const sc_mmu *mmu, const sc_vcpu *v, int slot) noexcept nogil
+cdef u32 page_get(sc_mmu *mmu, const sc_vcpu *v, u64 gfn, u32 role) noexcept nogil
+cdef bint make_room(sc_mmu *mmu, u32 need) noexcept nogil
+cdef void last_resort(sc_mmu *mmu, sc_vcpu *v, int slot) noexcept nogil
+cdef u32 every_earlier(const sc_mmu *mmu) noexcept nogil
+cdef void let_go(sc_mmu *mmu, sc_vcpu *v, u32 earlier, bint current) noexcept nogil
+cdef void forget_device(sc_vcpu *v) noexcept nogil
+cdef bint root_of(const sc_mmu *mmu, const sc_vcpu *v, int slot, u64 *gfn, bint *direct) noexcept nogil
+cdef bint load_root(sc_mmu *mmu, sc_vcpu *v, int slot) noexcept nogil
+cdef u32 root_at(const sc_vcpu *v, u64 va) noexcept nogil
+cdef void enter(sc_mmu *mmu, sc_vcpu *v) noexcept nogil
