@@ -1,12 +1,13 @@
-"""Workloads by name, run on the guest kernel: `catalog` has what they do, docs/workloads.md tells of all."""
+"""Workloads by name, run on the guest kernel: `catalog` and `first_touch` have what they do."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from .catalog import WORKLOADS
+from . import catalog as catalog
+from . import first_touch as first_touch
 from .runner import WorkloadResult, find, run
-from .script import Guest, Parameter, Workload
+from .script import WORKLOADS, Guest, Parameter, Workload
 
 if TYPE_CHECKING:
     from .rates import Row

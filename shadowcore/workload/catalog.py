@@ -11,20 +11,7 @@ from collections.abc import Iterator
 
 from ..errors import ConfigError
 from ..guest.options import File, Program
-from .script import WORKLOADS, Guest, workload
-
-__all__ = ["WORKLOADS"]
-
-AREA = 0x50000000
-"""Where workloads map what they share or scan: free in every mode."""
-
-
-def _repeat(guest: Guest) -> Iterator[None]:
-    """The round that was written, again and again."""
-    calls = guest.take()
-    while True:
-        guest.carry_out(calls)
-        yield
+from .script import AREA, Guest, workload
 
 
 @workload(
@@ -51,7 +38,7 @@ def pingpong(guest: Guest, processes: int, pages: int, touches: int) -> Iterator
         guest.receive(process, pipes[i], token)
         guest.scatter(process, AREA, pages << 12, touches)
         guest.send(process, pipes[(i + 1) % processes], token, 8)
-    yield from _repeat(guest)
+    yield from guest.repeat()
 
 
 @workload(
@@ -86,7 +73,7 @@ def hackbench(guest: Guest, groups: int, bytes: int, burst: int, touches: int) -
                 for _ in some:
                     guest.receive(receiver, pipe, message)
                 guest.scatter(receiver, message, 16 << 12, touches)
-    yield from _repeat(guest)
+    yield from guest.repeat()
 
 
 @workload(
@@ -269,7 +256,7 @@ def webserver(guest: Guest, workers: int, shared: int, touches: int, requests: i
             guest.scatter(worker, AREA + (shared << 12) + 0x10000, 32 << 12, touches // 4 + 1, write=True)
             guest.scatter(worker, AREA, shared << 12, 2, write=True)
             guest.syscall(worker, 16)
-    yield from _repeat(guest)
+    yield from guest.repeat()
 
 
 @workload(
@@ -295,7 +282,7 @@ def database(guest: Guest, pages: int, index: int, lookups: int) -> Iterator[Non
         guest.scatter(server, AREA, pages << 12, lookups)
         guest.scatter(server, AREA, max(1, pages // 8) << 12, lookups, write=True)
         guest.syscall(server, 16)
-    yield from _repeat(guest)
+    yield from guest.repeat()
 
 
 @workload(
@@ -322,7 +309,7 @@ def analytics(guest: Guest, large: int, scan: int, stride: int, groups: int) -> 
     for at in range(0, pages << 12, chunk):
         guest.sweep(analyst, base + at, chunk // stride, stride)
         guest.scatter(analyst, AREA, groups << 12, chunk // stride // 8 + 1, write=True)
-    yield from _repeat(guest)
+    yield from guest.repeat()
 
 
 @workload(
@@ -339,152 +326,7 @@ def demand(guest: Guest, pages: int, touches: int) -> Iterator[None]:
     guest.map(eater, AREA, pages)
     guest.sweep(eater, AREA, pages * touches, 4096 // touches // 8 * 8 or 8, write=True)
     guest.unmap(eater, AREA, pages)
-    yield from _repeat(guest)
-
-
-TODAY = {"grouped": True, "flush_gather": 9622}
-"""What a kernel of 2026 does that one of 2007 did not, and what decides how a large page of the host fares."""
-THREADS = {
-    "chunk": (16, 1, 4096, "pages that a thread touches before the next one's turn"),
-}
-
-
-def _threads(guest: Guest) -> int:
-    """A process with a thread on each processor, and its number."""
-    process = guest.spawn(guest.kernel.program())
-    for processor in range(guest.processors):
-        guest.on(processor)
-        guest.syscall(process)
-    guest.go()
-    return process
-
-
-def _areas(guest: Guest, pages: int) -> list[int]:
-    """Where each thread has its mapping: aligned as tables are, and a table's reach between two of them."""
-    reach = guest.huge
-    return [AREA + i * (((pages << 12) + reach - 1) // reach + 1) * reach for i in range(guest.processors)]
-
-
-def _in_turns(guest: Guest, process: int, areas: list[int], pages: int, chunk: int, write: bool) -> None:
-    """Every thread goes over its mapping once, `chunk` pages at a time, one thread after the other."""
-    for first in range(0, pages, chunk):
-        for processor, area in enumerate(areas):
-            guest.on(processor)
-            guest.sweep(process, area + (first << 12), min(chunk, pages - first), write=write)
-
-
-def _map_all(guest: Guest, process: int, areas: list[int], pages: int) -> None:
-    for processor, area in enumerate(areas):
-        guest.on(processor)
-        guest.map(process, area, pages)
-
-
-def _unmap_all(guest: Guest, process: int, areas: list[int], pages: int) -> None:
-    for processor, area in enumerate(areas):
-        guest.on(processor)
-        guest.unmap(process, area, pages)
-
-
-@workload("page-fault", "512MiB", TODAY, pages=(65536, 1, 1 << 22, "pages stored to"))
-def page_fault(guest: Guest, pages: int) -> Iterator[None]:
-    """Anonymous memory is mapped and each of its pages stored to once."""
-    process = guest.spawn(guest.kernel.program())
-    guest.syscall(process)
-    guest.go()
-    yield
-    guest.map(process, AREA, pages)
-    guest.sweep(process, AREA, pages, write=True)
-    guest.go()
-    yield
-    guest.unmap(process, AREA, pages)
-    guest.map(process, AREA, pages)
-    guest.sweep(process, AREA, pages, write=True)
-    yield from _repeat(guest)
-
-
-@workload(
-    "parallel-fault",
-    "512MiB",
-    TODAY,
-    pages=(4096, 1, 1 << 20, "pages that each thread maps, stores to, reads and unmaps in a round"),
-    **THREADS,
-    ahead=(0, 0, 1 << 20, "pages by which a thread is ahead of the one before it"),
-)
-def parallel_fault(guest: Guest, pages: int, chunk: int, ahead: int) -> Iterator[None]:
-    """A thread on each processor maps memory, stores to its pages, reads them back and unmaps it, again and again."""
-    process = _threads(guest)
-    areas = _areas(guest, pages)
-    guest.go()
-    yield
-    if ahead == 0:
-        _map_all(guest, process, areas, pages)
-        _in_turns(guest, process, areas, pages, chunk, write=True)
-        _in_turns(guest, process, areas, pages, chunk, write=False)
-        _unmap_all(guest, process, areas, pages)
-        yield from _repeat(guest)
-    turns = (pages + chunk - 1) // chunk
-    first = [number * ahead // chunk % turns for number in range(len(areas))]
-    _map_all(guest, process, areas, pages)
-    guest.go()
-    for turn in range(turns):
-        for processor, area in enumerate(areas):
-            guest.on(processor)
-            at = (turn + first[processor]) % turns * chunk
-            guest.sweep(process, area + (at << 12), min(chunk, pages - at), write=True)
-            if at + chunk >= pages:  # without exits the rest takes no time
-                guest.sweep(process, area, pages)
-                guest.unmap(process, area, pages)
-                guest.map(process, area, pages)
-    yield from _repeat(guest)
-
-
-@workload(
-    "fault-scaling",
-    "512MiB",
-    TODAY,
-    pages=(8192, 1, 1 << 20, "pages of each thread"),
-    **THREADS,
-)
-def fault_scaling(guest: Guest, pages: int, chunk: int) -> Iterator[None]:
-    """Threads store for the first time to pages that were mapped before; then all is unmapped and mapped anew."""
-    process = _threads(guest)
-    areas = _areas(guest, pages)
-    _map_all(guest, process, areas, pages)
-    guest.go()
-    yield
-    while True:
-        _in_turns(guest, process, areas, pages, chunk, write=True)
-        guest.go()
-        yield
-        _unmap_all(guest, process, areas, pages)
-        _map_all(guest, process, areas, pages)
-        guest.go()
-        yield
-
-
-@workload(
-    "unmap-scaling",
-    "512MiB",
-    TODAY,
-    pages=(4096, 1, 1 << 20, "pages of each thread"),
-    **THREADS,
-)
-def unmap_scaling(guest: Guest, pages: int, chunk: int) -> Iterator[None]:
-    """Threads unmap memory whose pages were all stored to; then it is mapped and stored to anew."""
-    process = _threads(guest)
-    areas = _areas(guest, pages)
-    _map_all(guest, process, areas, pages)
-    _in_turns(guest, process, areas, pages, chunk, write=True)
-    guest.go()
-    yield
-    while True:
-        _unmap_all(guest, process, areas, pages)
-        guest.go()
-        yield
-        _map_all(guest, process, areas, pages)
-        _in_turns(guest, process, areas, pages, chunk, write=True)
-        guest.go()
-        yield
+    yield from guest.repeat()
 
 
 @workload(
@@ -569,4 +411,4 @@ def idle(guest: Guest, processes: int, ticks: int) -> Iterator[None]:
         guest.syscall(process)
         guest.sweep(process, guest.stack - 64, 8, 8, write=True)
         guest.idle(ticks)
-    yield from _repeat(guest)
+    yield from guest.repeat()

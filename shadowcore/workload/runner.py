@@ -1,4 +1,4 @@
-"""Workloads by name, run on the guest kernel; see workload_catalog for what they do, docs/workloads.md for all."""
+"""Workloads by name, run on the guest kernel; catalog and first_touch have what they do."""
 
 from __future__ import annotations
 
@@ -17,8 +17,7 @@ from ..engine.windows import WindowLog, grown
 from ..errors import ConfigError
 from ..guest.kernel import Kernel
 from ..guest.options import KernelOptions
-from .catalog import WORKLOADS
-from .script import Guest, Workload
+from .script import WORKLOADS, Guest, Workload
 
 
 @dataclasses.dataclass(frozen=True)

@@ -68,6 +68,10 @@ def workload(
     return register
 
 
+AREA = 0x50000000
+"""Where workloads map what they share or scan: free in every mode."""
+
+
 class Guest:
     """A kernel with a list of operations that is being written, and numbers for its processes."""
 
@@ -101,6 +105,13 @@ class Guest:
             return heapq.heappop(self._free)
         self._next += 1
         return self._next - 1
+
+    def repeat(self) -> Iterator[None]:
+        """The round that was written, again and again."""
+        calls = self.take()
+        while True:
+            self.carry_out(calls)
+            yield
 
     def take(self) -> NDArray[Any]:
         """The operations written so far, which are forgotten here."""

@@ -239,7 +239,7 @@ def test_inputs_without_anything_in_them_are_refused(tmp_path):
 
 # -- a full disk behind standard output ----------------------------------------------------------------------
 
-SLOW = ("reproduce", "calibration", "report", "audit", "info", "import", "completion", "programs")
+SLOW = ("reproduce", "calibration", "report", "audit", "info", "import", "completion", "programs", "evolution")
 COMMANDS = {
     "--help": (),
     "--version": (),
