@@ -6,6 +6,7 @@
  *   walk_batch  one page walk per address over a flat array: every level, reserved bits, rights, error codes,
  *               accessed and dirty bits.
  *   hit_batch   one check of a direct-mapped cache of translations per operation; a miss walks and refills.
+ *   compare_tables   for each pair of a guest's table and its shadow, whether frame and rights of each entry agree.
  */
 #include <stddef.h>
 #include <stdint.h>
@@ -164,4 +165,21 @@ size_t hit_batch(const struct paging *p, struct translation *restrict cache, siz
 {
     return stride == 19 ? check(p, cache, entries, ops, n, gpa, outcome, 19, 3)
                         : check(p, cache, entries, ops, n, gpa, outcome, 24, 8);
+}
+
+/* n entries of 8 bytes of guest tables, and of their shadows: how many of the latter are not what the former say. A shadow
+ * is writable once the guest's entry is dirty. */
+size_t compare_tables(const uint64_t *restrict guest, const uint64_t *restrict shadow, size_t n)
+{
+    const uint64_t looked_at = ADDRESS | NX | P | W | U;
+    size_t differ = 0;
+    for (size_t i = 0; i < n; i++) {
+        uint64_t entry = guest[i];
+        if (!(entry & P) || !(entry & A))
+            entry = 0;
+        else if (!(entry & D))
+            entry &= ~(uint64_t)W;
+        differ += ((entry ^ shadow[i]) & looked_at) != 0;
+    }
+    return differ;
 }

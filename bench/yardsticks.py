@@ -154,6 +154,22 @@ class Hits:
         self.misses = self.function(*self.arguments)
 
 
+class Tables:
+    """A comparison in C of guest tables with what their shadows should be, both (tables, 512) arrays of u64."""
+
+    def __init__(self, library: ctypes.CDLL, guest: np.ndarray, shadow: np.ndarray) -> None:
+        assert guest.shape == shadow.shape
+        assert guest.dtype == shadow.dtype == np.uint64
+        self.arrays = (np.ascontiguousarray(guest), np.ascontiguousarray(shadow))
+        self.arguments = (*(ctypes.c_void_p(a.ctypes.data) for a in self.arrays), ctypes.c_size_t(guest.size))
+        self.function = library.compare_tables
+        self.function.restype = ctypes.c_size_t
+        self.differ = 0
+
+    def __call__(self) -> None:
+        self.differ = self.function(*self.arguments)
+
+
 class Yardsticks:
     """The compiled loops. `walk`: the unit in which the costs of other software are given."""
 
@@ -169,6 +185,9 @@ class Yardsticks:
 
     def hits(self, memory: np.ndarray, tables: sc.PageTables, ops: np.ndarray) -> Hits:
         return Hits(self.library, memory, tables, ops)
+
+    def tables(self, guest: np.ndarray, shadow: np.ndarray) -> Tables:
+        return Tables(self.library, guest, shadow)
 
     @cached_property
     def walk(self) -> Walks:

@@ -6,14 +6,15 @@ leaf anew.
 """
 from shadowcore.engine.bits cimport (
     PTE_A, PTE_D, PTE_P, PTE_PS, PTE_W, SPTE_GENERATION, SPTE_GUEST_U, SPTE_GUEST_W, SPTE_MARK, SPTE_MMU_W, pte_addr,
-    pte_pkey, pte_rights,
+    pte_nx, pte_pkey, pte_rights,
 )
 from shadowcore.engine.flushes cimport FLUSH_LEAF, FLUSH_LOG, request_flush
 from shadowcore.engine.marks cimport (
     marks_clear, marks_first, marks_next, marks_set_above, marks_walk, sc_unsync, sc_unsync_at,
 )
 from shadowcore.engine.memory cimport (
-    mem_frame, mem_gfn, mem_guest_frame, mem_leaf_frame, mem_mark_dirty, mem_pool_page, mem_slot, sc_no_frame,
+    mem_frame, mem_frame_hpa, mem_gfn, mem_guest_frame, mem_leaf_frame, mem_mark_dirty, mem_pool_page, mem_slot,
+    sc_no_frame,
 )
 from shadowcore.engine.pool cimport hash_bucket, shadows
 from shadowcore.engine.record cimport RECORD_DEVICE, RECORD_LEAF, RECORD_UNSYNC, record, record_page
@@ -23,7 +24,7 @@ from shadowcore.engine.role cimport (
 )
 from shadowcore.engine.spte cimport leaf_guest_rights, spte_is_writable, spte_put, spte_wipe
 from shadowcore.engine.state cimport memo_drop, sc_mmu, sc_vcpu
-from shadowcore.engine.sync cimport leaf_bits, leaf_fill, leaf_key, leaf_writable
+from shadowcore.engine.sync cimport gpte_granting, leaf_bits, leaf_fill, leaf_key, leaf_value, leaf_writable
 from shadowcore.engine.types cimport ACC_U, ACC_W, ACC_X, SC_NONE, u8, u32, u64
 from shadowcore.engine.zap cimport leaf_counted, leaf_drop, leaf_list, page_left_sync, zap_commit, zap_prepare
 
@@ -101,12 +102,18 @@ cdef u64 _make(sc_mmu *mmu, const sc_vcpu *v, int level, u64 gfn, u64 frame, u32
     return value | PTE_W | SPTE_MMU_W
 
 
+cdef inline u64 _withdraws(u64 old, u64 value) noexcept nogil:
+    """Not 0 if a leaf's new value, which has SPTE_MMU_W if and only if it has W, takes something away that a TLB may
+    hold: W, A, D."""
+    return old & ~value & (PTE_A | PTE_D | SPTE_MMU_W)
+
+
 cdef bint _replace(sc_mmu *mmu, u32 spte, u64 value) noexcept nogil:
     """Give a present leaf another value for the same frame; True if that asks for a flush."""
     cdef u64 old = mmu.table[spte]
     mmu.table[spte] = value
     memo_drop(mmu)
-    return (old & SPTE_MMU_W and not value & PTE_W) or old & ~value & (PTE_A | PTE_D)
+    return _withdraws(old, value) != 0
 
 
 cdef void _fill_large(sc_mmu *mmu, u32 spte, int level, u64 value) noexcept nogil:
@@ -202,9 +209,7 @@ cdef inline u64 _gpte_gfn(const sc_mmu *mmu, u32 spte, u64 gpte) noexcept nogil:
 
 
 cdef inline u32 _gpte_rights(const sc_mmu *mmu, u32 spte, u64 gpte) noexcept nogil:
-    """What a leaf may grant before a walk has come by: no W unless the guest's entry is dirty."""
-    cdef u32 rights = role_access(mmu.pages[spte >> 9].role) & pte_rights(gpte)
-    return rights if gpte & PTE_D else rights & ~<u32>ACC_W
+    return role_access(mmu.pages[spte >> 9].role) & pte_rights(gpte_granting(gpte))
 
 
 cdef inline bint _serves(const sc_vcpu *v, u64 gpte) noexcept nogil:
@@ -398,44 +403,56 @@ cdef void leaf_refetch(sc_mmu *mmu, const sc_vcpu *v, u32 spte) noexcept nogil:
             request_flush(mmu, FLUSH_LEAF)
 
 
-cdef int page_sync(sc_mmu *mmu, const sc_vcpu *v, u32 page) noexcept nogil:
-    """Bring every entry of a leaf table in line: 1 if that asks for a flush, -1 if the guest's table is not there."""
-    cdef u32 role = mmu.pages[page].role
-    cdef u8 *table = mem_guest_frame(mmu.mem, mmu.pages[page].gfn << 12)
-    cdef bint wide = role_pte_size(role) == 8
-    cdef u64 address = pte_addr() if wide else 0xFFFFF000U
+cdef inline u64 _entries_sync(sc_mmu *mmu, const sc_vcpu *v, u32 page, const u8 *table, bint wide) noexcept nogil:
+    """Bring every entry of a leaf table in line with the guest's table at `table`: not 0 if that asks for a flush.
+    wide: its entries have 8 bytes; a constant."""
     cdef u64 *sptes = mmu.table + <u64>page * 512
+    # What a leaf is made of is the same for the whole table; kept here, for a store to an entry could change any field.
+    cdef u32 allowed = role_access(mmu.pages[page].role)
+    cdef u64 address = pte_addr() if wide else 0xFFFFF000U
+    cdef u64 taken = address | PTE_P | (allowed & (ACC_W | ACC_U)) | leaf_key(v, 15) | (pte_nx() if wide else 0)
+    cdef u64 nx = 0 if allowed & ACC_X else pte_nx()
+    cdef u64 ram = mem_frame_hpa(mmu.mem, 0)
+    cdef u64 low = mmu.mem.low_frames << 12
+    cdef u64 serving = PTE_P | PTE_A | v.guest.reserved[0][1] | v.guest.reserved[1][1]
+    cdef u64 shown = SPTE_GUEST_W | SPTE_GUEST_U | pte_nx() | _keys()       # what a leaf says of the guest's entry
+    cdef bint rewrites = mmu.rewrites
     cdef u64 flush = 0
-    cdef u64 bits, gpte, old, value, frame
-    cdef u32 word, i, rights
-    if table == NULL:
-        return -1 if mmu.pages[page].present else 0
-    if not wide:
-        table += 2048 * role_field(role, ROLE_QUADRANT, 1)
+    cdef u64 bits, gpte, old, value
+    cdef u32 word, i
     for word in range(8):
         bits = mmu.pages[page].used[word]
         i = word * 64
         while bits:
             if bits & 1:
-                gpte = (<u64 *>table)[i] if wide else (<u32 *>table)[i]
+                gpte = (<const u64 *>table)[i] if wide else (<const u32 *>table)[i]
                 old = sptes[i]
-                frame = mem_leaf_frame(mmu.mem, old)
-                rights = role_access(role) & pte_rights(gpte)
-                if not gpte & PTE_D:
-                    rights &= ~<u32>ACC_W
+                value = (gpte_granting(gpte) & taken | nx) + ram
                 # What most are: _entry_sync with nothing to look up.
-                if (old & PTE_P and _serves(v, gpte) and frame < mmu.mem.low_frames
-                        and (gpte & address) >> 12 == frame and (not rights & ACC_W or old & PTE_W)):
-                    value = leaf_bits(mmu, v, frame, rights, pte_pkey(gpte))
-                    if mmu.rewrites or leaf_guest_rights(old) != rights or (old ^ value) & _keys():
-                        if rights & ACC_W:
-                            value |= PTE_W | SPTE_MMU_W
-                        flush |= (old & ~value & (PTE_A | PTE_D)) | (old & SPTE_MMU_W if not value & PTE_W else 0)
+                if (gpte & serving == (PTE_P | PTE_A) and gpte & address < low
+                        and not (old ^ value) & (pte_addr() | PTE_P | value & PTE_W)):
+                    value = leaf_value(value) | (value & PTE_W) * (SPTE_MMU_W // PTE_W)
+                    if rewrites or (old ^ value) & shown:
+                        flush |= _withdraws(old, value)
                         sptes[i] = value
                 else:
                     flush |= <u64>_entry_sync(mmu, v, page * 512 + i, gpte)
             bits >>= 1
             i += 1
+    return flush
+
+
+cdef int page_sync(sc_mmu *mmu, const sc_vcpu *v, u32 page) noexcept nogil:
+    """Bring every entry of a leaf table in line: 1 if that asks for a flush, -1 if the guest's table is not there."""
+    cdef u32 role = mmu.pages[page].role
+    cdef u8 *table = mem_guest_frame(mmu.mem, mmu.pages[page].gfn << 12)
+    cdef u64 flush
+    if table == NULL:
+        return -1 if mmu.pages[page].present else 0
+    if role_pte_size(role) == 8:
+        flush = _entries_sync(mmu, v, page, table, True)
+    else:
+        flush = _entries_sync(mmu, v, page, table + 2048 * role_field(role, ROLE_QUADRANT, 1), False)
     memo_drop(mmu)
     return flush != 0
 

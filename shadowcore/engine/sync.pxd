@@ -1,5 +1,5 @@
 """Leaves made from the guest's entries: at faults, for neighbours, and when an unsync page is brought back in sync."""
-from shadowcore.engine.bits cimport PTE_D, PTE_P, PTE_W, SPTE_MMU_W
+from shadowcore.engine.bits cimport PTE_D, PTE_P, PTE_U, PTE_W, SPTE_MMU_W
 from shadowcore.engine.features cimport FEAT_PKU
 from shadowcore.engine.memory cimport mem_frame_hpa
 from shadowcore.engine.rmap cimport list_add
@@ -24,10 +24,18 @@ cdef inline u64 leaf_key(const sc_vcpu *v, u32 pkey) noexcept nogil:
     """The bits of a leaf that hold its protection key, where the processor has them."""
     return <u64>pkey << 59 if v.guest.mode >= MODE_64 and v.features & FEAT_PKU else 0
 
+cdef inline u64 leaf_value(u64 entry) noexcept nogil:
+    """A leaf that remembers the rights of `entry`: the hpa of the frame, P, W, U, NX and the key, each at its place."""
+    return entry | (entry & (PTE_W | PTE_U)) << 9
+
 cdef inline u64 leaf_bits(const sc_mmu *mmu, const sc_vcpu *v, u64 frame, u32 rights, u32 pkey) noexcept nogil:
     """A leaf for `frame` with the guest's `rights`, but for A, and for W, which not every frame may be given."""
-    return (mem_frame_hpa(mmu.mem, frame) | PTE_P | (<u64>rights & (ACC_W | ACC_U)) << 9 | (rights & ACC_U)
-            | (~<u64>rights & ACC_X) << 63 | leaf_key(v, pkey))
+    return leaf_value(mem_frame_hpa(mmu.mem, frame) | PTE_P | (rights & (ACC_W | ACC_U)) | (~<u64>rights & ACC_X) << 63
+                      | leaf_key(v, pkey)) & ~<u64>PTE_W
+
+cdef inline u64 gpte_granting(u64 gpte) noexcept nogil:
+    """What a guest's leaf grants before a walk has come by: no W unless it is dirty (bit 6; W is bit 1)."""
+    return gpte & ~(~gpte >> 5 & PTE_W)
 
 cdef inline u64 leaf_writable() noexcept nogil:
     """What a leaf has beside, if it may be written."""
