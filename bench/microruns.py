@@ -70,9 +70,12 @@ def nothing() -> None:
     """State that needs no preparation."""
 
 
-def faulting(mode: str, page_size: int = PAGE) -> tuple[Guest, np.ndarray, np.ndarray]:
+CACHED = sc.Shadow.cached(pool_pages=256)
+
+
+def faulting(mode: str, page_size: int = PAGE, mmu: sc.Shadow = CACHED) -> tuple[Guest, np.ndarray, np.ndarray]:
     """A guest; the first page of each of its leaf tables, and 2 N others."""
-    guest = Guest(mode, 32 * MIB, sc.Shadow.cached(pool_pages=256)).map(page_size=page_size).start()
+    guest = Guest(mode, 32 * MIB, mmu).map(page_size=page_size).start()
     every = pages(32 * MIB // PAGE).reshape(-1, 512)
     return guest, every[:, 0].copy(), every[:, 1:].ravel()[: 2 * COUNT]
 
@@ -203,6 +206,76 @@ def zaps() -> Run:
     return Run("zap of a full leaf table", TABLES, prepare, part(guest, ops, data=True), check)
 
 
+def unsync_faults(prefetch: int) -> Run:
+    """Accesses to one page of each group that a fault fills: each a fault."""
+    guest, first, _ = faulting("64", mmu=sc.Shadow.unsync(pool_pages=256, prefetch=prefetch))
+    step = max(1, prefetch)
+    ops = accesses((first[:, None] + np.arange(step, PAGE // 8, step, dtype=np.uint64) * PAGE).ravel())
+
+    def prepare() -> None:
+        guest.vm.mmu.zap_all()
+        guest.run(accesses(first))
+
+    name = f"leaf fault, unsync, {prefetch} prefetched" if prefetch else "leaf fault, unsync"
+    return Run(name, min(COUNT, len(ops) // 2), prepare, part(guest, ops), exits("fill"))
+
+
+def demand(mmu: sc.Shadow, name: str) -> Run:
+    """The guest's kernel fills a page's entry at the fault for it; the access is made again."""
+    guest, *_ = faulting("64", mmu=mmu)
+    guest.map_tables().start()
+    leaves = guest.leaf_tables(0, guest.size)
+    at = (leaves[:, None] + np.arange(0, PAGE, 8, dtype=np.uint64)).ravel()
+    entries = guest.vm.memory.words[at // np.uint64(8)].copy()
+    ops = np.zeros(3 * len(at), sc.OP_DTYPE)
+    ops["size"], ops["user"] = 8, 1
+    ops["addr"][0::3] = ops["addr"][2::3] = pages(len(at))
+    ops["op"][1::3], ops["user"][1::3] = sc.Op.WRITE, 0
+    ops["addr"][1::3], ops["value"][1::3] = guest.edit_address(at), entries
+
+    def prepare() -> None:
+        guest.vm.mmu.zap_all()
+        guest.vm.memory.words[at // np.uint64(8)] = 0
+        guest.cpu.cr3 = guest.tables.cr3
+
+    def call(n: int) -> Callable[[], Any]:
+        some = ops[: 3 * n]
+        return lambda: guest.run(some, data=True)
+
+    def check(result: sc.RunResult, n: int) -> None:
+        assert (result.outcome[0::3] == 1).all()
+        assert not result.outcome[1::3].any()
+        assert not result.outcome[2::3].any()
+
+    return Run(name, COUNT, prepare, call, check)
+
+
+def syncs() -> Run:
+    """CR3 loads with a leaf table each to bring back in sync."""
+    guest, *_ = faulting("64", mmu=sc.Shadow.unsync(pool_pages=256))
+    guest.map_tables().start()
+    table = guest.leaf_tables(0, guest.size)[:1]
+    ops = np.zeros(4 * TABLES, sc.OP_DTYPE)
+    ops["size"] = 8
+    ops["op"][0::2], ops["addr"][0::2] = sc.Op.WRITE, guest.edit_address(table)
+    ops["value"][0::2] = guest.vm.memory.words[table // np.uint64(8)]
+    ops["op"][1::2], ops["value"][1::2] = sc.Op.CR3, guest.tables.cr3
+
+    def prepare() -> None:
+        guest.run(accesses(pages(512)))
+        guest.run(ops[:2], data=True)
+
+    def call(n: int) -> Callable[[], Any]:
+        some = ops[: 2 * n]
+        return lambda: guest.run(some, data=True)
+
+    def check(result: sc.RunResult, n: int) -> None:
+        assert not result.outcome.any()
+        assert result.stats.synced == n
+
+    return Run("sync of a full leaf table", TABLES, prepare, call, check)
+
+
 def replay() -> Run:
     recording = sc.trace.load()
     start = recording.first_user or 0
@@ -238,6 +311,11 @@ def runs() -> Iterator[Run]:
     yield sparse("fault that needs a new table, recycling", 200, 64, recycled=True)
     yield cr3_loads()
     yield zaps()
+    yield unsync_faults(0)
+    yield unsync_faults(8)
+    yield demand(sc.Shadow.cached(pool_pages=256, flood_threshold=None), "demand paging by the guest, cached")
+    yield demand(sc.Shadow.unsync(pool_pages=256), "demand paging by the guest, unsync")
+    yield syncs()
     yield replay()
 
 

@@ -4,12 +4,13 @@ import numpy as np
 from cpython.buffer cimport PyBUF_WRITE
 from cpython.memoryview cimport PyMemoryView_FromMemory
 from cpython.ref cimport Py_DECREF
+from libc.string cimport memcpy, memset
 
 from shadowcore._capi.handles cimport (
     enter, fail, fail_python, fail_struct, handle_new, leave, refused, sc_place, with_python,
 )
 from shadowcore._capi.header cimport (
-    SC_E_ALIGNMENT, SC_E_ARGUMENT, SC_E_FILE, SC_E_NULL, SC_E_PYTHON, SC_SETTING_ZERO, sc_config, sc_vm,
+    SC_E_ALIGNMENT, SC_E_ARGUMENT, SC_E_FILE, SC_E_NULL, SC_E_PYTHON, SC_SETTING_ZERO, SC_UNSYNC, sc_config, sc_vm,
 )
 from shadowcore.engine.types cimport RC_OK, u32, u64
 
@@ -31,18 +32,23 @@ cdef object _setting(u32 value, none=0):
 
 cdef object _make(const sc_config *c):
     cdef u32 i
-    cdef list names = ["native", "flush", "cached", "kvm-2007"]
+    cdef list names = ["native", "flush", "cached", "kvm-2007", "unsync", "kvm-6.1", "kvm-6.12"]
     if c.design >= len(names):
         raise ConfigError(f"design: {c.design} is not 0 to {len(names) - 1}")
     settings = {}
     for name, value in (("pool_pages", c.pool_pages), ("min_free", c.min_free), ("refill", c.refill)):
         if value:
             settings[name] = _setting(value)
+    for name, value in (("prev_roots", c.prev_roots), ("prefetch", c.prefetch)):
+        if value:
+            if c.design < SC_UNSYNC:
+                raise ConfigError(f"{name}: the design {names[c.design]!r} has no such setting")
+            settings[name] = _setting(value)
     if c.flood_threshold:
         settings["flood_threshold"] = _setting(c.flood_threshold, None)
     if c.quirks:
         bits = _setting(c.quirks)
-        if bits & ~int(Quirk.KVM_2007):
+        if bits & ~int(Quirk.KVM_2007 | Quirk.KVM_6_1):
             raise ConfigError(f"quirks: {bits:#x} is not a combination of members of Quirk")
         settings["quirks"] = Quirk(bits)
     if "min_free" in settings and "refill" not in settings:
@@ -67,7 +73,8 @@ cdef object _make(const sc_config *c):
         memory, slots = slots, None
     if c.design == 0:
         settings = {"quirks": settings.get("quirks", Quirk.NONE) & Quirk.IGNORED_BITS_REFUSED}
-    return VM(memory, named_design(names[c.design], **settings), c.vcpus or 1, tlb, features=made, slots=slots)
+    return VM(memory, named_design(names[c.design], **settings), c.vcpus or 1, tlb, features=made, slots=slots,
+              host_page_size=c.host_page_size or None)
 
 
 cdef int _create_with_gil(const sc_config *config, sc_vm *vm) noexcept with gil:
@@ -85,9 +92,10 @@ cdef int api_vm_create(const sc_config *given, sc_vm *vm) noexcept nogil:
     vm[0] = 0
     if given == NULL or (given.slots == NULL and given.n_slots):
         return fail(SC_E_NULL, "config, or config->slots, is NULL")
-    if given.struct_size != sizeof(sc_config):
+    if given.struct_size != sizeof(sc_config) and given.struct_size != <size_t>&copy.prev_roots - <size_t>&copy:
         return fail_struct("sc_config", given.struct_size, sizeof(sc_config))
-    copy = given[0]                 # what is checked is what is used
+    memset(&copy, 0, sizeof(copy))  # what a caller of before unsync does not know stays 0
+    memcpy(&copy, given, given.struct_size)     # what is checked is what is used
     if config.reserved:
         return fail(SC_E_ARGUMENT, "config->reserved is not 0")
     if <size_t>config.memory & 4095:

@@ -12,10 +12,11 @@ from shadowcore.engine.emulate cimport emulate_store, walk_updated
 from shadowcore.engine.flushes cimport FLUSH_INVLPG, flush_lost
 from shadowcore.engine.invalidate cimport inject_fault
 from shadowcore.engine.memory cimport mem_frame, mem_gfn, mem_guest_frame, mem_mark_dirty, sc_no_frame
-from shadowcore.engine.fast cimport NO_EXIT, fault_fast
 from shadowcore.engine.registers cimport load_ac, load_cr0, load_cr3, load_cr4, load_efer, load_pkru, load_refused
 from shadowcore.engine.resolve cimport resolve
-from shadowcore.engine.state cimport is_shadowed, linear_address, linear_exists, sc_mmu, sc_vcpu
+from shadowcore.engine.state cimport (
+    FAST_MENDED, FAST_UPDATED, is_shadowed, linear_address, linear_exists, sc_mmu, sc_vcpu,
+)
 from shadowcore.engine.tlb cimport tlb_flush_page
 from shadowcore.engine.types cimport (
     MODE_64, PF_I, PF_U, PF_W, RC_BAD_OP, RC_EMULATE, RC_GP, RC_HOOK, RC_MMIO, RC_OK, RC_PF, RC_RETRY, RC_UNGRANTED,
@@ -336,28 +337,28 @@ cdef bint access_fault(sc_mmu *mmu, sc_vcpu *v, const sc_op *o, bint data, sc_re
     cdef u64 va
     cdef u64 word = 0
     cdef u32 size
-    cdef int emulate
+    cdef u32 told
     cdef u8 *at
     if not _in_one_page(v, o, &va, &size):
         return False
-    r.gpa = fault_fast(mmu, v, va, _access_bits(o), &emulate)
+    r.gpa = mmu.design.fast_fault(mmu, v, va, _access_bits(o), &told)
     if r.gpa == ~<u64>0:
         return False
     r.value[0] = r.value[1] = 0
     r.outcome = RC_OK
     r.error_code = 0
     r.exits = 1
-    r.emulated = emulate
-    if emulate:
-        if emulate == NO_EXIT:
-            r.exits = r.emulated = emulate = 0
+    r.emulated = told
+    if told != FAST_MENDED:
+        if told == FAST_UPDATED:
+            r.exits = r.emulated = told = 0
         elif data:
             emulate_store(mmu, v, r.gpa, <const u8 *>o.value, size)
             return True
-    if not (emulate or data):
+    if not (told or data):
         return True                 # no byte moves
     at = mem_guest_frame(mmu.mem, r.gpa) + (r.gpa & 4095)
-    if emulate:
+    if told:
         memcpy(&word, at, size)     # the bytes that are there
         emulate_store(mmu, v, r.gpa, <const u8 *>&word, size)
     elif o.op == OP_WRITE:

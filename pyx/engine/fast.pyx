@@ -10,7 +10,6 @@ again: leaves of 4 KiB, and those of large pages.
 """
 from shadowcore.engine.bits cimport PTE_A, PTE_D, PTE_P, PTE_U, PTE_W, level_index, pte_addr, pte_pkey, pte_rights
 from shadowcore.engine.counters cimport EXIT_EMULATE, EXIT_FILL
-from shadowcore.engine.fast cimport NO_EXIT
 from shadowcore.engine.flushes cimport FLUSH_WITHHELD, request_flush
 from shadowcore.engine.gmode cimport GLANCE, in_mode, sc_gmode
 from shadowcore.engine.hooks cimport count_exit
@@ -21,13 +20,11 @@ from shadowcore.engine.memory cimport (
     SC_POOL_HFN, mem_frame, mem_gfn, mem_guest_frame, mem_leaf_frame, mem_pool_page, sc_mem, sc_no_frame,
 )
 from shadowcore.engine.pool cimport pool_find, pool_take
-from shadowcore.engine.quirks cimport (
-    LAGGING_LEAVES, QUIRK_NX_LEAF_ONLY, QUIRK_PROCESSOR_CODE, QUIRK_ROLE_WITHOUT_ACCESS,
-)
+from shadowcore.engine.quirks cimport QUIRK_NX_LEAF_ONLY, QUIRK_PROCESSOR_CODE, QUIRK_ROLE_WITHOUT_ACCESS
 from shadowcore.engine.role cimport ROLE_LEVEL
 from shadowcore.engine.roots cimport make_role
 from shadowcore.engine.spte cimport spte_link
-from shadowcore.engine.state cimport sc_mmu, sc_vcpu
+from shadowcore.engine.state cimport FAST_MENDED, FAST_UPDATED, sc_mmu, sc_vcpu
 from shadowcore.engine.sync cimport leaf_bits, leaf_fill, leaf_writable, prefetch_around
 from shadowcore.engine.types cimport ACC_W, PF_W, SC_NONE, u8, u32, u64
 from shadowcore.engine.walker cimport (
@@ -49,7 +46,7 @@ cdef extern from *:
 
 cdef enum:
     # Quirks by which other things are looked at than the guest's tables as they are.
-    EXCLUDED = QUIRK_ROLE_WITHOUT_ACCESS | QUIRK_NX_LEAF_ONLY | QUIRK_PROCESSOR_CODE | LAGGING_LEAVES
+    EXCLUDED = QUIRK_ROLE_WITHOUT_ACCESS | QUIRK_NX_LEAF_ONLY | QUIRK_PROCESSOR_CODE
 
 # Where a fault goes.
 cdef enum:
@@ -81,7 +78,7 @@ cdef inline int _can_be_fast(const sc_mmu *mmu, const sc_vcpu *v, u32 below, bin
     if not logged:
         odd |= mmu.mem.logging      # stores to slots with a dirty log are looked at
     if lagging:
-        odd = (odd & ~<u32>LAGGING_LEAVES) | (mmu.ring != NULL)     # each event is recorded
+        odd |= mmu.ring != NULL     # each event is recorded
     if odd:
         return GENERAL if logged or lagging else OTHER
     if v.memo == NULL:
@@ -239,7 +236,7 @@ cdef inline bint _decide(const sc_mmu *mmu, const sc_vcpu *v, sc_fault *f, sc_ta
     return f.repeats                # else the processor would fault again
 
 
-cdef inline u64 _mended(sc_mmu *mmu, sc_vcpu *v, sc_fault *f, sc_tables *t, int *emulate, int hw_top,
+cdef inline u64 _mended(sc_mmu *mmu, sc_vcpu *v, sc_fault *f, sc_tables *t, u32 *told, int hw_top,
                         sc_gmode g) noexcept nogil:
     """Do it, after the last guard: where the access leads."""
     if not _decide(mmu, v, f, t, hw_top, g):
@@ -258,7 +255,7 @@ cdef inline u64 _mended(sc_mmu *mmu, sc_vcpu *v, sc_fault *f, sc_tables *t, int 
     leaf_commit(mmu, v, f)
     fault_count(mmu, v, f)
     mmu.stats.accesses += 1
-    emulate[0] = f.kind == EXIT_EMULATE
+    told[0] = f.kind == EXIT_EMULATE       # FAST_EMULATE or FAST_MENDED
     return f.gpa
 
 
@@ -299,13 +296,13 @@ cdef inline u64 _lagging(sc_mmu *mmu, sc_vcpu *v, sc_fault *f, const sc_leaf *le
     return gpa
 
 
-cdef inline u64 _onward(sc_mmu *mmu, sc_vcpu *v, sc_fault *f, sc_tables *t, const sc_leaf *leaf, int *emulate,
+cdef inline u64 _onward(sc_mmu *mmu, sc_vcpu *v, sc_fault *f, sc_tables *t, const sc_leaf *leaf, u32 *told,
                         int hw_top, bint large, bint lagging, sc_gmode g) noexcept nogil:
     """From the guest's leaf on. Constants: large, it may be that of a large page; lagging, the design is unsync."""
     if not _shadow_walk(mmu, v, f, t, leaf, hw_top, large, lagging, g):
         return ~<u64>0
     if lagging:
-        emulate[0] = NO_EXIT if f.repeats else 0
+        told[0] = FAST_UPDATED if f.repeats else FAST_MENDED
         return _lagging(mmu, v, f, leaf, hw_top, g)
     if f.linked and f.level == 1:
         _find(mmu, f, t, t.gpa >> 12, make_role(mmu, v, f.va, 1, False, _rights(t.above)))
@@ -314,14 +311,14 @@ cdef inline u64 _onward(sc_mmu *mmu, sc_vcpu *v, sc_fault *f, sc_tables *t, cons
         f.linked = True
         if not large and f.old == 0:
             f.old = 0
-            return _mended(mmu, v, f, t, emulate, hw_top, g)
-        return _mended(mmu, v, f, t, emulate, hw_top, g)
+            return _mended(mmu, v, f, t, told, hw_top, g)
+        return _mended(mmu, v, f, t, told, hw_top, g)
     f.linked = False
     if f.old == 0:
         f.old = 0
-        return _mended(mmu, v, f, t, emulate, hw_top, g)
+        return _mended(mmu, v, f, t, told, hw_top, g)
     f.old |= PTE_P
-    return _mended(mmu, v, f, t, emulate, hw_top, g)
+    return _mended(mmu, v, f, t, told, hw_top, g)
 
 
 cdef struct sc_asked:
@@ -329,7 +326,7 @@ cdef struct sc_asked:
     sc_vcpu *v
     u64 va
     u32 access
-    int *emulate
+    u32 *told                       # what the caller is told: FAST_*
     bint logged                     # a slot may have a dirty log
     bint lagging                    # the design is unsync
 
@@ -347,7 +344,7 @@ cdef inline u64 _fast(void *asked, sc_gmode g) noexcept nogil:
         return ~<u64>0              # paging off: no guest tables
     found = _can_be_fast(a.mmu, a.v, hw_top - 1, a.logged, a.lagging)
     if sc_seldom(found == OTHER):
-        return _fast_other(a.mmu, a.v, a.va, a.access, a.emulate)
+        return _fast_logged(a.mmu, a.v, a.va, a.access, a.told)
     f.va = a.va
     f.access = a.access
     f.code = 0
@@ -364,7 +361,7 @@ cdef inline u64 _fast(void *asked, sc_gmode g) noexcept nogil:
     if a.lagging:
         if level > 1:
             return ~<u64>0
-        return _onward(a.mmu, a.v, &f, &t, &leaf, a.emulate, hw_top, False, True, g)
+        return _onward(a.mmu, a.v, &f, &t, &leaf, a.told, hw_top, False, True, g)
     if a.logged or sc_seldom(level > 1):
         # The two ways have much in common. If the compiler knew, it would compute that before they part: more than
         # there are registers for.
@@ -373,36 +370,33 @@ cdef inline u64 _fast(void *asked, sc_gmode g) noexcept nogil:
         sc_apart(mmu)
         sc_apart(v)
         sc_apart(f.va)
-        return _onward(mmu, v, &f, &t, &leaf, a.emulate, hw_top, True, False, g)
+        return _onward(mmu, v, &f, &t, &leaf, a.told, hw_top, True, False, g)
     f.level = 1
-    return _onward(a.mmu, a.v, &f, &t, &leaf, a.emulate, hw_top, False, False, g)
+    return _onward(a.mmu, a.v, &f, &t, &leaf, a.told, hw_top, False, False, g)
 
 
-cdef inline u64 _by_mode(sc_mmu *mmu, sc_vcpu *v, u64 va, u32 access, int *emulate, bint logged,
+cdef inline u64 _by_mode(sc_mmu *mmu, sc_vcpu *v, u64 va, u32 access, u32 *told, bint logged,
                          bint lagging) noexcept nogil:
     cdef sc_asked a
     a.mmu = mmu
     a.v = v
     a.va = va
     a.access = access
-    a.emulate = emulate
+    a.told = told
     a.logged = logged
     a.lagging = lagging
     return in_mode(v.guest.mode, False, GLANCE, _fast, &a)
 
 
-cdef u64 _fast_lagging(sc_mmu *mmu, sc_vcpu *v, u64 va, u32 access, int *emulate) noexcept nogil:
-    return _by_mode(mmu, v, va, access, emulate, False, True)
+cdef u64 _fast_logged(sc_mmu *mmu, sc_vcpu *v, u64 va, u32 access, u32 *told) noexcept nogil:
+    return _by_mode(mmu, v, va, access, told, True, False)
 
 
-cdef u64 _fast_other(sc_mmu *mmu, sc_vcpu *v, u64 va, u32 access, int *emulate) noexcept nogil:
-    if mmu.lists_all:
-        return _fast_lagging(mmu, v, va, access, emulate)
-    return _by_mode(mmu, v, va, access, emulate, True, False)
+cdef u64 fault_fast(sc_mmu *mmu, sc_vcpu *v, u64 va, u32 access, u32 *told) noexcept nogil:
+    """sc_design.fast_fault of designs whose leaves follow the guest's tables, or that of a TLB."""
+    return _by_mode(mmu, v, va, access, told, False, False)
 
 
-cdef u64 fault_fast(sc_mmu *mmu, sc_vcpu *v, u64 va, u32 access, int *emulate) noexcept nogil:
-    """The access `access` (PF_W, PF_U, PF_I) at the canonical address `va`, under a shadow MMU, if it is one that takes
-    a fault of these and then succeeds, or is a store to be emulated: where it leads. Else all ones, and nothing has
-    changed. emulate: NO_EXIT, if there was no fault, and only A or D had to be set."""
-    return _by_mode(mmu, v, va, access, emulate, False, False)
+cdef u64 fault_fast_lagging(sc_mmu *mmu, sc_vcpu *v, u64 va, u32 access, u32 *told) noexcept nogil:
+    """sc_design.fast_fault where leaf tables may lag (sc_mmu.lists_all)."""
+    return _by_mode(mmu, v, va, access, told, False, True)

@@ -1,5 +1,5 @@
 """Marks up the parents of unsync pages."""
-from shadowcore.engine.bits cimport PTE_P, PTE_PS
+from shadowcore.engine.bits cimport PTE_P, PTE_PS, sc_ctz64
 from shadowcore.engine.marks cimport MARKS_BATCH, sc_step, sc_unsync, sc_unsync_at
 from shadowcore.engine.memory cimport mem_pool_page
 from shadowcore.engine.rmap cimport list_first, list_next
@@ -51,31 +51,33 @@ cdef int _walk(sc_mmu *mmu, u32 page, sc_unsync *found) noexcept nogil:
     """Unsync pages met below `page`, or -1 when there is no room for more."""
     cdef int met = 0
     cdef int below
-    cdef u32 index, child
-    cdef u64 value
-    for index in range(512):
-        if not mmu.below[page * 8 + (index >> 6)] >> (index & 63) & 1:
-            continue
-        value = mmu.table[page * 512 + index]
-        if not value & PTE_P or value & PTE_PS:
-            _clear(mmu, page, index)
-            continue
-        child = mem_pool_page(value)
-        if mmu.pages[child].unsync_children:
-            if _note(mmu, found, child, index):
-                return -1
-            below = _walk(mmu, child, found)
-            if below < 0:
-                return -1
-            if below == 0:
+    cdef u32 word, index, child
+    cdef u64 bits, value
+    for word in range(8):
+        bits = mmu.below[page * 8 + word]
+        while bits:
+            index = word * 64 + sc_ctz64(bits)
+            bits &= bits - 1
+            value = mmu.table[page * 512 + index]
+            if not value & PTE_P or value & PTE_PS:
                 _clear(mmu, page, index)
-            met += below
-        elif mmu.pages[child].unsync:
-            met += 1
-            if _note(mmu, found, child, index):
-                return -1
-        else:
-            _clear(mmu, page, index)
+                continue
+            child = mem_pool_page(value)
+            if mmu.pages[child].unsync_children:
+                if _note(mmu, found, child, index):
+                    return -1
+                below = _walk(mmu, child, found)
+                if below < 0:
+                    return -1
+                if below == 0:
+                    _clear(mmu, page, index)
+                met += below
+            elif mmu.pages[child].unsync:
+                met += 1
+                if _note(mmu, found, child, index):
+                    return -1
+            else:
+                _clear(mmu, page, index)
     return met
 
 

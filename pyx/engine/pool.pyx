@@ -5,7 +5,7 @@ is needed when it is taken again (patch 22 scanned all 512, twice).
 """
 from libc.string cimport memset
 
-from shadowcore.engine.bits cimport PTE_P, PTE_W, pte_addr
+from shadowcore.engine.bits cimport PTE_P, PTE_W, pte_addr, sc_ctz64
 from shadowcore.engine.flushes cimport FLUSH_LOG, FLUSH_PROTECT, FLUSH_ZAP, FLUSH_ZAP_UPPER, entry_flush, request_flush
 from shadowcore.engine.hooks cimport EVENT_ZAP, event
 from shadowcore.engine.memory cimport mem_frame, mem_gfn, mem_pool_page, sc_no_frame
@@ -17,18 +17,6 @@ from shadowcore.engine.role cimport role_direct, role_level
 from shadowcore.engine.spte cimport leaf_is_listed, spte_is_writable, spte_wipe
 from shadowcore.engine.state cimport memo_drop, sc_mmu
 from shadowcore.engine.types cimport SC_NONE, u32, u64
-
-
-cdef extern from *:
-    """
-    #if defined(_MSC_VER)
-    #include <intrin.h>
-    static int sc_ctz64(unsigned long long x) { unsigned long i; _BitScanForward64(&i, x); return (int)i; }
-    #else
-    #define sc_ctz64(x) __builtin_ctzll(x)
-    #endif
-    """
-    int sc_ctz64(u64 x) noexcept nogil
 
 
 cdef void pool_init(sc_mmu *mmu) noexcept nogil:

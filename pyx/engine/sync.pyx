@@ -192,16 +192,20 @@ cdef u64 direct_page_gfn(const sc_mmu *mmu, u32 spte) noexcept nogil:
     return mmu.pages[spte >> 9].gfn + (<u64>(spte & 511) << (9 * (role_level(mmu.pages[spte >> 9].role) - 1)))
 
 
-cdef u64 _gpte(const sc_mmu *mmu, u32 spte, bint *there) noexcept nogil:
-    """The guest's entry behind one of a page of level 1."""
-    cdef u32 role = mmu.pages[spte >> 9].role
-    cdef u8 *table = mem_guest_frame(mmu.mem, mmu.pages[spte >> 9].gfn << 12)
-    there[0] = table != NULL
-    if table == NULL:
-        return 0
-    if role_pte_size(role) == 8:
-        return (<u64 *>table)[spte & 511]
-    return (<u32 *>table)[512 * role_field(role, ROLE_QUADRANT, 1) + (spte & 511)]
+cdef inline const u8 *_guest_table(const sc_mmu *mmu, u32 page) noexcept nogil:
+    """The guest's entries that a page of level 1 shadows, or NULL where there is no RAM."""
+    cdef u32 role = mmu.pages[page].role
+    cdef const u8 *table = mem_guest_frame(mmu.mem, mmu.pages[page].gfn << 12)
+    if table != NULL and role_pte_size(role) == 4:
+        table += 2048 * role_field(role, ROLE_QUADRANT, 1)
+    return table
+
+
+cdef inline u64 _gpte(const sc_mmu *mmu, const u8 *table, u32 spte) noexcept nogil:
+    """The guest's entry behind one of a page of level 1; table: of that page, not NULL."""
+    if role_pte_size(mmu.pages[spte >> 9].role) == 8:
+        return (<const u64 *>table)[spte & 511]
+    return (<const u32 *>table)[spte & 511]
 
 
 cdef inline u64 _gpte_gfn(const sc_mmu *mmu, u32 spte, u64 gpte) noexcept nogil:
@@ -240,24 +244,26 @@ cdef int leaf_level(const sc_mmu *mmu, u64 gfn, u64 frame, int most) noexcept no
     return most
 
 
-cdef bint _prefetch(sc_mmu *mmu, const sc_vcpu *v, u32 spte, bint unlogged) noexcept nogil:
+cdef inline bint _prefetch(sc_mmu *mmu, const sc_vcpu *v, u32 spte, u64 gpte, bint unlogged) noexcept nogil:
     """Make the leaf of a page of level 1 from the guest's entry, without an access; False if that cannot be."""
-    cdef bint there
-    cdef u64 gpte = _gpte(mmu, spte, &there)
-    cdef u64 gfn
+    cdef u64 gfn, frame
     cdef u32 rights
-    if not there:
-        return False
     if not _serves(v, gpte):
-        leaf_drop(mmu, spte)
+        if mmu.table[spte]:
+            leaf_drop(mmu, spte)
         return False
     gfn = _gpte_gfn(mmu, spte, gpte)
-    if mem_frame(mmu.mem, gfn) == sc_no_frame():
+    frame = mem_frame(mmu.mem, gfn)
+    if frame == sc_no_frame():
         return False
     rights = _gpte_rights(mmu, spte, gpte)
     if unlogged and rights & ACC_W and _is_logged(mmu, gfn):
         return False                # it would be logged as written, and nothing has written to it
-    leaf_set(mmu, v, spte, gfn, rights, pte_pkey(gpte), FOR_NEIGHBOUR)
+    if mmu.table[spte] or mmu.frames[frame].shadowed or mmu.mem.logging or mmu.ring != NULL:
+        leaf_set(mmu, v, spte, gfn, rights, pte_pkey(gpte), FOR_NEIGHBOUR)
+    else:                           # what most neighbours are: leaf_set with nothing to look at
+        leaf_fill(mmu, spte, frame, leaf_bits(mmu, v, frame, rights, pte_pkey(gpte))
+                  | (leaf_writable() if rights & ACC_W else 0))
     mmu.stats.prefetched += 1
     return True
 
@@ -288,29 +294,19 @@ cdef void _prefetch_direct(sc_mmu *mmu, const sc_vcpu *v, u32 first, u32 spte) n
 
 cdef void prefetch_around(sc_mmu *mmu, const sc_vcpu *v, u32 spte) noexcept nogil:
     """After a fault that set a leaf of level 1: its neighbours, upwards, until one cannot be made."""
-    cdef u32 first, at, rights
-    cdef u64 gpte, frame
-    cdef bint there
+    cdef u32 first, at
+    cdef const u8 *table
     if mmu.prefetch == 0 or role_level(mmu.pages[spte >> 9].role) > 1:
         return
     first = spte & ~(mmu.prefetch - 1)
     if role_direct(mmu.pages[spte >> 9].role):
         _prefetch_direct(mmu, v, first, spte)
         return
+    table = _guest_table(mmu, spte >> 9)
+    if table == NULL:
+        return
     for at in range(first, first + mmu.prefetch):
-        if at == spte or mmu.table[at] & PTE_P:
-            continue
-        gpte = _gpte(mmu, at, &there)
-        if there and _serves(v, gpte) and not mmu.table[at] and not mmu.mem.logging and mmu.ring == NULL:
-            # What most neighbours are: _prefetch with nothing to look at.
-            frame = mem_frame(mmu.mem, _gpte_gfn(mmu, at, gpte))
-            if frame != sc_no_frame() and not mmu.frames[frame].shadowed:
-                rights = _gpte_rights(mmu, at, gpte)
-                leaf_fill(mmu, at, frame, leaf_bits(mmu, v, frame, rights, pte_pkey(gpte))
-                          | (leaf_writable() if rights & ACC_W else 0))
-                mmu.stats.prefetched += 1
-                continue
-        if not _prefetch(mmu, v, at, True):
+        if at != spte and not mmu.table[at] & PTE_P and not _prefetch(mmu, v, at, _gpte(mmu, table, at), True):
             return
 
 
@@ -388,19 +384,18 @@ cdef int _entry_sync(sc_mmu *mmu, const sc_vcpu *v, u32 spte, u64 gpte) noexcept
 cdef void leaf_refetch(sc_mmu *mmu, const sc_vcpu *v, u32 spte) noexcept nogil:
     """INVLPG of an entry of an unsync page: it is dropped, and made again at once if the guest's entry serves; or
     (6.12) brought in line if it is there."""
-    cdef bint there, present
-    cdef u64 gpte
+    cdef const u8 *table = _guest_table(mmu, spte >> 9)
+    cdef u64 gpte = _gpte(mmu, table, spte) if table != NULL else 0
+    cdef bint flush = False
     if mmu.rewrites:
-        present = mmu.table[spte] & PTE_P
+        flush = mmu.table[spte] & PTE_P
         leaf_drop(mmu, spte)
-        if present:
-            request_flush(mmu, FLUSH_LEAF)
-        _prefetch(mmu, v, spte, False)
-        return
-    if mmu.table[spte]:
-        gpte = _gpte(mmu, spte, &there)
-        if _entry_sync(mmu, v, spte, gpte):
-            request_flush(mmu, FLUSH_LEAF)
+    elif mmu.table[spte]:
+        flush = _entry_sync(mmu, v, spte, gpte)
+    if flush:
+        request_flush(mmu, FLUSH_LEAF)
+    if mmu.rewrites:
+        _prefetch(mmu, v, spte, gpte, False)
 
 
 cdef inline u64 _entries_sync(sc_mmu *mmu, const sc_vcpu *v, u32 page, const u8 *table, bint wide) noexcept nogil:
@@ -444,15 +439,14 @@ cdef inline u64 _entries_sync(sc_mmu *mmu, const sc_vcpu *v, u32 page, const u8 
 
 cdef int page_sync(sc_mmu *mmu, const sc_vcpu *v, u32 page) noexcept nogil:
     """Bring every entry of a leaf table in line: 1 if that asks for a flush, -1 if the guest's table is not there."""
-    cdef u32 role = mmu.pages[page].role
-    cdef u8 *table = mem_guest_frame(mmu.mem, mmu.pages[page].gfn << 12)
+    cdef const u8 *table = _guest_table(mmu, page)
     cdef u64 flush
     if table == NULL:
         return -1 if mmu.pages[page].present else 0
-    if role_pte_size(role) == 8:
+    if role_pte_size(mmu.pages[page].role) == 8:
         flush = _entries_sync(mmu, v, page, table, True)
     else:
-        flush = _entries_sync(mmu, v, page, table + 2048 * role_field(role, ROLE_QUADRANT, 1), False)
+        flush = _entries_sync(mmu, v, page, table, False)
     memo_drop(mmu)
     return flush != 0
 

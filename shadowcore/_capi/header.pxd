@@ -29,6 +29,7 @@ cdef extern from "shadowcore.h" nogil:
         SC_DATA
         SC_BRIEF
         SC_SETTING_ZERO
+        SC_UNSYNC
         SC_EXITS
     const char *SC_CAPSULE
     ctypedef uint64_t sc_vm
@@ -45,7 +46,8 @@ cdef extern from "shadowcore.h" nogil:
         uint32_t n_slots, vcpus, pool_pages, min_free, refill, flood_threshold, quirks, features, maxphyaddr
         uint32_t tlb_entries[3]
         uint32_t tlb_ways[3]
-        uint32_t reserved
+        uint32_t reserved, prev_roots, prefetch
+        uint64_t host_page_size
 
     ctypedef struct sc_access:
         uint32_t struct_size, vcpu

@@ -49,6 +49,17 @@ cdef inline u64 cr0_kept(u64 value) noexcept nogil:
     registers)."""
     return (value & ~cr0_ignored()) | CR0_ET
 
+cdef extern from *:
+    """
+    #if defined(_MSC_VER)
+    #include <intrin.h>
+    static int sc_ctz64(unsigned long long x) { unsigned long i; _BitScanForward64(&i, x); return (int)i; }
+    #else
+    #define sc_ctz64(x) __builtin_ctzll(x)
+    #endif
+    """
+    int sc_ctz64(u64 x) noexcept nogil      # place of the lowest bit that is set, of a word that is not 0
+
 cdef inline u64 pte_nx() noexcept nogil:
     return <u64>1 << 63
 

@@ -24,6 +24,4 @@ cdef enum:
     QUIRK_TAGGED_CR3_LAGS = 1 << 19
     QUIRK_DEVICE_UNASKED = 1 << 20
     QUIRK_STORE_ROUNDED = 1 << 21
-    # No quirk: leaves are made by the rules of unsync. It lies here so that a fast fault asks for all in one look.
-    LAGGING_LEAVES = 1 << 30
     QUIRK_COUNT = 22

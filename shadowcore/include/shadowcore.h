@@ -58,7 +58,15 @@ enum {
 };
 
 /* Designs. */
-enum { SC_NATIVE = 0, SC_FLUSH = 1, SC_CACHED = 2, SC_KVM_2007 = 3 };
+enum {
+    SC_NATIVE = 0,
+    SC_FLUSH = 1,
+    SC_CACHED = 2,
+    SC_KVM_2007 = 3,
+    SC_UNSYNC = 4,
+    SC_KVM_6_1 = 5,
+    SC_KVM_6_12 = 6
+};
 
 /* Kinds of accesses. From SC_CMPXCHG on they are locked read-modify-writes. */
 enum {
@@ -178,6 +186,10 @@ typedef struct sc_config {
     uint32_t tlb_entries[3];
     uint32_t tlb_ways[3];
     uint32_t reserved;     /* 0 */
+    /* Of the shadow from SC_UNSYNC on; 0 is the default. A caller whose sc_config ends before these may go on. */
+    uint32_t prev_roots;   /* roots of earlier CR3s that a vcpu keeps */
+    uint32_t prefetch;     /* entries that a fault fills */
+    uint64_t host_page_size; /* bytes of the host's pages under guest RAM; 0: 4096 */
 } sc_config;
 
 typedef struct sc_access {

@@ -2,6 +2,7 @@
 
 import ctypes
 import itertools
+import re
 
 import numpy as np
 import pytest
@@ -254,6 +255,36 @@ def test_settings():
     assert found.features == sc.Features(maxphyaddr=36, **dict.fromkeys(names, False))
     del found
     assert API.vm_destroy(vm) == OK
+
+
+def test_settings_of_unsync():
+    """Those that were appended to sc_config, and a caller that does not know them."""
+    none = C["SC_SETTING_ZERO"]
+    vm = ctypes.c_uint64()
+    for number, name in enumerate(DESIGNS):
+        assert C["SC_" + re.sub(r"\W", "_", name).upper()] == number
+    config = made(Config, design=C["SC_KVM_6_12"], memory_size=8 << 20, prev_roots=none, prefetch=16)
+    config.host_page_size = 2 << 20
+    assert API.vm_create(config, vm) == OK, error()
+    found = sc.embed.from_handle(vm.value)
+    assert (found.mmu.design.prev_roots, found.mmu.design.prefetch, found.mmu.design.release) == (0, 16, "6.12")
+    assert found.memory.slots == (sc.MemorySlot(0, 8 << 20, host_page_size=2 << 20),)
+    del found
+    assert API.vm_destroy(vm) == OK
+    config = made(Config, design=C["SC_UNSYNC"], memory_size=8 << 20)
+    config.struct_size, config.prefetch, config.host_page_size = Config.prev_roots.offset, 3, 3  # beyond its end
+    assert API.vm_create(config, vm) == OK, error()
+    assert sc.embed.from_handle(vm.value).mmu.design == sc.Shadow.unsync(pool_pages=64)
+    assert API.vm_destroy(vm) == OK
+
+
+@pytest.mark.parametrize("name", ["prev_roots", "prefetch"])
+def test_settings_that_a_design_has_not(name):
+    vm = ctypes.c_uint64()
+    assert (
+        API.vm_create(made(Config, design=C["SC_CACHED"], memory_size=1 << 20, **{name: 1}), vm) == C["SC_E_ARGUMENT"]
+    )
+    assert error() == f"ConfigError: {name}: the design 'cached' has no such setting"
 
 
 @pytest.mark.parametrize("design", [C["SC_NATIVE"], C["SC_FLUSH"], C["SC_CACHED"], C["SC_KVM_2007"]])

@@ -124,7 +124,11 @@ def test_values_that_cannot_be(guest):
         assert API.stored(vm, gpa, size) == bad
         assert API.store(vm, gpa, b"12345678", size) == bad
     for fields in (
-        {"design": 4},
+        {"design": 7},
+        {"prefetch": 3, "design": C["SC_UNSYNC"]},
+        {"prev_roots": 17, "design": C["SC_UNSYNC"]},
+        {"host_page_size": 8192},
+        {"host_page_size": 2**64 - 1},
         {"memory_size": 4095},
         {"memory_size": 0},
         {"memory_size": 2**63},

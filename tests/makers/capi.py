@@ -11,7 +11,8 @@ import shadowcore as sc
 
 DATA = 0x40_0000
 TABLES = 0x80_0000
-DESIGNS = ("native", "flush", "cached", "kvm-2007")
+DESIGNS = ("native", "flush", "cached", "kvm-2007", "unsync", "kvm-6.1", "kvm-6.12")
+"""By their numbers in the header."""
 OK, PF, GP, MMIO = 0, 1, 2, 3
 
 HEADER = Path(sc.get_include()) / "shadowcore.h"

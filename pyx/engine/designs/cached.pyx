@@ -4,6 +4,7 @@ Loads of CR3 only change roots; INVLPG and page faults of the guest find nothing
 """
 from shadowcore.engine.bits cimport PTE_P, pte_addr
 from shadowcore.engine.counters cimport EXIT_CR0, EXIT_CR3, EXIT_CR4, EXIT_EFER
+from shadowcore.engine.fast cimport fault_fast
 from shadowcore.engine.flushes cimport exit_flush
 from shadowcore.engine.leaf cimport direct_gfn, direct_role
 from shadowcore.engine.memory cimport SC_POOL_HFN
@@ -113,6 +114,7 @@ cdef void cached_design(sc_mmu *mmu) noexcept nogil:
     mmu.design.new_cr3 = _new_cr3
     mmu.design.reset = _reset
     mmu.design.make_room = _make_room
+    mmu.design.fast_fault = fault_fast
     mmu.design.root_of = _root_of
     mmu.design.child = _child
     mmu.design.guest_level = _guest_level

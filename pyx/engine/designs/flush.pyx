@@ -7,6 +7,7 @@ from shadowcore.engine.bits cimport (
     PTE_A, PTE_D, PTE_G, PTE_P, PTE_W, SPTE_MARK, level_index, level_mask, pte_addr, pte_pkey,
 )
 from shadowcore.engine.counters cimport EXIT_CR0, EXIT_CR3, EXIT_CR4, EXIT_EFER, EXIT_INVLPG
+from shadowcore.engine.fast cimport fault_fast
 from shadowcore.engine.flushes cimport FLUSH_FAULT, FLUSH_INVLPG, exit_flush, request_flush
 from shadowcore.engine.memory cimport mem_frame, mem_frame_hpa, mem_pool_page, sc_no_frame
 from shadowcore.engine.pool cimport pool_design, pool_get, pool_zap
@@ -177,6 +178,7 @@ cdef void flush_design(sc_mmu *mmu) noexcept nogil:
     mmu.design.reset = _reset
     mmu.design.invlpg = _invlpg
     mmu.design.guest_fault = _guest_fault
+    mmu.design.fast_fault = fault_fast
     mmu.design.root_of = _root_of
     mmu.design.child = _child
     mmu.design.guest_level = _guest_level

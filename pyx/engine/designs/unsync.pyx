@@ -10,9 +10,10 @@ from shadowcore.engine.bits cimport (
     PTE_P, PTE_PS, cr0_pg, level_index,
 )
 from shadowcore.engine.counters cimport EXIT_CR0, EXIT_CR3, EXIT_CR4, EXIT_EFER, EXIT_INVLPG
+from shadowcore.engine.fast cimport fault_fast_lagging
 from shadowcore.engine.lagging cimport LAGGING, lagging_audit
 from shadowcore.engine.memory cimport SC_POOL_HFN, mem_pool_page
-from shadowcore.engine.quirks cimport LAGGING_LEAVES, QUIRK_FAULT_KEEPS_LEAF, QUIRK_TAGGED_CR3_LAGS
+from shadowcore.engine.quirks cimport QUIRK_FAULT_KEEPS_LEAF, QUIRK_TAGGED_CR3_LAGS
 from shadowcore.engine.role cimport role_direct, role_level
 from shadowcore.engine.state cimport (
     REQUEST_CURRENT, REQUEST_FLUSH, REQUEST_GUEST, REQUEST_ROOTS, REQUEST_SYNC, linear_exists, memo_drop, sc_loaded,
@@ -206,7 +207,6 @@ cdef void unsync_design(sc_mmu *mmu) noexcept nogil:
     mmu.shadow = True
     mmu.by_table = True
     mmu.lists_all = True
-    mmu.quirks |= LAGGING_LEAVES
     mmu.deferred = True
     mmu.design.exits = 1 << EXIT_CR0 | 1 << EXIT_CR3 | 1 << EXIT_CR4 | 1 << EXIT_EFER | 1 << EXIT_INVLPG
     mmu.design.invariants = 1 << 4 | 1 << 5 | 1 << 6 | 1 << 7 | LAGGING
@@ -214,6 +214,7 @@ cdef void unsync_design(sc_mmu *mmu) noexcept nogil:
     mmu.design.reset = _reset
     mmu.design.invlpg = _invlpg
     mmu.design.guest_fault = _guest_fault
+    mmu.design.fast_fault = fault_fast_lagging
     mmu.design.root_of = root_of
     mmu.design.guest_level = _guest_level
     mmu.design.page_fault = page_fault
