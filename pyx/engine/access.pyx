@@ -15,7 +15,7 @@ from shadowcore.engine.memory cimport mem_frame, mem_gfn, mem_guest_frame, mem_m
 from shadowcore.engine.registers cimport load_ac, load_cr0, load_cr3, load_cr4, load_efer, load_pkru, load_refused
 from shadowcore.engine.resolve cimport resolve
 from shadowcore.engine.state cimport (
-    FAST_MENDED, FAST_UPDATED, is_shadowed, linear_address, linear_exists, sc_mmu, sc_vcpu,
+    FAST_CODE, FAST_MENDED, FAST_REFLECTED, FAST_UPDATED, is_shadowed, linear_address, linear_exists, sc_mmu, sc_vcpu,
 )
 from shadowcore.engine.tlb cimport tlb_flush_page
 from shadowcore.engine.types cimport (
@@ -332,19 +332,23 @@ cdef bint access_glance(sc_mmu *mmu, sc_vcpu *v, const sc_op *o, bint data, sc_r
 
 
 cdef bint access_fault(sc_mmu *mmu, sc_vcpu *v, const sc_op *o, bint data, sc_result *r) noexcept nogil:
-    """Under a shadow MMU: do the operation if it is a load, store or fetch in one page whose fault is a fast one;
-    else nothing."""
+    """Under a shadow MMU: do the operation if it is a load, store or fetch in one page whose fault is a fast one; else
+    False, and r is anything."""
     cdef u64 va
     cdef u64 word = 0
     cdef u32 size
-    cdef u32 told
+    cdef u32 told = 0
     cdef u8 *at
     if not _in_one_page(v, o, &va, &size):
         return False
     r.gpa = mmu.design.fast_fault(mmu, v, va, _access_bits(o), &told)
-    if r.gpa == ~<u64>0:
-        return False
     r.value[0] = r.value[1] = 0
+    if r.gpa == ~<u64>0:
+        r.outcome = RC_PF
+        r.error_code = told >> FAST_CODE
+        r.exits = 1
+        r.emulated = 0
+        return told & FAST_REFLECTED
     r.outcome = RC_OK
     r.error_code = 0
     r.exits = 1
@@ -371,7 +375,7 @@ cdef bint access_fault(sc_mmu *mmu, sc_vcpu *v, const sc_op *o, bint data, sc_re
 cdef int access_missed(sc_mmu *mmu, sc_vcpu *v, const sc_op *o, bint data, sc_result *r) noexcept nogil:
     """access_do, of an access at which a glance gave up."""
     if mmu.shadow and access_fault(mmu, v, o, data, r):
-        return RC_OK
+        return r.outcome
     return vcpu_access(mmu, v, o, data, r)
 
 

@@ -8,11 +8,14 @@ last of them the MMU and the vcpu are const, so that nothing has changed when th
 It is compiled twice for each mode, without and with a dirty log. Where the guest's walk ends, what is without parts
 again: leaves of 4 KiB, and those of large pages.
 """
-from shadowcore.engine.bits cimport PTE_A, PTE_D, PTE_P, PTE_U, PTE_W, level_index, pte_addr, pte_pkey, pte_rights
-from shadowcore.engine.counters cimport EXIT_EMULATE, EXIT_FILL
+from shadowcore.engine.bits cimport (
+    PTE_A, PTE_D, PTE_P, PTE_PS, PTE_U, PTE_W, level_index, pte_addr, pte_pkey, pte_rights,
+)
+from shadowcore.engine.counters cimport EXIT_EMULATE, EXIT_FILL, EXIT_GUEST
 from shadowcore.engine.flushes cimport FLUSH_WITHHELD, request_flush
 from shadowcore.engine.gmode cimport GLANCE, in_mode, sc_gmode
 from shadowcore.engine.hooks cimport count_exit
+from shadowcore.engine.invalidate cimport inject_fault
 from shadowcore.engine.leaf cimport (
     direct_gfn, direct_role, dirty_after, fault_count, fault_decide, leaf_commit, leaf_decide, sc_fault,
 )
@@ -24,11 +27,11 @@ from shadowcore.engine.quirks cimport QUIRK_NX_LEAF_ONLY, QUIRK_PROCESSOR_CODE, 
 from shadowcore.engine.role cimport ROLE_LEVEL
 from shadowcore.engine.roots cimport make_role
 from shadowcore.engine.spte cimport spte_link
-from shadowcore.engine.state cimport FAST_MENDED, FAST_UPDATED, sc_mmu, sc_vcpu
+from shadowcore.engine.state cimport FAST_CODE, FAST_MENDED, FAST_REFLECTED, FAST_UPDATED, sc_mmu, sc_vcpu
 from shadowcore.engine.sync cimport leaf_bits, leaf_fill, leaf_writable, prefetch_around
 from shadowcore.engine.types cimport ACC_W, PF_W, SC_NONE, u8, u32, u64
 from shadowcore.engine.walker cimport (
-    STEP_DOWN, STEP_LEAF, leaf_address, rights_fault, sc_paging, table_index, walk_step,
+    STEP_DOWN, STEP_FAULT, access_code, leaf_address, rights_fault, sc_paging, table_index, walk_step,
 )
 
 cdef extern from *:
@@ -58,6 +61,7 @@ cdef struct sc_leaf:                # what the guest's walk comes to
     u64 table                       # gpa of the table that the leaf is in
     u64 entry                       # the leaf
     u64 all_                        # AND of the entries down to it, bit 63 inverted
+    u32 read                        # entries read, if the walk came to none
 
 cdef struct sc_tables:              # what a fault needs to know of tables
     u64 gpa                         # of the guest's table that holds the leaf
@@ -95,9 +99,20 @@ cdef inline u32 _rights(u64 all_) noexcept nogil:
     return <u32>(all_ & (PTE_W | PTE_U)) | <u32>(all_ >> 63)
 
 
+cdef inline int _ended(sc_leaf *leaf, u64 entry, int level) noexcept nogil:
+    leaf.entry = entry
+    return level
+
+
+cdef inline int _stopped(sc_leaf *leaf, u64 entry, int read) noexcept nogil:
+    leaf.entry = entry
+    leaf.read = read
+    return 0
+
+
 cdef inline int _guest_walk(const sc_mmu *mmu, const sc_vcpu *v, sc_fault *f, sc_tables *t, sc_leaf *leaf,
                             sc_gmode g) noexcept nogil:
-    """The guest's walk: level of the leaf it comes to, or 0."""
+    """The guest's walk: level of the leaf it comes to, or 0; then leaf.entry is the entry at which it ended."""
     cdef sc_mem *m = mmu.mem        # a strict walk writes nothing
     cdef const sc_paging *p = &v.guest
     cdef u64 base
@@ -106,32 +121,29 @@ cdef inline int _guest_walk(const sc_mmu *mmu, const sc_vcpu *v, sc_fault *f, sc
     cdef int step
     base = p.pdpte[(f.va >> 30) & 3] & pte_addr() if g.pae_root else p.root
     if g.pae_root and not p.pdpte[(f.va >> 30) & 3] & PTE_P:
-        return 0
+        return _stopped(leaf, PTE_P, 0)     # the general way sees what that is
     if g.top >= 5 and walk_step(m, p, f.va, f.access, NULL, &base, &entry, &all_, 5, g) != STEP_DOWN:
-        return 0
+        return _stopped(leaf, entry, g.top + 1 - 5)
     if g.top >= 4 and walk_step(m, p, f.va, f.access, NULL, &base, &entry, &all_, 4, g) != STEP_DOWN:
-        return 0
+        return _stopped(leaf, entry, g.top + 1 - 4)
     if g.top >= 3:
         leaf.table = base
         step = walk_step(m, p, f.va, f.access, NULL, &base, &entry, &all_, 3, g)
         if step != STEP_DOWN:
-            leaf.entry = entry
             leaf.all_ = all_
-            return 3 if step == STEP_LEAF else 0
+            return _stopped(leaf, entry, g.top - 2) if step == STEP_FAULT else _ended(leaf, entry, 3)
     leaf.table = base
     step = walk_step(m, p, f.va, f.access, NULL, &base, &entry, &all_, 2, g)
     if step != STEP_DOWN:
-        leaf.entry = entry
         leaf.all_ = all_
-        return 2 if step == STEP_LEAF else 0
+        return _stopped(leaf, entry, g.top - 1) if step == STEP_FAULT else _ended(leaf, entry, 2)
     leaf.table = base
     t.above = all_
     # As a number, for there may be no memory: the step finds that.
     f.low = <u8 *>(<size_t>mem_guest_frame(m, base) + table_index(f.va, 1, g.pte_size) * g.pte_size)
     step = walk_step(m, p, f.va, f.access, NULL, &base, &entry, &all_, 1, g)
-    leaf.entry = entry
     leaf.all_ = all_
-    return 1 if step == STEP_LEAF else 0
+    return _stopped(leaf, entry, g.top) if step == STEP_FAULT else _ended(leaf, entry, 1)
 
 
 cdef inline bint _shadow_walk(const sc_mmu *mmu, const sc_vcpu *v, sc_fault *f, sc_tables *t, const sc_leaf *leaf,
@@ -296,6 +308,38 @@ cdef inline u64 _lagging(sc_mmu *mmu, sc_vcpu *v, sc_fault *f, const sc_leaf *le
     return gpa
 
 
+cdef inline void _reflected(sc_mmu *mmu, sc_vcpu *v, u64 va, u32 access, const sc_leaf *leaf, u32 *told,
+                            int hw_top) noexcept nogil:
+    """Design unsync: the guest's own fault, at an entry that is not present where the shadow has none either."""
+    cdef u64 base = v.hw.root if hw_top > 2 else v.hw.pdpte[(va >> 30) & 3] & pte_addr()
+    cdef u64 entry = 0
+    cdef u32 read = 0
+    cdef int level
+    if leaf.entry & PTE_P or v.device_va == va & ~<u64>4095:
+        return                      # another fault; or a device that is to be forgotten
+    for level in range(hw_top, 0, -1):
+        base -= <u64>SC_POOL_HFN << 12
+        if base >= mmu.mem.pool_pages << 12:
+            return                  # no root is in place
+        entry = (<const u64 *>(<const u8 *>mmu.mem.pool + base))[level_index(va, level)]
+        read += 1
+        if not entry & PTE_P:
+            break
+        if entry & PTE_PS:
+            return
+        base = entry & pte_addr()
+    if entry:
+        return                      # a leaf that lags, or a device
+    # No guard below this line.
+    inject_fault(mmu, v, va, access_code(&v.guest, access))
+    mmu.stats.accesses += 1
+    mmu.stats.pf_taken += 1
+    mmu.stats.guest_walk_references += leaf.read
+    mmu.stats.walk_references += read
+    count_exit(mmu, v.number, EXIT_GUEST, va)
+    told[0] = FAST_REFLECTED | access_code(&v.guest, access) << FAST_CODE
+
+
 cdef inline u64 _onward(sc_mmu *mmu, sc_vcpu *v, sc_fault *f, sc_tables *t, const sc_leaf *leaf, u32 *told,
                         int hw_top, bint large, bint lagging, sc_gmode g) noexcept nogil:
     """From the guest's leaf on. Constants: large, it may be that of a large page; lagging, the design is unsync."""
@@ -356,6 +400,8 @@ cdef inline u64 _fast(void *asked, sc_gmode g) noexcept nogil:
         return ~<u64>0
     level = _guest_walk(a.mmu, a.v, &f, &t, &leaf, g)
     if sc_seldom(level == 0):
+        if a.lagging:
+            _reflected(a.mmu, a.v, a.va, a.access, &leaf, a.told, hw_top)
         return ~<u64>0
     f.level = level
     if a.lagging:

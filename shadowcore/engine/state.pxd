@@ -101,6 +101,8 @@ cdef enum:
     FAST_MENDED = 0                 # an exit, after which the access succeeds
     FAST_EMULATE = 1                # an exit, and the store is to be emulated
     FAST_UPDATED = 2                # no exit: A or D was set in the shadow
+    FAST_REFLECTED = 4              # an exit, and the guest's own fault: it leads nowhere, and all is done
+    FAST_CODE = 8                   # ... its error code is shifted left by this
 
 # What a design does at events that are rare beside accesses. Each design fills it in, with sc_mmu.shadow and by_table,
 # in a file of its own in engine/designs; nothing else asks which design it is. NULL, where it may be: nothing is done.
@@ -121,7 +123,7 @@ cdef struct sc_design:
     bint (*make_room)(sc_mmu *mmu, sc_vcpu *v, u64 va) noexcept nogil
     # The access `access` (PF_W, PF_U, PF_I) at the canonical address va, if it takes a fault of the common kind and
     # then succeeds, or is a store to be emulated: where it leads, and told: FAST_*. Else all ones, and nothing has
-    # changed. NULL without a shadow MMU.
+    # changed unless told is FAST_REFLECTED. NULL without a shadow MMU.
     u64 (*fast_fault)(sc_mmu *mmu, sc_vcpu *v, u64 va, u32 access, u32 *told) noexcept nogil
     # The gfn of what root number `slot` stands for, by the registers; direct: it is no guest table. False: for nothing.
     bint (*root_of)(const sc_mmu *mmu, const sc_vcpu *v, int slot, u64 *gfn, bint *direct) noexcept nogil
