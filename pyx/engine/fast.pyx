@@ -15,7 +15,6 @@ from shadowcore.engine.counters cimport EXIT_EMULATE, EXIT_FILL, EXIT_GUEST
 from shadowcore.engine.flushes cimport FLUSH_WITHHELD, request_flush
 from shadowcore.engine.gmode cimport GLANCE, in_mode, sc_gmode
 from shadowcore.engine.hooks cimport count_exit
-from shadowcore.engine.invalidate cimport inject_fault
 from shadowcore.engine.leaf cimport (
     direct_gfn, direct_role, dirty_after, fault_count, fault_decide, leaf_commit, leaf_decide, sc_fault,
 )
@@ -331,7 +330,10 @@ cdef inline void _reflected(sc_mmu *mmu, sc_vcpu *v, u64 va, u32 access, const s
     if entry:
         return                      # a leaf that lags, or a device
     # No guard below this line.
-    inject_fault(mmu, v, va, access_code(&v.guest, access))
+    # inject_fault, of which nothing is left: no TLB is modelled, and where the shadow has no entry, and the guest none
+    # to make one of, there is nothing that the fault makes forget.
+    v.cr2 = va
+    mmu.stats.pf_guest += 1
     mmu.stats.accesses += 1
     mmu.stats.pf_taken += 1
     mmu.stats.guest_walk_references += leaf.read
