@@ -16,6 +16,8 @@ PAGE_SIZE = 4096
 T = TypeVar("T")
 HOST_PAGES = (PAGE_SIZE, 1 << 21, 1 << 30)
 """Sizes of a host's page, by level."""
+BACKINGS = ("warm", "cold", "thp")
+"""What `MemorySlot.backing` can be."""
 RELEASES = ("6.1", "6.12")
 """Releases of Linux whose ways `Shadow.release` can name."""
 POOL_MAX = (1 << 22) - 1
@@ -156,12 +158,23 @@ class MemorySlot:
     dirty_log: log the frames written from the start.
     host_page_size: bytes of the host's pages under it: 4096, 2 MiB or 1 GiB. Design `unsync` makes large leaves where
         the guest's page is as large, and both lie alike.
+    offset: the byte of guest RAM (`vm.memory.bytes`) at which its frames begin, a multiple of 4096. None: after those
+        of the slot before it; of a slot that is added later, the first free place.
+    read_only: loads read RAM, stores are the embedder's, as those to a device are (KVM_MEM_READONLY). The processor's
+        walks set no bits in tables there.
+    backing: what the host has of it at first. "warm": all of it. "cold": nothing, in pages of 4 KiB. "thp": nothing,
+        and a first touch makes 2 MiB where nothing else is mapped in the aligned block of guest RAM. What a caller's
+        array holds comes back at its first touch. None: as the VM says; of a slot that is added later, as its frames
+        are.
     """
 
     gpa: int
     size: int | str
     dirty_log: bool = False
     host_page_size: int | str = PAGE_SIZE
+    offset: int | None = None
+    read_only: bool = False
+    backing: str | None = None
 
     def __post_init__(self) -> None:
         _put(
@@ -169,9 +182,13 @@ class MemorySlot:
             gpa=check_int("slot.gpa", self.gpa, 0, 1 << 52),
             size=parse_size(self.size, "slot.size"),
             dirty_log=check_bool("slot.dirty_log", self.dirty_log),
+            offset=None if self.offset is None else check_int("slot.offset", self.offset, 0, 1 << 52),
+            read_only=check_bool("slot.read_only", self.read_only),
+            backing=None if self.backing is None else check_backing("slot.backing", self.backing),
         )
-        if self.gpa % PAGE_SIZE:
-            raise ConfigError(f"slot.gpa: {self.gpa:#x} is not a multiple of 4096")
+        for name in ("gpa", "offset"):
+            if (getattr(self, name) or 0) % PAGE_SIZE:
+                raise ConfigError(f"slot.{name}: {getattr(self, name):#x} is not a multiple of 4096")
         host = parse_size(self.host_page_size, "slot.host_page_size")
         if host not in HOST_PAGES:
             raise ConfigError(f"slot.host_page_size: {host} is not 4 KiB, 2 MiB or 1 GiB")
@@ -417,6 +434,12 @@ def _check_text(name: str, value: object) -> str:
     if not isinstance(value, str):
         raise ConfigError(f"{name}: a text is needed, not {value!r:.60}")
     return str.__str__(value)
+
+
+def check_backing(name: str, value: object) -> str:
+    if not isinstance(value, str) or value not in BACKINGS:
+        raise ConfigError(f"{name}: {value!r:.60} is not one of {', '.join(BACKINGS)}")
+    return BACKINGS[BACKINGS.index(value)]
 
 
 def check_ints(name: str, values: object, count: int, high: int) -> list[int]:

@@ -19,7 +19,7 @@ from shadowcore.engine.emulate cimport device_store
 from shadowcore.engine.memo cimport (
     KIND_USER, memo_allows, memo_context, memo_entry, memo_is, memo_mask, memo_put, memo_spill, memo_tag, sc_memo_entry,
 )
-from shadowcore.engine.memory cimport mem_frame, mem_frame_hpa, mem_gfn, sc_mem, sc_no_frame
+from shadowcore.engine.memory cimport mem_frame, mem_frame_hpa, mem_gfn, mem_is_device, sc_mem, sc_no_frame
 from shadowcore.engine.mmu cimport mmu_resolve
 from shadowcore.engine.prices cimport prices_cycles, prices_translation, sc_prices
 from shadowcore.engine.state cimport linear_address, linear_exists, sc_mmu, sc_vcpu
@@ -334,7 +334,7 @@ cdef int api_translate(sc_vm vm, const sc_access *a, sc_outcome *o) noexcept nog
         if rc == RC_PF:
             o.error_code = w.error_code
         else:
-            rc = RC_OK if mem_frame(p.mmu.mem, w.gpa >> 12) != sc_no_frame() else RC_MMIO
+            rc = RC_MMIO if mem_is_device(p.mmu.mem, w.gpa >> 12, _access_bits(a)) else RC_OK
             o.gpa = w.gpa
             if rc == RC_OK:
                 _place_of(p.mmu.mem, w.gpa, o)

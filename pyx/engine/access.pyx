@@ -11,7 +11,9 @@ from shadowcore.engine.designs.native cimport store_seen
 from shadowcore.engine.emulate cimport emulate_store, walk_updated
 from shadowcore.engine.flushes cimport FLUSH_INVLPG, flush_lost
 from shadowcore.engine.invalidate cimport inject_fault
-from shadowcore.engine.memory cimport mem_frame, mem_gfn, mem_guest_frame, mem_mark_dirty, sc_no_frame
+from shadowcore.engine.memory cimport (
+    mem_frame, mem_gfn, mem_guest_frame, mem_is_device, mem_mark_dirty, mem_touch, sc_no_frame,
+)
 from shadowcore.engine.registers cimport load_ac, load_cr0, load_cr3, load_cr4, load_efer, load_pkru, load_refused
 from shadowcore.engine.resolve cimport resolve
 from shadowcore.engine.state cimport (
@@ -82,7 +84,7 @@ cdef int _said(sc_mmu *mmu, const sc_vcpu *v, u64 va, u32 access) noexcept nogil
     cdef sc_walk w
     if probe_walk(mmu.mem, &v.guest, va, access, &w) != RC_OK:
         return RC_PF
-    return RC_OK if mem_frame(mmu.mem, w.gpa >> 12) != sc_no_frame() else RC_MMIO
+    return RC_MMIO if mem_is_device(mmu.mem, w.gpa >> 12, access) else RC_OK
 
 
 cdef int _walk_only(sc_mmu *mmu, sc_vcpu *v, u64 va, u32 access, sc_walk *w) noexcept nogil:
@@ -203,9 +205,10 @@ cdef int _emulate_whole(sc_mmu *mmu, sc_vcpu *v, const sc_op *o, u32 access, sc_
         mmu.stats.guest_walk_references += w.references
         walk_updated(mmu, v, &w)
         parts[i].gpa = w.gpa
-        if mem_frame(mmu.mem, w.gpa >> 12) == sc_no_frame():
+        if mem_is_device(mmu.mem, w.gpa >> 12, access):
             r.gpa = w.gpa
             return RC_MMIO
+        mem_touch(mmu.mem, w.gpa >> 12, True)
         if not data:
             memcpy(<u8 *>now + done, mem_guest_frame(mmu.mem, w.gpa) + (w.gpa & 4095), parts[i].nbytes)
         emulate_store(mmu, v, w.gpa, <u8 *>now + done, parts[i].nbytes)

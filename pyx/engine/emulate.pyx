@@ -7,7 +7,7 @@ from libc.string cimport memcpy
 from shadowcore.engine.bits cimport PTE_P
 from shadowcore.engine.flushes cimport FLUSH_STORE, entry_flush
 from shadowcore.engine.hooks cimport POINT_POST_WRITE, POINT_PRE_WRITE, audit_point
-from shadowcore.engine.memory cimport mem_frame, mem_mark_dirty, sc_no_frame
+from shadowcore.engine.memory cimport mem_frame, mem_mark_dirty, mem_touch, sc_no_frame
 from shadowcore.engine.page cimport sc_page
 from shadowcore.engine.pool cimport hash_bucket, pool_zap
 from shadowcore.engine.quirks cimport QUIRK_PDE_WRITE
@@ -91,6 +91,7 @@ cdef void table_written(sc_mmu *mmu, u64 gpa, u32 nbytes, bint flooded) noexcept
 cdef inline void _store(sc_mmu *mmu, u64 gpa, const u8 *data, u32 nbytes, bint flooded) noexcept nogil:
     """A store to RAM, within one frame, that the shadow hears of."""
     cdef u64 frame = mem_frame(mmu.mem, gpa >> 12)
+    mem_touch(mmu.mem, gpa >> 12, True)
     audit_point(mmu, POINT_PRE_WRITE)
     _drop_written(mmu, gpa, frame, nbytes, flooded)
     memcpy(mmu.mem.ram + (frame << 12) + (gpa & 4095), data, nbytes)
@@ -101,6 +102,7 @@ cdef inline void _store(sc_mmu *mmu, u64 gpa, const u8 *data, u32 nbytes, bint f
 cdef void _store_first(sc_mmu *mmu, sc_vcpu *v, u64 gpa, const u8 *data, u32 nbytes) noexcept nogil:
     """The same, where the design looks at what is there afterwards. v: NULL, if no vcpu made it."""
     cdef u64 frame = mem_frame(mmu.mem, gpa >> 12)
+    mem_touch(mmu.mem, gpa >> 12, True)
     audit_point(mmu, POINT_PRE_WRITE)
     memcpy(mmu.mem.ram + (frame << 12) + (gpa & 4095), data, nbytes)
     mem_mark_dirty(mmu.mem, gpa >> 12)

@@ -78,6 +78,7 @@ cdef inline int _can_be_fast(const sc_mmu *mmu, const sc_vcpu *v, u32 below, bin
     cdef u32 odd = mmu.quirks & EXCLUDED
     odd |= mmu.audit_points         # before and after a fault
     odd |= mmu.fail_for             # a test counts the attempts to take a page
+    odd |= mmu.mem.special          # the host, or a slot, may have a say
     if not logged:
         odd |= mmu.mem.logging      # stores to slots with a dirty log are looked at
     if lagging:
@@ -398,6 +399,7 @@ cdef inline u64 _fast(void *asked, sc_gmode g) noexcept nogil:
     f.quirks = a.mmu.quirks & ~<u32>EXCLUDED
     f.tlb = False
     f.logging = a.logged and a.mmu.mem.logging
+    f.special = False               # see fault_fast
     if sc_seldom(found == GENERAL):
         return ~<u64>0
     level = _guest_walk(a.mmu, a.v, &f, &t, &leaf, g)

@@ -7,7 +7,7 @@ from shadowcore.engine.fetch cimport fetch
 from shadowcore.engine.hooks cimport POINT_POST_FAULT, POINT_PRE_FAULT, audit_point
 from shadowcore.engine.invalidate cimport invalidate_fault
 from shadowcore.engine.leaf cimport fault_count, sc_fault
-from shadowcore.engine.memory cimport mem_frame, mem_guest_frame, sc_no_frame
+from shadowcore.engine.memory cimport mem_frame, mem_guest_frame, mem_is_rom, mem_touch, sc_no_frame
 from shadowcore.engine.quirks cimport QUIRK_PROCESSOR_CODE, QUIRK_ROLE_WITHOUT_ACCESS, QUIRK_TWO_EXITS
 from shadowcore.engine.roots cimport release_everything
 from shadowcore.engine.state cimport sc_mmu, sc_vcpu
@@ -62,6 +62,7 @@ cdef int _page_fault(sc_mmu *mmu, sc_vcpu *v, u32 access, const sc_walk *hw, sc_
     f.quirks = mmu.quirks
     f.tlb = v.tlb != NULL
     f.logging = mmu.mem.logging
+    f.special = mmu.mem.special
     f.changed = False
     if not design_make_room(mmu, v, f.va):
         mmu.exhausted = v.number
@@ -81,6 +82,12 @@ cdef int _page_fault(sc_mmu *mmu, sc_vcpu *v, u32 access, const sc_walk *hw, sc_
         if w.error_code & (PF_P | PF_RSVD) != PF_P or not mmu.quirks & looks:
             return _inject(mmu, v, &f, f.code if mmu.quirks & QUIRK_PROCESSOR_CODE else w.error_code, w)
     _found(mmu, &f, w)
+    if f.special and not f.refused and f.frame != sc_no_frame():
+        if access & PF_W and mem_is_rom(mmu.mem, f.gpa >> 12):
+            f.kind = EXIT_MMIO      # no leaf lets it pass, and none has to
+            fault_count(mmu, v, &f)
+            return RC_MMIO
+        mem_touch(mmu.mem, f.gpa >> 12, access & PF_W != 0)
     if f.frame == sc_no_frame() and f.mode == MODE_OFF:
         f.kind = EXIT_MMIO          # no leaf remembers it
     # The failed walk knows the path to the leaf, if it came that far and nothing was withdrawn since.

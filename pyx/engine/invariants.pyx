@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 from libc.string cimport memset
 
+from shadowcore.engine.backing cimport host_level, host_present
 from shadowcore.engine.bits cimport (
     PTE_A, PTE_D, PTE_G, PTE_P, PTE_PS, SPTE_MARK, level_index, level_mask, pte_addr, pte_pkey, pte_rights,
 )
@@ -27,7 +28,7 @@ from shadowcore.engine.invariants cimport (
     audit_listed, audit_report, audit_stopped, entry_gpte, sc_audit, sc_finding,
 )
 from shadowcore.engine.memory cimport (
-    SC_RUNNING, SC_WRITTEN, mem_frame, mem_frame_hpa, mem_gfn, mem_leaf_frame, mem_pool_hpa,
+    SC_RUNNING, SC_WRITTEN, mem_frame, mem_frame_hpa, mem_gfn, mem_is_rom, mem_leaf_frame, mem_may_write, mem_pool_hpa,
     mem_pool_page, mem_slot, mem_unlogged, sc_no_frame,
 )
 from shadowcore.engine.page cimport sc_page
@@ -47,8 +48,8 @@ from shadowcore.engine.types cimport (
 )
 
 cdef enum:
-    # I3 to I7, I10 to I12: what the engine follows leads somewhere.
-    STRUCTURE = 1 << 3 | 1 << 4 | 1 << 5 | 1 << 6 | 1 << 7 | 1 << 10 | 1 << 11 | 1 << 12
+    # I3 to I7, I10 to I13: what the engine follows leads somewhere.
+    STRUCTURE = 1 << 3 | 1 << 4 | 1 << 5 | 1 << 6 | 1 << 7 | 1 << 10 | 1 << 11 | 1 << 12 | 1 << 13
 
 # What a finding says, by sc_finding.what.
 SENTENCES = (
@@ -98,6 +99,8 @@ SENTENCES = (
     "the marks of a page are not as many as it counts, or it is a leaf table and has some",
     "the root of an earlier CR3 is no root for that, or none that is in use",
     "the vcpu's roots are in sync, and marked: something below them may not be",
+    "a leaf maps what the host has no page for, or no large one",
+    "a writable leaf maps what the host, or the memory slot, lets nobody write",
 )
 
 assert len(SENTENCES) == S_COUNT
@@ -153,7 +156,7 @@ cdef void _check_leaf(sc_mmu *mmu, u32 number, u32 index, sc_audit *a) noexcept 
             return
         named = (gpte & (pte_addr() if role_pte_size(page.role) == 8 else 0xFFFFF000U)) >> 12
         allowed &= pte_rights(gpte)
-        if granted & ACC_W and not gpte & PTE_D:
+        if granted & ACC_W and not gpte & PTE_D and not mem_is_rom(mmu.mem, page.gfn):
             audit_report(a, 1, S_CLEAN, number, index, page.gfn)
         pkey = pte_pkey(gpte)
     if named != gfn:
@@ -192,7 +195,7 @@ cdef void _check_link(sc_mmu *mmu, u32 number, u32 index, sc_audit *a) noexcept 
     if not mmu.quirks & QUIRK_ROLE_WITHOUT_ACCESS:
         granted = role_access(child.role)
         allowed = role_access(page.role) & pte_rights(gpte)
-        if role_direct(child.role) and not gpte & PTE_D:
+        if role_direct(child.role) and not gpte & PTE_D and not mem_is_rom(mmu.mem, page.gfn):
             allowed &= ~<u32>ACC_W
         if granted & ~allowed or (granted != allowed and not role_direct(child.role)):
             audit_report(a, 1, S_RIGHTS, number, index, page.gfn)
@@ -262,13 +265,15 @@ cdef void check_rmap(sc_mmu *mmu, sc_audit *a) noexcept nogil:
             spte = number * 512 + index
             frame = mem_leaf_frame(mmu.mem, mmu.table[spte])
             if not spte_is_writable(mmu.table[spte]):
-                if mmu.table[spte] & PTE_P and frame >= mmu.mem.nframes:
+                if mmu.table[spte] & PTE_P and mem_gfn(mmu.mem, frame) == sc_no_frame():
                     audit_report(a, 3, S_LEAF, number, index, mmu.pages[number].gfn)
                 continue
             leaves += 1
             if frame < mmu.mem.nframes and not mmu.pages[number].slots >> mem_slot(
                     mmu.mem, mem_gfn(mmu.mem, frame)) & 1:
                 audit_report(a, 3, S_SLOTS, number, index, mem_gfn(mmu.mem, frame))
+            if mem_gfn(mmu.mem, frame) == sc_no_frame():
+                audit_report(a, 3, S_LEAF, number, index, mmu.pages[number].gfn)
             if frame >= mmu.mem.nframes or not audit_listed(mmu, mmu.frames[frame].rmap, spte):
                 audit_report(a, 3, S_RMAP_MISSING, number, index, mem_gfn(mmu.mem, frame))
     for frame in range(mmu.mem.nframes):
@@ -284,6 +289,34 @@ cdef void check_rmap(sc_mmu *mmu, sc_audit *a) noexcept nogil:
             audit_report(a, 3, S_HEAD, SC_NONE, 0, mem_gfn(mmu.mem, frame))
     if listed != leaves:
         audit_report(a, 3, S_RMAP_MISSING, SC_NONE, 0, 0)
+
+
+cdef void check_backing(sc_mmu *mmu, sc_audit *a) noexcept nogil:
+    """I13: a leaf maps what the host has pages for, a large one a large page, and is writable only where a store needs
+    nothing of the host, and the memory slot is not read-only."""
+    cdef u32 number, index
+    cdef u64 value, frame
+    cdef int level
+    if not mmu.mem.special:
+        return
+    for number in range(mmu.pool_pages):
+        if audit_stopped(mmu, number):
+            return
+        level = role_level(mmu.pages[number].role)
+        if not mmu.pages[number].active:
+            continue
+        for index in range(512):
+            value = mmu.table[number * 512 + index]
+            if not value & PTE_P or not (level == 1 or (mmu.lists_all and level <= 3 and value & PTE_PS)):
+                continue
+            frame = mem_leaf_frame(mmu.mem, value)
+            if frame >= mmu.mem.nframes or mem_gfn(mmu.mem, frame) == sc_no_frame():
+                continue            # a matter of I3
+            if mmu.mem.host != NULL and (not host_present(mmu.mem.host, frame)
+                                         or (level > 1 and host_level(mmu.mem.host, frame) == 1)):
+                audit_report(a, 13, S_HOST_ABSENT, number, index, mem_gfn(mmu.mem, frame))
+            if spte_is_writable(value) and not mem_may_write(mmu.mem, mem_gfn(mmu.mem, frame), frame):
+                audit_report(a, 13, S_HOST_READ_ONLY, number, index, mem_gfn(mmu.mem, frame))
 
 
 cdef void check_parents(sc_mmu *mmu, sc_audit *a) noexcept nogil:
@@ -667,6 +700,8 @@ cdef void _check(sc_mmu *mmu, sc_audit *a, u32 which) noexcept nogil:
         check_rmap(mmu, a)
     if which >> 7 & 1:
         check_roots(mmu, a)
+    if which >> 13 & 1:
+        check_backing(mmu, a)
     if mmu.design.audit != NULL:
         mmu.design.audit(mmu, a, which)
         return
@@ -678,7 +713,7 @@ cdef void _check(sc_mmu *mmu, sc_audit *a, u32 which) noexcept nogil:
 
 cdef int mmu_settle(sc_mmu *mmu, sc_audit *a) noexcept nogil:
     """The VM is to be used, and mem.busy is not 0. RC_OK, and it is 0, if the only reason was that the shadow structure
-    was written by hand, nobody can write to it any more, and I3 to I7 (I10 to I12) hold. Else RC_AUDIT; a.n is not 0 if
+    was written by hand, nobody can write to it any more, and I3 to I7 (I10 to I13) hold. Else RC_AUDIT; a.n is not 0 if
     they do not."""
     a.n = 0
     if mmu.mem.busy != SC_WRITTEN or mmu.mem.lent:

@@ -13,7 +13,7 @@ from shadowcore.engine.invariants cimport (
 )
 from shadowcore.engine.lagging cimport LAGGING_SYNCED
 from shadowcore.engine.memory cimport (
-    mem_frame, mem_gfn, mem_leaf_frame, mem_pool_page, sc_no_frame,
+    mem_frame, mem_gfn, mem_is_rom, mem_leaf_frame, mem_pool_page, sc_no_frame,
 )
 from shadowcore.engine.page cimport sc_page
 from shadowcore.engine.quirks cimport QUIRK_ROLE_WITHOUT_NXE
@@ -24,7 +24,7 @@ from shadowcore.engine.role cimport (
 )
 from shadowcore.engine.spte cimport spte_is_writable
 from shadowcore.engine.state cimport REQUEST_OBSOLETE, SC_MAX_PREV, page_is_dying, sc_mmu, sc_prev, sc_vcpu
-from shadowcore.engine.sync cimport device_rights, direct_page_gfn
+from shadowcore.engine.sync cimport device_is_stale, device_rights, direct_page_gfn
 from shadowcore.engine.types cimport ACC_U, ACC_W, MODE_32, MODE_64, SC_NONE, u32, u64
 
 
@@ -86,7 +86,7 @@ cdef void _check_leaf(sc_mmu *mmu, u32 number, u32 index, sc_audit *a) noexcept 
         named = _named(page, index, gpte, large)
         allowed = _allowed(page, gpte, granted)
         pkey = pte_pkey(gpte)
-        if granted & ACC_W and not gpte & PTE_D:
+        if granted & ACC_W and not gpte & PTE_D and not mem_is_rom(mmu.mem, page.gfn):
             audit_report(a, 1, S_CLEAN, number, index, page.gfn)
     if frame < mmu.mem.nframes and mem_gfn(mmu.mem, frame) != named:
         audit_report(a, 1, S_FRAME, number, index, named)
@@ -108,7 +108,7 @@ cdef void _check_device(sc_mmu *mmu, u32 number, u32 index, sc_audit *a) noexcep
     else:
         gpte = entry_gpte(mmu, page, index)
         allowed &= pte_rights(gpte)
-        if not gpte & PTE_D:
+        if not gpte & PTE_D and not mem_is_rom(mmu.mem, page.gfn):
             allowed &= ~<u32>ACC_W
         fits = fits and gpte & PTE_P and _named(page, index, gpte, False) == gfn
     if not fits or device_rights(spte) & ~allowed:
@@ -145,7 +145,7 @@ cdef void _check_link(sc_mmu *mmu, u32 number, u32 index, sc_audit *a) noexcept 
         if large:
             allowed = _allowed(page, gpte, role_access(child.role))
             pkey = pte_pkey(gpte)
-            if role_access(child.role) & ACC_W and not gpte & PTE_D:
+            if role_access(child.role) & ACC_W and not gpte & PTE_D and not mem_is_rom(mmu.mem, page.gfn):
                 audit_report(a, 1, S_CLEAN, number, index, page.gfn)
     if named != child.gfn or role_direct(child.role) != large:
         audit_report(a, 1, S_FRAME if large else S_TABLE, number, index, named if large else page.gfn)
@@ -178,7 +178,7 @@ cdef void check_synced_mappings(sc_mmu *mmu, sc_audit *a) noexcept nogil:
                 _check_leaf(mmu, number, index, a)
             elif value & PTE_P:
                 _check_link(mmu, number, index, a)
-            elif role_level(mmu.pages[number].role) == 1:
+            elif role_level(mmu.pages[number].role) == 1 and not device_is_stale(mmu, value):
                 _check_device(mmu, number, index, a)
 
 
@@ -259,7 +259,8 @@ cdef void check_leaves(sc_mmu *mmu, sc_audit *a) noexcept nogil:
             leaves[level - 1] += 1
             frame = mem_leaf_frame(mmu.mem, value)
             block = <u64>1 << 9 * (level - 1)
-            if frame >= mmu.mem.nframes or block > mmu.mem.nframes - frame or frame & (block - 1):
+            if (frame >= mmu.mem.nframes or block > mmu.mem.nframes - frame or frame & (block - 1)
+                    or mem_gfn(mmu.mem, frame) == sc_no_frame() or mem_gfn(mmu.mem, frame + block - 1) == sc_no_frame()):
                 audit_report(a, 11, S_LEAF, number, index, mmu.pages[number].gfn)
                 continue
             head = &mmu.frames[frame].rmap

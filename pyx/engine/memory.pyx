@@ -9,13 +9,18 @@ from cpython.buffer cimport PyBuffer_FillInfo
 from libc.stdlib cimport calloc, free
 from libc.string cimport memset
 
+from shadowcore.engine.backing cimport (
+    BLOCK_HUGE, BLOCK_LARGE, BLOCK_NOTHING, BLOCK_TABLE, HOST_ABSENT, HOST_AWAY, HOST_OWN, host_is_sound, sc_backing,
+)
 from shadowcore.engine.held cimport held_owners
 from shadowcore.engine.memory cimport (
     SC_MAX_SLOTS, SC_POOL_HFN, SC_RAM_ALIGN, SC_RUNNING, SC_WRITTEN, mem_frame, sc_no_frame,
 )
 from shadowcore.engine.types cimport u8, u32, u64
 
-from shadowcore.config import HOST_PAGES as _HOST_PAGES, MemorySlot, check_bool, check_int, parse_size, taken
+from shadowcore.config import (
+    HOST_PAGES as _HOST_PAGES, MemorySlot, check_backing, check_bool, check_int, parse_size, taken,
+)
 from shadowcore.errors import ConfigError, EngineError
 
 
@@ -105,16 +110,24 @@ def window(array, lender=None):
     return np.frombuffer(_Window(array, lender), dtype=np.uint8)
 
 
+cdef void _nobody(void *context, u64 frame, u64 n) noexcept nogil:
+    """No MMU is there yet."""
+
+
 cdef class Memory:
     """Guest RAM and the host physical space it lies in.
 
     memory: bytes (int, or text such as "64MiB") | uint8 array, used in place | list of MemorySlot.
-    slots: with an array, the MemorySlots that map it, one after the other (default: one slot at gpa 0).
+    slots: the MemorySlots that map it, one after the other (default: one slot at gpa 0); None in the list leaves a
+        number free. What none of them maps is free for slots that are added later.
     host_page_size: of that one slot.
+    backing: of the slots that do not say it for themselves, and of what is free.
     """
 
-    def __cinit__(self, memory, slots=None, host_page_size=None):
+    def __cinit__(self, memory, slots=None, host_page_size=None, backing="warm"):
         memset(&self.mem, 0, sizeof(self.mem))
+        memset(&self.backing, 0, sizeof(self.backing))
+        backing = check_backing("backing", backing)
         if isinstance(memory, (list, tuple)):
             if slots is not None:
                 raise ConfigError("slots: given twice, in memory and in slots")
@@ -122,8 +135,10 @@ cdef class Memory:
         if slots is not None:
             slots = checked_slots(slots)
             if memory is None:
-                memory = sum(slot.size for slot in slots)
-        if isinstance(memory, np.ndarray):
+                memory = max([first + slot.size for first, slot in zip(_offsets(slots), slots, strict=True) if slot],
+                             default=0)
+        given = isinstance(memory, np.ndarray)
+        if given:
             ram = _checked_array(np.asarray(memory))    # without what a subclass says of itself
         elif isinstance(memory, (int, str, np.integer)) and not isinstance(memory, bool):
             ram = allocate(parse_size(memory))
@@ -134,31 +149,262 @@ cdef class Memory:
             slots = (MemorySlot(0, ram.size, host_page_size=4096 if host_page_size is None else host_page_size),)
         elif host_page_size is not None:
             raise ConfigError("host_page_size: each of the memory slots says it for itself")
-        if sum(slot.size for slot in slots) != ram.size:
-            raise ConfigError(f"slots: they hold {sum(slot.size for slot in slots)} bytes, the memory {ram.size}")
+        places = _offsets(slots)
+        for first, slot in zip(places, slots, strict=True):
+            if slot and first + slot.size > ram.size:
+                raise ConfigError(f"slots: they hold {first + slot.size} bytes, the memory {ram.size}")
         # A buffer keeps most owners from moving their bytes; numpy's refcheck=False is held off by a weak reference.
         self._views = [memoryview(ram), *held_owners(ram)]
         self._logs = {}
         self.bytes = ram
         self.words = ram.view(np.uint64)
         self.tables = None
-        self.slots = slots
-        self.on_log = None
+        self.slots = ()
+        self.on_log = self.on_slots = self.on_backing = None
+        self._backed = None
         self.mem.ram = _pointer(ram)
         self.mem.nframes = ram.size >> 12
         self.mem.ram_hfn = SC_RAM_ALIGN
+        for number, slot in enumerate(slots):
+            if slot:
+                self._place(number, slot, places[number] >> 12)
+        if backing != "warm" or any(slot and slot.backing not in (None, "warm") for slot in slots):
+            self._back(backing, slots, given)
+        for number, slot in enumerate(slots):
+            if slot and slot.dirty_log:
+                self.start_dirty_log(number)
+
+    cdef int _place(self, int number, slot, u64 frame) except -1:
+        """Slot `number`, free so far, is `slot`, with frames from `frame` on."""
+        cdef sc_slot *at = &self.mem.slots[number]
+        at.base_gfn = slot.gpa >> 12
+        at.npages = slot.size >> 12
+        at.frame = frame
+        at.host_level = _HOST_PAGES.index(slot.host_page_size) + 1
+        at.dirty = NULL
+        at.read_only = slot.read_only
+        self._settled(number, slot)
+        return 0
+
+    cdef int _settled(self, int number, slot) except -1:
+        """What follows from slots as they are now; slot: of `number`, or None."""
+        cdef int i
+        slots = [*self.slots, *[None] * (number + 1 - len(self.slots))]
+        slots[number] = slot
+        while slots and slots[-1] is None:
+            slots.pop()
+        self.slots = tuple(slots)
         self.mem.nslots = len(slots)
-        cdef u64 frame = 0
-        for i, slot in enumerate(slots):
-            self.mem.slots[i].base_gfn = slot.gpa >> 12
-            self.mem.slots[i].npages = slot.size >> 12
-            self.mem.slots[i].frame = frame
-            self.mem.slots[i].host_level = _HOST_PAGES.index(slot.host_page_size) + 1
-            frame += <u64>(slot.size >> 12)
-        self.mem.low_frames = 0 if slots[0].gpa else slots[0].size >> 12
-        for i, slot in enumerate(slots):
-            if slot.dirty_log:
-                self.start_dirty_log(i)
+        self.mem.low_frames = 0
+        if self.mem.slots[0].base_gfn == 0 and self.mem.slots[0].frame == 0:
+            self.mem.low_frames = self.mem.slots[0].npages
+        self.mem.special = self.mem.host != NULL
+        for i in range(self.mem.nslots):
+            self.mem.special |= self.mem.slots[i].npages and self.mem.slots[i].read_only
+        self.mem.logging = bool(self._logs)
+        return 0
+
+    def back(self) -> None:
+        """From now on it is known which frames the host has; all of them, if that was not asked before."""
+        if self._backed is None:
+            self._back()
+
+    def _back(self, kind="warm", slots=(), given=False) -> None:
+        """From now on it is known which frames the host has: all of them, but for what `kind`, and of the slots each
+        for its own part, says. given: there may be something in them."""
+        cdef u64 first
+        frames = allocate(self.mem.nframes)
+        blocks = allocate((self.mem.nframes + 511) >> 9)
+        self._backed = frames, blocks
+        self.backing.frame = _pointer(frames)
+        self.backing.block = _pointer(blocks)
+        self.backing.nframes = self.mem.nframes
+        self.backing.withdrawn = _nobody
+        self.backing.faults = &self.backing.changes     # until an MMU counts them
+        self._fill(0, self.mem.nframes, kind, 1, given)
+        for number, slot in enumerate(self.slots):
+            if slot:
+                self._fill(self.mem.slots[<int>number].frame, self.mem.slots[<int>number].npages, slot.backing or kind,
+                           self.mem.slots[<int>number].host_level, given)
+        self.mem.host = &self.backing
+        self.mem.special = True
+        if self.on_backing is not None:
+            self.on_backing()
+
+    cdef int _fill(self, u64 first, u64 n, kind, int level, bint given) except -1:
+        """n frames from `first` on are backed as `kind` says, by host pages of `level` where that is "warm"."""
+        cdef bint huge = kind == "thp" or (kind == "warm" and level > 1)
+        cdef u64 block, begin, end
+        frames, blocks = self._backed
+        end = first + n
+        if kind == "warm":
+            frames[first:end] = HOST_OWN
+        else:
+            frames[first:end] = HOST_ABSENT
+            if given:
+                used = self.words.reshape(-1, 512)[first:end].any(axis=1)
+                frames[first:end][used] = HOST_AWAY
+        for block in range(first >> 9, (end + 511) >> 9):
+            begin = block << 9
+            if begin < first or begin + 512 > end:
+                blocks[block] = BLOCK_TABLE         # shared with others, or cut off by the end of RAM
+            elif kind == "warm":
+                blocks[block] = BLOCK_HUGE | BLOCK_LARGE if huge else BLOCK_TABLE
+            elif frames[begin:begin + 512].any():
+                blocks[block] = BLOCK_TABLE
+            else:
+                blocks[block] = BLOCK_HUGE | BLOCK_NOTHING if huge else BLOCK_NOTHING
+        return 0
+
+    def backing_arrays(self) -> tuple:
+        """(uint8 per frame of RAM, uint8 per 512 frames): what the host has, read-only; empty while that is all.
+
+        Of a frame: 0 absent, 1 elsewhere, 2 the zero page, 3 a page of its own. Of a block: 0 no page table, 1 small
+        entries, 2 a large one; beside that 4, where a first touch of nothing makes 2 MiB.
+        """
+        return () if self._backed is None else tuple(window(array) for array in self._backed)
+
+    def import_backing(self, arrays) -> None:
+        """Put back what backing_arrays gave. ConfigError, and nothing changed, where that is no state of a host."""
+        cdef sc_backing trial
+        frames, blocks = [np.ascontiguousarray(array, dtype=np.uint8) for array in arrays]
+        if frames.shape != (self.mem.nframes,) or blocks.shape != ((self.mem.nframes + 511) >> 9,):
+            raise ConfigError("backing: a number for each frame and for each block of RAM is needed")
+        trial.frame, trial.block, trial.nframes = _pointer(frames), _pointer(blocks), self.mem.nframes
+        if not host_is_sound(&trial):
+            raise ConfigError("backing: frames and blocks that a host can have are needed")
+        self.back()
+        self._backed[0][:] = frames
+        self._backed[1][:] = blocks
+
+    def add_slot(self, slot, number=None) -> int:
+        """Map free frames of guest RAM, from now on, as `slot` (MemorySlot) says; its number, the lowest that is free
+        unless it is given. See VM.add_slot."""
+        self._idle()
+        slot = taken(MemorySlot, slot, "slot")
+        cdef int at = self._free_number() if number is None else check_int("slot", number, 0, SC_MAX_SLOTS - 1)
+        if self._has(at):
+            raise ConfigError(f"slot: number {at} is in use")
+        self._no_overlap(slot, at)
+        cdef u64 frame = self._free_frames(slot)
+        self._tell("adding", at, slot)              # first: it may refuse
+        if slot.backing is not None and (slot.backing != "warm" or self._backed is not None):
+            self.back()
+            self._fill(frame, slot.size >> 12, slot.backing, _HOST_PAGES.index(slot.host_page_size) + 1, True)
+        self._place(at, MemorySlot(slot.gpa, slot.size, slot.dirty_log, slot.host_page_size, int(frame) << 12,
+                                   slot.read_only, slot.backing), frame)
+        self._tell("added", at, slot)
+        if slot.dirty_log:
+            self._log(at, False)
+        return at
+
+    def remove_slot(self, slot) -> None:
+        """Unmap a slot; its number and frames are free. See VM.remove_slot."""
+        cdef int at = self._slot(slot)
+        self._tell("removing", at, self.slots[at])
+        self._logs.pop(at, None)
+        memset(&self.mem.slots[at], 0, sizeof(self.mem.slots[at]))
+        gone = self.slots[at]
+        self._settled(at, None)
+        self._tell("removed", at, gone)
+
+    def move_slot(self, slot, gpa) -> None:
+        """Map the frames of a slot at another guest physical address. See VM.set_slot."""
+        cdef int at = self._slot(slot)
+        old = self.slots[at]
+        new = MemorySlot(gpa, old.size, old.dirty_log, old.host_page_size, old.offset, old.read_only, old.backing)
+        self._no_overlap(new, at)
+        if new.gpa == old.gpa:
+            return
+        self._tell("moving", at, old)
+        self.mem.slots[at].base_gfn = new.gpa >> 12
+        self._settled(at, new)
+        self._tell("moved", at, new)
+
+    cdef bint _has(self, int number):
+        return number < self.mem.nslots and self.mem.slots[number].npages != 0
+
+    def slot_number(self, slot) -> int:
+        """`slot`, if it is the number of a memory slot; else ConfigError."""
+        return self._slot(slot)
+
+    cdef int _slot(self, slot) except -1:
+        """The number of a slot that there is."""
+        self._idle()
+        number = check_int("slot", slot, 0, <int>self.mem.nslots - 1)
+        if not self._has(number):
+            raise ConfigError(f"slot: {number} is free; slots are {self._numbers()}")
+        return number
+
+    def _numbers(self):
+        return ", ".join(str(number) for number, slot in enumerate(self.slots) if slot) or "none"
+
+    cdef int _free_number(self) except -1:
+        cdef int number
+        for number in range(SC_MAX_SLOTS):
+            if not self._has(number):
+                return number
+        raise ConfigError(f"slot: all {SC_MAX_SLOTS} numbers are in use")
+
+    def _no_overlap(self, new, number):
+        """Slot `number` can be `new`."""
+        if new.gpa + new.size > 1 << 52:
+            raise ConfigError(f"slot.gpa: the slot at {new.gpa:#x} ends beyond 52 address bits")
+        for other, slot in enumerate(self.slots):
+            if slot and other != number and slot.gpa < new.gpa + new.size and new.gpa < slot.gpa + slot.size:
+                raise ConfigError(f"slot.gpa: {new.size} bytes at {new.gpa:#x} overlap slot {other}, {slot.size} bytes "
+                                  f"at {slot.gpa:#x}")
+
+    cdef u64 _free_frames(self, slot) except? 0xFFFFFFFFFFFFFFFF:
+        """Where the frames of a slot that is added begin."""
+        cdef u64 n = slot.size >> 12
+        cdef u64 first = 0
+        cdef int i
+        used = sorted((self.mem.slots[i].frame, self.mem.slots[i].frame + self.mem.slots[i].npages)
+                      for i in range(self.mem.nslots) if self.mem.slots[i].npages)
+        if slot.offset is not None:
+            first = slot.offset >> 12
+            if first + n > self.mem.nframes:
+                raise ConfigError(f"slot.offset: {slot.size} bytes from {slot.offset} on end beyond guest RAM, which "
+                                  f"has {self.mem.nframes << 12}")
+            for begin, end in used:
+                if begin < first + n and first < end:
+                    raise ConfigError(f"slot.offset: {slot.size} bytes from {slot.offset} on overlap those of a slot, "
+                                      f"{begin << 12} to {end << 12}")
+            return first
+        for begin, end in used:
+            if begin - first >= n:
+                break
+            first = end
+        if first + n > self.mem.nframes:
+            raise ConfigError(f"slot.size: no {slot.size} bytes of guest RAM in one piece are free; `memory` said how "
+                              f"much there is, {self.mem.nframes << 12}")
+        return first
+
+    def _tell(self, what, number, slot):
+        """Slots are about to change, or have changed."""
+        if self.on_slots is not None:
+            self.on_slots(what, number, slot)
+
+    def runs(self, gfn, n) -> list:
+        """(gfn, frame of RAM, number) of each part of n frames from `gfn` on; ConfigError unless all are in slots."""
+        cdef u64 at = check_int("gfn", gfn, 0, (1 << 52) - 1)
+        cdef u64 left = check_int("n", n, 1, 1 << 52)
+        cdef u64 part, into
+        cdef int i
+        cdef list found = []
+        while left:
+            for i in range(self.mem.nslots):
+                into = at - self.mem.slots[i].base_gfn
+                if into < self.mem.slots[i].npages:
+                    break
+            else:
+                raise ConfigError(f"gfn, n: {n} frames from {gfn:#x} on do not lie in memory slots")
+            part = min(left, self.mem.slots[i].npages - into)
+            found.append((at, self.mem.slots[i].frame + into, part))
+            at += part
+            left -= part
+        return found
 
     def attach_pool(self, pages):
         """Lay the shadow pool of `pages` frames below guest RAM in host physical space. Called by the MMU, once."""
@@ -202,21 +448,23 @@ cdef class Memory:
         initially_set: all frames count as written, and none is write-protected before its bit is cleared
         (KVM_DIRTY_LOG_INITIALLY_SET).
         """
-        self._idle()
-        index = check_int("slot", slot, 0, <int>self.mem.nslots - 1)
+        index = self._slot(slot)
         if index not in self._logs:
-            frames = self.mem.slots[<u32>index].npages
-            log = allocate(((frames + 63) >> 6) * 8).view(np.uint64)
-            if check_bool("initially_set", initially_set):
-                log[:] = 0xFFFFFFFFFFFFFFFF
-                if frames & 63:
-                    log[-1] = (1 << (frames & 63)) - 1
-                self._changed(index, "set")
-            else:
-                self._changed(index, "start")   # first: it may refuse
-            self._logs[index] = log
-            self.mem.slots[index].dirty = <u64 *>_pointer(log)
-            self.mem.logging = True
+            self._changed(index, "set" if check_bool("initially_set", initially_set) else "start")  # it may refuse
+            self._log(index, initially_set)
+
+    cdef int _log(self, int index, initially_set) except -1:
+        """Slot `index` has a dirty log."""
+        frames = self.mem.slots[index].npages
+        log = allocate(((frames + 63) >> 6) * 8).view(np.uint64)
+        if initially_set:
+            log[:] = 0xFFFFFFFFFFFFFFFF
+            if frames & 63:
+                log[-1] = (1 << (frames & 63)) - 1
+        self._logs[index] = log
+        self.mem.slots[index].dirty = <u64 *>_pointer(log)
+        self.mem.logging = True
+        return 0
 
     def stop_dirty_log(self, slot=0) -> None:
         """Stop logging `slot` and forget its log."""
@@ -262,8 +510,7 @@ cdef class Memory:
             raise EngineError("this VM is in use, by a batch in another thread or by the callback that makes this call")
 
     def _logged(self, slot):
-        self._idle()
-        index = check_int("slot", slot, 0, <int>self.mem.nslots - 1)
+        index = self._slot(slot)
         if index not in self._logs:
             raise ConfigError(f"slot: {index} is not logged; start_dirty_log({index}) starts a log")
         return index
@@ -275,25 +522,46 @@ cdef class Memory:
             self.on_log(slot, what, first, frames)
 
     def __repr__(self):
-        return f"Memory({self.bytes.size >> 20} MiB, {len(self.slots)} slot(s))"
+        return f"Memory({self.bytes.size >> 20} MiB, {len(self.slots) - self.slots.count(None)} slot(s))"
 
 
 def checked_slots(slots):
-    """The slots as a tuple; ConfigError unless they are MemorySlots that ascend, and no two overlap."""
+    """The slots as a tuple; ConfigError unless each is a MemorySlot, or None for a number that is free, and no two
+    overlap, neither in guest physical space nor in guest RAM."""
     cdef list checked = []
     slots = tuple(slots)
     if not 1 <= len(slots) <= SC_MAX_SLOTS:
         raise ConfigError(f"memory slots: 1 to {SC_MAX_SLOTS} are allowed, not {len(slots)}")
-    end = 0
     for slot in slots:
-        slot = taken(MemorySlot, slot, "memory slots")
-        if slot.gpa < end:
-            raise ConfigError(f"memory slots: the slot at {slot.gpa:#x} overlaps or precedes the one before it")
-        end = slot.gpa + slot.size
-        if end > 1 << 52:
-            raise ConfigError(f"memory slots: the slot at {slot.gpa:#x} ends beyond 52 address bits")
+        if slot is not None:
+            slot = taken(MemorySlot, slot, "memory slots")
+            if slot.gpa + slot.size > 1 << 52:
+                raise ConfigError(f"memory slots: the slot at {slot.gpa:#x} ends beyond 52 address bits")
         checked.append(slot)
+    end = 0
+    for gpa, size in sorted((slot.gpa, slot.size) for slot in checked if slot):
+        if gpa < end:
+            raise ConfigError(f"memory slots: the slot at {gpa:#x} overlaps the one before it")
+        end = gpa + size
+    end = 0
+    for first, size in sorted((first, slot.size) for first, slot in zip(_offsets(checked), checked, strict=True) if slot):
+        if first < end:
+            raise ConfigError(f"memory slots: the slot from byte {first} of guest RAM on overlaps the one before it")
+        end = first + size
     return tuple(checked)
+
+
+cdef list _offsets(slots):
+    """Bytes of guest RAM at which the frames of each begin."""
+    cdef list found = []
+    at = 0
+    for slot in slots:
+        if slot:
+            at = at if slot.offset is None else slot.offset
+        found.append(at)
+        if slot:
+            at += slot.size
+    return found
 
 
 cdef object _checked_array(object array):

@@ -9,6 +9,7 @@ import numpy as np
 from libc.stdlib cimport calloc, free
 from libc.string cimport memset
 
+from shadowcore.engine.backing cimport host_collapse, host_touch, host_unmap, sc_backing
 from shadowcore.engine.check cimport sc_check
 from shadowcore.engine.counters cimport Stats, sc_stats
 from shadowcore.engine.design cimport design_invlpg, design_new_cr3, design_reset
@@ -17,10 +18,12 @@ from shadowcore.engine.designs.flush cimport flush_design
 from shadowcore.engine.designs.native cimport native_design
 from shadowcore.engine.designs.unsync cimport unsync_design
 from shadowcore.engine.emulate cimport device_store
-from shadowcore.engine.flushes cimport FLUSH_COUNT
+from shadowcore.engine.flushes cimport FLUSH_COUNT, FLUSH_HOST, FLUSH_SLOTS, request_flush
 from shadowcore.engine.hooks cimport EVENT_COUNT, HOOK_RAISED, POINT_COUNT
 from shadowcore.engine.invariants cimport audit_violations, mmu_settle, sc_audit
-from shadowcore.engine.memory cimport SC_RUNNING, SC_WRITTEN, Memory, mem_frame, mem_guest_frame, sc_no_frame
+from shadowcore.engine.memory cimport (
+    SC_RUNNING, SC_WRITTEN, Memory, mem_frame, mem_guest_frame, mem_is_rom, mem_touch, sc_no_frame, sc_slot,
+)
 from shadowcore.engine.page cimport sc_frame, sc_link, sc_page
 from shadowcore.engine.policies.fifo cimport fifo_policy
 from shadowcore.engine.pool cimport pool_init
@@ -33,13 +36,14 @@ from shadowcore.engine.role cimport (
     role_field, role_level,
 )
 from shadowcore.engine.roots cimport root_slots
-from shadowcore.engine.state cimport sc_event, sc_mmu, sc_vcpu
+from shadowcore.engine.state cimport SLOT_ADDED, SLOT_MOVED, SLOT_REMOVED, memo_drop, sc_event, sc_mmu, sc_vcpu
 from shadowcore.engine.types cimport (
     u16,
     MODE_64, RC_AUDIT, RC_EXHAUSTED, RC_HOOK, RC_LIVELOCK, RC_OK, RC_UNGRANTED, RC_UNHANDLED, SC_NONE, u8, u32, u64,
 )
 from shadowcore.engine.walker cimport sc_walk
 from shadowcore.engine.watch cimport watch_due, watch_look, watch_raised
+from shadowcore.engine.zap cimport count_no_large, generation_next
 
 from shadowcore.config import Shadow, check_bool, check_int, check_ints, design as checked_design
 from shadowcore.engine.memory import allocate, window
@@ -84,11 +88,30 @@ cdef void mmu_protect_slot(sc_mmu *mmu, int slot) noexcept nogil:
     mmu.design.protect_slot(mmu, slot)
 
 
+cdef void _host_withdrawn(void *context, u64 frame, u64 n) noexcept nogil:
+    """The host takes n frames of RAM away: what of them is in memory slots nobody reaches any more."""
+    cdef sc_mmu *mmu = <sc_mmu *>context
+    cdef sc_slot *slot
+    cdef int i
+    cdef u64 concerned = 0
+    for i in range(mmu.mem.nslots):
+        slot = &mmu.mem.slots[i]
+        if slot.npages and slot.frame < frame + n and frame < slot.frame + slot.npages:
+            concerned += 1
+    if concerned == 0:
+        return
+    mmu.mem.host.changes += concerned
+    mmu.stats.host_unmaps += 1
+    memo_drop(mmu)
+    if mmu.design.withdraw != NULL and mmu.design.withdraw(mmu, frame, n):
+        request_flush(mmu, FLUSH_HOST)
+
+
 _COUNTS = ("n_free", "n_active", "n_pte4", "n_pte8")
 _LISTS = ("free_head", "young", "old")
 cdef object _WORD = 0xFFFFFFFFFFFFFFFF
 FLUSHES = ("protect", "zap", "zap_upper", "store", "withheld", "leaf", "link", "log", "cr3", "context", "invlpg",
-           "fault")
+           "fault", "slots", "host")
 assert len(FLUSHES) == FLUSH_COUNT
 # A bit each, in fields of sc_mmu.
 sc_check(FLUSH_COUNT <= 8 * sizeof((<sc_mmu *>NULL).lost_flushes))
@@ -129,7 +152,7 @@ _ARRAYS = {
 }
 
 RECORDED = ("accessed", "dirty", "made", "found", "synced", "unsync", "zapped", "leaf", "device", "device_hit",
-            "exit", "emulated")
+            "exit", "emulated", "all_zapped", "device_checked")
 assert len(RECORDED) == RECORD_COUNT
 RECORD_DTYPE = np.dtype([("a", "<u8"), ("b", "<u8"), ("kind", "<u4"), ("c", "<u4")])
 assert RECORD_DTYPE.itemsize == sizeof(sc_event)
@@ -170,6 +193,7 @@ cdef class Mmu:
         (<sc_maker><size_t>_POLICIES["fifo"])(self.c)
         if not isinstance(design, Shadow):
             self.c.marks = <u64 *>self._array(sizeof(u64) * memory.mem.nframes)
+            self._host_backs()
             return
         memory.attach_pool(design.pool_pages)
         self.c.pool_pages = design.pool_pages
@@ -189,6 +213,93 @@ cdef class Mmu:
         pool_init(self.c)
         if self.c.lists_all:
             self._prepare_unsync(design)
+        self._host_backs()
+
+    def _host_backs(self):
+        """Which frames the host has may be known from now on."""
+        cdef sc_backing *host = self.c.mem.host
+        if host != NULL:
+            host.withdrawn = _host_withdrawn
+            host.context = self.c
+            host.faults = &self.counters.host_faults
+        self._slots_settled()
+
+    def _slots_settled(self):
+        """What follows from the memory slots as they are, and from the host below."""
+        cdef u32 level = 1 if self.c.mem.host == NULL else 2
+        cdef int i
+        cdef u32 page
+        for cpu in self._vcpus:
+            cpu._take_fast_paths(not self._general)
+        if not self.c.lists_all:
+            return
+        for i in range(self.c.mem.nslots):
+            if self.c.mem.slots[i].npages:
+                level = max(level, <u32>self.c.mem.slots[i].host_level)
+        if level > 1 and self.c.host_level <= 1:
+            self.c.host_level = level               # from now on reasons against large leaves are counted
+            for page in range(self.c.pool_pages):
+                if self.c.pages[page].active:
+                    count_no_large(self.c, &self.c.pages[page], 1)
+        self.c.host_level = max(self.c.host_level, level)
+
+    def slots_changed(self, what, slot, described) -> None:
+        """Memory slots are about to change ("adding", "removing", "moving") or have changed ("added", "removed",
+        "moved"): slot number `slot`, `described` (MemorySlot) as it is afterwards, or was. Memory says so."""
+        cdef int code
+        self.idle()
+        if what in ("added", "removed", "moved"):
+            memo_drop(self.c)
+            if self.c.design.slot_changed != NULL:
+                self.c.design.slot_changed(self.c)
+            else:
+                request_flush(self.c, FLUSH_SLOTS)
+            self._slots_settled()
+            self._report()
+        elif self.c.design.slot_changes != NULL:
+            code = {"adding": SLOT_ADDED, "removing": SLOT_REMOVED, "moving": SLOT_MOVED}[what]
+            self.c.design.slot_changes(self.c, code, described.gpa >> 12, described.size >> 12)
+
+    def host_unmap(self, gfn, n=1, discard=False) -> None:
+        """See VM.host_unmap."""
+        self.idle()
+        cdef list runs = self.memory.runs(gfn, n)
+        cdef bint gone = check_bool("discard", discard)
+        cdef u64 at, frame, count, i
+        self.memory.back()
+        for at, frame, count in runs:
+            host_unmap(self.c.mem.host, frame, count, not gone)
+            if gone:
+                for i in range(count):
+                    if self.c.shadow and self.c.frames[frame + i].shadowed:
+                        self.c.design.unprotect(self.c, at + i)     # what it shadows is no table any more
+                self.memory.bytes[frame << 12:(frame + count) << 12] = 0
+        self._report()
+
+    def host_touch(self, gfn, n=1, write=True) -> None:
+        """See VM.host_touch."""
+        self.idle()
+        cdef list runs = self.memory.runs(gfn, n)
+        cdef bint stores = check_bool("write", write)
+        cdef u64 frame, count, i
+        for _, frame, count in runs:
+            for i in range(count):
+                if self.c.mem.host != NULL:
+                    host_touch(self.c.mem.host, frame + i, stores)
+        self._report()
+
+    def host_collapse(self, gfn, n=512) -> None:
+        """See VM.host_collapse."""
+        self.idle()
+        cdef list runs = self.memory.runs(gfn, n)
+        cdef u64 frame, count
+        for at, frame, count in runs:
+            if frame & 511 or count & 511:
+                raise ConfigError(f"gfn, n: {count} frames from {at:#x} on are no whole blocks of 2 MiB of guest RAM")
+        self.memory.back()
+        for _, frame, count in runs:
+            host_collapse(self.c.mem.host, frame, count)
+        self._report()
 
     cdef int _prepare_unsync(self, design) except -1:
         """What only a design whose pages can be unsync needs."""
@@ -316,7 +427,7 @@ cdef class Mmu:
 
         While one of them is held, or a view or a buffer of one (a VM whose RAM it is, say), whatever uses the VM raises
         EngineError, in this thread or another. When all have been let go, the first call that uses the VM checks I3 to
-        I7 (design `unsync`: I10 to I12 as well) once, in time linear in the size of the structure: AuditError, of point
+        I7 and I13 (design `unsync`: I10 to I12 as well) once, in time linear in the size of the structure: AuditError, of point
         "writable_arrays", if they do not hold, and nothing is followed or changed. So it is until other values have
         been written; `vm.audit` works, and `pages`, `table`, `rmap` and `roots`, which check as they go. Addresses of
         their memory (`ctypes.data`) must not be written to once the arrays are gone.
@@ -526,7 +637,7 @@ cdef class Mmu:
 
     def write_physical(self, gpa, bytes data) -> None:
         """A device's store; see VM.write_physical."""
-        cdef u64 address = self._range(gpa, len(data))
+        cdef u64 address = self._range(gpa, len(data), True)
         cdef const u8 *at = data
         cdef u64 left = len(data)
         cdef u32 part
@@ -546,18 +657,21 @@ cdef class Mmu:
         cdef u64 part
         while left:
             part = min(left, 4096 - (address & 4095))
+            mem_touch(self.c.mem, address >> 12, False)
             parts.append((<const char *>mem_guest_frame(self.c.mem, address) + (address & 4095))[:part])
             address += part
             left -= part
         return b"".join(parts)
 
-    def _range(self, gpa, size):
+    def _range(self, gpa, size, stores=False):
         self.idle()
         cdef u64 first = check_int("gpa", gpa, 0, 1 << 52)
         cdef u64 gfn
         for gfn in range(first >> 12, (first + size + 4095) >> 12):
             if mem_frame(self.c.mem, gfn) == sc_no_frame():
                 raise ConfigError(f"gpa: {size} bytes at {first:#x} do not lie in memory slots")
+            if stores and mem_is_rom(self.c.mem, gfn):
+                raise ConfigError(f"gpa: {size} bytes at {first:#x} do not lie in slots that may be written")
         return first
 
     def counters_reset(self) -> None:
@@ -572,7 +686,7 @@ cdef class Mmu:
         state = {"n_free": c.n_free, "n_active": c.n_active, "free_head": c.free_head, "young": c.young, "old": c.old,
                  "n_pte4": c.n_pte4, "n_pte8": c.n_pte8, "flush_epoch": c.flush_epoch, "spte_base": c.spte_base}
         if c.lists_all:
-            state |= {"n_dying": c.n_dying, "generation": c.generation}
+            state |= {"n_dying": c.n_dying, "generation": c.generation, "valid_gen": c.valid_gen}
         state["counters"] = self.stats.as_array().tolist()
         return state
 
@@ -591,6 +705,7 @@ cdef class Mmu:
         pages = [check_int(name, state.get(name), 0, c.pool_pages) for name in _COUNTS]
         dying = check_int("n_dying", state.get("n_dying"), 0, c.pool_pages) if c.lists_all else 0
         generation = check_int("generation", state.get("generation"), 0, _WORD) if c.lists_all else 0
+        valid_gen = check_int("valid_gen", state.get("valid_gen"), 0, 1) if c.lists_all else 0
         cdef list lists = []
         for name in _LISTS:
             page = state.get(name)
@@ -599,6 +714,7 @@ cdef class Mmu:
         c.n_free, c.n_active, c.n_pte4, c.n_pte8 = pages
         c.n_dying = dying
         c.generation = generation
+        c.valid_gen = valid_gen
         c.free_head, c.young, c.old = lists
         c.flush_epoch, c.spte_base = words
         for i, number in enumerate(counted):
@@ -613,7 +729,7 @@ cdef class Mmu:
         if not self.c.shadow:
             return
         if what != "clear":
-            self.c.generation += 2  # flags of a slot change
+            generation_next(self.c)     # flags of a slot change
         if what == "start":
             self.c.design.protect_slot(self.c, index)
         elif what == "clear":

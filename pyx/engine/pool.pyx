@@ -8,13 +8,13 @@ from libc.string cimport memset
 from shadowcore.engine.bits cimport PTE_P, PTE_W, pte_addr, sc_ctz64
 from shadowcore.engine.flushes cimport FLUSH_LOG, FLUSH_PROTECT, FLUSH_ZAP, FLUSH_ZAP_UPPER, entry_flush, request_flush
 from shadowcore.engine.hooks cimport EVENT_ZAP, event
-from shadowcore.engine.memory cimport mem_frame, mem_gfn, mem_pool_page, sc_no_frame
+from shadowcore.engine.memory cimport mem_frame, mem_gfn, mem_leaf_frame, mem_pool_page, sc_no_frame
 from shadowcore.engine.page cimport sc_frame, sc_page
 from shadowcore.engine.pool cimport active_push, active_remove, count_shadowing, hash_bucket, pool_find
 from shadowcore.engine.quirks cimport QUIRK_ROOT_EMPTIED
 from shadowcore.engine.rmap cimport list_first, list_remove, rmap_remove, rmap_write_protect
 from shadowcore.engine.role cimport role_direct, role_level
-from shadowcore.engine.spte cimport leaf_is_listed, spte_is_writable, spte_wipe
+from shadowcore.engine.spte cimport leaf_is_listed, spte_drop, spte_is_writable, spte_wipe
 from shadowcore.engine.state cimport memo_drop, sc_mmu
 from shadowcore.engine.types cimport SC_NONE, u32, u64
 
@@ -275,6 +275,26 @@ cdef void _protect_slot(sc_mmu *mmu, int slot) noexcept nogil:
         request_flush(mmu, FLUSH_LOG)
 
 
+cdef bint _withdraw(sc_mmu *mmu, u64 frame, u64 n) noexcept nogil:
+    """Drop every leaf that maps some of n frames of RAM. The reverse map has the writable ones alone, so all pages of
+    their slots are looked at."""
+    cdef u32 page, spte
+    cdef u64 slots = 0
+    cdef int i
+    cdef bint found = False
+    for i in range(mmu.mem.nslots):
+        if frame < mmu.mem.slots[i].frame + mmu.mem.slots[i].npages and mmu.mem.slots[i].frame < frame + n:
+            slots |= <u64>1 << i
+    for page in range(mmu.pool_pages):
+        if not mmu.pages[page].active or not mmu.pages[page].slots & slots or role_level(mmu.pages[page].role) != 1:
+            continue
+        for spte in range(page * 512, page * 512 + 512):
+            if mmu.table[spte] & PTE_P and mem_leaf_frame(mmu.mem, mmu.table[spte]) - frame < n:
+                spte_drop(mmu, spte)
+                found = True
+    return found
+
+
 cdef void _log_cleared(sc_mmu *mmu, int slot, u64 first, u64 n) noexcept nogil:
     _protect_slot(mmu, slot)
 
@@ -285,3 +305,4 @@ cdef void pool_design(sc_mmu *mmu) noexcept nogil:
     mmu.design.zap_all = _zap_all
     mmu.design.protect_slot = _protect_slot
     mmu.design.log_cleared = _log_cleared
+    mmu.design.withdraw = _withdraw

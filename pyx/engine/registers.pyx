@@ -21,7 +21,7 @@ from shadowcore.engine.features cimport (
 )
 from shadowcore.engine.flushes cimport FLUSH_CONTEXT, FLUSH_CR3, flush_lost
 from shadowcore.engine.hooks cimport POINT_POST_CR3, audit_point
-from shadowcore.engine.memory cimport mem_guest_frame, sc_mem
+from shadowcore.engine.memory cimport mem_guest_frame, mem_touch, sc_mem
 from shadowcore.engine.quirks cimport QUIRK_ACCESSED_EARLY, QUIRK_IGNORED_BITS_REFUSED
 from shadowcore.engine.state cimport SC_MAX_PREV, memo_drop, sc_loaded, sc_mmu, sc_prev, sc_vcpu, vcpu_pcid
 from shadowcore.engine.tlb cimport tlb_flush_all, tlb_flush_pcid
@@ -57,6 +57,7 @@ cdef bint _read_pdptes(const sc_mmu *mmu, const sc_vcpu *v, u64 cr3, u64 *pdpte)
     cdef u8 *frame = mem_guest_frame(mmu.mem, cr3 & 0xFFFFFFE0U)
     memset(pdpte, 0, 32)
     if frame != NULL:
+        mem_touch(mmu.mem, (cr3 & 0xFFFFFFE0U) >> 12, False)
         memcpy(pdpte, frame + (cr3 & 0xFE0), 32)
     return pdptes_valid(pdpte, v.maxphyaddr)
 

@@ -3,7 +3,7 @@ from shadowcore.engine.bits cimport CR4_PGE, PTE_D, PTE_G
 from shadowcore.engine.design cimport design_enter
 from shadowcore.engine.fault cimport page_fault
 from shadowcore.engine.invalidate cimport inject_fault
-from shadowcore.engine.memory cimport mem_frame, mem_gfn, sc_no_frame
+from shadowcore.engine.memory cimport mem_gfn, mem_is_device, mem_touch
 from shadowcore.engine.roots cimport root_slots
 from shadowcore.engine.state cimport sc_mmu, sc_vcpu, vcpu_pcid
 from shadowcore.engine.tlb cimport sc_tlb_entry, tlb_enter, tlb_find
@@ -25,9 +25,11 @@ cdef inline bint _tlb_hit(sc_mmu *mmu, sc_vcpu *v, u64 va, u32 access, sc_walk *
         mmu.stats.tlb_misses += 1
         return False
     w.gpa = e.gpa | (va & ((<u64>1 << e.shift) - 1))
-    if mem_frame(mmu.mem, w.gpa >> 12) == sc_no_frame():
-        mmu.stats.tlb_misses += 1   # the part of a large page that lies beyond RAM
+    if mem_is_device(mmu.mem, w.gpa >> 12, access):
+        mmu.stats.tlb_misses += 1   # the part of a large page that lies beyond RAM; a store to a read-only slot
         return False
+    if not mmu.shadow:
+        mem_touch(mmu.mem, w.gpa >> 12, access & PF_W != 0)
     v.tlb.clock += 1
     e.used = v.tlb.clock
     mmu.stats.tlb_hits += 1
@@ -70,11 +72,13 @@ cdef int resolve(sc_mmu *mmu, sc_vcpu *v, u64 va, u32 access, sc_walk *w) noexce
         mmu.stats.walk_references += w.references
         if rc == RC_PF:
             inject_fault(mmu, v, va, w.error_code)
-        elif mem_frame(mmu.mem, w.gpa >> 12) == sc_no_frame():
+        elif mem_is_device(mmu.mem, w.gpa >> 12, access):
             rc = RC_MMIO
-        elif v.tlb != NULL and v.guest.mode != MODE_OFF:
-            shift = 12 + (10 if v.guest.mode == MODE_32 else 9) * (w.level - 1)
-            _tlb_fill(mmu, v, va, w, shift, shift)
+        else:
+            mem_touch(mmu.mem, w.gpa >> 12, access & PF_W != 0)
+            if v.tlb != NULL and v.guest.mode != MODE_OFF:
+                shift = 12 + (10 if v.guest.mode == MODE_32 else 9) * (w.level - 1)
+                _tlb_fill(mmu, v, va, w, shift, shift)
         return rc
     while exits < MAX_EXITS:
         design_enter(mmu, v)

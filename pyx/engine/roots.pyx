@@ -7,6 +7,7 @@ a root (patch 25).
 """
 from shadowcore.engine.bits cimport PTE_P
 from shadowcore.engine.check cimport sc_check
+from shadowcore.engine.flushes cimport FLUSH_SLOTS, request_flush
 from shadowcore.engine.memory cimport mem_pool_hpa
 from shadowcore.engine.pool cimport pool_get
 from shadowcore.engine.role cimport (
@@ -111,3 +112,18 @@ cdef void release_everything(sc_mmu *mmu, sc_vcpu *v, u64 va) noexcept nogil:
         if root_slots(v) == 4 and slot != <int>(va >> 30) & 3:
             root_release(mmu, v, slot)
     mmu.design.zap_all(mmu)
+
+
+cdef void slot_changes(sc_mmu *mmu, int what, u64 gfn, u64 n) noexcept nogil:
+    """Memory slots are about to change: no page stays, roots are put back in place when they have."""
+    cdef u32 i
+    for i in range(mmu.n_vcpus):
+        roots_release(mmu, mmu.vcpus[i])
+    mmu.design.zap_all(mmu)
+
+
+cdef void slot_changed(sc_mmu *mmu) noexcept nogil:
+    cdef u32 i
+    request_flush(mmu, FLUSH_SLOTS)
+    for i in range(mmu.n_vcpus):
+        roots_load(mmu, mmu.vcpus[i])

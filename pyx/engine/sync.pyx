@@ -6,15 +6,15 @@ leaf anew.
 """
 from shadowcore.engine.bits cimport (
     PTE_A, PTE_D, PTE_P, PTE_PS, PTE_W, SPTE_GENERATION, SPTE_GUEST_U, SPTE_GUEST_W, SPTE_MARK, SPTE_MMU_W, pte_addr,
-    pte_nx, pte_pkey, pte_rights,
+    pte_nx, pte_pkey, pte_rights, spte_host_read_only,
 )
 from shadowcore.engine.flushes cimport FLUSH_LEAF, FLUSH_LOG, request_flush
 from shadowcore.engine.marks cimport (
     marks_clear, marks_first, marks_next, marks_set_above, marks_walk, sc_unsync, sc_unsync_at,
 )
 from shadowcore.engine.memory cimport (
-    mem_frame, mem_frame_hpa, mem_gfn, mem_guest_frame, mem_leaf_frame, mem_mark_dirty, mem_pool_page, mem_slot,
-    sc_no_frame,
+    mem_frame, mem_frame_hpa, mem_gfn, mem_guest_frame, mem_host_level, mem_leaf_frame, mem_mark_dirty, mem_may_write,
+    mem_pool_page, mem_slot, mem_touch, sc_no_frame,
 )
 from shadowcore.engine.pool cimport hash_bucket, shadows
 from shadowcore.engine.record cimport RECORD_DEVICE, RECORD_LEAF, RECORD_UNSYNC, record, record_page
@@ -26,11 +26,7 @@ from shadowcore.engine.spte cimport leaf_guest_rights, spte_is_writable, spte_pu
 from shadowcore.engine.state cimport memo_drop, sc_mmu, sc_vcpu
 from shadowcore.engine.sync cimport gpte_granting, leaf_bits, leaf_fill, leaf_key, leaf_value, leaf_writable
 from shadowcore.engine.types cimport ACC_U, ACC_W, ACC_X, SC_NONE, u8, u32, u64
-from shadowcore.engine.zap cimport leaf_counted, leaf_drop, leaf_list, page_left_sync, zap_commit, zap_prepare
-
-
-cdef enum:
-    GENERATIONS = 0x7FF             # that an entry can tell apart
+from shadowcore.engine.zap cimport GENERATIONS, leaf_counted, leaf_drop, leaf_list, page_left_sync, zap_commit, zap_prepare
 
 
 cdef bint is_tracked(const sc_mmu *mmu, u64 gfn) noexcept nogil:
@@ -82,23 +78,29 @@ cdef inline u64 _keys() noexcept nogil:
     return <u64>15 << 59
 
 
-cdef u64 _make(sc_mmu *mmu, const sc_vcpu *v, int level, u64 gfn, u64 frame, u32 rights, u32 pkey, u64 old,
+cdef inline u64 _host_says(const sc_mmu *mmu, u64 gfn, u64 frame) noexcept nogil:
+    """spte_host_read_only, or 0, for a new leaf."""
+    return 0 if mem_may_write(mmu.mem, gfn, frame) else spte_host_read_only()
+
+
+cdef u64 _make(sc_mmu *mmu, const sc_vcpu *v, int level, u64 gfn, u64 frame, u32 rights, u32 pkey, u64 old, u64 host,
                bint prefetch, bint can_unsync, bint *protected) noexcept nogil:
-    """The value of a leaf for `gfn`, in place of `old`, or of 0. protected: W is withheld."""
-    cdef u64 value = leaf_bits(mmu, v, frame, rights, pkey)
+    """The value of a leaf for `gfn`, in place of `old`, or of 0. host: spte_host_read_only or 0. protected: W is
+    withheld."""
+    cdef u64 value = leaf_bits(mmu, v, frame, rights, pkey) | host
     protected[0] = False
     if not prefetch:
         value |= PTE_A
     if level > 1:
         value |= PTE_PS
-    if not rights & ACC_W:
+    if not rights & ACC_W or host:
         return value
     if not spte_is_writable(old):
         if not _let_go(mmu, gfn, frame, can_unsync, prefetch):
             protected[0] = True
             return value
         value |= PTE_D
-        mem_mark_dirty(mmu.mem, gfn)
+    mem_mark_dirty(mmu.mem, gfn)
     return value | PTE_W | SPTE_MMU_W
 
 
@@ -151,6 +153,7 @@ cdef int leaf_set(sc_mmu *mmu, const sc_vcpu *v, u32 spte, u64 gfn, u32 rights, 
     cdef int level = role_level(mmu.pages[spte >> 9].role)
     cdef u64 frame = mem_frame(mmu.mem, gfn)
     cdef u64 old = mmu.table[spte]
+    cdef u64 before = 0
     cdef u64 value
     cdef bint flush = False
     cdef bint protected
@@ -170,8 +173,12 @@ cdef int leaf_set(sc_mmu *mmu, const sc_vcpu *v, u32 spte, u64 gfn, u32 rights, 
             flush = True
     elif old:
         spte_wipe(mmu, spte)
+        # A device was there, before memory slots changed. KVM takes rights that it remembers for those of a leaf.
+        if old & SPTE_GUEST_W and mmu.frames[frame].shadowed == 0:
+            before = PTE_P | PTE_W
     old = mmu.table[spte]
-    value = _make(mmu, v, level, gfn, frame, rights, pkey, old, what == FOR_NEIGHBOUR, True, &protected)
+    value = _make(mmu, v, level, gfn, frame, rights, pkey, before | old, _host_says(mmu, gfn, frame), what == FOR_NEIGHBOUR,
+                  True, &protected)
     if old == value:
         made = LEAF_SAME
     else:
@@ -203,6 +210,7 @@ cdef inline const u8 *_guest_table(const sc_mmu *mmu, u32 page) noexcept nogil:
 
 cdef inline u64 _gpte(const sc_mmu *mmu, const u8 *table, u32 spte) noexcept nogil:
     """The guest's entry behind one of a page of level 1; table: of that page, not NULL."""
+    mem_touch(mmu.mem, mmu.pages[spte >> 9].gfn, False)
     if role_pte_size(mmu.pages[spte >> 9].role) == 8:
         return (<const u64 *>table)[spte & 511]
     return (<const u32 *>table)[spte & 511]
@@ -235,13 +243,19 @@ cdef int leaf_level(const sc_mmu *mmu, u64 gfn, u64 frame, int most) noexcept no
     while most > 1:
         n = <u64>1 << (9 * (most - 1))
         first = gfn & ~(n - 1)
-        if (most <= mmu.mem.slots[slot].host_level and not mmu.no_large[most - 2][frame >> (9 * (most - 1))]
+        if (most <= mem_host_level(mmu.mem, slot, frame) and not mmu.no_large[most - 2][frame >> (9 * (most - 1))]
                 and first >= mmu.mem.slots[slot].base_gfn
                 and first + n <= mmu.mem.slots[slot].base_gfn + mmu.mem.slots[slot].npages
                 and (frame ^ gfn) & (n - 1) == 0):
             break
         most -= 1
     return most
+
+
+cdef bint _can_prefetch(const sc_mmu *mmu, u64 gfn) noexcept nogil:
+    """There is RAM, which may be mapped without waiting for the host."""
+    cdef u64 frame = mem_frame(mmu.mem, gfn)
+    return frame != sc_no_frame() and mem_may_write(mmu.mem, gfn, frame)
 
 
 cdef inline bint _prefetch(sc_mmu *mmu, const sc_vcpu *v, u32 spte, u64 gpte, bint unlogged) noexcept nogil:
@@ -254,12 +268,12 @@ cdef inline bint _prefetch(sc_mmu *mmu, const sc_vcpu *v, u32 spte, u64 gpte, bi
         return False
     gfn = _gpte_gfn(mmu, spte, gpte)
     frame = mem_frame(mmu.mem, gfn)
-    if frame == sc_no_frame():
+    if not _can_prefetch(mmu, gfn):
         return False
     rights = _gpte_rights(mmu, spte, gpte)
     if unlogged and rights & ACC_W and _is_logged(mmu, gfn):
         return False                # it would be logged as written, and nothing has written to it
-    if mmu.table[spte] or mmu.frames[frame].shadowed or mmu.mem.logging or mmu.ring != NULL:
+    if mmu.table[spte] or mmu.frames[frame].shadowed or mmu.mem.logging or mmu.mem.special or mmu.ring != NULL:
         leaf_set(mmu, v, spte, gfn, rights, pte_pkey(gpte), FOR_NEIGHBOUR)
     else:                           # what most neighbours are: leaf_set with nothing to look at
         leaf_fill(mmu, spte, frame, leaf_bits(mmu, v, frame, rights, pte_pkey(gpte))
@@ -269,27 +283,31 @@ cdef inline bint _prefetch(sc_mmu *mmu, const sc_vcpu *v, u32 spte, u64 gpte, bi
 
 
 cdef void _prefetch_direct(sc_mmu *mmu, const sc_vcpu *v, u32 first, u32 spte) noexcept nogil:
-    """The free entries of the group from `first` on; a stretch of them ends where RAM does."""
+    """The free entries of the group from `first` on, a stretch of them at a time. A stretch lies in one slot, or all
+    ends there; it is filled up to the first frame that cannot be mapped, and if that is its first one all ends, too."""
     cdef u32 at = first
+    cdef u32 begin
     cdef u32 rights = role_access(mmu.pages[spte >> 9].role)
     cdef u32 pkey = role_field(mmu.pages[spte >> 9].role, ROLE_PKEY, 15)
-    cdef bint open_ = True
-    cdef bint any_ = False
+    cdef u64 gfn, last
     while at < first + mmu.prefetch:
         if at == spte or mmu.table[at] & PTE_P:
-            open_ = True
-            any_ = False
-        elif open_:
-            if mem_frame(mmu.mem, direct_page_gfn(mmu, at)) == sc_no_frame() or (
-                    rights & ACC_W and _is_logged(mmu, direct_page_gfn(mmu, at))):
-                if not any_:
-                    return
-                open_ = False
-            else:
-                leaf_set(mmu, v, at, direct_page_gfn(mmu, at), rights, pkey, FOR_NEIGHBOUR)
-                mmu.stats.prefetched += 1
-                any_ = True
-        at += 1
+            at += 1
+            continue
+        begin = at
+        while at < first + mmu.prefetch and at != spte and not mmu.table[at] & PTE_P:
+            at += 1
+        gfn = direct_page_gfn(mmu, begin)
+        last = direct_page_gfn(mmu, at - 1)
+        if (mem_frame(mmu.mem, gfn) == sc_no_frame() or mem_frame(mmu.mem, last) == sc_no_frame()
+                or mem_slot(mmu.mem, gfn) != mem_slot(mmu.mem, last) or (rights & ACC_W and _is_logged(mmu, gfn))
+                or not _can_prefetch(mmu, gfn)):
+            return
+        while begin < at and _can_prefetch(mmu, gfn):
+            leaf_set(mmu, v, begin, gfn, rights, pkey, FOR_NEIGHBOUR)
+            mmu.stats.prefetched += 1
+            begin += 1
+            gfn += 1
 
 
 cdef void prefetch_around(sc_mmu *mmu, const sc_vcpu *v, u32 spte) noexcept nogil:
@@ -377,8 +395,8 @@ cdef int _entry_sync(sc_mmu *mmu, const sc_vcpu *v, u32 spte, u64 gpte) noexcept
         return 1
     if not mmu.rewrites and leaf_guest_rights(old) == rights and not (old ^ leaf_key(v, pte_pkey(gpte))) & _keys():
         return 0
-    return _replace(mmu, spte, _make(mmu, v, 1, gfn, mem_leaf_frame(mmu.mem, old), rights, pte_pkey(gpte), old, True,
-                                     False, &protected))
+    return _replace(mmu, spte, _make(mmu, v, 1, gfn, mem_leaf_frame(mmu.mem, old), rights, pte_pkey(gpte), old,
+                                     old & spte_host_read_only(), True, False, &protected))
 
 
 cdef void leaf_refetch(sc_mmu *mmu, const sc_vcpu *v, u32 spte) noexcept nogil:
@@ -425,7 +443,7 @@ cdef inline u64 _entries_sync(sc_mmu *mmu, const sc_vcpu *v, u32 page, const u8 
                 value = (gpte_granting(gpte) & taken | nx) + ram
                 # What most are: _entry_sync with nothing to look up.
                 if (gpte & serving == (PTE_P | PTE_A) and gpte & address < low
-                        and not (old ^ value) & (pte_addr() | PTE_P | value & PTE_W)):
+                        and not (old ^ value) & (pte_addr() | PTE_P | spte_host_read_only() | value & PTE_W)):
                     value = leaf_value(value) | (value & PTE_W) * (SPTE_MMU_W // PTE_W)
                     if rewrites or (old ^ value) & shown:
                         flush |= _withdraws(old, value)
@@ -443,6 +461,8 @@ cdef int page_sync(sc_mmu *mmu, const sc_vcpu *v, u32 page) noexcept nogil:
     cdef u64 flush
     if table == NULL:
         return -1 if mmu.pages[page].present else 0
+    if mmu.pages[page].present:
+        mem_touch(mmu.mem, mmu.pages[page].gfn, False)
     if role_pte_size(mmu.pages[page].role) == 8:
         flush = _entries_sync(mmu, v, page, table, True)
     else:

@@ -4,7 +4,7 @@ from libc.string cimport memset
 from shadowcore.engine.bits cimport PTE_A, PTE_P, PTE_PS, level_mask, pte_nx
 from shadowcore.engine.check cimport sc_check
 from shadowcore.engine.gmode cimport GLANCE, PROBE, WALK, in_mode, sc_gmode
-from shadowcore.engine.memory cimport sc_mem
+from shadowcore.engine.memory cimport mem_touch, sc_mem
 from shadowcore.engine.types cimport (
     ACC_ALL, ACC_U, ACC_W, ACC_X, MODE_32, MODE_OFF, MODE_PAE, PF_ACCESSES, PF_ASKED, PF_I, PF_P, PF_PK, PF_RSVD,
     PF_SGX, PF_SS, PF_U, PF_W, RC_OK, u16, u32, u64,
@@ -58,9 +58,22 @@ cdef inline int _walk(sc_mem *m, const sc_paging *p, u64 va, u32 access, sc_walk
     return <int>in_mode(p.mode, host, what, _walk_in, &a)
 
 
+cdef void _touch(sc_mem *m, const sc_paging *p, const sc_walk *w) noexcept nogil:
+    """A walk read its tables from the top down, and then set A and D."""
+    cdef int level
+    for level in range(w.top, w.level - 1, -1):
+        mem_touch(m, w.table[level], False)
+    for level in range(w.top, w.level - 1, -1):
+        if w.updated >> level & 1:
+            mem_touch(m, w.table[level], True)
+
+
 cdef int guest_walk(sc_mem *m, const sc_paging *p, u64 va, u32 access, sc_walk *w) noexcept nogil:
     """Walk the guest's tables for `access` (PF_W, PF_U, PF_I), setting A and D."""
-    return _walk(m, p, va, access, w, &w.gpa, &w.references, False, WALK)
+    cdef int rc = _walk(m, p, va, access, w, &w.gpa, &w.references, False, WALK)
+    if m.host != NULL and p.mode != MODE_OFF:
+        _touch(m, p, w)
+    return rc
 
 
 cdef int probe_walk(sc_mem *m, const sc_paging *p, u64 va, u32 access, sc_walk *w) noexcept nogil:

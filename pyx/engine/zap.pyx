@@ -6,12 +6,13 @@ from shadowcore.engine.marks cimport marks_clear, marks_first, marks_next, marks
 from shadowcore.engine.memory cimport mem_frame, mem_leaf_frame, mem_pool_page, sc_no_frame
 from shadowcore.engine.page cimport sc_page
 from shadowcore.engine.pool cimport active_remove, count_shadowing, hash_bucket, hash_remove, shadows
-from shadowcore.engine.record cimport RECORD_SYNCED, RECORD_ZAPPED, record_page
+from shadowcore.engine.record cimport RECORD_ALL_ZAPPED, RECORD_SYNCED, RECORD_ZAPPED, record, record_page
 from shadowcore.engine.rmap cimport list_first, list_remove
 from shadowcore.engine.role cimport ROLE_INVALID, role_direct, role_invalid, role_level
 from shadowcore.engine.spte cimport spte_wipe
-from shadowcore.engine.state cimport REQUEST_OBSOLETE, memo_drop, sc_mmu, vcpu_request
+from shadowcore.engine.state cimport REQUEST_OBSOLETE, SLOT_ADDED, memo_drop, sc_mmu, vcpu_request
 from shadowcore.engine.types cimport SC_NONE, u32, u64
+from shadowcore.engine.zap cimport GENERATIONS
 
 
 cdef u32 *leaf_list(sc_mmu *mmu, u64 value, int level) noexcept nogil:
@@ -178,6 +179,55 @@ cdef void zap_all(sc_mmu *mmu) noexcept nogil:
     while mmu.old != SC_NONE:
         zap_prepare(mmu, mmu.old, &ignored)
     zap_commit(mmu, False)
+
+
+cdef void generation_next(sc_mmu *mmu) noexcept nogil:
+    """Memory slots, or their flags, change. Entries that remember a device can tell so many generations apart."""
+    mmu.generation += 2
+    if mmu.generation & GENERATIONS == 0 and mmu.design.zap_all != NULL:
+        mmu.design.zap_all(mmu)
+
+
+cdef void slot_changes(sc_mmu *mmu, int what, u64 gfn, u64 n) noexcept nogil:
+    """A memory slot that goes, or moves, takes all pages along, roots in use when their vcpus enter. Where n frames
+    come to be from `gfn` on, pages of tables without memory go: roots that led nowhere."""
+    cdef u32 i, number, previous
+    cdef bint others
+    if what != SLOT_ADDED:
+        generation_next(mmu)
+        record(mmu, RECORD_ALL_ZAPPED, mmu.n_active + mmu.n_dying, mmu.valid_gen, 0)
+        mmu.valid_gen ^= 1
+        for i in range(mmu.n_vcpus):
+            vcpu_request(mmu.vcpus[i], REQUEST_OBSOLETE)
+        zap_all(mmu)
+        return
+    number = mmu.old
+    while number != SC_NONE:
+        previous = mmu.pages[number].prev
+        if not role_direct(mmu.pages[number].role) and mmu.pages[number].gfn - gfn < n:
+            others = False
+            zap_prepare(mmu, number, &others)
+            if others:
+                previous = mmu.old  # the page before may have gone too
+        number = previous
+    zap_commit(mmu, False)
+
+
+cdef bint frames_withdraw(sc_mmu *mmu, u64 frame, u64 n) noexcept nogil:
+    """The leaves that map some of n frames of RAM, of every size, by the reverse map; True if there were any."""
+    cdef u64 i
+    cdef int level
+    cdef bint found = False
+    for i in range(frame, frame + n):
+        while mmu.frames[i].rmap:
+            leaf_drop(mmu, list_first(mmu.frames[i].rmap) - 1)
+            found = True
+    for level in range(2, 4):
+        for i in range(frame >> 9 * (level - 1), ((frame + n - 1) >> 9 * (level - 1)) + 1):
+            while mmu.large_rmap[level - 2][i]:
+                leaf_drop(mmu, list_first(mmu.large_rmap[level - 2][i]) - 1)
+                found = True
+    return found
 
 
 cdef void zap_oldest(sc_mmu *mmu, u32 want) noexcept nogil:

@@ -61,6 +61,8 @@ cdef struct sc_stats:
     u64 remote_tlb_flush_requests   # flush requests of the shadow MMU to all vcpus (unsync)
     u64 max_mmu_rmap_size           # most leaves that mapped a frame when one more was added (unsync)
     u64 pf_mmio_spte_hit            # page-fault exits at an entry that remembers a device: not in pf_taken (unsync)
+    u64 host_faults                 # frames, or blocks of 2 MiB, that an access made the host find a page for
+    u64 host_unmaps                 # times that the host took frames in memory slots away
 
 cdef class Stats:
     cdef sc_stats *c                # counters of a VM, or `own`

@@ -55,6 +55,8 @@ class Stats:
     remote_tlb_flush_requests: Final[int]
     max_mmu_rmap_size: Final[int]
     pf_mmio_spte_hit: Final[int]
+    host_faults: Final[int]
+    host_unmaps: Final[int]
 
     @property
     def exits(self) -> dict[str, int]: ...

@@ -18,7 +18,9 @@ cdef enum:
     FLUSH_CONTEXT = 9               # the guest loaded CR0, CR4 or EFER
     FLUSH_INVLPG = 10               # the guest's INVLPG
     FLUSH_FAULT = 11                # a page fault of the guest
-    FLUSH_COUNT = 12
+    FLUSH_SLOTS = 12                # memory slots changed
+    FLUSH_HOST = 13                 # the host took frames away
+    FLUSH_COUNT = 14
 
 cdef inline bint flush_lost(const sc_mmu *mmu, int why) noexcept nogil:
     return mmu.lost_flushes >> why & 1

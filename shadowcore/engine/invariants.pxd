@@ -70,6 +70,8 @@ cdef enum:
     S_MARKS
     S_PREVIOUS
     S_LAGS
+    S_HOST_ABSENT
+    S_HOST_READ_ONLY
     S_COUNT
 
 cdef void audit_all(sc_mmu *mmu, sc_audit *a) noexcept nogil

@@ -14,7 +14,7 @@ from shadowcore.engine.counters cimport EXIT_EMULATE, EXIT_FILL, EXIT_GUEST, EXI
 from shadowcore.engine.flushes cimport FLUSH_LEAF, exit_flush, request_flush
 from shadowcore.engine.hooks cimport count_exit
 from shadowcore.engine.memory cimport (
-    mem_frame_hpa, mem_leaf_frame, mem_mark_dirty, mem_slot, mem_unlogged, sc_no_frame,
+    mem_frame_hpa, mem_is_rom, mem_leaf_frame, mem_mark_dirty, mem_may_write, mem_slot, mem_unlogged, sc_no_frame,
 )
 from shadowcore.engine.quirks cimport (
     QUIRK_DIRTY_LOST, QUIRK_GLOBAL_WITHOUT_PGE, QUIRK_NX_LEAF_ONLY, QUIRK_PAGING_OFF_UNPROTECTED, QUIRK_PROCESSOR_CODE,
@@ -39,6 +39,7 @@ cdef struct sc_fault:
     u32 quirks                      # those that are on, less those that the guards of the fast way exclude
     bint tlb                        # a TLB is modelled
     bint logging                    # some slot has a dirty log
+    bint special                    # sc_mem.special
     # Found in the guest's tables, whose walk is complete.
     u64 gpa                         # where the walk leads
     u64 frame                       # frame of RAM there, or sc_no_frame(): a device
@@ -167,6 +168,8 @@ cdef inline void leaf_decide(const sc_mmu *mmu, const sc_vcpu *v, sc_fault *f) n
             f.emulate = write != 0
     if f.logging and granted & ACC_W and not write and mem_unlogged(mmu.mem, f.gpa >> 12):
         granted &= ~<u32>ACC_W      # the store, when it comes, is to be seen by the dirty log
+    if f.special and granted & ACC_W and not mem_may_write(mmu.mem, f.gpa >> 12, f.frame):
+        granted &= ~<u32>ACC_W      # the host is to see the store
     if f.emulate and f.quirks & QUIRK_DIRTY_LOST:
         f.dirty = dirty_before(f)
         kept = (kept & ~<u64>PTE_D) | f.dirty
@@ -263,7 +266,8 @@ cdef inline void fault_count(sc_mmu *mmu, sc_vcpu *v, const sc_fault *f) noexcep
 cdef inline void leaf_commit(sc_mmu *mmu, const sc_vcpu *v, sc_fault *f) noexcept nogil:
     """Do what was decided, but for the counting: D of the guest's leaf, the leaf, what the next walk would set."""
     if (f.dirty ^ f.gpte) & PTE_D:  # for a store; or the walk set D, and it is taken back
-        f.low[0] ^= PTE_D
+        if not f.special or not mem_is_rom(mmu.mem, f.table):
+            f.low[0] ^= PTE_D
         if f.logging and f.dirty:
             mem_mark_dirty(mmu.mem, f.table)
     if f.repeats:

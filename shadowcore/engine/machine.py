@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .. import notebook
-from ..config import TLB, Features, MemorySlot, Native, Shadow, check_int, design, taken
-from ..errors import AuditError
+from ..config import TLB, Features, MemorySlot, Native, Shadow, check_bool, check_int, design, taken
+from ..errors import AuditError, ConfigError
 from . import snapshot
 from .audit import AuditPoints, audit
 from .memory import Memory
@@ -52,7 +52,9 @@ class VM:
     memory: bytes (int), a text such as "64MiB", a uint8 array used in place, or a list of MemorySlot.
     mmu: "native", "flush", "cached", "kvm-2007", or a Native or Shadow object.
     tlb: TLB(...) models a hardware TLB in each vcpu; None: every access walks tables.
-    slots: with an array, the MemorySlots that map it one after the other.
+    slots: with bytes or an array, the MemorySlots that map it one after the other. What they leave is free for
+        `add_slot`; there is never more guest RAM than at first.
+    backing: what the host has of guest RAM at first, where a MemorySlot does not say it: "warm", "cold" or "thp".
     features: of the processors. Raises ConfigError, and MemoryError where the host has no room.
     """
 
@@ -66,6 +68,7 @@ class VM:
         features: Features | None = None,
         slots: Sequence[MemorySlot] | None = None,
         host_page_size: int | str | None = None,
+        backing: str = "warm",
     ) -> None:
         chosen = design(mmu)
         count = check_int("vcpus", vcpus, 1, 64)
@@ -74,9 +77,11 @@ class VM:
             tlb = taken(TLB, tlb, "tlb")
         self.features = features
         self.tlb = tlb
-        self.memory = Memory(memory, slots, host_page_size)
+        self.memory = Memory(memory, slots, host_page_size, backing)
         self.mmu = Mmu(self.memory, chosen)
         self.memory.on_log = self.mmu.slot_logged
+        self.memory.on_slots = self.mmu.slots_changed
+        self.memory.on_backing = self.mmu._host_backs
         self._audit_points = AuditPoints(self.mmu)
         self.vcpus = tuple(VCpu(self.mmu, features, tlb) for _ in range(count))
 
@@ -95,6 +100,82 @@ class VM:
     def read_physical(self, gpa: int, size: int) -> bytes:
         """`size` bytes at guest physical address `gpa`; ConfigError unless all of it lies in memory slots."""
         return self.mmu.read_physical(gpa, size)
+
+    def add_slot(
+        self,
+        gpa: int | MemorySlot,
+        size: int | str | None = None,
+        *,
+        slot: int | None = None,
+        dirty_log: bool = False,
+        host_page_size: int | str = 4096,
+        offset: int | None = None,
+        read_only: bool = False,
+        backing: str | None = None,
+    ) -> int:
+        """Map free frames of guest RAM at `gpa` while the guest runs; the number of the slot. What is in them stays.
+
+        gpa, size and what follows are fields of MemorySlot; or gpa is one, alone. slot: the number, 0 to 31; None: the
+        lowest that is free. ConfigError, and nothing changed, where the slot would overlap another, in guest physical
+        space or in guest RAM, or nothing is free. How much guest RAM there is was said when the VM was made.
+        """
+        if not isinstance(gpa, MemorySlot):
+            if size is None:
+                raise ConfigError("size: bytes, or a text such as '2MiB', are needed")
+            gpa = MemorySlot(gpa, size, dirty_log, host_page_size, offset, read_only, backing)
+        elif size is not None:
+            raise ConfigError("size: given twice, in the MemorySlot and beside it")
+        return self.memory.add_slot(gpa, slot)
+
+    def remove_slot(self, slot: int) -> None:
+        """Unmap memory slot number `slot` while the guest runs. Its addresses are a device's from now on, its dirty log
+        is forgotten; its frames are free for other slots, and `memory.bytes` keeps what is in them.
+
+        Nothing that was made of any slot stays: all shadow pages go, and what TLBs hold. ConfigError for a number that
+        is free.
+        """
+        self.memory.remove_slot(slot)
+
+    def set_slot(self, slot: int, *, gpa: int | None = None, dirty_log: bool | None = None) -> None:
+        """Change memory slot number `slot` while the guest runs.
+
+        gpa: it is mapped there, with its frames and its dirty log; as after `remove_slot`, nothing stays. dirty_log:
+        a log is started or stopped (Memory.start_dirty_log, stop_dirty_log). Size, frames, and whether it is read-only
+        cannot change, as in KVM: remove the slot and add another. ConfigError, and nothing changed, for what cannot be.
+        """
+        logged = None if dirty_log is None else check_bool("dirty_log", dirty_log)
+        number = self.memory.slot_number(slot)
+        if gpa is not None:
+            self.memory.move_slot(number, gpa)
+        if logged and number not in self.memory.logged_slots:
+            self.memory.start_dirty_log(number)
+        elif logged is False and number in self.memory.logged_slots:
+            self.memory.stop_dirty_log(number)
+
+    def host_unmap(self, gfn: int, n: int = 1, *, discard: bool = False) -> None:
+        """The host takes n frames from `gfn` on back, as it does to swap or to migrate them: a call of KVM's MMU
+        notifier. Every shadow leaf that maps one goes, and what TLBs hold of it; the host has no page there until the
+        next touch, by the guest, a device or `host_touch`, which finds in it what was there.
+
+        discard: what is in them is gone, as after madvise(MADV_DONTNEED): they read as zeros. What shadows a frame
+        among them goes as well.
+        Where the host has pages of 2 MiB, one that goes in part is split. From the first such call on the VM keeps
+        account of what the host has, as if it had been made with `backing` (`native` then takes the general way for all
+        accesses). ConfigError, and nothing changed, unless all frames are in memory slots.
+        """
+        self.mmu.host_unmap(gfn, n, discard)
+
+    def host_touch(self, gfn: int, n: int = 1, *, write: bool = True) -> None:
+        """A program on the host accesses n frames from `gfn` on: what the host lacks is made, as for the guest's own
+        accesses (`stats.host_faults`). What a caller stores through `memory.bytes` is not seen. Without `backing`,
+        nothing is lacking. ConfigError unless all frames are in memory slots."""
+        self.mmu.host_touch(gfn, n, write)
+
+    def host_collapse(self, gfn: int, n: int = 512) -> None:
+        """The host makes pages of 2 MiB of n frames from `gfn` on (madvise(MADV_COLLAPSE)): of each block that it has
+        in small pages, with one call of the MMU notifier; and may from now on do so at first touches. ConfigError, and
+        nothing changed, unless they are whole blocks of guest RAM in memory slots."""
+        self.mmu.host_collapse(gfn, n)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the complete state to one file. OSError where that cannot be written; an older file is then kept."""

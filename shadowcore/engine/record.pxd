@@ -16,7 +16,9 @@ cdef enum:
     RECORD_DEVICE_HIT = 9           # ... was met: gfn, ACC_*
     RECORD_EXIT = 10                # a page-fault exit: linear address, the processor's error code
     RECORD_EMULATED = 11            # an instruction is given to the emulator: linear address of its operand
-    RECORD_COUNT = 12
+    RECORD_ALL_ZAPPED = 12          # a change of the memory slots zaps all pages: how many there are, sc_mmu.valid_gen
+    RECORD_DEVICE_CHECKED = 13      # an entry that remembers a device was met: c, whether it is of these memory slots
+    RECORD_COUNT = 14
 
 cdef inline void record(sc_mmu *mmu, u32 kind, u64 a, u64 b, u32 c) noexcept nogil:
     if mmu.ring == NULL:

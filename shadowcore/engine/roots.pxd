@@ -46,3 +46,5 @@ cdef void root_release(sc_mmu *mmu, sc_vcpu *v, int slot) noexcept nogil
 cdef void roots_load(sc_mmu *mmu, sc_vcpu *v) noexcept nogil
 cdef void roots_release(sc_mmu *mmu, sc_vcpu *v) noexcept nogil
 cdef void release_everything(sc_mmu *mmu, sc_vcpu *v, u64 va) noexcept nogil
+cdef void slot_changes(sc_mmu *mmu, int what, u64 gfn, u64 n) noexcept nogil
+cdef void slot_changed(sc_mmu *mmu) noexcept nogil

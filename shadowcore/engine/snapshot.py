@@ -17,7 +17,7 @@ import numpy as np
 
 from .. import npy
 from ..config import PAGE_SIZE, TLB, Features, MemorySlot, Native, Quirk, Shadow
-from ..errors import AuditError, SnapshotError
+from ..errors import AuditError, ConfigError, SnapshotError
 from ..files import Replacement, check_path
 from .memory import checked_slots
 from .mmu import FRAME_DTYPE, LINK_DTYPE, PAGE_DTYPE
@@ -59,6 +59,8 @@ _UNFIT = (KeyError, ValueError, TypeError, OverflowError, IndexError, AttributeE
 """What making a VM of a state raises that does not fit together."""
 RATIO = 1100
 """Bytes that one byte of an archive can unpack to, and a little more: deflate reaches 1032."""
+_BACKING = "host_frames", "host_blocks"
+"""Arrays of what the host has, if that is kept account of."""
 RAM_MAX = 1 << 46
 """Bytes of RAM of a VM: more than any host maps for a process."""
 
@@ -76,7 +78,8 @@ def save(vm: Machine, path: str | os.PathLike[str]) -> None:
         "format": FORMAT,
         "version": VERSION,
         "memory": int(vm.memory.bytes.size),
-        "slots": [_slot(slot) for slot in vm.memory.slots],
+        "slots": _slots(vm.memory),
+        "backing": bool(vm.memory.backing_arrays()),
         "logged": sorted(int(name.removeprefix("log_")) for name in members if name.startswith("log_")),
         "design": {"kind": type(vm.mmu.design).__name__, **dataclasses.asdict(vm.mmu.design)},
         "features": dataclasses.asdict(vm.features),
@@ -91,9 +94,28 @@ def save(vm: Machine, path: str | os.PathLike[str]) -> None:
         np.savez_compressed(file, **members)  # type: ignore[arg-type]
 
 
-def _slot(slot: MemorySlot) -> list[Any]:
-    """What makes a slot: gpa, size, and the size of the host's pages under it where that is not the usual one."""
-    return [slot.gpa, slot.size, *([] if slot.host_page_size == PAGE_SIZE else [slot.host_page_size])]
+def _slots(memory: Memory) -> list[Any]:
+    """What makes each slot: gpa, size, and the size of the host's pages under it where that is not the usual one.
+
+    Where slots are not all of guest RAM, one after the other and without a number between them that is free, or one is
+    read-only: gpa, size, size of the host's pages, byte of guest RAM, whether it is read-only; None for a free number.
+    """
+    places = [slot and memory.frame(slot.gpa >> 12) * PAGE_SIZE for slot in memory.slots]
+    at, plain = 0, all(memory.slots)
+    for slot, place in zip(memory.slots, places, strict=True):
+        if slot:
+            plain = plain and place == at and not slot.read_only
+            at += int(slot.size)
+    if plain and at == memory.bytes.size:
+        return [
+            [slot.gpa, slot.size, *([] if slot.host_page_size == PAGE_SIZE else [slot.host_page_size])]
+            for slot in memory.slots
+            if slot
+        ]
+    return [
+        slot and [slot.gpa, slot.size, slot.host_page_size, place, slot.read_only]
+        for slot, place in zip(memory.slots, places, strict=True)
+    ]
 
 
 def load(make: Callable[..., M], path: str | os.PathLike[str], memory: NDArray[np.uint8] | None = None) -> M:
@@ -107,12 +129,15 @@ def load(make: Callable[..., M], path: str | os.PathLike[str], memory: NDArray[n
     try:
         state, members = _read(path)
         slots, mmu, features, tlb, vcpus = _settings(state)
+        size = int(state["memory"])
     except _UNFIT as error:
         raise _unfit(path, error) from None
     if memory is None:
-        vm = make(slots, mmu, vcpus, tlb, features=features)
+        vm = make(size, mmu, vcpus, tlb, features=features, slots=slots or [None])
     else:
-        vm = make(memory, mmu, vcpus, tlb, features=features, slots=slots)
+        if isinstance(memory, np.ndarray) and memory.size != size:
+            raise ConfigError(f"memory: an array of {size} bytes is needed, this has {memory.size}")
+        vm = make(memory, mmu, vcpus, tlb, features=features, slots=slots or [None])
     try:
         _restore(vm, state, members, memory is None)
     except _UNFIT as error:
@@ -143,6 +168,8 @@ def _members(vm: Machine) -> dict[str, NDArray[Any]]:
     members["ram_frame"], members["ram"] = used.astype(np.uint64), ram[used]
     for slot in vm.memory.logged_slots:
         members[f"log_{slot}"] = vm.memory.dirty_words(slot)
+    for name, array in zip(_BACKING, vm.memory.backing_arrays(), strict=False):
+        members[name] = array
     for cpu in vm.vcpus:
         for part, array in enumerate(cpu.tlb_arrays):
             members[f"tlb_{cpu.number}_{part}"] = array
@@ -216,7 +243,7 @@ def _from_dict(cls: type[T], given: Any, **found: Any) -> T:
     return cls(**{**given, **found})
 
 
-def _settings(state: dict[str, Any]) -> tuple[list[MemorySlot], Native | Shadow, Features, TLB | None, int]:
+def _settings(state: dict[str, Any]) -> tuple[list[MemorySlot | None], Native | Shadow, Features, TLB | None, int]:
     """What a VM is made of. _UNFIT for what cannot be."""
     design = dict(state["design"])
     kind, quirks = design.pop("kind"), Quirk(design.get("quirks", 0))
@@ -226,13 +253,22 @@ def _settings(state: dict[str, Any]) -> tuple[list[MemorySlot], Native | Shadow,
     ):
         raise ValueError(f"design: Native or Shadow expected, not {state['design']!r:.60}")
     logged = state["logged"]
-    slots = [MemorySlot(gpa, size, number in logged, *host) for number, (gpa, size, *host) in enumerate(state["slots"])]
-    if not all(type(number) is int for number in logged) or logged != [n for n, s in enumerate(slots) if s.dirty_log]:
+    rows = state["slots"]
+    slots = [row and MemorySlot(row[0], row[1], number in logged, *row[2:5]) for number, row in enumerate(rows)]
+    if not all(type(number) is int for number in logged) or logged != [
+        number for number, slot in enumerate(slots) if slot and slot.dirty_log
+    ]:
         raise ValueError(f"logged: numbers of slots expected, not {logged!r:.60}")
-    total = sum(int(slot.size) for slot in slots)
-    if state["memory"] != total or total > RAM_MAX:
+    placed = any(row is None or len(row) > 3 for row in rows) or not rows
+    ends = [int(slot.size) + (slot.offset or 0) for slot in slots if slot]
+    total = max(ends, default=0) if placed else sum(ends)
+    memory = state["memory"]
+    if type(memory) is not int or memory > RAM_MAX or memory < total or (memory != total and not placed):
         raise ValueError(f"memory: {total} bytes, those of the slots, and {RAM_MAX} at most expected")
-    checked_slots(slots)
+    if slots:
+        checked_slots(slots)
+    if type(state["backing"]) is not bool:
+        raise ValueError(f"backing: true or false expected, not {state['backing']!r:.60}")
     tlb = None if state["tlb"] is None else _from_dict(TLB, state["tlb"])
     if not isinstance(state["vcpus"], list) or not 1 <= len(state["vcpus"]) <= 64:
         raise ValueError("vcpus: a list of 1 to 64 expected")
@@ -241,11 +277,14 @@ def _settings(state: dict[str, Any]) -> tuple[list[MemorySlot], Native | Shadow,
 
 def _expected(state: dict[str, Any]) -> dict[str, tuple[Any, ...]]:
     """Type and shape of each array of a file with this state."""
-    slots, mmu, _, tlb, vcpus = _settings(state)
+    _, mmu, _, tlb, vcpus = _settings(state)
     word, byte = np.dtype(np.uint64), np.dtype(np.uint8)
     found: dict[str, tuple[Any, ...]] = {"ram_frame": (word, (None,)), "ram": (word, (None, 512))}
+    if state["backing"]:
+        sizes = state["memory"] >> 12, (state["memory"] + (1 << 21) - 1) >> 21
+        found |= {name: (byte, (n,)) for name, n in zip(_BACKING, sizes, strict=True)}
     for number in state["logged"]:
-        found[f"log_{number}"] = word, (-(-int(slots[number].size) >> 18),)
+        found[f"log_{number}"] = word, (-(-int(state["slots"][number][1]) >> 18),)
     for number in range(vcpus):
         for part, size in enumerate(tlb_sizes(tlb)):
             found[f"tlb_{number}_{part}"] = byte, (size,)
@@ -277,6 +316,8 @@ def _restore(vm: Machine, state: dict[str, Any], members: dict[str, NDArray[Any]
     ram[frames] = members["ram"]
     for slot in state["logged"]:
         vm.memory.dirty_words(slot)[:] = members[f"log_{slot}"]
+    if state["backing"]:
+        vm.memory.import_backing([members[name] for name in _BACKING])
     if isinstance(vm.mmu.design, Shadow):
         arrays = vm.mmu.arrays
         saved = {name: members[f"mmu_{name}"].reshape(-1) for name in arrays}

@@ -28,6 +28,12 @@ cdef enum:
     REQUEST_GUEST = 16              # ... and sync what the roots reach, earlier ones too
     REQUEST_ROOTS = 32              # put roots in place
 
+# What becomes of a memory slot.
+cdef enum:
+    SLOT_ADDED = 0
+    SLOT_REMOVED = 1
+    SLOT_MOVED = 2
+
 cdef struct sc_prev:                # a root of an earlier CR3
     u64 cr3                         # that it is for
     u32 page                        # its shadow page, or SC_NONE
@@ -157,6 +163,12 @@ cdef struct sc_design:
     void (*processor)(sc_vcpu *v) noexcept nogil
     # Role of the page that root number `slot` has to be, by the registers. NULL: roots.pyx makes it.
     u32 (*root_role)(const sc_mmu *mmu, const sc_vcpu *v, int slot) noexcept nogil
+    # A memory slot is about to be added, removed or moved: SLOT_*, and n frames from `gfn` on where there is memory
+    # then; and it has been. May be NULL.
+    void (*slot_changes)(sc_mmu *mmu, int what, u64 gfn, u64 n) noexcept nogil
+    void (*slot_changed)(sc_mmu *mmu) noexcept nogil
+    # The host takes n frames of RAM from `frame` on away: leaves that map one go. True if there were any. May be NULL.
+    bint (*withdraw)(sc_mmu *mmu, u64 frame, u64 n) noexcept nogil
 
 # Which page is recycled when pages run short. New pages enter the active list at its young end; else its order is the
 # policy's.
@@ -214,6 +226,7 @@ cdef struct sc_mmu:
     u32 prefetch                    # entries of the aligned group that a fault fills, a power of two; 0: none
     u32 host_level                  # level of the host's pages under guest RAM: 1, 2 or 3
     u64 generation                  # of the memory slots: device entries of another one are stale
+    u32 valid_gen                   # 0 or 1: turns when a change of the slots has zapped all pages
     u32 n_dying                     # pages that were zapped and are roots still
     u32 synced                      # vcpu whose roots are, or were last, brought back in sync
     u32 zapped                      # pages zapped and not yet free, linked by next, or SC_NONE

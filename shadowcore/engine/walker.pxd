@@ -9,7 +9,7 @@ from shadowcore.engine.bits cimport (
     PTE_A, PTE_D, PTE_P, PTE_PS, PTE_U, PTE_W, level_index, level_mask, pte_addr, pte_nx, pte_pkey, pte_rights,
 )
 from shadowcore.engine.gmode cimport sc_gmode
-from shadowcore.engine.memory cimport SC_POOL_HFN, mem_guest_frame, mem_mark_dirty, sc_mem
+from shadowcore.engine.memory cimport SC_POOL_HFN, mem_guest_frame, mem_is_rom, mem_mark_dirty, sc_mem
 from shadowcore.engine.types cimport (
     ACC_ALL, ACC_U, PF_ACCESSES, PF_I, PF_P, PF_PK, PF_RSVD, PF_U, PF_W, RC_OK, RC_PF, u8, u32, u64,
 )
@@ -106,8 +106,10 @@ cdef inline bint walk_table(const sc_mem *m, u64 base, u8 **table, sc_gmode g) n
 
 cdef inline void set_entry_bits(sc_mem *m, sc_walk *w, int level, u64 bits, sc_gmode g) noexcept nogil:
     cdef u8 *table
-    walk_table(m, w.table[level] << 12, &table, g)
     w.entry[level] |= bits
+    if not g.host and mem_is_rom(m, w.table[level]):
+        return                      # the walk goes on as if they were set
+    walk_table(m, w.table[level] << 12, &table, g)
     w.updated |= 1 << level
     table[table_index(w.va, level, g.pte_size) * g.pte_size] |= <u8>bits    # bits 5 and 6: the low byte of an entry
     if not g.host:

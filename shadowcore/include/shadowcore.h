@@ -147,7 +147,9 @@ enum {
     SC_FLUSH_CR3 = 8,       /* the guest loaded CR3: its own flush, of which there is no event */
     SC_FLUSH_CONTEXT = 9,   /* ... CR0, CR4 or EFER: likewise */
     SC_FLUSH_INVLPG = 10,   /* an INVLPG dropped a shadow entry */
-    SC_FLUSH_FAULT = 11     /* a page fault of the guest dropped a shadow entry */
+    SC_FLUSH_FAULT = 11,    /* a page fault of the guest dropped a shadow entry */
+    SC_FLUSH_SLOTS = 12,    /* memory slots changed */
+    SC_FLUSH_HOST = 13      /* the host took frames away */
 };
 #define SC_EVENT_MASK(kind) (1u << (kind))
 #define SC_NO_VCPU 0xFFFFFFFFu
@@ -299,6 +301,8 @@ typedef struct sc_counters {
     uint64_t remote_tlb_flush_requests;
     uint64_t max_mmu_rmap_size;
     uint64_t pf_mmio_spte_hit;
+    uint64_t host_faults;
+    uint64_t host_unmaps;
 } sc_counters;
 
 typedef struct sc_event {

@@ -13,7 +13,7 @@ import shadowcore as sc
 from shadowcore.engine.mmu import RECORDED
 
 READ, WRITE, FETCH, CR3, CR0, CR4, EFER, INVLPG, ANDB, XCHG, INC, OR, ADD, MODE, POKE = range(15)
-LOG, GETLOG, CLEARLOG = 32, 34, 35
+LOG, GETLOG, CLEARLOG, SLOT, DISCARD, HREAD, COLLAPSE = 32, 34, 35, 36, 37, 38, 40
 CMPXCHG8B, CMPXCHG16B, CMPXCHG, MOVQ_XMM, MOVLPS, MOVQ_MM, MOVUPS, MOVDQA, MOVAPS, MOVNTDQ = range(15, 25)
 COMPARE = (CMPXCHG8B, CMPXCHG16B, CMPXCHG)
 RMW = {ANDB: sc.Op.AND, XCHG: sc.Op.XCHG, INC: sc.Op.ADD, OR: sc.Op.OR, ADD: sc.Op.ADD} | dict.fromkeys(
@@ -26,13 +26,30 @@ WORD = (1 << 64) - 1
 REGISTERS = {CR3: sc.Op.CR3, CR0: sc.Op.CR0, CR4: sc.Op.CR4, EFER: sc.Op.EFER}
 OK, PF, GP, MMIO, RETRY = 0, 1, 2, 3, 5
 STACK = 0xC02  # the frame of exception frames, whose contents the vectors do not tell
+ANY = -1  # target of an entry
 KINDS = dict(
     zip(
-        ("accessed", "dirty", "made", "found", "synced", "unsync", "zapped", "leaf", "device", "device_hit"),
-        range(5, 15),
+        (
+            "accessed",
+            "dirty",
+            "made",
+            "found",
+            "synced",
+            "unsync",
+            "zapped",
+            "leaf",
+            "device",
+            "device_hit",
+            "all_zapped",
+            "device_checked",
+        ),
+        (*range(5, 15), 18, 19),
         strict=True,
     )
 )
+EEXIST, EINVAL, REFUSED = 17, 22, 9
+PRESENT = 2  # in backing_arrays, of a frame: from this number on the host has a page
+START = 65535  # the checkpoint before the first operation
 FEATURES = sc.Features(maxphyaddr=40, la57=False, pku=False, pcid=False)
 
 
@@ -62,8 +79,15 @@ def kvm_bits(value: int, level: int) -> int:
         return 0x8001 | guest | shown if value else 0
     bits = value & 7 | (value >> 63) << 3 | (value >> 5 & 1) << 4 | (value >> 6 & 1) << 5 | 1 << 9
     if level == 1 or value & 0x80:
-        bits |= (value >> 7 & (level > 1)) << 6 | 1 << 7 | (value >> 9 & 1) << 8
+        bits |= (value >> 7 & (level > 1)) << 6 | (1 - (value >> 52 & 1)) << 7 | (value >> 9 & 1) << 8
     return bits
+
+
+def alike(made, wanted):
+    """Two entries are the same, as far as both are known: the vectors name one frame for all zero pages."""
+    return (
+        made[0] == wanted[0] and made[1] in (ANY, wanted[1]) and (made[2] in (255, wanted[2] & 7) or wanted[2] == 255)
+    )
 
 
 def kvm_rights(value: int) -> int:
@@ -88,7 +112,7 @@ GIVEN = (
 
 
 # Operations that are not the guest's.
-NO_ACCESS = (MODE, POKE, LOG, GETLOG, CLEARLOG)
+NO_ACCESS = (MODE, POKE, LOG, GETLOG, CLEARLOG, SLOT, DISCARD, HREAD, COLLAPSE)
 
 
 def inserted(ops, at, new):
@@ -133,12 +157,23 @@ class Replay:
         self.info = json.loads(str(z["info"]))
         self.nframes = int(z["nframes"])
         mmu = sc.config.design(design, pool_pages=int(z["nr_mmu_pages"]), **settings)
-        host = "2MiB" if self.info.get("host_large_pages") or self.info["stream"].endswith("2M") else 4096
+        large = bool(self.info.get("host_large_pages") or self.info["stream"].endswith("2M"))
+        self.host = "2MiB" if large else 4096
+        there = [] if "backing" not in z else z["backing"][z["backing"]["ckpt"] == START].tolist()
+        self.frames = max([self.nframes, *(first + n for _, first, n, _ in there)])
+        if "slots" in z:
+            self.frames = max(self.frames, int((z["slots"][:, 3] + z["slots"][:, 4]).max()) >> 12)
+        cold = bool(there) and sum(n for _, _, n, _ in there) < self.nframes
+        backing = "warm" if not cold else "thp" if large else "cold"
+        slot = sc.MemorySlot(0, self.nframes * 4096, host_page_size=4096 if cold else self.host)
         self.vm = sc.VM(
-            memory=self.nframes * 4096, mmu=mmu, features=FEATURES, host_page_size=host, vcpus=1 + ("state_vcpu1" in z)
-        )
+            memory=self.frames * 4096, slots=[slot], mmu=mmu, features=FEATURES, vcpus=1 + ("state_vcpu1" in z),
+            backing=backing,
+        )  # fmt: skip
         words = self.vm.memory.bytes.reshape(-1, 4096)
         words[z["mem_gfn"]] = z["mem_page"]
+        for _, first, n, _ in there if cold else ():
+            self.vm.host_touch(first, n)
         self.vm.mmu.record(1 << 16)
         for cpu in self.vm.vcpus:
             cpu.restarts = True
@@ -200,9 +235,13 @@ class Replay:
         self.outcome = self.err = self.value = self.devices = 0
         self.taken, self.log = [], []
         if code == POKE:
+            self.vm.host_touch(addr >> 12)
             self.vm.memory.bytes[addr : addr + 8] = np.frombuffer(value.to_bytes(8, "little"), np.uint8)
         if code in (LOG, GETLOG, CLEARLOG):
             self.log_operation(code, addr, value)
+            self.collect(None)
+        if code in (SLOT, DISCARD, HREAD, COLLAPSE):
+            self.host_operation(code, addr, value)
             self.collect(None)
         if code in NO_ACCESS:
             return
@@ -259,8 +298,33 @@ class Replay:
         else:
             self.dirty = np.flatnonzero(memory.dirty_log(addr)).tolist()
             self.value = len(self.dirty)
-            if self.log_mode == "dirtylog":
+            if self.log_mode not in ("dirtyman", "dirtyinit"):
                 memory.clear_dirty_log(addr)
+
+    def host_operation(self, code, addr, value):
+        if code == HREAD:
+            self.vm.host_touch(addr >> 12, write=False)
+        elif code == DISCARD:
+            self.vm.host_unmap(addr, value, discard=True)
+        elif code == COLLAPSE:
+            self.vm.host_collapse(addr, value)
+        else:
+            try:
+                self.slot_operation(*(int(x) for x in self.z["slots"][addr]))
+            except sc.ConfigError as error:
+                self.outcome, self.err = REFUSED, EEXIST if "overlap" in str(error) else EINVAL
+
+    def slot_operation(self, number, flags, gpa, size, offset):
+        slots = self.vm.memory.slots
+        if not size:
+            self.vm.remove_slot(number)
+        elif number < len(slots) and slots[number]:
+            self.vm.set_slot(number, gpa=gpa, dirty_log=bool(flags & 1))
+        else:
+            self.vm.add_slot(
+                gpa, size, slot=number, offset=offset, dirty_log=bool(flags & 1), read_only=bool(flags & 2),
+                host_page_size=4096 if self.vm.memory.backing_arrays() else self.host,
+            )  # fmt: skip
 
     def device_store(self, i, user, va):
         """The store half of a read-modify-write of a device, by the emulator."""
@@ -316,7 +380,7 @@ class Replay:
             for kind, a, b, c in zip(
                 *(z.get(name, ())[first:last] for name in ("ev_kind", "ev_a", "ev_b", "ev_c")), strict=True
             )
-            if 5 <= kind <= 14
+            if kind in KINDS.values()
         ]
         if self.expected and self.log != wanted:
             out.append(("events", self.log, wanted))
@@ -390,7 +454,7 @@ class Replay:
                 if not value & 1:
                     target = frame
                 elif level == 1 or value & 0x80:
-                    target = frame - (1 << 18)
+                    target = frame - (1 << 18) if value >> 52 & 1 == 0 else ANY
                     rights = kvm_rights(value) if level == 1 and not direct else 255
                 else:
                     target = place[frame - 256]
@@ -401,9 +465,7 @@ class Replay:
             (key, entries.get(key), wanted.get(key))
             for key in sorted(entries.keys() | wanted.keys())
             if entries.get(key) != wanted.get(key)
-            and not (
-                key in entries and key in wanted and entries[key][:2] == wanted[key][:2] and entries[key][2] == 255
-            )
+            and not (key in entries and key in wanted and alike(entries[key], wanted[key]))
         ]
         if differ:
             out.append(("sptes", len(differ), differ[:4]))
@@ -423,6 +485,15 @@ class Replay:
             wanted = (int(state["root"]), *(tuple(state[name].tolist()) for name in ("pae_root", "prev_root")))
             if made != wanted:
                 out.append(("roots", cpu.number, made, wanted))
+        if mmu.export_state()["valid_gen"] != int(z["state"][c]["gen"]):
+            out.append(("gen", mmu.export_state()["valid_gen"], int(z["state"][c]["gen"])))
+        if "backing" in z:
+            runs = z["backing"][z["backing"]["ckpt"] == c].tolist()
+            wanted = {frame for _, first, n, _ in runs for frame in range(first, first + n)}
+            kept = self.vm.memory.backing_arrays()
+            made = set(np.flatnonzero(kept[0] >= PRESENT).tolist()) if kept else set(range(self.frames))
+            if made != wanted:
+                out.append(("backing", sorted(made ^ wanted)[:10], None))
         memory = self.vm.memory.bytes.reshape(-1, 4096)
         used = np.flatnonzero(memory.any(axis=1))
         made = {int(gfn): zlib.crc32(memory[gfn]) for gfn in used if gfn != STACK}
@@ -483,8 +554,11 @@ class Replay:
                 done = end
             if k is not None and self.ops[k][0] in (LOG, GETLOG, CLEARLOG):
                 self.log_operation(self.ops[k][0], *self.ops[k][4:6])
+            if k is not None and self.ops[k][0] in (SLOT, DISCARD, HREAD, COLLAPSE):
+                self.host_operation(self.ops[k][0], *self.ops[k][4:6])
             if k is not None and self.ops[k][0] == POKE:
                 addr, value = self.ops[k][4:6]
+                self.vm.host_touch(addr >> 12)
                 self.vm.memory.bytes[addr : addr + 8] = np.frombuffer(value.to_bytes(8, "little"), np.uint8)
             if k in self.checkpoints:
                 differ += [(k, *each) for each in self.check(self.checkpoints[k])] if "pages" in self.z else []

@@ -1,19 +1,19 @@
 """Design `unsync` with the settings of Linux 6.1 and 6.12 is that KVM: every field of the golden vectors."""
 
+import json
 import pathlib
 
 import numpy as np
 import pytest
-from kvm_streams import MODE, POKE, replay
+from kvm_streams import KINDS, MODE, POKE, replay
 
 DATA = pathlib.Path(__file__).parents[1] / "data"
 FILES = (
     sorted(DATA.glob("kvm-6.1/*.npz")) + sorted(DATA.glob("kvm-6.12/*.npz")) + sorted(DATA.glob("kvm-6.1-more/*.npz"))
 )
-NAMES = [f"{path.parent.name}/{path.stem}" for path in FILES]
-# What needs a host that takes pages away and memory slots that change.
-BEYOND = ("back_", "backcol", "backlog", "slots", "dirtylog_pingpong_n5")
-FILES = [path for path in FILES if not path.name.startswith(BEYOND)]
+# Their operations are those of kvm-6.1/pingpong_n5_64_s1.npz, which does not exist.
+WITHOUT_OPERATIONS = {f"dirtylog_pingpong_n5_64_s1.{host}.npz" for host in ("warm4K", "warm2M")}
+FILES = [path for path in FILES if path.name not in WITHOUT_OPERATIONS]
 NAMES = [f"{path.parent.name}/{path.stem}" for path in FILES]
 # Operation by operation, one of each kind and mode; the others so as well, in slow tests.
 CLOSELY = (
@@ -35,6 +35,9 @@ CLOSELY = (
     "wide_",
     "smp_32",
     "giant",
+    "back_64_s1.cold4K",
+    "backlog_64_s2.cold2M",
+    "slots_64_s4.warm2M",
 )
 
 
@@ -62,7 +65,12 @@ def test_totals(path):
     made = replay(path)
     differ, exits = made.in_batches()
     assert differ == []
+    # Those at entries that remember a device are not counted, unless they are of other memory slots.
     known = np.bincount(made.z["flt"]["op"][made.z["flt"]["err"] & 8 != 0], minlength=len(exits))
+    if "slots" in made.z:
+        owner = np.repeat(np.arange(len(exits)), made.z["ev_count"])
+        stale = (made.z["ev_kind"] == KINDS["device_checked"]) & (made.z["ev_c"] == 0)
+        known = known - np.bincount(owner[stale], minlength=len(exits))
     assert exits == (np.bincount(made.z["flt"]["op"], minlength=len(exits)) - known).tolist()
     for name, columns in made.columns.items():
         assert getattr(made.vm.stats, name) == int(made.z["cnt"][:, columns].sum()), name
@@ -97,5 +105,20 @@ def test_there_are_streams_of_every_kind():
         "smp",
         "smplazy",
         "wide",
+        "back",
+        "backcol",
+        "backlog",
+        "slots",
     } <= kinds
     assert {MODE, POKE} == {13, 14}
+
+
+def test_all_streams_with_operations_are_replayed():
+    """A file is left out only because its operations are in none."""
+    more = {path.name for path in DATA.glob("kvm-6.1-more/*.npz")}
+    assert more - {path.name for path in FILES} == WITHOUT_OPERATIONS
+    for name in WITHOUT_OPERATIONS:
+        with np.load(DATA / "kvm-6.1-more" / name) as z:
+            base = json.loads(str(z["info"]))["base"]
+            assert "ops" not in z
+            assert not (DATA / "kvm-6.1" / f"{base}.npz").exists()

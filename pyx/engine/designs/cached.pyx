@@ -13,6 +13,7 @@ from shadowcore.engine.quirks cimport QUIRK_ABSENT_PDPTES, QUIRK_NO_REFILL_AT_CR
 from shadowcore.engine.role cimport role_direct
 from shadowcore.engine.roots cimport (
     make_role, release_everything, root_load, root_release, root_slots, roots_load, roots_release,
+    slot_changed, slot_changes,
 )
 from shadowcore.engine.state cimport sc_loaded, sc_mmu, sc_vcpu
 from shadowcore.engine.types cimport MODE_64, MODE_OFF, MODE_PAE, SC_NONE, u32, u64
@@ -110,7 +111,7 @@ cdef void cached_design(sc_mmu *mmu) noexcept nogil:
     mmu.by_table = True
     pool_design(mmu)
     mmu.design.exits = 1 << EXIT_CR0 | 1 << EXIT_CR3 | 1 << EXIT_CR4 | 1 << EXIT_EFER
-    mmu.design.invariants = 1 << 1 | 1 << 2 | 1 << 3 | 1 << 4 | 1 << 5 | 1 << 6 | 1 << 7
+    mmu.design.invariants = 1 << 1 | 1 << 2 | 1 << 3 | 1 << 4 | 1 << 5 | 1 << 6 | 1 << 7 | 1 << 13
     mmu.design.new_cr3 = _new_cr3
     mmu.design.reset = _reset
     mmu.design.make_room = _make_room
@@ -118,3 +119,5 @@ cdef void cached_design(sc_mmu *mmu) noexcept nogil:
     mmu.design.root_of = _root_of
     mmu.design.child = _child
     mmu.design.guest_level = _guest_level
+    mmu.design.slot_changes = slot_changes
+    mmu.design.slot_changed = slot_changed

@@ -12,7 +12,7 @@ from shadowcore.engine.flushes cimport FLUSH_FAULT, FLUSH_INVLPG, exit_flush, re
 from shadowcore.engine.memory cimport mem_frame, mem_frame_hpa, mem_pool_page, sc_no_frame
 from shadowcore.engine.pool cimport pool_design, pool_get, pool_zap
 from shadowcore.engine.role cimport role_level
-from shadowcore.engine.roots cimport make_role, roots_load, roots_release
+from shadowcore.engine.roots cimport make_role, roots_load, roots_release, slot_changed, slot_changes
 from shadowcore.engine.spte cimport leaf_guest_rights, spte_drop
 from shadowcore.engine.state cimport linear_exists, sc_loaded, sc_mmu, sc_vcpu
 from shadowcore.engine.types cimport ACC_ALL, MODE_32, MODE_64, MODE_OFF, PF_P, PF_RSVD, RC_OK, SC_NONE, u32, u64
@@ -173,7 +173,7 @@ cdef void flush_design(sc_mmu *mmu) noexcept nogil:
     mmu.by_table = False
     pool_design(mmu)
     mmu.design.exits = 1 << EXIT_CR0 | 1 << EXIT_CR3 | 1 << EXIT_CR4 | 1 << EXIT_EFER | 1 << EXIT_INVLPG
-    mmu.design.invariants = 1 << 3 | 1 << 4 | 1 << 5 | 1 << 6 | 1 << 7
+    mmu.design.invariants = 1 << 3 | 1 << 4 | 1 << 5 | 1 << 6 | 1 << 7 | 1 << 13
     mmu.design.new_cr3 = _new_cr3
     mmu.design.reset = _reset
     mmu.design.invlpg = _invlpg
@@ -182,3 +182,5 @@ cdef void flush_design(sc_mmu *mmu) noexcept nogil:
     mmu.design.root_of = _root_of
     mmu.design.child = _child
     mmu.design.guest_level = _guest_level
+    mmu.design.slot_changes = slot_changes
+    mmu.design.slot_changed = slot_changed

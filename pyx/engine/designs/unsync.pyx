@@ -25,7 +25,7 @@ from shadowcore.engine.unsync.faults cimport page_fault
 from shadowcore.engine.unsync.roots cimport enter, every_earlier, forget_device, let_go, root_at, root_of, root_role
 from shadowcore.engine.unsync.stores cimport other_instruction, run_again, stored
 from shadowcore.engine.walker cimport paging_refused, paging_reserved, sc_walk
-from shadowcore.engine.zap cimport zap_all, zap_gfn
+from shadowcore.engine.zap cimport frames_withdraw, generation_next, slot_changes, zap_all, zap_gfn
 
 
 cdef void _processor(sc_vcpu *v) noexcept nogil:
@@ -209,7 +209,7 @@ cdef void unsync_design(sc_mmu *mmu) noexcept nogil:
     mmu.lists_all = True
     mmu.deferred = True
     mmu.design.exits = 1 << EXIT_CR0 | 1 << EXIT_CR3 | 1 << EXIT_CR4 | 1 << EXIT_EFER | 1 << EXIT_INVLPG
-    mmu.design.invariants = 1 << 4 | 1 << 5 | 1 << 6 | 1 << 7 | LAGGING
+    mmu.design.invariants = 1 << 4 | 1 << 5 | 1 << 6 | 1 << 7 | 1 << 13 | LAGGING
     mmu.design.new_cr3 = _new_cr3
     mmu.design.reset = _reset
     mmu.design.invlpg = _invlpg
@@ -229,3 +229,6 @@ cdef void unsync_design(sc_mmu *mmu) noexcept nogil:
     mmu.design.protect_slot = slot_protect
     mmu.design.log_cleared = log_cleared
     mmu.design.log_stopped = log_stopped
+    mmu.design.slot_changes = slot_changes
+    mmu.design.slot_changed = generation_next
+    mmu.design.withdraw = frames_withdraw

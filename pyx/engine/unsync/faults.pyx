@@ -7,10 +7,10 @@ from shadowcore.engine.flushes cimport FLUSH_LINK, request_flush
 from shadowcore.engine.hooks cimport count_exit
 from shadowcore.engine.invalidate cimport inject_fault
 from shadowcore.engine.marks cimport marks_set
-from shadowcore.engine.memory cimport mem_frame, mem_pool_page, sc_no_frame
+from shadowcore.engine.memory cimport mem_frame, mem_is_device, mem_is_rom, mem_pool_page, mem_touch, sc_no_frame
 from shadowcore.engine.quirks cimport QUIRK_DEVICE_UNASKED, QUIRK_WP0_HIDES_USER
 from shadowcore.engine.record cimport (
-    RECORD_ACCESSED, RECORD_DEVICE_HIT, RECORD_DIRTY, RECORD_EMULATED, RECORD_EXIT, record,
+    RECORD_ACCESSED, RECORD_DEVICE_CHECKED, RECORD_DEVICE_HIT, RECORD_DIRTY, RECORD_EMULATED, RECORD_EXIT, record,
 )
 from shadowcore.engine.role cimport ROLE_ACCESS, ROLE_PKEY, role_field, role_level
 from shadowcore.engine.spte cimport spte_link
@@ -83,6 +83,7 @@ cdef int _device(sc_mmu *mmu, sc_vcpu *v, u32 access, u32 spte, u64 va, sc_walk 
         v.device_gfn = (value & pte_addr()) >> 12
         v.device_rights = device_rights(value)
         v.device_va = va & ~<u64>4095
+        record(mmu, RECORD_DEVICE_CHECKED, 0, 0, 1)
         record(mmu, RECORD_DEVICE_HIT, v.device_gfn, v.device_rights, 0)
     return _emulate_device(mmu, v, access, va, w)
 
@@ -108,7 +109,8 @@ cdef int _emulate_device(sc_mmu *mmu, sc_vcpu *v, u32 access, u64 va, sc_walk *w
             mmu.stats.guest_walk_references += w.references
             return _inject(mmu, v, va, w)
         _walked(mmu, v, w)
-        if mem_frame(mmu.mem, w.gpa >> 12) != sc_no_frame():
+        if not mem_is_device(mmu.mem, w.gpa >> 12, access):
+            mem_touch(mmu.mem, w.gpa >> 12, access & PF_W != 0)
             count_exit(mmu, v.number, EXIT_EMULATE, va)
             enter(mmu, v)
             return RC_EMULATE       # what was remembered lags: the emulator finds RAM there
@@ -212,12 +214,18 @@ cdef inline bint _key_forbids(const sc_vcpu *v, u32 access, u32 rights, u32 pkey
             and v.guest.pkru >> (2 * pkey) & 2)
 
 
-cdef int _emulate(sc_mmu *mmu, sc_vcpu *v, u64 va) noexcept nogil:
+cdef int _emulate(sc_mmu *mmu, sc_vcpu *v, u32 access, u64 va, const sc_walk *w) noexcept nogil:
     mmu.stats.pf_emulate += 1
     mmu.stats.insn_emulation += 1
     record(mmu, RECORD_EMULATED, va, 0, 0)
     if v.retried_va != va or v.retried_rip != v.rip:
         v.retried = False
+    if access & PF_W and mem_is_rom(mmu.mem, w.gpa >> 12):
+        other_instruction(mmu, v)
+        count_exit(mmu, v.number, EXIT_MMIO, va)
+        mmu.stats.pf_mmio += 1
+        enter(mmu, v)
+        return RC_MMIO              # the emulator hands the store out
     count_exit(mmu, v.number, EXIT_EMULATE, va)
     return RC_EMULATE
 
@@ -226,7 +234,7 @@ cdef int page_fault(sc_mmu *mmu, sc_vcpu *v, u32 access, const sc_walk *hw, sc_w
     """A page-fault exit, in the order in which Linux 6.1 goes about it."""
     cdef u64 va = hw.va
     cdef u32 spte
-    cdef u64 gfn, old
+    cdef u64 gfn, old, changes
     cdef u32 rights
     cdef u32 pkey = 0
     cdef bint off = v.guest.mode == MODE_OFF
@@ -241,6 +249,8 @@ cdef int page_fault(sc_mmu *mmu, sc_vcpu *v, u32 access, const sc_walk *hw, sc_w
     stale = old and not old & PTE_P and device_is_stale(mmu, old)
     if old and not old & PTE_P and not stale:
         return _device(mmu, v, access, spte, va, w)
+    if stale:
+        record(mmu, RECORD_DEVICE_CHECKED, 0, 0, 0)
     mmu.stats.pf_taken += 1
     if guest_walk(mmu.mem, &v.guest, va, access, w) != 0:
         mmu.stats.guest_walk_references += w.references
@@ -254,21 +264,34 @@ cdef int page_fault(sc_mmu *mmu, sc_vcpu *v, u32 access, const sc_walk *hw, sc_w
     gfn = w.gpa >> 12
     if hw.error_code & PF_P and access & PF_W and not stale and is_tracked(mmu, gfn):
         _last_entry(mmu, v, va, True)
-        return _emulate(mmu, v, va)
+        return _emulate(mmu, v, access, va, w)
+    changes = 0
+    if mmu.mem.special:
+        if access & PF_W and mem_is_rom(mmu.mem, gfn):
+            return _emulate(mmu, v, access, va, w)
+        if mmu.mem.host != NULL:
+            changes = mmu.mem.host.changes
+            mem_touch(mmu.mem, gfn, access & PF_W != 0)
+            changes = mmu.mem.host.changes - changes
     if mem_frame(mmu.mem, gfn) == sc_no_frame():
         v.device_va = va & ~<u64>4095
         v.device_gfn = gfn
         v.device_rights = rights & (ACC_W | ACC_U)
         v.device_generation = mmu.generation
     elif access & PF_W and _key_forbids(v, access, rights, pkey):
-        return _emulate(mmu, v, va)     # the processor, whose CR0.WP is on, would refuse the store for good
+        return _emulate(mmu, v, access, va, w)      # the processor, whose CR0.WP is on, would refuse the store for good
     elif access & PF_W and not rights & ACC_W and not v.guest.wp and not access & PF_U and not off:
         # A supervisor's store that no right allows: the leaf grants it, and is no longer the user's.
         if rights & ACC_U and (v.guest.smap or v.guest.pke) and not mmu.quirks & QUIRK_WP0_HIDES_USER:
-            return _emulate(mmu, v, va)     # they ask whose the page is, and the leaf would not tell
+            return _emulate(mmu, v, access, va, w)  # they ask whose the page is, and the leaf would not tell
         rights = (rights | ACC_W) & ~<u32>ACC_U
         if v.guest.smep:
             rights &= ~<u32>ACC_X
+    if changes:
+        # What the host said of the page holds no more: it is asked again at the next exit.
+        count_exit(mmu, v.number, EXIT_WRITE if old & PTE_P else EXIT_FILL, va)
+        enter(mmu, v)
+        return RC_RETRY
     made = RC_EXHAUSTED
     if make_room(mmu, 1):
         made = _fetch(mmu, v, va, access, w, rights, pkey, &spte, &linked)
@@ -283,7 +306,7 @@ cdef int page_fault(sc_mmu *mmu, sc_vcpu *v, u32 access, const sc_walk *hw, sc_w
         mmu.stats.pf_emulate += 1
         return _emulate_device(mmu, v, access, va, w)
     if made == LEAF_PROTECTED:
-        return _emulate(mmu, v, va)
+        return _emulate(mmu, v, access, va, w)
     if made == LEAF_SAME:
         mmu.stats.pf_spurious += 1
     else:
