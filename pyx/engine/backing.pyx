@@ -57,8 +57,8 @@ cdef void host_unmap(sc_backing *h, u64 first, u64 n, bint keep) noexcept nogil:
 
 
 cdef void host_collapse(sc_backing *h, u64 first, u64 n) noexcept nogil:
-    """Blocks, all of n frames from `first` on: those of small entries become large pages, and from now on all may be made
-    so at once."""
+    """Blocks, all of n frames from `first` on: those of small entries become large pages, and from now on all may be
+    made so at once."""
     cdef u64 block
     for block in range(first >> 9, (first + n) >> 9):
         if h.block[block] & BLOCK_MAP == BLOCK_TABLE:

@@ -399,7 +399,7 @@ cdef inline u64 _fast(void *asked, sc_gmode g) noexcept nogil:
     f.quirks = a.mmu.quirks & ~<u32>EXCLUDED
     f.tlb = False
     f.logging = a.logged and a.mmu.mem.logging
-    f.special = False               # see fault_fast
+    f.special = False               # _can_be_fast
     if sc_seldom(found == GENERAL):
         return ~<u64>0
     level = _guest_walk(a.mmu, a.v, &f, &t, &leaf, g)

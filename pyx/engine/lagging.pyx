@@ -260,7 +260,8 @@ cdef void check_leaves(sc_mmu *mmu, sc_audit *a) noexcept nogil:
             frame = mem_leaf_frame(mmu.mem, value)
             block = <u64>1 << 9 * (level - 1)
             if (frame >= mmu.mem.nframes or block > mmu.mem.nframes - frame or frame & (block - 1)
-                    or mem_gfn(mmu.mem, frame) == sc_no_frame() or mem_gfn(mmu.mem, frame + block - 1) == sc_no_frame()):
+                    or mem_gfn(mmu.mem, frame) == sc_no_frame()
+                    or mem_gfn(mmu.mem, frame + block - 1) == sc_no_frame()):
                 audit_report(a, 11, S_LEAF, number, index, mmu.pages[number].gfn)
                 continue
             head = &mmu.frames[frame].rmap

@@ -21,6 +21,7 @@ from shadowcore.engine.types cimport u8, u32, u64
 from shadowcore.config import (
     HOST_PAGES as _HOST_PAGES, MemorySlot, check_backing, check_bool, check_int, parse_size, taken,
 )
+from shadowcore.engine.slots import MAX_SLOTS as _MAX_SLOTS, check_place, checked_slots, free_place, offsets
 from shadowcore.errors import ConfigError, EngineError
 
 
@@ -110,6 +111,10 @@ def window(array, lender=None):
     return np.frombuffer(_Window(array, lender), dtype=np.uint8)
 
 
+cdef u64 _uncounted = 0
+assert _MAX_SLOTS == SC_MAX_SLOTS
+
+
 cdef void _nobody(void *context, u64 frame, u64 n) noexcept nogil:
     """No MMU is there yet."""
 
@@ -135,7 +140,7 @@ cdef class Memory:
         if slots is not None:
             slots = checked_slots(slots)
             if memory is None:
-                memory = max([first + slot.size for first, slot in zip(_offsets(slots), slots, strict=True) if slot],
+                memory = max([first + slot.size for first, slot in zip(offsets(slots), slots, strict=True) if slot],
                              default=0)
         given = isinstance(memory, np.ndarray)
         if given:
@@ -149,7 +154,7 @@ cdef class Memory:
             slots = (MemorySlot(0, ram.size, host_page_size=4096 if host_page_size is None else host_page_size),)
         elif host_page_size is not None:
             raise ConfigError("host_page_size: each of the memory slots says it for itself")
-        places = _offsets(slots)
+        places = offsets(slots)
         for first, slot in zip(places, slots, strict=True):
             if slot and first + slot.size > ram.size:
                 raise ConfigError(f"slots: they hold {first + slot.size} bytes, the memory {ram.size}")
@@ -169,7 +174,7 @@ cdef class Memory:
             if slot:
                 self._place(number, slot, places[number] >> 12)
         if backing != "warm" or any(slot and slot.backing not in (None, "warm") for slot in slots):
-            self._back(backing, slots, given)
+            self._back(backing, given)
         for number, slot in enumerate(slots):
             if slot and slot.dirty_log:
                 self.start_dirty_log(number)
@@ -189,12 +194,10 @@ cdef class Memory:
     cdef int _settled(self, int number, slot) except -1:
         """What follows from slots as they are now; slot: of `number`, or None."""
         cdef int i
-        slots = [*self.slots, *[None] * (number + 1 - len(self.slots))]
+        cdef list slots = [*self.slots, *[None] * (number + 1 - len(self.slots))]
         slots[number] = slot
-        while slots and slots[-1] is None:
-            slots.pop()
-        self.slots = tuple(slots)
-        self.mem.nslots = len(slots)
+        self.mem.nslots = max([i + 1 for i, each in enumerate(slots) if each is not None], default=0)
+        self.slots = tuple(slots[:self.mem.nslots])
         self.mem.low_frames = 0
         if self.mem.slots[0].base_gfn == 0 and self.mem.slots[0].frame == 0:
             self.mem.low_frames = self.mem.slots[0].npages
@@ -209,10 +212,9 @@ cdef class Memory:
         if self._backed is None:
             self._back()
 
-    def _back(self, kind="warm", slots=(), given=False) -> None:
+    def _back(self, kind="warm", given=False) -> None:
         """From now on it is known which frames the host has: all of them, but for what `kind`, and of the slots each
         for its own part, says. given: there may be something in them."""
-        cdef u64 first
         frames = allocate(self.mem.nframes)
         blocks = allocate((self.mem.nframes + 511) >> 9)
         self._backed = frames, blocks
@@ -220,7 +222,7 @@ cdef class Memory:
         self.backing.block = _pointer(blocks)
         self.backing.nframes = self.mem.nframes
         self.backing.withdrawn = _nobody
-        self.backing.faults = &self.backing.changes     # until an MMU counts them
+        self.backing.faults = &_uncounted
         self._fill(0, self.mem.nframes, kind, 1, given)
         for number, slot in enumerate(self.slots):
             if slot:
@@ -285,11 +287,13 @@ cdef class Memory:
         cdef int at = self._free_number() if number is None else check_int("slot", number, 0, SC_MAX_SLOTS - 1)
         if self._has(at):
             raise ConfigError(f"slot: number {at} is in use")
-        self._no_overlap(slot, at)
-        cdef u64 frame = self._free_frames(slot)
-        self._tell("adding", at, slot)              # first: it may refuse
-        if slot.backing is not None and (slot.backing != "warm" or self._backed is not None):
+        check_place(self.slots, at, slot)
+        cdef u64 frame = free_place(self._used(), self.mem.nframes, slot)
+        fills = slot.backing is not None and (slot.backing != "warm" or self._backed is not None)
+        if fills:
             self.back()
+        self._tell("adding", at, slot)              # first: it may refuse
+        if fills:
             self._fill(frame, slot.size >> 12, slot.backing, _HOST_PAGES.index(slot.host_page_size) + 1, True)
         self._place(at, MemorySlot(slot.gpa, slot.size, slot.dirty_log, slot.host_page_size, int(frame) << 12,
                                    slot.read_only, slot.backing), frame)
@@ -313,7 +317,7 @@ cdef class Memory:
         cdef int at = self._slot(slot)
         old = self.slots[at]
         new = MemorySlot(gpa, old.size, old.dirty_log, old.host_page_size, old.offset, old.read_only, old.backing)
-        self._no_overlap(new, at)
+        check_place(self.slots, at, new)
         if new.gpa == old.gpa:
             return
         self._tell("moving", at, old)
@@ -346,40 +350,10 @@ cdef class Memory:
                 return number
         raise ConfigError(f"slot: all {SC_MAX_SLOTS} numbers are in use")
 
-    def _no_overlap(self, new, number):
-        """Slot `number` can be `new`."""
-        if new.gpa + new.size > 1 << 52:
-            raise ConfigError(f"slot.gpa: the slot at {new.gpa:#x} ends beyond 52 address bits")
-        for other, slot in enumerate(self.slots):
-            if slot and other != number and slot.gpa < new.gpa + new.size and new.gpa < slot.gpa + slot.size:
-                raise ConfigError(f"slot.gpa: {new.size} bytes at {new.gpa:#x} overlap slot {other}, {slot.size} bytes "
-                                  f"at {slot.gpa:#x}")
-
-    cdef u64 _free_frames(self, slot) except? 0xFFFFFFFFFFFFFFFF:
-        """Where the frames of a slot that is added begin."""
-        cdef u64 n = slot.size >> 12
-        cdef u64 first = 0
-        cdef int i
-        used = sorted((self.mem.slots[i].frame, self.mem.slots[i].frame + self.mem.slots[i].npages)
-                      for i in range(self.mem.nslots) if self.mem.slots[i].npages)
-        if slot.offset is not None:
-            first = slot.offset >> 12
-            if first + n > self.mem.nframes:
-                raise ConfigError(f"slot.offset: {slot.size} bytes from {slot.offset} on end beyond guest RAM, which "
-                                  f"has {self.mem.nframes << 12}")
-            for begin, end in used:
-                if begin < first + n and first < end:
-                    raise ConfigError(f"slot.offset: {slot.size} bytes from {slot.offset} on overlap those of a slot, "
-                                      f"{begin << 12} to {end << 12}")
-            return first
-        for begin, end in used:
-            if begin - first >= n:
-                break
-            first = end
-        if first + n > self.mem.nframes:
-            raise ConfigError(f"slot.size: no {slot.size} bytes of guest RAM in one piece are free; `memory` said how "
-                              f"much there is, {self.mem.nframes << 12}")
-        return first
+    cdef list _used(self):
+        """(first, end) of the frames of each slot."""
+        return [(self.mem.slots[i].frame, self.mem.slots[i].frame + self.mem.slots[i].npages)
+                for i in range(self.mem.nslots) if self.mem.slots[i].npages]
 
     def _tell(self, what, number, slot):
         """Slots are about to change, or have changed."""
@@ -523,45 +497,6 @@ cdef class Memory:
 
     def __repr__(self):
         return f"Memory({self.bytes.size >> 20} MiB, {len(self.slots) - self.slots.count(None)} slot(s))"
-
-
-def checked_slots(slots):
-    """The slots as a tuple; ConfigError unless each is a MemorySlot, or None for a number that is free, and no two
-    overlap, neither in guest physical space nor in guest RAM."""
-    cdef list checked = []
-    slots = tuple(slots)
-    if not 1 <= len(slots) <= SC_MAX_SLOTS:
-        raise ConfigError(f"memory slots: 1 to {SC_MAX_SLOTS} are allowed, not {len(slots)}")
-    for slot in slots:
-        if slot is not None:
-            slot = taken(MemorySlot, slot, "memory slots")
-            if slot.gpa + slot.size > 1 << 52:
-                raise ConfigError(f"memory slots: the slot at {slot.gpa:#x} ends beyond 52 address bits")
-        checked.append(slot)
-    end = 0
-    for gpa, size in sorted((slot.gpa, slot.size) for slot in checked if slot):
-        if gpa < end:
-            raise ConfigError(f"memory slots: the slot at {gpa:#x} overlaps the one before it")
-        end = gpa + size
-    end = 0
-    for first, size in sorted((first, slot.size) for first, slot in zip(_offsets(checked), checked, strict=True) if slot):
-        if first < end:
-            raise ConfigError(f"memory slots: the slot from byte {first} of guest RAM on overlaps the one before it")
-        end = first + size
-    return tuple(checked)
-
-
-cdef list _offsets(slots):
-    """Bytes of guest RAM at which the frames of each begin."""
-    cdef list found = []
-    at = 0
-    for slot in slots:
-        if slot:
-            at = at if slot.offset is None else slot.offset
-        found.append(at)
-        if slot:
-            at += slot.size
-    return found
 
 
 cdef object _checked_array(object array):

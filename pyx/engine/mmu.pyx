@@ -193,7 +193,7 @@ cdef class Mmu:
         (<sc_maker><size_t>_POLICIES["fifo"])(self.c)
         if not isinstance(design, Shadow):
             self.c.marks = <u64 *>self._array(sizeof(u64) * memory.mem.nframes)
-            self._host_backs()
+            self.host_backs()
             return
         memory.attach_pool(design.pool_pages)
         self.c.pool_pages = design.pool_pages
@@ -213,9 +213,9 @@ cdef class Mmu:
         pool_init(self.c)
         if self.c.lists_all:
             self._prepare_unsync(design)
-        self._host_backs()
+        self.host_backs()
 
-    def _host_backs(self):
+    def host_backs(self) -> None:
         """Which frames the host has may be known from now on."""
         cdef sc_backing *host = self.c.mem.host
         if host != NULL:
@@ -427,10 +427,10 @@ cdef class Mmu:
 
         While one of them is held, or a view or a buffer of one (a VM whose RAM it is, say), whatever uses the VM raises
         EngineError, in this thread or another. When all have been let go, the first call that uses the VM checks I3 to
-        I7 and I13 (design `unsync`: I10 to I12 as well) once, in time linear in the size of the structure: AuditError, of point
-        "writable_arrays", if they do not hold, and nothing is followed or changed. So it is until other values have
-        been written; `vm.audit` works, and `pages`, `table`, `rmap` and `roots`, which check as they go. Addresses of
-        their memory (`ctypes.data`) must not be written to once the arrays are gone.
+        I7 and I13 (design `unsync`: I10 to I12 as well) once, in time linear in the size of the structure: AuditError,
+        of point "writable_arrays", if they do not hold, and nothing is followed or changed. So it is until other values
+        have been written; `vm.audit` works, and `pages`, `table`, `rmap` and `roots`, which check as they go. Addresses
+        of their memory (`ctypes.data`) must not be written to once the arrays are gone.
         """
         return self._windows("writable_arrays", self.memory)
 

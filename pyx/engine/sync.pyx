@@ -26,7 +26,9 @@ from shadowcore.engine.spte cimport leaf_guest_rights, spte_is_writable, spte_pu
 from shadowcore.engine.state cimport memo_drop, sc_mmu, sc_vcpu
 from shadowcore.engine.sync cimport gpte_granting, leaf_bits, leaf_fill, leaf_key, leaf_value, leaf_writable
 from shadowcore.engine.types cimport ACC_U, ACC_W, ACC_X, SC_NONE, u8, u32, u64
-from shadowcore.engine.zap cimport GENERATIONS, leaf_counted, leaf_drop, leaf_list, page_left_sync, zap_commit, zap_prepare
+from shadowcore.engine.zap cimport (
+    GENERATIONS, leaf_counted, leaf_drop, leaf_list, page_left_sync, zap_commit, zap_prepare,
+)
 
 
 cdef bint is_tracked(const sc_mmu *mmu, u64 gfn) noexcept nogil:
@@ -177,8 +179,8 @@ cdef int leaf_set(sc_mmu *mmu, const sc_vcpu *v, u32 spte, u64 gfn, u32 rights, 
         if old & SPTE_GUEST_W and mmu.frames[frame].shadowed == 0:
             before = PTE_P | PTE_W
     old = mmu.table[spte]
-    value = _make(mmu, v, level, gfn, frame, rights, pkey, before | old, _host_says(mmu, gfn, frame), what == FOR_NEIGHBOUR,
-                  True, &protected)
+    value = _make(mmu, v, level, gfn, frame, rights, pkey, before | old, _host_says(mmu, gfn, frame),
+                  what == FOR_NEIGHBOUR, True, &protected)
     if old == value:
         made = LEAF_SAME
     else:

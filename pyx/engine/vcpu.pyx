@@ -192,7 +192,7 @@ cdef class VCpu:
     def _take_fast_paths(self, on) -> None:
         """For `Mmu.general`: without a memo no fast path is open. Nor is one where accesses are not repeated."""
         if self.c.tlb == NULL:
-            # Under native the memo would not ask the host, nor a read-only slot, of which the guest's tables tell nothing.
+            # Under native the memo asks neither the host nor read-only slots: the guest's tables tell nothing of them.
             if self.mmu.c.mem.special and not self.mmu.c.shadow:
                 on = False
             self.c.memo = <sc_memo *><size_t>self._memo.ctypes.data if on and not self.c.restarts else NULL

@@ -60,13 +60,13 @@ class VM:
 
     def __init__(
         self,
-        memory: int | str | np.ndarray[Any, Any] | Sequence[MemorySlot] = "64MiB",
+        memory: int | str | np.ndarray[Any, Any] | Sequence[MemorySlot | None] = "64MiB",
         mmu: str | Native | Shadow = "cached",
         vcpus: int = 1,
         tlb: TLB | None = None,
         *,
         features: Features | None = None,
-        slots: Sequence[MemorySlot] | None = None,
+        slots: Sequence[MemorySlot | None] | None = None,
         host_page_size: int | str | None = None,
         backing: str = "warm",
     ) -> None:
@@ -81,7 +81,7 @@ class VM:
         self.mmu = Mmu(self.memory, chosen)
         self.memory.on_log = self.mmu.slot_logged
         self.memory.on_slots = self.mmu.slots_changed
-        self.memory.on_backing = self.mmu._host_backs
+        self.memory.on_backing = self.mmu.host_backs
         self._audit_points = AuditPoints(self.mmu)
         self.vcpus = tuple(VCpu(self.mmu, features, tlb) for _ in range(count))
 

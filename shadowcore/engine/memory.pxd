@@ -24,7 +24,7 @@ cdef struct sc_slot:
 cdef struct sc_mem:
     u8 *ram                         # guest RAM, 4096 bytes a frame
     u64 nframes                     # frames of guest RAM
-    u64 low_frames                  # frames from gfn 0 on that are also frame 0, 1, ... of RAM: those of slot 0, or none
+    u64 low_frames                  # frames from gfn 0 on that are also frame 0, 1, ... of RAM: slot 0's, or none
     u64 ram_hfn                     # host frame number of RAM frame 0
     u64 *pool                       # shadow pool, 512 entries a frame; NULL without a shadow MMU
     u64 pool_pages                  # frames of the pool
@@ -171,4 +171,4 @@ cdef class Memory:
     cdef bint _has(self, int number)
     cdef int _slot(self, slot) except -1
     cdef int _free_number(self) except -1
-    cdef u64 _free_frames(self, slot) except? 0xFFFFFFFFFFFFFFFF
+    cdef list _used(self)

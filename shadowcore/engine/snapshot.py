@@ -19,8 +19,8 @@ from .. import npy
 from ..config import PAGE_SIZE, TLB, Features, MemorySlot, Native, Quirk, Shadow
 from ..errors import AuditError, ConfigError, SnapshotError
 from ..files import Replacement, check_path
-from .memory import checked_slots
 from .mmu import FRAME_DTYPE, LINK_DTYPE, PAGE_DTYPE
+from .slots import checked_slots
 from .vcpu import tlb_sizes
 
 if TYPE_CHECKING:

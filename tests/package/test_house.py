@@ -30,7 +30,7 @@ itself, the table of contents, may import all, and nobody imports it."""
 
 ENGINE = (
     "types check held designs policies unsync",
-    "bits counters gmode tlb memo watch",
+    "bits counters gmode tlb memo watch backing slots",
     "memory results windows prices costs reported",
     "walker features page quirks role",
     "state",
