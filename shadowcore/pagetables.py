@@ -459,8 +459,11 @@ class _Guest:
 
     def default_frames(self) -> range:
         """The highest quarter of the first slot, below 4 GiB so that every mode can use it."""
-        first = self._slots.slots[0].gpa >> 12 if self._slots else 0
-        size = self._slots.slots[0].size if self._slots else self._bytes.size
+        slots = [slot for slot in self._slots.slots if slot is not None] if self._slots else []
+        if self._slots and not slots:
+            raise ConfigError("memory: no memory slot has room for tables")
+        first = slots[0].gpa >> 12 if slots else 0
+        size = slots[0].size if slots else self._bytes.size
         last = min(first + (size >> 12), 1 << 20)
         return range(first + (last - first) * 3 // 4, last)
 

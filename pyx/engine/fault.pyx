@@ -88,6 +88,8 @@ cdef int _page_fault(sc_mmu *mmu, sc_vcpu *v, u32 access, const sc_walk *hw, sc_
             fault_count(mmu, v, &f)
             return RC_MMIO
         mem_touch(mmu.mem, f.gpa >> 12, access & PF_W != 0)
+        if mmu.memo_epoch != epoch:
+            f.code &= ~<u32>PF_P    # the leaf that refused the access may be gone
     if f.frame == sc_no_frame() and f.mode == MODE_OFF:
         f.kind = EXIT_MMIO          # no leaf remembers it
     # The failed walk knows the path to the leaf, if it came that far and nothing was withdrawn since.

@@ -103,7 +103,7 @@ cdef void _host_withdrawn(void *context, u64 frame, u64 n) noexcept nogil:
     mmu.mem.host.changes += concerned
     mmu.stats.host_unmaps += 1
     memo_drop(mmu)
-    if mmu.design.withdraw != NULL and mmu.design.withdraw(mmu, frame, n):
+    if mmu.design.withdraw == NULL or mmu.design.withdraw(mmu, frame, n):
         request_flush(mmu, FLUSH_HOST)
 
 

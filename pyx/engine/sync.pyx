@@ -6,7 +6,7 @@ leaf anew.
 """
 from shadowcore.engine.bits cimport (
     PTE_A, PTE_D, PTE_P, PTE_PS, PTE_W, SPTE_GENERATION, SPTE_GUEST_U, SPTE_GUEST_W, SPTE_MARK, SPTE_MMU_W, pte_addr,
-    pte_nx, pte_pkey, pte_rights, spte_host_read_only,
+    pte_nx, pte_pkey, pte_rights,
 )
 from shadowcore.engine.flushes cimport FLUSH_LEAF, FLUSH_LOG, request_flush
 from shadowcore.engine.marks cimport (
@@ -17,7 +17,7 @@ from shadowcore.engine.memory cimport (
     mem_pool_page, mem_slot, mem_touch, sc_no_frame,
 )
 from shadowcore.engine.pool cimport hash_bucket, shadows
-from shadowcore.engine.record cimport RECORD_DEVICE, RECORD_LEAF, RECORD_UNSYNC, record, record_page
+from shadowcore.engine.record cimport RECORD_DEVICE, RECORD_LEAF, RECORD_UNSYNC, record, record_page, record_read_only
 from shadowcore.engine.rmap cimport list_add, list_length, list_remove, rmap_log, rmap_write_protect
 from shadowcore.engine.role cimport (
     ROLE_PKEY, ROLE_QUADRANT, role_access, role_direct, role_field, role_level, role_pte_size,
@@ -80,22 +80,17 @@ cdef inline u64 _keys() noexcept nogil:
     return <u64>15 << 59
 
 
-cdef inline u64 _host_says(const sc_mmu *mmu, u64 gfn, u64 frame) noexcept nogil:
-    """spte_host_read_only, or 0, for a new leaf."""
-    return 0 if mem_may_write(mmu.mem, gfn, frame) else spte_host_read_only()
-
-
-cdef u64 _make(sc_mmu *mmu, const sc_vcpu *v, int level, u64 gfn, u64 frame, u32 rights, u32 pkey, u64 old, u64 host,
-               bint prefetch, bint can_unsync, bint *protected) noexcept nogil:
-    """The value of a leaf for `gfn`, in place of `old`, or of 0. host: spte_host_read_only or 0. protected: W is
+cdef u64 _make(sc_mmu *mmu, const sc_vcpu *v, int level, u64 gfn, u64 frame, u32 rights, u32 pkey, u64 old,
+               bint may_write, bint prefetch, bint can_unsync, bint *protected) noexcept nogil:
+    """The value of a leaf for `gfn`, in place of `old`, or of 0. may_write: as far as the host goes. protected: W is
     withheld."""
-    cdef u64 value = leaf_bits(mmu, v, frame, rights, pkey) | host
+    cdef u64 value = leaf_bits(mmu, v, frame, rights, pkey)
     protected[0] = False
     if not prefetch:
         value |= PTE_A
     if level > 1:
         value |= PTE_PS
-    if not rights & ACC_W or host:
+    if not rights & ACC_W or not may_write:
         return value
     if not spte_is_writable(old):
         if not _let_go(mmu, gfn, frame, can_unsync, prefetch):
@@ -157,6 +152,7 @@ cdef int leaf_set(sc_mmu *mmu, const sc_vcpu *v, u32 spte, u64 gfn, u32 rights, 
     cdef u64 old = mmu.table[spte]
     cdef u64 before = 0
     cdef u64 value
+    cdef bint may_write
     cdef bint flush = False
     cdef bint protected
     cdef int made = LEAF_SET
@@ -179,7 +175,8 @@ cdef int leaf_set(sc_mmu *mmu, const sc_vcpu *v, u32 spte, u64 gfn, u32 rights, 
         if old & SPTE_GUEST_W and mmu.frames[frame].shadowed == 0:
             before = PTE_P | PTE_W
     old = mmu.table[spte]
-    value = _make(mmu, v, level, gfn, frame, rights, pkey, before | old, _host_says(mmu, gfn, frame),
+    may_write = mem_may_write(mmu.mem, gfn, frame)
+    value = _make(mmu, v, level, gfn, frame, rights, pkey, before | old, may_write,
                   what == FOR_NEIGHBOUR, True, &protected)
     if old == value:
         made = LEAF_SAME
@@ -190,7 +187,7 @@ cdef int leaf_set(sc_mmu *mmu, const sc_vcpu *v, u32 spte, u64 gfn, u32 rights, 
             leaf_fill(mmu, spte, frame, value)
         else:
             _fill_large(mmu, spte, level, value)
-        record(mmu, RECORD_LEAF, gfn, value, level)
+        record(mmu, RECORD_LEAF, gfn, value if may_write else value | record_read_only(), level)
     if flush:
         request_flush(mmu, FLUSH_LEAF)
     return LEAF_PROTECTED if protected and what == FOR_STORE else made
@@ -398,7 +395,8 @@ cdef int _entry_sync(sc_mmu *mmu, const sc_vcpu *v, u32 spte, u64 gpte) noexcept
     if not mmu.rewrites and leaf_guest_rights(old) == rights and not (old ^ leaf_key(v, pte_pkey(gpte))) & _keys():
         return 0
     return _replace(mmu, spte, _make(mmu, v, 1, gfn, mem_leaf_frame(mmu.mem, old), rights, pte_pkey(gpte), old,
-                                     old & spte_host_read_only(), True, False, &protected))
+                                     mem_may_write(mmu.mem, gfn, mem_leaf_frame(mmu.mem, old)), True, False,
+                                     &protected))
 
 
 cdef void leaf_refetch(sc_mmu *mmu, const sc_vcpu *v, u32 spte) noexcept nogil:
@@ -445,7 +443,7 @@ cdef inline u64 _entries_sync(sc_mmu *mmu, const sc_vcpu *v, u32 page, const u8 
                 value = (gpte_granting(gpte) & taken | nx) + ram
                 # What most are: _entry_sync with nothing to look up.
                 if (gpte & serving == (PTE_P | PTE_A) and gpte & address < low
-                        and not (old ^ value) & (pte_addr() | PTE_P | spte_host_read_only() | value & PTE_W)):
+                        and not (old ^ value) & (pte_addr() | PTE_P | value & PTE_W)):
                     value = leaf_value(value) | (value & PTE_W) * (SPTE_MMU_W // PTE_W)
                     if rewrites or (old ^ value) & shown:
                         flush |= _withdraws(old, value)

@@ -9,7 +9,7 @@ from shadowcore.engine.access cimport (
     OP_FETCH, OP_READ, OP_WRITE, access_glance, access_missed, sc_op, sc_result,
 )
 from shadowcore.engine.bits cimport CR4_SMAP
-from shadowcore.engine.memory cimport mem_frame, mem_frame_hpa, mem_is_device, mem_is_rom, sc_no_frame
+from shadowcore.engine.memory cimport mem_frame, mem_frame_hpa, mem_is_device, sc_no_frame
 from shadowcore.engine.mmu cimport Mmu
 from shadowcore.engine.quirks cimport (
     QUIRK_NX_LEAF_ONLY, QUIRK_PROCESSOR_CODE, QUIRK_ROLE_WITHOUT_ACCESS, QUIRK_ROLE_WITHOUT_MODE, QUIRK_ROOT_EMPTIED,
@@ -64,7 +64,7 @@ cdef inline bint _may_store(const sc_mmu *mmu, const sc_vcpu *v, u64 va, bint us
     if probe_walk(mmu.mem, &v.guest, va, PF_W | (PF_U if user else 0), &w) != RC_OK:
         return True
     frame = mem_frame(mmu.mem, w.gpa >> 12)
-    return frame == sc_no_frame() or (not mmu.frames[frame].shadowed and not mem_is_rom(mmu.mem, w.gpa >> 12)
+    return frame == sc_no_frame() or (not mmu.frames[frame].shadowed
                                       and (v.guest.mode == MODE_OFF or w.access & ACC_W))
 
 

@@ -63,10 +63,6 @@ cdef extern from *:
 cdef inline u64 pte_nx() noexcept nogil:
     return <u64>1 << 63
 
-cdef inline u64 spte_host_read_only() noexcept nogil:
-    """Software bit of a present leaf (unsync): the host's page, or the memory slot, may only be read."""
-    return <u64>1 << 52
-
 cdef inline u64 pte_addr() noexcept nogil:
     """Address field of an 8-byte entry: bits 51:12."""
     return <u64>0x000FFFFFFFFFF000ULL

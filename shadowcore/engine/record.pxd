@@ -11,7 +11,7 @@ cdef enum:
     RECORD_SYNCED = 4               # ... is no longer unsync: the same, as it was
     RECORD_UNSYNC = 5               # ... becomes unsync: the same, as it was
     RECORD_ZAPPED = 6               # ... is zapped: the same, as it was
-    RECORD_LEAF = 7                 # a leaf was set: gfn, the entry, its level
+    RECORD_LEAF = 7                 # a leaf was set: gfn, the entry (or record_read_only), its level
     RECORD_DEVICE = 8               # an entry remembers a device: gfn, ACC_*
     RECORD_DEVICE_HIT = 9           # ... was met: gfn, ACC_*
     RECORD_EXIT = 10                # a page-fault exit: linear address, the processor's error code
@@ -19,6 +19,10 @@ cdef enum:
     RECORD_ALL_ZAPPED = 12          # a change of the memory slots zaps all pages: how many there are, sc_mmu.valid_gen
     RECORD_DEVICE_CHECKED = 13      # an entry that remembers a device was met: c, whether it is of these memory slots
     RECORD_COUNT = 14
+
+cdef inline u64 record_read_only() noexcept nogil:
+    """Beside the entry of a RECORD_LEAF, in a bit that none has: the host's page, or its slot, may only be read."""
+    return <u64>1 << 52
 
 cdef inline void record(sc_mmu *mmu, u32 kind, u64 a, u64 b, u32 c) noexcept nogil:
     if mmu.ring == NULL:

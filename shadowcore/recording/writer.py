@@ -313,5 +313,6 @@ def _check_machine(vm: VM) -> None:
         raise ConfigError("vm: processors with the same registers are needed; a recording has those of one")
     if vm.features != Features():
         raise ConfigError("vm: a machine with the features of Features() is needed")
-    if len(vm.memory.slots) != 1 or vm.memory.slots[0].gpa:
-        raise ConfigError("vm: a machine with one memory slot, at gpa 0, is needed")
+    slots = [(slot.gpa, slot.size, slot.read_only) for slot in vm.memory.slots if slot is not None]
+    if slots != [(0, vm.memory.bytes.size, False)]:
+        raise ConfigError("vm: a machine with one memory slot, at gpa 0, of all its memory, is needed")

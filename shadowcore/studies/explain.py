@@ -220,7 +220,7 @@ def explain(vm: VM, gva: int, access: Access = "r", user: bool = False) -> Expla
             why=_why(cpu, fault.error_code, access, user, steps[-1], reached),
         )
     steps, reached = _steps(cpu, form, gva)
-    slots = ((slot.gpa, slot.gpa + int(slot.size)) for slot in vm.memory.slots)
+    slots = ((slot.gpa, slot.gpa + int(slot.size)) for slot in vm.memory.slots if slot is not None)
     mmio = not any(first <= t.gpa < end for first, end in slots)
     return Explanation(**asked, steps=steps, gpa=t.gpa, page_size=t.page_size, rights=reached.words(), mmio=mmio)
 

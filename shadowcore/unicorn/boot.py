@@ -40,13 +40,13 @@ def load_multiboot(vm: VM, image: bytes, command_line: str = "") -> tuple[int, i
         raise ConfigError(f"boot: the file is too short: {error}") from None
     if not end:
         raise ConfigError("boot: the file has no segment to load")
-    slot = vm.memory.slots[0]
-    if slot.gpa or int(slot.size) < 0x100000:
+    slot = vm.memory.slots[0] if vm.memory.slots else None
+    if slot is None or slot.gpa or int(slot.size) < 0x100000:
         raise ConfigError("boot: the first memory slot must hold the first MiB")
     # Below the image: information, command line, memory map.
     info, line, names = 0x9000, 0x9800, 0x9400
     vm.write_physical(line, command_line.encode() + b"\0")
-    entries = b"".join(struct.pack("<IQQI", 20, s.gpa, int(s.size), 1) for s in vm.memory.slots)
+    entries = b"".join(struct.pack("<IQQI", 20, s.gpa, int(s.size), 1) for s in vm.memory.slots if s)
     vm.write_physical(names, entries)
     upper = (int(slot.size) >> 10) - 1024
     fields = (

@@ -72,32 +72,52 @@ class Guest:
         layout()
         self._map()
 
-    def _map(self) -> None:
+    def _regions(self) -> list[tuple[int, int, int, int]]:
+        """What the processor has for memory: start, size, protection, host address."""
         memory = self.vm.memory
-        regions: list[tuple[int, int, int]] = []
         base = address_of(memory.bytes)
         if self.shadow:
-            regions.append((memory.ram_hpa, memory.bytes.size, base))
-            # Its walker sets A and D there, as ours does, and nothing else.
+            # Its walker sets A and D in the pool, as ours does, and nothing else.
             pool = memory.pool
             assert pool is not None
-            regions.append((memory.pool_hpa, pool.nbytes, address_of(pool)))
-        else:
-            offset = 0
-            for slot in memory.slots:
-                regions.append((slot.gpa, int(slot.size), base + offset))
-                offset += int(slot.size)
+            return [
+                (memory.ram_hpa, memory.bytes.size, uc.UC_PROT_ALL, base),
+                (memory.pool_hpa, pool.nbytes, uc.UC_PROT_ALL, address_of(pool)),
+            ]
+        return [
+            (
+                slot.gpa,
+                int(slot.size),
+                uc.UC_PROT_READ | uc.UC_PROT_EXEC if slot.read_only else uc.UC_PROT_ALL,
+                base + (memory.frame(slot.gpa >> 12) << 12),
+            )
+            for slot in memory.slots
+            if slot is not None
+        ]
+
+    def _map(self) -> None:
+        regions = self._regions()
         for private in range(0xF0000000, 0x10000000, -0x1000000):
-            if all(private + PRIVATE_SIZE <= start or private >= start + size for start, size, _ in regions):
+            if all(private + PRIVATE_SIZE <= start or private >= start + size for start, size, *_ in regions):
                 break
         else:
             raise ConfigError("memory: slots leave no 64 KiB below 4 GiB for the processor's own pages")
         self.p = Processor(private)
-        engine = self.p.uc
-        for start, size, pointer in regions:
+        self._mapped: list[tuple[int, int, int, int]] = []
+        self._remap(regions)
+
+    def _remap(self, regions: list[tuple[int, int, int, int]]) -> None:
+        """These regions are memory now, and no others but the processor's own pages."""
+        for start, size, *_ in regions:
             if start + size > 1 << 40:
                 raise ConfigError(f"memory: Unicorn has 40 physical address bits, a slot ends at {start + size:#x}")
-            engine.mem_map_ptr(start, size, uc.UC_PROT_ALL, pointer)
+            if start < self.p.private + PRIVATE_SIZE and self.p.private < start + size:
+                raise ConfigError(f"memory: the processor's own pages are in the way of the slot at {start:#x}")
+        for start, size, *_ in self._mapped:
+            self.p.uc.mem_unmap(start, size)
+        for start, size, protection, pointer in regions:
+            self.p.uc.mem_map_ptr(start, size, protection, pointer)
+        self._mapped, self._slots = regions, self.vm.memory.slots
 
     def _host(self, gpa: int) -> int:
         """Where Unicorn has the frame of `gpa`."""
@@ -233,6 +253,8 @@ class Guest:
 
     def _sync(self) -> None:
         """Give the processor what the MMU wants it to run with now."""
+        if not self.shadow and self.vm.memory.slots is not self._slots:
+            self._remap(self._regions())  # which drops all translations
         if self.p.pending:
             return
         wanted, had = self._wanted(), self._hardware

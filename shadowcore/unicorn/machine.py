@@ -273,7 +273,8 @@ class Machine(Instructions):
             if quiet and not self._step:
                 if error.errno == uc.UC_ERR_FETCH_UNMAPPED:
                     raise Unsupported(f"code in a device, RIP {self.p.rip:#x}") from error
-                if error.errno in (uc.UC_ERR_READ_UNMAPPED, uc.UC_ERR_WRITE_UNMAPPED) and not self._stepping:
+                devices = (uc.UC_ERR_READ_UNMAPPED, uc.UC_ERR_WRITE_UNMAPPED, uc.UC_ERR_WRITE_PROT)
+                if error.errno in devices and not self._stepping:
                     self._step = True  # native: Unicorn's walker came to an address without memory, a device
                     return None
                 raise EngineError(f"unicorn: {error}, RIP {self.p.rip:#x}") from error

@@ -282,7 +282,7 @@ def test_bad_input_changes_nothing(design, backing, bad):
 
 def test_bad_backing_at_first():
     for backing in ("hot", None, 3, b"cold"):
-        with pytest.raises(sc.ConfigError, match="^backing:"):
+        with pytest.raises(sc.ConfigError, match=r"^backing:"):
             sc.VM("1MiB", backing=backing)
     with pytest.raises(sc.ConfigError, match=r"^slot\.backing:"):
         sc.MemorySlot(0, MIB, backing="hot")
@@ -297,6 +297,6 @@ def test_bad_backing_at_first():
         lambda f, b: (np.full_like(f, OWN), b),  # no table
         lambda f, b: (f, np.full_like(b, LARGE)),  # of nothing
     ):
-        with pytest.raises(sc.ConfigError, match="^backing:"):
+        with pytest.raises(sc.ConfigError, match=r"^backing:"):
             vm.memory.import_backing(change(*(array.copy() for array in good)))
         assert all(np.array_equal(a, b) for a, b in zip(good, vm.memory.backing_arrays(), strict=True))

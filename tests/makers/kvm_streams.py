@@ -27,6 +27,7 @@ REGISTERS = {CR3: sc.Op.CR3, CR0: sc.Op.CR0, CR4: sc.Op.CR4, EFER: sc.Op.EFER}
 OK, PF, GP, MMIO, RETRY = 0, 1, 2, 3, 5
 STACK = 0xC02  # the frame of exception frames, whose contents the vectors do not tell
 ANY = -1  # target of an entry
+READ_ONLY = 1 << 52  # beside an entry: the host's page, or the slot, may only be read
 KINDS = dict(
     zip(
         (
@@ -48,6 +49,7 @@ KINDS = dict(
     )
 )
 EEXIST, EINVAL, REFUSED = 17, 22, 9
+OWN = 3
 PRESENT = 2  # in backing_arrays, of a frame: from this number on the host has a page
 START = 65535  # the checkpoint before the first operation
 FEATURES = sc.Features(maxphyaddr=40, la57=False, pku=False, pcid=False)
@@ -79,7 +81,7 @@ def kvm_bits(value: int, level: int) -> int:
         return 0x8001 | guest | shown if value else 0
     bits = value & 7 | (value >> 63) << 3 | (value >> 5 & 1) << 4 | (value >> 6 & 1) << 5 | 1 << 9
     if level == 1 or value & 0x80:
-        bits |= (value >> 7 & (level > 1)) << 6 | (1 - (value >> 52 & 1)) << 7 | (value >> 9 & 1) << 8
+        bits |= (value >> 7 & (level > 1)) << 6 | (not value & READ_ONLY) << 7 | (value >> 9 & 1) << 8
     return bits
 
 
@@ -454,7 +456,10 @@ class Replay:
                 if not value & 1:
                     target = frame
                 elif level == 1 or value & 0x80:
-                    target = frame - (1 << 18) if value >> 52 & 1 == 0 else ANY
+                    target = frame - (1 << 18)
+                    if not self.may_write(target):
+                        value |= READ_ONLY
+                        target = ANY
                     rights = kvm_rights(value) if level == 1 and not direct else 255
                 else:
                     target = place[frame - 256]
@@ -503,6 +508,13 @@ class Replay:
                 ("mem", sorted(g for g in made.keys() | wanted.keys() if made.get(g) != wanted.get(g))[:5], None)
             )
         return out
+
+    def may_write(self, frame):
+        """The host's page of a frame of RAM, and the slot that it is in, let stores pass."""
+        kept, memory = self.vm.memory.backing_arrays(), self.vm.memory
+        slots = [slot for slot in memory.slots if slot and slot.read_only]
+        firsts = [(memory.frame(slot.gpa >> 12), int(slot.size) >> 12) for slot in slots]
+        return not any(first <= frame < first + n for first, n in firsts) and (not kept or kept[0][frame] == OWN)
 
     def in_batches(self):
         """Run the stream as batches, without beginning instructions anew: (what differs at checkpoints, exits of each

@@ -448,3 +448,36 @@ def test_recording_of_an_address_that_is_not_canonical():
         setattr(machine.cpu, name, value)
     assert machine._op(sc.Op.READ, 1 << 60).outcome.tolist() == [2]
     assert machine._op(sc.Op.READ, 0x400000).outcome.tolist() == [0]
+
+
+@pytest.mark.parametrize("way", su.WAYS)
+@pytest.mark.parametrize("mmu", DESIGNS)
+def test_memory_slots_change_between_runs(mmu, way):
+    """What Unicorn remembers of a slot goes with it; a store to a read-only one does not reach its frames."""
+    place, size = 32 << 20, 1 << 20
+    vm = sc.VM("64MiB", mmu, features=FEATURES, slots=[sc.MemorySlot(0, place)])
+    vm.write_physical(0x1000, b"\xa1" + struct.pack("<I", place) + b"\xe6\xf4")  # mov eax, [place]; out 0xf4, al
+    vm.write_physical(0x2000, b"\xb0\x63\xa2" + struct.pack("<I", place) + b"\xe6\xf4")  # mov [place], al
+    machine = su.Machine(vm, way)
+    vm.memory.bytes[[place, place + size]] = 7, 9
+
+    def run(start=0x1000):
+        machine.exit_code = None
+        machine.start(start, rsp=0x8000)
+        return machine.run(seconds=20)
+
+    for frames, value in ((0, 7), (size, 9), (0, 7)):
+        number = vm.add_slot(place, size, offset=place + frames)
+        assert run() == run() == value
+        assert run(0x2000) == 0x63
+        assert vm.memory.bytes[place + frames] == 0x63
+        vm.memory.bytes[place + frames] = value
+        vm.remove_slot(number)
+    vm.add_slot(place, size, offset=place, read_only=True)
+    assert run() == 7
+    run(0x2000)
+    assert vm.memory.bytes[place] == 7
+    vm.host_unmap(place >> 12, 1)
+    assert run() == 7
+    assert vm.stats.host_faults > 0 or (mmu, way) == ("native", "walker")
+    assert vm.audit().ok
