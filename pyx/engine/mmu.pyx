@@ -216,7 +216,7 @@ cdef class Mmu:
         self.host_backs()
 
     def host_backs(self) -> None:
-        """Which frames the host has may be known from now on."""
+        """From now on the host below calls back, if account is kept of what it has. Memory says so."""
         cdef sc_backing *host = self.c.mem.host
         if host != NULL:
             host.withdrawn = _host_withdrawn
@@ -230,7 +230,7 @@ cdef class Mmu:
         cdef int i
         cdef u32 page
         for cpu in self._vcpus:
-            cpu._take_fast_paths(not self._general)
+            cpu._take_fast_paths(self.is_fast())
         if not self.c.lists_all:
             return
         for i in range(self.c.mem.nslots):
@@ -483,7 +483,12 @@ cdef class Mmu:
         self.idle()
         self._general = check_bool("general", value)
         for cpu in self._vcpus:
-            cpu._take_fast_paths(not self._general)
+            cpu._take_fast_paths(self.is_fast())
+
+    def is_fast(self) -> bool:
+        """Accesses may take fast paths. Under `native` these ask neither the host below nor read-only slots, of which the
+        guest's tables tell nothing."""
+        return not self._general and (self.c.shadow or not self.c.mem.special)
 
     def record(self, size) -> None:
         """Record what the shadow MMU does (`recorded`), up to `size` events; 0: nothing more."""

@@ -180,7 +180,7 @@ cdef class VCpu:
             self._make_tlb(tlb)
         else:
             self._memo = allocate(sizeof(sc_memo))
-            self._take_fast_paths(not mmu.general)
+            self._take_fast_paths(mmu.is_fast())
         mmu._vcpus.append(self)
         mmu.c.vcpus[mmu.c.n_vcpus] = self.c
         mmu.c.n_vcpus += 1
@@ -192,9 +192,6 @@ cdef class VCpu:
     def _take_fast_paths(self, on) -> None:
         """For `Mmu.general`: without a memo no fast path is open. Nor is one where accesses are not repeated."""
         if self.c.tlb == NULL:
-            # Under native the memo asks neither the host nor read-only slots: the guest's tables tell nothing of them.
-            if self.mmu.c.mem.special and not self.mmu.c.shadow:
-                on = False
             self.c.memo = <sc_memo *><size_t>self._memo.ctypes.data if on and not self.c.restarts else NULL
 
     def export_state(self) -> dict:
@@ -265,7 +262,7 @@ cdef class VCpu:
                 if i == 0 or not self.mmu.c.lists_all:
                     c.hw.root = mem_pool_hpa(page)
         self.c[0] = c
-        self._take_fast_paths(not self.mmu.general)
+        self._take_fast_paths(self.mmu.is_fast())
         self.mmu.c.mem.busy |= SC_WRITTEN
 
     @property
@@ -351,7 +348,7 @@ cdef class VCpu:
     def restarts(self, value):
         self.mmu.idle()
         self.c.restarts = check_bool("restarts", value)
-        self._take_fast_paths(not self.mmu.general)
+        self._take_fast_paths(self.mmu.is_fast())
 
     @property
     def rip(self) -> int:

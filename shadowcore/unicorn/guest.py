@@ -119,6 +119,11 @@ class Guest:
             self.p.uc.mem_map_ptr(start, size, protection, pointer)
         self._mapped, self._slots = regions, self.vm.memory.slots
 
+    def _follow_slots(self) -> None:
+        """Memory slots may have changed."""
+        if not self.shadow and self.vm.memory.slots is not self._slots:
+            self._remap(self._regions())  # which drops all translations
+
     def _host(self, gpa: int) -> int:
         """Where Unicorn has the frame of `gpa`."""
         if not self.shadow:
@@ -242,6 +247,7 @@ class Guest:
         self, segments: dict[str, tuple[int, int, int, int]], rip: int, rsp: int, rflags: int, rax: int | None = None
     ) -> None:
         """Go on by VMRUN with these segments, at rip."""
+        self._follow_slots()
         self._hardware = self._wanted()
         registers = {"rip": rip, "rsp": rsp, "rflags": rflags, "rax": self.p.gpr(0) if rax is None else rax}
         self.p.enter(segments, self._hardware | registers, self.p.table("GDTR"), self.p.table("IDTR"))
@@ -253,10 +259,9 @@ class Guest:
 
     def _sync(self) -> None:
         """Give the processor what the MMU wants it to run with now."""
-        if not self.shadow and self.vm.memory.slots is not self._slots:
-            self._remap(self._regions())  # which drops all translations
         if self.p.pending:
             return
+        self._follow_slots()
         wanted, had = self._wanted(), self._hardware
         if wanted != had:
             changed = (wanted["cr0"] ^ had["cr0"]) & CR0_PG or (wanted["cr4"] ^ had["cr4"]) & (CR4_PAE | 1 << 12)

@@ -4,7 +4,7 @@ import broken_entries
 import broken_pool
 import broken_unsync
 import pytest
-from broken import LEAF, LEVEL, NONGLOBAL, ROOT, TLB_LOG, TLB_SHADOW, TLB_STALE, TLB_TABLE, found, machine
+from broken import HOST_ABSENT, HOST_READ_ONLY, LEAF, LEVEL, NONGLOBAL, ROOT, TLB_LOG, TLB_SHADOW, TLB_STALE, TLB_TABLE, found, machine
 
 from shadowcore.engine.invariants import SENTENCES
 
@@ -22,5 +22,5 @@ def test_broken(break_it, sentence, mode):
 
 def test_each_sentence_has_a_case():
     by_hand = {case.values[1] for case in CASES} | {NONGLOBAL, TLB_STALE, TLB_TABLE, TLB_LOG, TLB_SHADOW}
-    by_hand |= {LEAF, LEVEL, ROOT} | broken_unsync.SENTENCES
+    by_hand |= {LEAF, LEVEL, ROOT, HOST_ABSENT, HOST_READ_ONLY} | broken_unsync.SENTENCES
     assert by_hand == set(SENTENCES)

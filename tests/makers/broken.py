@@ -62,6 +62,8 @@ UNSYNC = "a page is unsync that is no shadow of a guest's leaf table"
 MARK_MISSING = "an entry leads to an unsync page, or to one with marks, and is not marked"
 MARKS = "the marks of a page are not as many as it counts, or it is a leaf table and has some"
 PREVIOUS = "the root of an earlier CR3 is no root for that, or none that is in use"
+HOST_ABSENT = "a leaf maps what the host has no page for, or no large one"
+HOST_READ_ONLY = "a writable leaf maps what the host, or the memory slot, lets nobody write"
 LAGS = "the vcpu's roots are in sync, and marked: something below them may not be"
 
 NONE = 0xFFFFFFFF  # no page

@@ -1,7 +1,7 @@
 """A machine whose memory slots change, and whose host takes frames away, while its guest runs.
 
-Guest physical memory: slot 0 at 0, with the guest's tables and LOW; slot 1 at HERE, to which the guest maps pages, as it
-does to THERE, where a slot can be put. The leaf tables for MIXED are themselves in slot 1.
+Guest physical memory: slot 0 at 0, with the guest's tables and LOW; slot 1 at HERE, to which the guest maps pages,
+as it does to THERE, where a slot can be put. The leaf tables for MIXED are themselves in slot 1.
 """
 
 import random

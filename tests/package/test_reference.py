@@ -14,7 +14,7 @@ import shadowcore
 MODULES = ("embed", "errors", "heat", "html", "importers", "programs", "recordings", "timeline", "trace", "workload")
 IN_CLASSES = {
     # Attributes of compiled classes cannot have texts of their own: the docstring of the class names them.
-    "Memory": {"bytes", "words", "slots", "on_log"},
+    "Memory": {"bytes", "words", "slots", "on_log", "on_slots", "on_backing"},
     "Mmu": {"memory", "stats", "design"},
     "VCpu": {"mmu"},
 }
