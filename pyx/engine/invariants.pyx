@@ -269,11 +269,10 @@ cdef void check_rmap(sc_mmu *mmu, sc_audit *a) noexcept nogil:
                     audit_report(a, 3, S_LEAF, number, index, mmu.pages[number].gfn)
                 continue
             leaves += 1
-            if frame < mmu.mem.nframes and not mmu.pages[number].slots >> mem_slot(
-                    mmu.mem, mem_gfn(mmu.mem, frame)) & 1:
-                audit_report(a, 3, S_SLOTS, number, index, mem_gfn(mmu.mem, frame))
             if mem_gfn(mmu.mem, frame) == sc_no_frame():
                 audit_report(a, 3, S_LEAF, number, index, mmu.pages[number].gfn)
+            elif not mmu.pages[number].slots >> mem_slot(mmu.mem, mem_gfn(mmu.mem, frame)) & 1:
+                audit_report(a, 3, S_SLOTS, number, index, mem_gfn(mmu.mem, frame))
             if frame >= mmu.mem.nframes or not audit_listed(mmu, mmu.frames[frame].rmap, spte):
                 audit_report(a, 3, S_RMAP_MISSING, number, index, mem_gfn(mmu.mem, frame))
     for frame in range(mmu.mem.nframes):

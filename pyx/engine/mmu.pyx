@@ -486,8 +486,8 @@ cdef class Mmu:
             cpu._take_fast_paths(self.is_fast())
 
     def is_fast(self) -> bool:
-        """Accesses may take fast paths. Under `native` these ask neither the host below nor read-only slots, of which the
-        guest's tables tell nothing."""
+        """Accesses may take fast paths. Under `native` these ask neither the host below nor read-only slots, of which
+        the guest's tables tell nothing."""
         return not self._general and (self.c.shadow or not self.c.mem.special)
 
     def record(self, size) -> None:

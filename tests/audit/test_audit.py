@@ -4,7 +4,20 @@ import broken_entries
 import broken_pool
 import broken_unsync
 import pytest
-from broken import HOST_ABSENT, HOST_READ_ONLY, LEAF, LEVEL, NONGLOBAL, ROOT, TLB_LOG, TLB_SHADOW, TLB_STALE, TLB_TABLE, found, machine
+from broken import (
+    HOST_ABSENT,
+    HOST_READ_ONLY,
+    LEAF,
+    LEVEL,
+    NONGLOBAL,
+    ROOT,
+    TLB_LOG,
+    TLB_SHADOW,
+    TLB_STALE,
+    TLB_TABLE,
+    found,
+    machine,
+)
 
 from shadowcore.engine.invariants import SENTENCES
 

@@ -118,6 +118,28 @@ def use_up(vm):
         attempt(lambda: vm.mmu.unprotect(20))
         attempt(vm.mmu.zap_all)
     use(vm)
+    attempt(lambda: vm.host_unmap(3, 6))
+    attempt(lambda: vm.host_touch(4, 2, write=False))
+    use(vm)
+    for number, slot in enumerate(vm.memory.slots):
+        if slot and number:
+            attempt(lambda number=number: vm.set_slot(number, gpa=1 << 28))
+            attempt(lambda number=number: vm.remove_slot(number))
+    attempt(lambda: vm.add_slot(20 * PAGE, PAGE, read_only=True))
+    attempt(lambda: vm.add_slot(1 << 26, 4 * PAGE, backing="cold"))
+    use(vm)
+
+
+def backed(design, mode, **more):
+    """A machine whose slots lie anywhere, one of them read-only, and whose host has not all of its memory."""
+    vm = machine(design, mode, **more)
+    vm.remove_slot(1)
+    vm.add_slot(1 << 25, 8 * PAGE, slot=3, read_only=True)
+    vm.host_unmap(5, 3)
+    vm.host_unmap(8, 2, discard=True)
+    use(vm, LINEAR)
+    vm.host_unmap(6)
+    return vm
 
 
 def lagging(mode, vcpus=1, base=LINEAR):
@@ -151,6 +173,8 @@ MACHINES = {
     "unsync-64": lambda: lagging("64", vcpus=2),
     "unsync-32": lambda: lagging("32"),
     "unsync-pae-tlb": lambda: machine("unsync", "pae", sc.TLB(8, 2, 4, 2, 2, 2), vcpus=2, logged=True),
+    "backed-cached-64": lambda: backed("cached", "64", logged=True),
+    "backed-unsync-pae": lambda: backed("unsync", "pae", tlb=sc.TLB(8, 2, 4, 2, 2, 2)),
     "native-64-tlb": lambda: machine("native", "64", sc.TLB(8, 2, 4, 2, 2, 2)),
 }
 
