@@ -51,6 +51,7 @@ TLB_ENTRY = np.dtype(
 )
 FIELDS = {"mmu_pages": PAGE_DTYPE, "mmu_frames": FRAME_DTYPE, "mmu_links": LINK_DTYPE}
 SINGLE = {"mmu_table": "<u8", "mmu_hash": "<u4", "mmu_below": "<u8", "mmu_mapped": "<u2"}
+SINGLE |= {"host_frames": "u1", "host_blocks": "u1"}
 SINGLE |= dict.fromkeys(("mmu_large_rmap_2m", "mmu_large_rmap_1g", "mmu_no_large_2m", "mmu_no_large_1g"), "<u4")
 
 
