@@ -361,10 +361,30 @@ def test_flush_at_invlpg_of_a_large_page():
     assert run("invlpg", "zap") == ([2 * MIB, 2 * MIB], {"I8"})
 
 
+@pytest.mark.parametrize("design", ["native", "flush", "cached"])
+def test_flush_when_memory_slots_change(design):
+    """All pages are zapped, each with a flush, so that nothing is left where the last one is lost; natively a TLB knows
+    guest physical addresses, and where there is no memory it is not asked."""
+
+    def run(*lost):
+        vm, tables = machine(design)
+        cpu = start(vm, tables)
+        cpu.read(X)
+        vm.mmu.lose_flushes(*lost)
+        before = vm.stats.tlb_flush
+        vm.remove_slot(0)
+        assert vm.stats.tlb_flush > before
+        with pytest.raises((sc.MMIOAccess, sc.PageFault)):
+            cpu.read(X)
+        return invariants(vm)
+
+    assert run() == run("slots") == set()
+
+
 def test_every_flush_has_its_test():
     """The names that can be lost are those that the tests above lose."""
     shadow = {"protect", "zap", "zap_upper", "store", "withheld", "leaf", "link", "log"}
-    assert set(FLUSHES) == shadow | {"cr3", "context", "invlpg", "fault"}
+    assert set(FLUSHES) == shadow | {"cr3", "context", "invlpg", "fault", "slots", "host"}  # "host": test_tlb_lost.py
     vm, _ = machine()
     with pytest.raises(sc.ConfigError, match="lose_flushes"):
         vm.mmu.lose_flushes("zap", "everything")
