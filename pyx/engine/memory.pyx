@@ -1,4 +1,7 @@
-"""Memory: guest RAM as one flat array (ours, lazily committed, or the caller's), its slots and dirty logs."""
+"""Memory: guest RAM as one flat array (ours, lazily committed, or the caller's), its slots, dirty logs and backing.
+
+Past 500 lines, for it is one class, which owns what the engine works on.
+"""
 import contextlib
 import mmap
 import sys

@@ -368,6 +368,7 @@ def test_flush_when_memory_slots_change(design):
 
     def run(*lost):
         vm, tables = machine(design)
+        tables.map(X, DATA_A, 4096, "rw")
         cpu = start(vm, tables)
         cpu.read(X)
         vm.mmu.lose_flushes(*lost)
