@@ -1,4 +1,7 @@
-"""One operation of a vcpu, start to end: resolve every page it touches, then move the bytes."""
+"""One operation of a vcpu, start to end: resolve every page it touches, then move the bytes.
+
+Past 500 lines, for its ways, the short ones and the general one, are read side by side.
+"""
 from libc.string cimport memcpy, memset
 
 from shadowcore.engine.access cimport (

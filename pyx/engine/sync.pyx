@@ -209,7 +209,6 @@ cdef inline const u8 *_guest_table(const sc_mmu *mmu, u32 page) noexcept nogil:
 
 cdef inline u64 _gpte(const sc_mmu *mmu, const u8 *table, u32 spte) noexcept nogil:
     """The guest's entry behind one of a page of level 1; table: of that page, not NULL."""
-    mem_touch(mmu.mem, mmu.pages[spte >> 9].gfn, False)
     if role_pte_size(mmu.pages[spte >> 9].role) == 8:
         return (<const u64 *>table)[spte & 511]
     return (<const u32 *>table)[spte & 511]
@@ -267,12 +266,14 @@ cdef inline bint _prefetch(sc_mmu *mmu, const sc_vcpu *v, u32 spte, u64 gpte, bi
         return False
     gfn = _gpte_gfn(mmu, spte, gpte)
     frame = mem_frame(mmu.mem, gfn)
-    if not _can_prefetch(mmu, gfn):
+    if frame == sc_no_frame():
         return False
     rights = _gpte_rights(mmu, spte, gpte)
-    if unlogged and rights & ACC_W and _is_logged(mmu, gfn):
-        return False                # it would be logged as written, and nothing has written to it
     if mmu.table[spte] or mmu.frames[frame].shadowed or mmu.mem.logging or mmu.mem.special or mmu.ring != NULL:
+        if not mem_may_write(mmu.mem, gfn, frame):
+            return False            # the host is not waited for
+        if unlogged and rights & ACC_W and _is_logged(mmu, gfn):
+            return False            # it would be logged as written, and nothing has written to it
         leaf_set(mmu, v, spte, gfn, rights, pte_pkey(gpte), FOR_NEIGHBOUR)
     else:                           # what most neighbours are: leaf_set with nothing to look at
         leaf_fill(mmu, spte, frame, leaf_bits(mmu, v, frame, rights, pte_pkey(gpte))
@@ -405,6 +406,8 @@ cdef void leaf_refetch(sc_mmu *mmu, const sc_vcpu *v, u32 spte) noexcept nogil:
     cdef const u8 *table = _guest_table(mmu, spte >> 9)
     cdef u64 gpte = _gpte(mmu, table, spte) if table != NULL else 0
     cdef bint flush = False
+    if mmu.rewrites or mmu.table[spte]:
+        mem_touch(mmu.mem, mmu.pages[spte >> 9].gfn, False)
     if mmu.rewrites:
         flush = mmu.table[spte] & PTE_P
         leaf_drop(mmu, spte)
