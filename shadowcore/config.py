@@ -18,8 +18,10 @@ HOST_PAGES = (PAGE_SIZE, 1 << 21, 1 << 30)
 """Sizes of a host's page, by level."""
 BACKINGS = ("warm", "cold", "thp")
 """What `MemorySlot.backing` can be."""
-RELEASES = ("6.1", "6.12")
+RELEASES = ("6.1", "6.12", "2.6.28")
 """Releases of Linux whose ways `Shadow.release` can name."""
+MARKERS = ("never", "page", "synced", "walk")
+"""When `Shadow.notpresent_marker` marks an entry."""
 POOL_MAX = (1 << 22) - 1
 """Pages of a shadow pool at most: the number of an spte, plus one, has 31 bits, as lists of sptes need it."""
 _UNITS = {"": 1, "b": 1, "kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30, "tib": 1 << 40}
@@ -262,11 +264,17 @@ class Shadow:
     flood_threshold: consecutive emulated stores to one frame that zap its shadow pages (3); None: never.
     flood_reset: start counting anew at a fault that is no store to a guest table, as since a25f7e1f8c1f (2.6.23), so
         that demand paging is not taken for a flood. The series counted on.
+    notpresent_marker: mark entries of leaf tables that the guest's tables do not have either, so that the processor
+        delivers the fault without an exit (bypass_guest_pf, c7addb902054, 2.6.25). "never" (False). "page" (True):
+        where the shadow MMU looks at the guest's entry, which is when a page is made or synced, at an emulated store,
+        and at a walk; only in pages in sync. "synced": at a walk alone, in pages in sync. "walk" (lagging): at a walk
+        alone, in unsync pages too, so that the guest's entry is looked at again before a marker serves.
     lagging: leaf tables of the guest may run out of sync (`unsync`). The settings that follow are of that alone.
     prev_roots: roots of earlier CR3s that each vcpu keeps, 0 to 16 (KVM_MMU_NUM_PREV_ROOTS = 3); 4- and 5-level paging.
     prefetch: entries of the aligned group that a fault fills: 0, or a power of two up to 32 (PTE_PREFETCH_NUM = 8).
     release: "6.1": INVLPG drops a leaf and makes it again at once, and a sync rewrites every leaf. "6.12": both change
-        what is there, where the guest's entry asks for it.
+        what is there, where the guest's entry asks for it. "2.6.28": INVLPG drops a leaf of any page and makes none;
+        a table is out of sync only while it has one shadow page, and in sync again when a page of it is looked up.
     quirks: defects to reproduce: those of KVM_2007, or of KVM_6_1 where tables are `lagging`.
     """
 
@@ -277,6 +285,7 @@ class Shadow:
     refill: int = 25
     flood_threshold: int | None = 3
     flood_reset: bool = False
+    notpresent_marker: str = "never"
     lagging: bool = False
     prev_roots: int = 3
     prefetch: int = 8
@@ -294,6 +303,7 @@ class Shadow:
             refill=check_int("refill", self.refill, min_free, POOL_MAX),
             flood_threshold=None if threshold is None else check_int("flood_threshold", threshold, 1, 1 << 31),
             flood_reset=check_bool("flood_reset", self.flood_reset),
+            notpresent_marker=_check_marker(self.notpresent_marker),
             lagging=check_bool("lagging", self.lagging),
             prev_roots=check_int("prev_roots", self.prev_roots, 0, 16),
             prefetch=check_int("prefetch", self.prefetch, 0, 32),
@@ -306,6 +316,10 @@ class Shadow:
             raise ConfigError("pool_pages: a number is needed; None is for lagging tables")
         if self.release not in RELEASES:
             raise ConfigError(f"release: {self.release!r} is not one of {', '.join(RELEASES)}")
+        if self.notpresent_marker != "never" and not self.keep:
+            raise ConfigError("notpresent_marker: guest tables have to be write-protected (keep), or all markers lag")
+        if self.notpresent_marker == "walk" and not self.lagging:
+            raise ConfigError("notpresent_marker: 'walk' is for lagging tables; others have no page out of sync")
         if self.lagging and not self.keep:
             raise ConfigError("lagging: shadow tables have to belong to guest tables (keep)")
         if self.lagging and (self.flood_reset or (self.flood_threshold or 0) > 255):
@@ -428,6 +442,15 @@ def check_bool(name: str, value: object) -> bool:
     if isinstance(value, np.bool_) or (isinstance(value, int) and operator.index(value) in (0, 1)):
         return bool(operator.index(value) if isinstance(value, int) else value)
     raise ConfigError(f"{name}: True or False is needed, not {value!r:.60}")
+
+
+def _check_marker(value: object) -> str:
+    """One of MARKERS, by its name or by a bool."""
+    if not isinstance(value, str):
+        return MARKERS[check_bool("notpresent_marker", value)]
+    if value not in MARKERS:
+        raise ConfigError(f"notpresent_marker: {value!r} is not true, false, {', '.join(MARKERS)}")
+    return str.__str__(value)
 
 
 def _check_text(name: str, value: object) -> str:

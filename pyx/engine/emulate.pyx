@@ -4,12 +4,13 @@ A cleared entry is rebuilt by the fault that next needs it.
 """
 from libc.string cimport memcpy
 
+from shadowcore.engine.absent cimport MARK_PAGE, entry_mark
 from shadowcore.engine.bits cimport PTE_P
 from shadowcore.engine.flushes cimport FLUSH_STORE, entry_flush
 from shadowcore.engine.hooks cimport POINT_POST_WRITE, POINT_PRE_WRITE, audit_point
 from shadowcore.engine.memory cimport mem_frame, mem_mark_dirty, mem_touch, sc_no_frame
 from shadowcore.engine.page cimport sc_page
-from shadowcore.engine.pool cimport hash_bucket, pool_zap
+from shadowcore.engine.pool cimport hash_bucket, pool_zap, shadows
 from shadowcore.engine.quirks cimport QUIRK_PDE_WRITE
 from shadowcore.engine.role cimport ROLE_QUADRANT, role_direct, role_field, role_level, role_pte_size
 from shadowcore.engine.spte cimport spte_unlink, spte_wipe
@@ -88,6 +89,22 @@ cdef void table_written(sc_mmu *mmu, u64 gpa, u32 nbytes, bint flooded) noexcept
         _drop_written(mmu, gpa, frame, nbytes, flooded)
 
 
+cdef void _mark_written(sc_mmu *mmu, u64 gpa, u32 nbytes) noexcept nogil:
+    """The bytes at gpa have changed: what shadows an entry there that is not present now is marked."""
+    cdef u64 gfn = gpa >> 12
+    cdef u32 number, size, entry
+    if not is_shadowed(mmu, mem_frame(mmu.mem, gfn)):
+        return
+    number = mmu.hash[hash_bucket(mmu, gfn)]
+    while number != SC_NONE:
+        if shadows(mmu, number, gfn) and role_level(mmu.pages[number].role) == 1 and not mmu.pages[number].unsync:
+            size = role_pte_size(mmu.pages[number].role)
+            for entry in range((gpa & 4095) // size, ((gpa & 4095) + nbytes - 1) // size + 1):
+                if size == 8 or entry >> 9 == role_field(mmu.pages[number].role, ROLE_QUADRANT, 3):
+                    entry_mark(mmu, number * 512 + (entry & 511))
+        number = mmu.pages[number].hash_next
+
+
 cdef inline void _store(sc_mmu *mmu, u64 gpa, const u8 *data, u32 nbytes, bint flooded) noexcept nogil:
     """A store to RAM, within one frame, that the shadow hears of."""
     cdef u64 frame = mem_frame(mmu.mem, gpa >> 12)
@@ -99,6 +116,13 @@ cdef inline void _store(sc_mmu *mmu, u64 gpa, const u8 *data, u32 nbytes, bint f
     audit_point(mmu, POINT_POST_WRITE)
 
 
+cdef void _store_marked(sc_mmu *mmu, u64 gpa, const u8 *data, u32 nbytes, bint flooded) noexcept nogil:
+    """The same, where entries that are not present afterwards are marked."""
+    _store(mmu, gpa, data, nbytes, flooded)
+    if mmu.absent == MARK_PAGE:
+        _mark_written(mmu, gpa, nbytes)
+
+
 cdef void _store_first(sc_mmu *mmu, sc_vcpu *v, u64 gpa, const u8 *data, u32 nbytes) noexcept nogil:
     """The same, where the design looks at what is there afterwards. v: NULL, if no vcpu made it."""
     cdef u64 frame = mem_frame(mmu.mem, gpa >> 12)
@@ -107,12 +131,15 @@ cdef void _store_first(sc_mmu *mmu, sc_vcpu *v, u64 gpa, const u8 *data, u32 nby
     memcpy(mmu.mem.ram + (frame << 12) + (gpa & 4095), data, nbytes)
     mem_mark_dirty(mmu.mem, gpa >> 12)
     mmu.design.stored(mmu, v, gpa, nbytes)
+    if mmu.absent == MARK_PAGE:
+        _mark_written(mmu, gpa, nbytes)
     audit_point(mmu, POINT_POST_WRITE)
 
 
 cdef void emulate_store(sc_mmu *mmu, sc_vcpu *v, u64 gpa, const u8 *data, u32 nbytes) noexcept nogil:
     """The guest's store of `nbytes`, within one frame of RAM, done by the emulator; counts towards a write flood."""
     cdef u64 gfn = gpa >> 12
+    cdef bint flooded
     if mmu.design.stored != NULL:   # it counts floods itself
         _store_first(mmu, v, gpa, data, nbytes)
         return
@@ -122,7 +149,11 @@ cdef void emulate_store(sc_mmu *mmu, sc_vcpu *v, u64 gpa, const u8 *data, u32 nb
         v.flood_gfn = gfn
         v.flood_count = 1
     mmu.stats.pf_emulate += 1
-    _store(mmu, gpa, data, nbytes, mmu.flood_threshold != 0 and v.flood_count >= mmu.flood_threshold)
+    flooded = mmu.flood_threshold != 0 and v.flood_count >= mmu.flood_threshold
+    if mmu.absent:
+        _store_marked(mmu, gpa, data, nbytes, flooded)
+    else:
+        _store(mmu, gpa, data, nbytes, flooded)
 
 
 cdef void device_store(sc_mmu *mmu, u64 gpa, const u8 *data, u32 nbytes) noexcept nogil:
@@ -130,7 +161,7 @@ cdef void device_store(sc_mmu *mmu, u64 gpa, const u8 *data, u32 nbytes) noexcep
     if mmu.design.stored != NULL:
         _store_first(mmu, NULL, gpa, data, nbytes)
         return
-    _store(mmu, gpa, data, nbytes, False)
+    _store_marked(mmu, gpa, data, nbytes, False)
 
 
 cdef void walk_updated(sc_mmu *mmu, const sc_vcpu *v, const sc_walk *w) noexcept nogil:

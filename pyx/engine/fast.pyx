@@ -315,8 +315,8 @@ cdef inline void _reflected(sc_mmu *mmu, sc_vcpu *v, u64 va, u32 access, const s
     cdef u64 entry = 0
     cdef u32 read = 0
     cdef int level
-    if leaf.entry & PTE_P or v.device_va == va & ~<u64>4095:
-        return                      # another fault; or a device that is to be forgotten
+    if leaf.entry & PTE_P or v.device_va == va & ~<u64>4095 or mmu.absent:
+        return                      # another fault; a device that is to be forgotten; or the entry is to be marked
     for level in range(hw_top, 0, -1):
         base -= <u64>SC_POOL_HFN << 12
         if base >= mmu.mem.pool_pages << 12:

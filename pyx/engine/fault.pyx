@@ -1,5 +1,6 @@
 """The page-fault entry: what an exit becomes."""
-from shadowcore.engine.bits cimport PTE_D
+from shadowcore.engine.absent cimport walk_mark
+from shadowcore.engine.bits cimport PTE_D, level_index
 from shadowcore.engine.counters cimport EXIT_EMULATE, EXIT_GUEST, EXIT_MMIO
 from shadowcore.engine.design cimport design_make_room
 from shadowcore.engine.emulate cimport walk_updated
@@ -7,7 +8,7 @@ from shadowcore.engine.fetch cimport fetch
 from shadowcore.engine.hooks cimport POINT_POST_FAULT, POINT_PRE_FAULT, audit_point
 from shadowcore.engine.invalidate cimport invalidate_fault
 from shadowcore.engine.leaf cimport fault_count, sc_fault
-from shadowcore.engine.memory cimport mem_frame, mem_guest_frame, mem_is_rom, mem_touch, sc_no_frame
+from shadowcore.engine.memory cimport SC_POOL_HFN, mem_frame, mem_guest_frame, mem_is_rom, mem_touch, sc_no_frame
 from shadowcore.engine.quirks cimport QUIRK_PROCESSOR_CODE, QUIRK_ROLE_WITHOUT_ACCESS, QUIRK_TWO_EXITS
 from shadowcore.engine.roots cimport release_everything
 from shadowcore.engine.state cimport sc_mmu, sc_vcpu
@@ -80,6 +81,8 @@ cdef int _page_fault(sc_mmu *mmu, sc_vcpu *v, u32 access, const sc_walk *hw, sc_
         if f.code & PF_P:
             looks = QUIRK_ROLE_WITHOUT_ACCESS | (0 if access & PF_W or not w.access & ACC_U else QUIRK_TWO_EXITS)
         if w.error_code & (PF_P | PF_RSVD) != PF_P or not mmu.quirks & looks:
+            if mmu.absent and hw.level == 1 and mmu.memo_epoch == epoch and not w.error_code & PF_P:
+                walk_mark(mmu, <u32>(hw.table[1] - SC_POOL_HFN) * 512 + level_index(f.va, 1))
             return _inject(mmu, v, &f, f.code if mmu.quirks & QUIRK_PROCESSOR_CODE else w.error_code, w)
     _found(mmu, &f, w)
     if f.special and not f.refused and f.frame != sc_no_frame():

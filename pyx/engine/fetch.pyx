@@ -1,4 +1,5 @@
 """From a guest walk to a shadow leaf: the pages of each level, their links, and then what leaf.pxd decides."""
+from shadowcore.engine.absent cimport is_marker, marker_stays
 from shadowcore.engine.bits cimport level_index
 from shadowcore.engine.flushes cimport FLUSH_LINK, FLUSH_WITHHELD, request_flush
 from shadowcore.engine.leaf cimport fault_decide, leaf_commit, leaf_decide, sc_fault
@@ -44,6 +45,8 @@ cdef int _link_path(sc_mmu *mmu, sc_vcpu *v, const sc_walk *hw, const sc_walk *w
         page = child
         level -= 1
     f.spte = page * 512 + level_index(f.va, 1)
+    if is_marker(mmu.table[f.spte]):
+        marker_stays(mmu, f.spte, f.gpte)
     f.old = mmu.table[f.spte]
     return RC_OK
 

@@ -16,6 +16,15 @@ cdef void invalidate_fault(sc_mmu *mmu, sc_vcpu *v, u64 va, u32 code) noexcept n
         tlb_flush_fault(v.tlb, va, pcid, flush_lost(mmu, FLUSH_FAULT))
 
 
+cdef void deliver_fault(sc_mmu *mmu, sc_vcpu *v, u64 va) noexcept nogil:
+    """The processor delivers a page fault at `va` to the guest by itself: no leaf is there, and the design hears of
+    nothing."""
+    v.cr2 = va
+    mmu.stats.pf_guest += 1
+    if v.tlb != NULL:
+        tlb_flush_fault(v.tlb, va, vcpu_pcid(v), flush_lost(mmu, FLUSH_FAULT))
+
+
 cdef void inject_fault(sc_mmu *mmu, sc_vcpu *v, u64 va, u32 code) noexcept nogil:
     """The guest gets a page fault at `va`: CR2, its count, and what it makes the caches forget."""
     v.cr2 = va

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 from libc.string cimport memset
 
+from shadowcore.engine.absent cimport is_marker
 from shadowcore.engine.backing cimport host_level, host_present
 from shadowcore.engine.bits cimport (
     PTE_A, PTE_D, PTE_G, PTE_P, PTE_PS, SPTE_MARK, level_index, level_mask, pte_addr, pte_pkey, pte_rights,
@@ -22,7 +23,7 @@ from shadowcore.engine.bits cimport (
 from shadowcore.engine.counters cimport EXIT_FAULTS
 from shadowcore.engine.invariants cimport (
     S_ABSENT, S_CHILD, S_CLEAN, S_COUNT, S_DIRTY_FREE, S_DYING, S_EXITS, S_FORMATS, S_FRAME, S_HASH, S_HEAD, S_HW_ROOT,
-    S_LEAF, S_LEVEL, S_LINK, S_LIST, S_NONGLOBAL, S_NO_LARGE, S_PARENT_FOREIGN, S_PARENT_MISSING, S_RIGHTS,
+    S_LEAF, S_LEVEL, S_LINK, S_LIST, S_MARKER, S_NONGLOBAL, S_NO_LARGE, S_PARENT_FOREIGN, S_PARENT_MISSING, S_RIGHTS,
     S_RMAP_FOREIGN, S_RMAP_MISSING, S_ROOT, S_ROOTS, S_SHADOWED, S_SLOTS, S_SPTES, S_SUM, S_TABLE, S_TLB_LOG,
     S_TLB_SHADOW, S_TLB_STALE, S_TLB_TABLE, S_TWICE, S_UNPROTECTED, S_USED, SC_MAX_FINDINGS, audit_head_tells,
     audit_listed, audit_report, audit_stopped, entry_gpte, sc_audit, sc_finding,
@@ -33,7 +34,7 @@ from shadowcore.engine.memory cimport (
 )
 from shadowcore.engine.page cimport sc_page
 from shadowcore.engine.pool cimport hash_bucket
-from shadowcore.engine.quirks cimport QUIRK_ROLE_WITHOUT_ACCESS, QUIRK_ROLE_WITHOUT_MODE
+from shadowcore.engine.quirks cimport QUIRK_PAGING_OFF_UNPROTECTED, QUIRK_ROLE_WITHOUT_ACCESS, QUIRK_ROLE_WITHOUT_MODE
 from shadowcore.engine.rmap cimport list_first, list_next
 from shadowcore.engine.role cimport (
     ROLE_GLEVELS, ROLE_GLOBAL, ROLE_PKEY, ROLE_PSE, ROLE_QUADRANT, ROLE_WP0, role_access, role_direct, role_field,
@@ -101,6 +102,7 @@ SENTENCES = (
     "the vcpu's roots are in sync, and marked: something below them may not be",
     "a leaf maps what the host has no page for, or no large one",
     "a writable leaf maps what the host, or the memory slot, lets nobody write",
+    "the shadow entry is marked as not present in the guest's tables, and the guest's entry is present",
 )
 
 assert len(SENTENCES) == S_COUNT
@@ -218,8 +220,16 @@ cdef void _check_link(sc_mmu *mmu, u32 number, u32 index, sc_audit *a) noexcept 
         audit_report(a, 1, S_TABLE, number, index, page.gfn)
 
 
+cdef void audit_marker(sc_mmu *mmu, u32 number, u32 index, sc_audit *a) noexcept nogil:
+    """I1, a marker of a page in sync. It may be wrong where the guest stores to its tables with paging off, unseen."""
+    if (role_level(mmu.pages[number].role) != 1 or role_direct(mmu.pages[number].role)
+            or entry_gpte(mmu, &mmu.pages[number], index) & PTE_P) and not mmu.quirks & QUIRK_PAGING_OFF_UNPROTECTED:
+        audit_report(a, 1, S_MARKER, number, index, mmu.pages[number].gfn)
+
+
 cdef void check_mappings(sc_mmu *mmu, sc_audit *a) noexcept nogil:
-    """I1: each present spte says what the guest's tables say, with rights no wider (mappings)."""
+    """I1: each present spte says what the guest's tables say, with rights no wider (mappings); a marker says that the
+    gpte is not present."""
     cdef u32 number, index
     for number in range(mmu.pool_pages):
         if audit_stopped(mmu, number):
@@ -232,6 +242,8 @@ cdef void check_mappings(sc_mmu *mmu, sc_audit *a) noexcept nogil:
                     _check_leaf(mmu, number, index, a)
                 else:
                     _check_link(mmu, number, index, a)
+            elif is_marker(mmu.table[number * 512 + index]):
+                audit_marker(mmu, number, index, a)
 
 
 cdef void check_write_protection(sc_mmu *mmu, sc_audit *a) noexcept nogil:
@@ -444,7 +456,8 @@ cdef void check_pool(sc_mmu *mmu, sc_audit *a) noexcept nogil:
                              mmu.pages[number].gfn)
                 break
             used += marked
-            global_ = global_ and (not marked or mmu.table[number * 512 + index] & PTE_G != 0)
+            global_ = global_ and (not marked or is_marker(mmu.table[number * 512 + index])
+                                   or mmu.table[number * 512 + index] & PTE_G != 0)
         else:
             if (not global_ and not mmu.pages[number].nonglobal and role_level(mmu.pages[number].role) == 1
                     and not mmu.lists_all):

@@ -2,6 +2,7 @@
 
 Those of I4 to I9 are in invariants.pyx. As there: whatever is in the arrays, the checkers stay within them and end.
 """
+from shadowcore.engine.absent cimport is_marker
 from shadowcore.engine.bits cimport (
     PTE_D, PTE_P, PTE_PS, SPTE_MARK, SPTE_MMU_W, level_mask, pte_addr, pte_pkey, pte_rights,
 )
@@ -9,7 +10,7 @@ from shadowcore.engine.features cimport FEAT_PKU
 from shadowcore.engine.invariants cimport (
     S_ABSENT, S_CLEAN, S_DEVICE, S_FRAME, S_GAUGE, S_HEAD, S_LAGS, S_LEAF, S_LEAF_FOREIGN, S_LEAF_MISSING,
     S_MAPPED, S_MARKS, S_MARK_MISSING, S_PREVIOUS, S_RIGHTS, S_RMAP_MISSING, S_TABLE, S_UNPROTECTED, S_UNSYNC,
-    audit_head_tells, audit_listed, audit_protected, audit_report, audit_stopped, entry_gpte, sc_audit,
+    audit_head_tells, audit_listed, audit_marker, audit_protected, audit_report, audit_stopped, entry_gpte, sc_audit,
 )
 from shadowcore.engine.lagging cimport LAGGING_SYNCED
 from shadowcore.engine.memory cimport (
@@ -156,7 +157,7 @@ cdef void _check_link(sc_mmu *mmu, u32 number, u32 index, sc_audit *a) noexcept 
 
 cdef void check_synced_mappings(sc_mmu *mmu, sc_audit *a) noexcept nogil:
     """I1: each entry of a synced page says what the guest's tables say, with rights no wider, and W only if the gpte is
-    dirty: leaves of every size, of direct pages too, devices, links.
+    dirty: leaves of every size, of direct pages too, devices, links, markers.
 
     Left out are unsync pages. An entry of those maps what its gpte named at its last sync or since, and no state tells
     what that was. With the quirk ROLE_WITHOUT_NXE so are those of tables of 4-byte entries: a page made with CR4.PSE on
@@ -178,6 +179,8 @@ cdef void check_synced_mappings(sc_mmu *mmu, sc_audit *a) noexcept nogil:
                 _check_leaf(mmu, number, index, a)
             elif value & PTE_P:
                 _check_link(mmu, number, index, a)
+            elif is_marker(value):
+                audit_marker(mmu, number, index, a)
             elif role_level(mmu.pages[number].role) == 1 and not device_is_stale(mmu, value):
                 _check_device(mmu, number, index, a)
 

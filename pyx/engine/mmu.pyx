@@ -45,7 +45,7 @@ from shadowcore.engine.walker cimport sc_walk
 from shadowcore.engine.watch cimport watch_due, watch_look, watch_raised
 from shadowcore.engine.zap cimport count_no_large, generation_next
 
-from shadowcore.config import Shadow, check_bool, check_int, check_ints, design as checked_design
+from shadowcore.config import MARKERS, Shadow, check_bool, check_int, check_ints, design as checked_design
 from shadowcore.engine.memory import allocate, window
 from shadowcore.errors import AuditError, ConfigError, EngineError, PoolExhausted
 
@@ -201,6 +201,7 @@ cdef class Mmu:
         self.c.refill = design.refill
         self.c.flood_threshold = design.flood_threshold or 0
         self.c.flood_reset = design.flood_reset
+        self.c.absent = MARKERS.index(design.notpresent_marker)
         self.c.hash_shift = 62
         while buckets < self.c.pool_pages:
             buckets *= 2
@@ -306,7 +307,8 @@ cdef class Mmu:
         cdef u64 frames = self.memory.mem.nframes
         self.c.prev_roots = design.prev_roots
         self.c.prefetch = design.prefetch
-        self.c.rewrites = design.release == "6.1"
+        self.c.rewrites = design.release != "6.12"
+        self.c.one_role = design.release == "2.6.28"
         self.c.host_level = 1
         for i in range(self.memory.mem.nslots):
             self.c.host_level = max(self.c.host_level, self.memory.mem.slots[i].host_level)

@@ -5,6 +5,7 @@ is needed when it is taken again (patch 22 scanned all 512, twice).
 """
 from libc.string cimport memset
 
+from shadowcore.engine.absent cimport page_mark
 from shadowcore.engine.bits cimport PTE_P, PTE_W, pte_addr, sc_ctz64
 from shadowcore.engine.flushes cimport FLUSH_LOG, FLUSH_PROTECT, FLUSH_ZAP, FLUSH_ZAP_UPPER, entry_flush, request_flush
 from shadowcore.engine.hooks cimport EVENT_ZAP, event
@@ -86,6 +87,8 @@ cdef u32 pool_take(sc_mmu *mmu, u64 gfn, u32 role) noexcept nogil:
         frame = mem_frame(mmu.mem, gfn)
         if frame != sc_no_frame() and rmap_write_protect(mmu, frame) and mmu.lists_all:
             request_flush(mmu, FLUSH_PROTECT)
+        if mmu.absent:
+            page_mark(mmu, number)
     return number
 
 

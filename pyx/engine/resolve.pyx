@@ -1,16 +1,17 @@
 """Where an access leads: by the TLB, by a walk, and by the faults that a walk of the shadow takes."""
-from shadowcore.engine.bits cimport CR4_PGE, PTE_D, PTE_G
+from shadowcore.engine.absent cimport is_marker, marker_stays
+from shadowcore.engine.bits cimport CR4_PGE, PTE_D, PTE_G, PTE_P, level_index
 from shadowcore.engine.design cimport design_enter
 from shadowcore.engine.fault cimport page_fault
-from shadowcore.engine.invalidate cimport inject_fault
-from shadowcore.engine.memory cimport mem_gfn, mem_is_device, mem_touch
+from shadowcore.engine.invalidate cimport deliver_fault, inject_fault
+from shadowcore.engine.memory cimport SC_POOL_HFN, mem_gfn, mem_is_device, mem_touch
 from shadowcore.engine.roots cimport root_slots
 from shadowcore.engine.state cimport sc_mmu, sc_vcpu, vcpu_pcid
 from shadowcore.engine.tlb cimport sc_tlb_entry, tlb_enter, tlb_find
 from shadowcore.engine.types cimport (
-    MODE_32, MODE_OFF, PF_W, RC_LIVELOCK, RC_MMIO, RC_OK, RC_PF, RC_RETRY, SC_NONE, u32, u64,
+    MODE_32, MODE_OFF, PF_P, PF_W, RC_LIVELOCK, RC_MMIO, RC_OK, RC_PF, RC_RETRY, SC_NONE, u32, u64,
 )
-from shadowcore.engine.walker cimport guest_walk, rights_fault, sc_walk, shadow_walk
+from shadowcore.engine.walker cimport guest_walk, probe_walk, rights_fault, sc_walk, shadow_walk
 
 cdef enum:
     MAX_EXITS = 40                  # exits of one access after which it is taken to hang
@@ -55,6 +56,19 @@ cdef inline void _tlb_fill(sc_mmu *mmu, sc_vcpu *v, u64 va, const sc_walk *w, in
               leaf & PTE_G != 0 and v.cr4 & CR4_PGE != 0, mmu.flush_epoch, root)
 
 
+cdef bint _delivered(sc_mmu *mmu, sc_vcpu *v, u64 va, u32 access, const sc_walk *hw, sc_walk *w) noexcept nogil:
+    """The processor's walk failed at a marker, and the guest's tables say the same still: the fault is delivered, with
+    the code in w, without an exit. A marker that lags is no reason for one, and goes."""
+    if hw.level != 1 or not is_marker(hw.entry[1]):
+        return False
+    if probe_walk(mmu.mem, &v.guest, va, access, w) == RC_OK or w.error_code & PF_P:
+        marker_stays(mmu, <u32>(hw.table[1] - SC_POOL_HFN) * 512 + level_index(va, 1), PTE_P)
+        return False
+    deliver_fault(mmu, v, va)
+    mmu.stats.marker_hits += 1
+    return True
+
+
 cdef int resolve(sc_mmu *mmu, sc_vcpu *v, u64 va, u32 access, sc_walk *w) noexcept nogil:
     """Translate `va` for `access` (PF_W, PF_U, PF_I) with all exits and side effects; w.gpa is where it leads.
 
@@ -90,6 +104,8 @@ cdef int resolve(sc_mmu *mmu, sc_vcpu *v, u64 va, u32 access, sc_walk *w) noexce
                 hw.gpa = w.gpa
                 _tlb_fill(mmu, v, va, &hw, 12, _guest_shift(mmu, v, &hw))
             return RC_OK
+        if mmu.absent and _delivered(mmu, v, va, access, &hw, w):
+            return RC_PF
         rc = page_fault(mmu, v, access, &hw, w)
         if rc != RC_RETRY or v.restarts:
             return RC_RETRY if rc == RC_OK and v.restarts else rc

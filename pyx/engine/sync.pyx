@@ -4,6 +4,7 @@ A leaf table leaves sync at the first store to it: all shadow pages of it are ma
 then on its leaves may lag, as a TLB may, until the guest flushes: sync_below then write-protects it and looks at every
 leaf anew.
 """
+from shadowcore.engine.absent cimport is_marker, marker_stays, page_mark, page_unmark
 from shadowcore.engine.bits cimport (
     PTE_A, PTE_D, PTE_P, PTE_PS, PTE_W, SPTE_GENERATION, SPTE_GUEST_U, SPTE_GUEST_W, SPTE_MARK, SPTE_MMU_W, pte_addr,
     pte_nx, pte_pkey, pte_rights,
@@ -13,16 +14,16 @@ from shadowcore.engine.marks cimport (
     marks_clear, marks_first, marks_next, marks_set_above, marks_walk, sc_unsync, sc_unsync_at,
 )
 from shadowcore.engine.memory cimport (
-    mem_frame, mem_frame_hpa, mem_gfn, mem_guest_frame, mem_host_level, mem_leaf_frame, mem_mark_dirty, mem_may_write,
+    mem_frame, mem_frame_hpa, mem_gfn, mem_host_level, mem_leaf_frame, mem_mark_dirty, mem_may_write,
     mem_pool_page, mem_slot, mem_touch, sc_no_frame,
 )
 from shadowcore.engine.pool cimport hash_bucket, shadows
 from shadowcore.engine.record cimport RECORD_DEVICE, RECORD_LEAF, RECORD_UNSYNC, record, record_page, record_read_only
 from shadowcore.engine.rmap cimport list_add, list_length, list_remove, rmap_log, rmap_write_protect
 from shadowcore.engine.role cimport (
-    ROLE_PKEY, ROLE_QUADRANT, role_access, role_direct, role_field, role_level, role_pte_size,
+    ROLE_PKEY, role_access, role_direct, role_field, role_level, role_pte_size,
 )
-from shadowcore.engine.spte cimport leaf_guest_rights, spte_is_writable, spte_put, spte_wipe
+from shadowcore.engine.spte cimport leaf_gpte, leaf_gtable, leaf_guest_rights, spte_is_writable, spte_put, spte_wipe
 from shadowcore.engine.state cimport memo_drop, sc_mmu, sc_vcpu
 from shadowcore.engine.sync cimport gpte_granting, leaf_bits, leaf_fill, leaf_key, leaf_value, leaf_writable
 from shadowcore.engine.types cimport ACC_U, ACC_W, ACC_X, SC_NONE, u8, u32, u64
@@ -45,12 +46,22 @@ cdef bint is_tracked(const sc_mmu *mmu, u64 gfn) noexcept nogil:
     return False
 
 
+cdef bint _has_roles(const sc_mmu *mmu, u64 gfn) noexcept nogil:
+    """The guest table has more than one shadow page."""
+    cdef u32 number = mmu.hash[hash_bucket(mmu, gfn)]
+    cdef u32 n = 0
+    while number != SC_NONE:
+        n += shadows(mmu, number, gfn)
+        number = mmu.pages[number].hash_next
+    return n > 1
+
+
 cdef bint _let_go(sc_mmu *mmu, u64 gfn, u64 frame, bint can_unsync, bint prefetch) noexcept nogil:
     """A leaf that maps `gfn` is about to get W: what shadows that frame becomes unsync. False: it must not."""
     cdef u32 number
     if mmu.frames[frame].shadowed == 0:
         return True
-    if is_tracked(mmu, gfn):
+    if is_tracked(mmu, gfn) or (mmu.one_role and _has_roles(mmu, gfn)):
         return False
     number = mmu.hash[hash_bucket(mmu, gfn)]
     while number != SC_NONE:
@@ -65,6 +76,8 @@ cdef bint _let_go(sc_mmu *mmu, u64 gfn, u64 frame, bint can_unsync, bint prefetc
                 mmu.stats.mmu_unsync += 1
                 mmu.stats.unsync_made += 1
                 marks_set_above(mmu, number)
+                if mmu.absent:
+                    page_unmark(mmu, number)
         number = mmu.pages[number].hash_next
     return True
 
@@ -169,7 +182,7 @@ cdef int leaf_set(sc_mmu *mmu, const sc_vcpu *v, u32 spte, u64 gfn, u32 rights, 
         elif mem_leaf_frame(mmu.mem, old) != frame:
             leaf_drop(mmu, spte)
             flush = True
-    elif old:
+    elif old and (not is_marker(old) or marker_stays(mmu, spte, PTE_P)):
         spte_wipe(mmu, spte)
         # A device was there, before memory slots changed. KVM takes rights that it remembers for those of a leaf.
         if old & SPTE_GUEST_W and mmu.frames[frame].shadowed == 0:
@@ -196,22 +209,6 @@ cdef int leaf_set(sc_mmu *mmu, const sc_vcpu *v, u32 spte, u64 gfn, u32 rights, 
 cdef u64 direct_page_gfn(const sc_mmu *mmu, u32 spte) noexcept nogil:
     """The first gfn of what an entry of a direct page stands for."""
     return mmu.pages[spte >> 9].gfn + (<u64>(spte & 511) << (9 * (role_level(mmu.pages[spte >> 9].role) - 1)))
-
-
-cdef inline const u8 *_guest_table(const sc_mmu *mmu, u32 page) noexcept nogil:
-    """The guest's entries that a page of level 1 shadows, or NULL where there is no RAM."""
-    cdef u32 role = mmu.pages[page].role
-    cdef const u8 *table = mem_guest_frame(mmu.mem, mmu.pages[page].gfn << 12)
-    if table != NULL and role_pte_size(role) == 4:
-        table += 2048 * role_field(role, ROLE_QUADRANT, 1)
-    return table
-
-
-cdef inline u64 _gpte(const sc_mmu *mmu, const u8 *table, u32 spte) noexcept nogil:
-    """The guest's entry behind one of a page of level 1; table: of that page, not NULL."""
-    if role_pte_size(mmu.pages[spte >> 9].role) == 8:
-        return (<const u64 *>table)[spte & 511]
-    return (<const u32 *>table)[spte & 511]
 
 
 cdef inline u64 _gpte_gfn(const sc_mmu *mmu, u32 spte, u64 gpte) noexcept nogil:
@@ -260,6 +257,8 @@ cdef inline bint _prefetch(sc_mmu *mmu, const sc_vcpu *v, u32 spte, u64 gpte, bi
     """Make the leaf of a page of level 1 from the guest's entry, without an access; False if that cannot be."""
     cdef u64 gfn, frame
     cdef u32 rights
+    if is_marker(mmu.table[spte]) and marker_stays(mmu, spte, gpte):
+        return False
     if not _serves(v, gpte):
         if mmu.table[spte]:
             leaf_drop(mmu, spte)
@@ -320,11 +319,11 @@ cdef void prefetch_around(sc_mmu *mmu, const sc_vcpu *v, u32 spte) noexcept nogi
     if role_direct(mmu.pages[spte >> 9].role):
         _prefetch_direct(mmu, v, first, spte)
         return
-    table = _guest_table(mmu, spte >> 9)
+    table = leaf_gtable(mmu, spte >> 9)
     if table == NULL:
         return
     for at in range(first, first + mmu.prefetch):
-        if at != spte and not mmu.table[at] & PTE_P and not _prefetch(mmu, v, at, _gpte(mmu, table, at), True):
+        if at != spte and not mmu.table[at] & PTE_P and not _prefetch(mmu, v, at, leaf_gpte(mmu, table, at), True):
             return
 
 
@@ -381,6 +380,9 @@ cdef int _entry_sync(sc_mmu *mmu, const sc_vcpu *v, u32 spte, u64 gpte) noexcept
     cdef u64 gfn = _gpte_gfn(mmu, spte, gpte)
     cdef u32 rights = _gpte_rights(mmu, spte, gpte)
     cdef bint protected
+    if is_marker(old):
+        marker_stays(mmu, spte, gpte)
+        return 0
     if not _serves(v, gpte):
         leaf_drop(mmu, spte)
         return 1
@@ -402,12 +404,14 @@ cdef int _entry_sync(sc_mmu *mmu, const sc_vcpu *v, u32 spte, u64 gpte) noexcept
 
 cdef void leaf_refetch(sc_mmu *mmu, const sc_vcpu *v, u32 spte) noexcept nogil:
     """INVLPG of an entry of an unsync page: it is dropped, and made again at once if the guest's entry serves; or
-    (6.12) brought in line if it is there."""
-    cdef const u8 *table = _guest_table(mmu, spte >> 9)
-    cdef u64 gpte = _gpte(mmu, table, spte) if table != NULL else 0
+    (6.12) brought in line if it is there. 2.6.28 makes none."""
+    cdef const u8 *table = leaf_gtable(mmu, spte >> 9)
+    cdef u64 gpte = leaf_gpte(mmu, table, spte) if table != NULL else 0
     cdef bint flush = False
     if mmu.rewrites or mmu.table[spte]:
         mem_touch(mmu.mem, mmu.pages[spte >> 9].gfn, False)
+    if is_marker(mmu.table[spte]) and marker_stays(mmu, spte, gpte):
+        return
     if mmu.rewrites:
         flush = mmu.table[spte] & PTE_P
         leaf_drop(mmu, spte)
@@ -415,7 +419,7 @@ cdef void leaf_refetch(sc_mmu *mmu, const sc_vcpu *v, u32 spte) noexcept nogil:
         flush = _entry_sync(mmu, v, spte, gpte)
     if flush:
         request_flush(mmu, FLUSH_LEAF)
-    if mmu.rewrites:
+    if mmu.rewrites and not mmu.one_role:
         _prefetch(mmu, v, spte, gpte, False)
 
 
@@ -460,7 +464,7 @@ cdef inline u64 _entries_sync(sc_mmu *mmu, const sc_vcpu *v, u32 page, const u8 
 
 cdef int page_sync(sc_mmu *mmu, const sc_vcpu *v, u32 page) noexcept nogil:
     """Bring every entry of a leaf table in line: 1 if that asks for a flush, -1 if the guest's table is not there."""
-    cdef const u8 *table = _guest_table(mmu, page)
+    cdef const u8 *table = leaf_gtable(mmu, page)
     cdef u64 flush
     if table == NULL:
         return -1 if mmu.pages[page].present else 0
@@ -499,6 +503,8 @@ cdef void sync_below(sc_mmu *mmu, const sc_vcpu *v, u32 page) noexcept nogil:
             synced = page_sync(mmu, v, at.page)
             if synced < 0:
                 zap_prepare(mmu, at.page, &ignored)
+            elif mmu.absent:
+                page_mark(mmu, at.page)
             flush |= synced > 0
             marks_clear(mmu, &at)
     zap_commit(mmu, flush)

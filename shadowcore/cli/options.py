@@ -190,9 +190,10 @@ SET = click.option(
     type=Assignment(),
     multiple=True,
     metavar="NAME=VALUE",
-    help="A setting: of shadow MMUs (pool, min_free, refill, flood_threshold, flood_reset; of unsync prev_roots, "
-    "prefetch, release), tlb (entries, or none), and of workloads: memory, vcpus, host_page_size, their parameters "
-    "(`shadowcore workloads NAME`), and those of the guest kernel (mode, pcid, isolation, ...). May be repeated.  "
+    help="A setting: of shadow MMUs (pool, min_free, refill, flood_threshold, flood_reset, notpresent_marker; of "
+    "unsync prev_roots, prefetch, release), tlb (entries, or none), and of workloads: memory, vcpus, host_page_size, "
+    "their parameters (`shadowcore workloads NAME`), and those of the guest kernel (mode, pcid, isolation, ...). May "
+    "be repeated.  "
     "[default: as each has it]",
 )
 OPERATIONS = click.option(

@@ -14,6 +14,7 @@ cdef enum:
     SPTE_MMU_W = 1 << 9             # the same bit of a present leaf (unsync): W is given, or only a dirty log took it
     SPTE_GUEST_W = 1 << 10          # the guest's tables allow writes; bit 1 says what is granted now
     SPTE_GUEST_U = 1 << 11          # the guest's tables allow user access; bit 2 says what is granted now
+    SPTE_ABSENT = 1 << 10           # level 1, not present, and no other bit: the guest's entry is not present either
     SPTE_GENERATION = 52            # not present, device: first of 11 bits, the generation of the memory slots
 
     CR0_PE = 1 << 0

@@ -22,7 +22,7 @@ cdef struct sc_stats:
     u64 exits[EXIT_COUNT]           # by reason, above
     u64 pf_taken                    # page-fault exits
     u64 pf_fixed                    # of these, mended (with those that go on to emulation); not with paging off
-    u64 pf_guest                    # of these, injected into the guest
+    u64 pf_guest                    # of these, injected into the guest; and page faults of the guest without an exit
     u64 pf_emulate                  # stores done by the emulator
     u64 pf_mmio                     # of these, handed out as device accesses
     u64 pf_spurious                 # of these, nothing had to change
@@ -63,6 +63,9 @@ cdef struct sc_stats:
     u64 pf_mmio_spte_hit            # page-fault exits at an entry that remembers a device: not in pf_taken (unsync)
     u64 host_faults                 # frames, or blocks of 2 MiB, that an access made the host find a page for
     u64 host_unmaps                 # times that the host took frames in memory slots away
+    u64 markers_made                # entries marked as not present in the guest's tables either
+    u64 marker_hits                 # page faults of the guest that a marker let the processor deliver, without an exit
+    u64 markers_stale               # markers met where the guest's entry was present by then
 
 cdef class Stats:
     cdef sc_stats *c                # counters of a VM, or `own`

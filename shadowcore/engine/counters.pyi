@@ -57,6 +57,9 @@ class Stats:
     pf_mmio_spte_hit: Final[int]
     host_faults: Final[int]
     host_unmaps: Final[int]
+    markers_made: Final[int]
+    marker_hits: Final[int]
+    markers_stale: Final[int]
 
     @property
     def exits(self) -> dict[str, int]: ...

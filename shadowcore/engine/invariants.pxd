@@ -72,12 +72,14 @@ cdef enum:
     S_LAGS
     S_HOST_ABSENT
     S_HOST_READ_ONLY
+    S_MARKER
     S_COUNT
 
 cdef void audit_all(sc_mmu *mmu, sc_audit *a) noexcept nogil
 cdef int mmu_settle(sc_mmu *mmu, sc_audit *a) noexcept nogil
 cdef tuple audit_violations(const sc_audit *a)
 cdef bint audit_protected(const sc_mmu *mmu, u64 frame) noexcept nogil
+cdef void audit_marker(sc_mmu *mmu, u32 number, u32 index, sc_audit *a) noexcept nogil
 
 # Of checkers. Whatever is in the arrays, they stay within them and end.
 

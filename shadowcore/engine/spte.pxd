@@ -1,11 +1,11 @@
 """One shadow entry: how its value is made, and how it comes and goes with the books kept right."""
 from shadowcore.engine.bits cimport PTE_A, PTE_P, PTE_U, PTE_W, SPTE_GUEST_U, SPTE_GUEST_W, pte_nx
-from shadowcore.engine.memory cimport mem_pool_hpa, mem_pool_page
+from shadowcore.engine.memory cimport mem_guest_frame, mem_pool_hpa, mem_pool_page
 from shadowcore.engine.page cimport sc_page
 from shadowcore.engine.rmap cimport list_add, list_remove, rmap_add, rmap_remove
-from shadowcore.engine.role cimport role_level
+from shadowcore.engine.role cimport ROLE_QUADRANT, role_field, role_level, role_pte_size
 from shadowcore.engine.state cimport memo_drop, sc_mmu
-from shadowcore.engine.types cimport ACC_U, ACC_W, ACC_X, u32, u64
+from shadowcore.engine.types cimport ACC_U, ACC_W, ACC_X, u8, u32, u64
 
 cdef inline u64 nonleaf_spte(u32 child) noexcept nogil:
     """Upper entries grant everything; rights are in the leaves alone."""
@@ -16,6 +16,20 @@ cdef inline u64 leaf_spte(u64 hpa, u32 guest, u32 granted, u64 kept) noexcept no
     # ACC_W and ACC_U are the bits of an entry; SPTE_GUEST_W and SPTE_GUEST_U lie 9 above them.
     return (hpa | kept | PTE_P | (granted & (ACC_W | ACC_U)) | <u64>(guest & (ACC_W | ACC_U)) << 9
             | (~<u64>granted & ACC_X) << 63)
+
+cdef inline const u8 *leaf_gtable(const sc_mmu *mmu, u32 page) noexcept nogil:
+    """The guest's entries that a page of level 1, not direct, shadows; NULL where there is no RAM."""
+    cdef u32 role = mmu.pages[page].role
+    cdef const u8 *table = mem_guest_frame(mmu.mem, mmu.pages[page].gfn << 12)
+    if table != NULL and role_pte_size(role) == 4:
+        table += 2048 * role_field(role, ROLE_QUADRANT, 1)
+    return table
+
+cdef inline u64 leaf_gpte(const sc_mmu *mmu, const u8 *table, u32 spte) noexcept nogil:
+    """The guest's entry behind one of a page of level 1; table: leaf_gtable of the page, not NULL."""
+    if role_pte_size(mmu.pages[spte >> 9].role) == 8:
+        return (<const u64 *>table)[spte & 511]
+    return (<const u32 *>table)[spte & 511]
 
 cdef inline u32 leaf_guest_rights(u64 spte) noexcept nogil:
     """Rights that the guest's tables gave when the leaf was made."""

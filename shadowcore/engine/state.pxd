@@ -206,6 +206,7 @@ cdef struct sc_mmu:
     sc_page *pages                  # header of each pool page
     sc_frame *frames                # per frame of guest RAM
     sc_link *links                  # per spte of the pool
+    u32 absent                      # MARK_*: when entries are marked that the guest's tables do not have either
     u64 marked_epoch                # memo_epoch in which a frame was last marked
     u64 *marks                      # native, per frame of guest RAM: memo_epoch << 2 | MARK_*, of that epoch
     u32 *hash                       # first page of each bucket, or SC_NONE
@@ -222,6 +223,8 @@ cdef struct sc_mmu:
     bint deferred                   # flushes are requests to the vcpus, done before each next lets its guest go on
     # INVLPG drops a leaf and makes it again, a sync rewrites every leaf (6.1); else (6.12) what is right stays.
     bint rewrites
+    # As 2.6.28: INVLPG drops a leaf and makes none; a table is unsync only while it has one shadow page.
+    bint one_role
     u32 prev_roots                  # roots of earlier CR3s that a vcpu keeps, 0 to SC_MAX_PREV
     u32 prefetch                    # entries of the aligned group that a fault fills, a power of two; 0: none
     u32 host_level                  # level of the host's pages under guest RAM: 1, 2 or 3

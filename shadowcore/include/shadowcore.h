@@ -303,6 +303,9 @@ typedef struct sc_counters {
     uint64_t pf_mmio_spte_hit;
     uint64_t host_faults;
     uint64_t host_unmaps;
+    uint64_t markers_made;
+    uint64_t marker_hits;
+    uint64_t markers_stale;
 } sc_counters;
 
 typedef struct sc_event {

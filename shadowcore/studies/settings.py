@@ -21,13 +21,16 @@ DESIGN = {
     "refill": "pages that are free after that",
     "flood_threshold": "consecutive stores to a guest table that zap its shadow pages; none: never",
     "flood_reset": "true: a fault in between makes them count anew",
+    "notpresent_marker": "page, synced, walk or never: when entries that the guest has not made are marked",
     "prev_roots": "roots of earlier CR3s that a vcpu keeps (unsync)",
     "prefetch": "entries of the group that a fault fills, a power of two, or 0 (unsync)",
-    "release": "6.1 or 6.12: what INVLPG and a sync do (unsync)",
+    "release": "6.1, 6.12 or 2.6.28: what INVLPG and a sync do (unsync)",
 }
 """Settings of a shadow MMU."""
 UNSYNC = ("prev_roots", "prefetch", "release")
 """Those that only `unsync`, and what is made of it, has; it has no flood_reset."""
+KEPT = ("notpresent_marker",)
+"""Those that a design has only if its tables belong to guest tables."""
 MACHINE = {
     "tlb": "entries of the modelled TLB for pages of 4096 bytes; none: no TLB",
     "memory": "guest RAM, such as 64MiB (workloads only)",
@@ -60,7 +63,11 @@ class Split:
         chosen = design(mmu)
         if not isinstance(chosen, Shadow):
             return chosen
-        wanted = {name: value for name, value in self.design.items() if _has(chosen, name) or not chosen.keep}
+        wanted = {
+            name: value
+            for name, value in self.design.items()
+            if _has(chosen, name) or (not chosen.keep and name not in KEPT)
+        }
         return dataclasses.replace(
             chosen, **{"pool_pages" if name == "pool" else name: value for name, value in wanted.items()}
         )

@@ -365,12 +365,17 @@ IDENTICAL = {
     "cached": "cached",
     "cached, 8 pages": sc.Shadow.cached(pool_pages=8),
     "cached, every store zaps": sc.Shadow.cached(flood_threshold=1),
+    "cached, absent entries are marked": sc.Shadow.cached(flood_threshold=None, notpresent_marker=True),
+    "cached, they are at walks": sc.Shadow.cached(pool_pages=8, notpresent_marker="synced"),
 }
 
 LAGGING = (
     sc.Shadow.unsync(),
     sc.Shadow.unsync(pool_pages=8, prev_roots=0, release="6.12"),
     sc.Shadow.unsync(pool_pages=24, prev_roots=16, prefetch=32, flood_threshold=1),
+    sc.Shadow.unsync(notpresent_marker="walk"),
+    sc.Shadow.unsync(pool_pages=16, prev_roots=0, prefetch=0, release="2.6.28", notpresent_marker=True),
+    sc.Shadow.unsync(release="6.12", notpresent_marker="synced"),
 )
 
 

@@ -98,7 +98,7 @@ def test_plain_settings_are_kept_plain():
     made = sc.Shadow.cached(pool_pages=np.int64(64), min_free=Changing(5), name=type("S", (str,), {})("mine"))
     assert [type(getattr(made, f.name)) for f in fields(made) if f.name != "quirks"] == [
         *(str, bool, int, int, int, int, bool),
-        *(bool, int, int, str),
+        *(str, bool, int, int, str),
     ]
     copy = taken(sc.Shadow, made, "mmu")
     assert copy == made

@@ -24,6 +24,7 @@ from tlb_programs import MODES as PROGRAM_MODES
 from tlb_programs import NUMBERS, TLBS, Together
 
 import shadowcore as sc
+from shadowcore.config import MARKERS
 
 # -- a batch is the same as one by one -------------------------------------------------------------------
 
@@ -124,7 +125,8 @@ def lagging(rng):
         prev_roots=rng.choice([0, 1, 3, 16]),
         prefetch=rng.choice([0, 1, 2, 8, 32]),
         flood_threshold=rng.choice([None, 1, 3, 255]),
-        release=rng.choice(["6.1", "6.12"]),
+        release=rng.choice(["6.1", "6.12", "2.6.28"]),
+        notpresent_marker=rng.choice(MARKERS),
     )
 
 

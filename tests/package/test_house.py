@@ -38,6 +38,7 @@ ENGINE = (
     "flushes design",
     "rmap",
     "spte marks",
+    "absent",
     "pool",
     "roots invalidate zap",
     "leaf sync emulate",

@@ -36,7 +36,11 @@ fewer_examples = sampled_examples(share=2)
 # Variants of each design, with what the model has to know of their habits.
 DESIGNS = {
     "native": [("native", {})],
-    "cached": [(sc.Shadow.cached(pool_pages=32), {}), (sc.Shadow.cached(pool_pages=8), {})],
+    "cached": [
+        (sc.Shadow.cached(pool_pages=32), {}),
+        (sc.Shadow.cached(pool_pages=8), {}),
+        (sc.Shadow.cached(pool_pages=32, notpresent_marker=True), {}),
+    ],
     "flush": [
         (sc.Shadow.flush(quirks=0, pool_pages=32), {"rereads": True}),
         (
@@ -48,6 +52,8 @@ DESIGNS = {
         (sc.Shadow.unsync(pool_pages=64), {"ahead": True}),
         (sc.Shadow.unsync(pool_pages=8, prev_roots=0, prefetch=0, release="6.12"), {"ahead": True}),
         (sc.Shadow.unsync(pool_pages=16, prev_roots=16, prefetch=32, flood_threshold=1), {"ahead": True}),
+        (sc.Shadow.unsync(pool_pages=64, notpresent_marker="walk"), {"ahead": True}),
+        (sc.Shadow.unsync(pool_pages=32, prefetch=0, release="2.6.28", notpresent_marker=True), {"ahead": True}),
     ],
 }
 

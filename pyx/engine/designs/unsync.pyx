@@ -152,7 +152,7 @@ cdef void _new_cr3(sc_mmu *mmu, sc_vcpu *v, const sc_loaded *before) noexcept no
 
 
 cdef void _invlpg_root(sc_mmu *mmu, sc_vcpu *v, u32 page, u64 va) noexcept nogil:
-    """Of one root: the leaf for va, if its page is unsync."""
+    """Of one root: the leaf for va, if its page is unsync; 2.6.28: in any case."""
     cdef u32 spte
     cdef int level
     cdef u64 value
@@ -163,10 +163,10 @@ cdef void _invlpg_root(sc_mmu *mmu, sc_vcpu *v, u32 page, u64 va) noexcept nogil
         spte = page * 512 + level_index(va, level)
         value = mmu.table[spte]
         if level == 1 or (value & PTE_P and value & PTE_PS):
-            if mmu.pages[page].unsync:
+            if mmu.pages[page].unsync or mmu.one_role:
                 leaf_refetch(mmu, v, spte)
             return
-        if not mmu.pages[page].unsync_children or not value & PTE_P:
+        if not (mmu.pages[page].unsync_children or mmu.one_role) or not value & PTE_P:
             return
         page = mem_pool_page(value)
 

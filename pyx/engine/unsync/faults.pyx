@@ -1,4 +1,5 @@
 """Page-fault exits under design unsync, in the order in which Linux 6.1 goes about them."""
+from shadowcore.engine.absent cimport is_marker, walk_mark
 from shadowcore.engine.bits cimport PTE_A, PTE_D, PTE_P, PTE_PS, level_index, pte_addr
 from shadowcore.engine.counters cimport EXIT_EMULATE, EXIT_FILL, EXIT_GUEST, EXIT_MMIO, EXIT_WRITE
 from shadowcore.engine.emulate cimport walk_updated
@@ -244,7 +245,7 @@ cdef int page_fault(sc_mmu *mmu, sc_vcpu *v, u32 access, const sc_walk *hw, sc_w
         mmu.exhausted = v.number
         return RC_EXHAUSTED
     spte = _last_entry(mmu, v, va, False)
-    old = 0 if spte == SC_NONE else mmu.table[spte]
+    old = 0 if spte == SC_NONE or is_marker(mmu.table[spte]) else mmu.table[spte]
     record(mmu, RECORD_EXIT, va, hw.error_code | (PF_RSVD if old and not old & PTE_P else 0), 0)
     stale = old and not old & PTE_P and device_is_stale(mmu, old)
     if old and not old & PTE_P and not stale:
@@ -254,6 +255,8 @@ cdef int page_fault(sc_mmu *mmu, sc_vcpu *v, u32 access, const sc_walk *hw, sc_w
     mmu.stats.pf_taken += 1
     if guest_walk(mmu.mem, &v.guest, va, access, w) != 0:
         mmu.stats.guest_walk_references += w.references
+        if mmu.absent and hw.level == 1 and not w.error_code & PF_P:
+            walk_mark(mmu, spte)
         return _inject(mmu, v, va, w)
     rights = ACC_ALL
     if not off:

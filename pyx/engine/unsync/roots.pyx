@@ -3,16 +3,18 @@ CR3s, and what is requested of a vcpu before its guest goes on.
 
 A request is carried out by `enter`, as KVM's vcpu_enter_guest does.
 """
+from shadowcore.engine.absent cimport page_mark
 from shadowcore.engine.bits cimport PTE_P, pte_addr
 from shadowcore.engine.flushes cimport FLUSH_LEAF, request_flush
 from shadowcore.engine.hooks cimport POINT_POST_SYNC, POINT_PRE_SYNC, audit_point
-from shadowcore.engine.memory cimport mem_pool_hpa
-from shadowcore.engine.pool cimport hash_bucket, pool_take
+from shadowcore.engine.memory cimport mem_frame, mem_pool_hpa, sc_no_frame
+from shadowcore.engine.pool cimport hash_bucket, pool_take, shadows
 from shadowcore.engine.quirks cimport QUIRK_ROLE_WITHOUT_NXE, QUIRK_WP0_HIDES_USER
 from shadowcore.engine.record cimport RECORD_FOUND, RECORD_MADE, record_page
+from shadowcore.engine.rmap cimport rmap_write_protect
 from shadowcore.engine.role cimport (
     ROLE_ACCESS, ROLE_DIRECT, ROLE_GLEVELS, ROLE_LEVEL, ROLE_NXE, ROLE_PSE, ROLE_QUADRANT, ROLE_SMAP, ROLE_SMEP,
-    ROLE_WP0, role_direct, role_invalid, role_level,
+    ROLE_WP0, role_direct, role_field, role_invalid, role_level,
 )
 from shadowcore.engine.roots cimport root_slots
 from shadowcore.engine.state cimport (
@@ -22,7 +24,7 @@ from shadowcore.engine.state cimport (
 from shadowcore.engine.sync cimport page_sync, sync_below
 from shadowcore.engine.types cimport ACC_ALL, MODE_32, MODE_64, MODE_OFF, MODE_PAE, SC_NONE, u32, u64
 from shadowcore.engine.walker cimport sc_paging
-from shadowcore.engine.zap cimport count_no_large, root_let_go, zap_commit, zap_oldest, zap_prepare
+from shadowcore.engine.zap cimport count_no_large, page_left_sync, root_let_go, zap_commit, zap_oldest, zap_prepare
 
 
 cdef u32 role_of(const sc_mmu *mmu, const sc_vcpu *v, u64 va, int level, bint direct, u32 access) noexcept nogil:
@@ -54,12 +56,37 @@ cdef u32 root_role(const sc_mmu *mmu, const sc_vcpu *v, int slot) noexcept nogil
     return role_of(mmu, v, <u64>slot << 30, level, v.guest.mode == MODE_OFF, ACC_ALL)
 
 
+cdef void _table_sync(sc_mmu *mmu, const sc_vcpu *v, u64 gfn, u32 role) noexcept nogil:
+    """2.6.28: a page of the table at gfn is asked for, and whatever shadows it is in sync first; what was made for
+    another paging mode goes."""
+    cdef u32 number = mmu.hash[hash_bucket(mmu, gfn)]
+    cdef bint ignored = False
+    cdef u64 frame = mem_frame(mmu.mem, gfn)
+    while number != SC_NONE:
+        if shadows(mmu, number, gfn) and mmu.pages[number].unsync:
+            if role_field(mmu.pages[number].role ^ role, ROLE_GLEVELS, 15) or frame == sc_no_frame():
+                zap_prepare(mmu, number, &ignored)
+            else:
+                rmap_write_protect(mmu, frame)
+                page_left_sync(mmu, number)
+                mmu.stats.synced += 1
+                page_sync(mmu, v, number)
+                if mmu.absent:
+                    page_mark(mmu, number)
+                request_flush(mmu, FLUSH_LEAF)
+        number = mmu.pages[number].hash_next
+    zap_commit(mmu, False)
+
+
 cdef u32 page_get(sc_mmu *mmu, const sc_vcpu *v, u64 gfn, u32 role) noexcept nogil:
     """The page of (gfn, role), found or made; SC_NONE when none is free. One that is unsync is synced in passing, and
     stays unsync. A table that is to be shadowed above the leaves cannot be unsync as a leaf table."""
     cdef u32 number = mmu.hash[hash_bucket(mmu, gfn)]
     cdef bint ignored = False
     cdef int synced
+    if mmu.one_role:
+        _table_sync(mmu, v, gfn, role)
+        number = mmu.hash[hash_bucket(mmu, gfn)]
     while number != SC_NONE:
         if mmu.pages[number].gfn != gfn or role_invalid(mmu.pages[number].role):
             pass
