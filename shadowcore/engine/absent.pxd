@@ -1,5 +1,5 @@
 """Markers: entries of leaf tables that the guest's tables do not have either, by which the processor delivers a fault
-without an exit (KVM's bypass_guest_pf, c7addb902054, 2.6.25 to 3.0).
+without an exit (KVM's bypass_guest_pf, c7addb902054, 2.6.25; 6.1 has it no more).
 
 An entry that is 0 is one of which the shadow knows nothing: a fault there exits. On hardware the two differ by the
 error code, as entries that nothing is known of are made present, with a reserved bit set.
