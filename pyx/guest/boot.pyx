@@ -51,6 +51,26 @@ cdef int _map(sc_guest *g, u64 root, u64 va, u64 gpa, int leaf, u64 flags) noexc
     return RC_OK
 
 
+cdef int _regions(sc_guest *g, u64 flags) noexcept nogil:
+    """What Linux has in the kernel half beside the direct map: the image, a page of text, which is read-only, and its
+    data; the IDT, read-only in the entry area; the structs of pages."""
+    cdef u64 n
+    cdef u64 frame = _frame(g)
+    if frame == 0 or _map(g, g.kernel_root, g.text, frame << 12, 1, flags & ~<u64>PTE_W) != RC_OK:
+        return RC_NOMEM
+    frame = _frame(g)
+    if frame == 0 or _map(g, g.kernel_root, g.idt, frame << 12, 1, flags & ~<u64>PTE_W) != RC_OK:
+        return RC_NOMEM
+    for n in range(g.data_frames):
+        if _map(g, g.kernel_root, g.image + (n << 12), (g.data_first + n) << 12, 1, flags) != RC_OK:
+            return RC_NOMEM
+    for n in range((g.all_frames * 64 + 4095) >> 12):
+        frame = _frame(g)
+        if frame == 0 or _map(g, g.kernel_root, g.page_structs + (n << 12), frame << 12, 1, flags) != RC_OK:
+            return RC_NOMEM
+    return RC_OK
+
+
 cdef int boot_tables(sc_guest *g, int large_level, bint global_) noexcept nogil:
     """The kernel's root with the direct map, in pages of up to `large_level`; page of zeros, entry page, data."""
     cdef u64 flags = PTE_P | PTE_W | PTE_A | PTE_D | (PTE_G if global_ else 0)
@@ -75,9 +95,10 @@ cdef int boot_tables(sc_guest *g, int large_level, bint global_) noexcept nogil:
     if g.zero_frame == 0 or frame == 0:
         return RC_NOMEM
     # The entry page: what user code's root has of the kernel half under isolation.
-    if g.isolation:
+    if g.isolation or g.regions:
         if _map(g, g.kernel_root, g.entry_va, frame << 12, 1, flags) != RC_OK:
             return RC_NOMEM
+    if g.isolation:
         g.entry_index = guest_index(g, g.entry_va, g.levels)
         g.entry_link = entry_read(g, g.kernel_root, g.entry_index)
         if g.mode == MODE_PAE:
@@ -92,6 +113,11 @@ cdef int boot_tables(sc_guest *g, int large_level, bint global_) noexcept nogil:
     while g.fresh < g.data_first + g.data_frames:
         if _frame(g) == 0:
             return RC_NOMEM
+    if g.regions:
+        if _regions(g, flags) != RC_OK:
+            return RC_NOMEM
+    else:
+        g.image = g.direct_map + (g.data_first << 12)
     g.boot_end = g.fresh
     g.n_free = g.nframes - g.fresh
     g.fresh_end = g.nframes

@@ -5,7 +5,9 @@ A supervisor access that faults is a panic: the kernel made the tables that it u
 from libc.stdlib cimport realloc
 from libc.string cimport memcpy, memset
 
-from shadowcore.engine.access cimport OP_CR3, OP_INVLPG, OP_READ, OP_WRITE, access_do, sc_op, sc_result, vcpu_op
+from shadowcore.engine.access cimport (
+    OP_CR3, OP_FETCH, OP_INVLPG, OP_READ, OP_WRITE, access_do, sc_op, sc_result, vcpu_op,
+)
 from shadowcore.engine.types cimport RC_OK, u8, u32, u64
 from shadowcore.guest.state cimport (
     NO_PROCESS, RC_NOLOG, RC_PANIC, USER_PCID, guest_mix, history_add, sc_gcpu, sc_glog, sc_guest,
@@ -105,8 +107,9 @@ cdef int cpu_string_at(sc_guest *g, u64 va, u64 gpa, const u8 *source, u32 nbyte
     """The same at linear address `va`, which leads to `gpa`; within a frame, multiples of 8.
 
     Stores are made one by one while the emulator does them: a frame that is shadowed as the table of an earlier life
-    meets a write flood here. Once a store was made by the processor itself, nothing can come between the rest of
-    them, which translate as that one did, and they are made in one piece; but one by one while recording.
+    meets a write flood here, under a design that does not ask by which instructions tables are written. Once a store
+    was made by the processor itself, nothing can come between the rest of them, which translate as that one did, and
+    they are made in one piece; but one by one while recording.
     """
     cdef sc_result r
     cdef u64 word
@@ -119,7 +122,9 @@ cdef int cpu_string_at(sc_guest *g, u64 va, u64 gpa, const u8 *source, u32 nbyte
         word = 0
         if source != NULL:
             memcpy(&word, source + at, 8)
+        g.v.odd_stores = True
         rc = cpu_access(g, OP_WRITE, 8, va + at, word, &r)
+        g.v.odd_stores = False
         if rc != RC_OK:
             return rc
         at += 8
@@ -191,17 +196,34 @@ cdef int cpu_leave(sc_guest *g) noexcept nogil:
     return cpu_load_cr3(g, _cr3(g, g.current, True) | (<u64>1 << 63 if keep else 0))
 
 
+cdef int _by_gate(sc_guest *g) noexcept nogil:
+    """An interrupt or exception as the processor takes it: the gate is read and a frame pushed, both in the entry area,
+    and the handler is in the kernel's text."""
+    cdef sc_result r
+    cdef int rc = cpu_access(g, OP_READ, 8, g.idt + 16 * (g.sequence & 255), 0, &r)
+    if rc == RC_OK:
+        rc = cpu_access(g, OP_WRITE, 8, g.entry_va + 8 * (g.sequence & 255), g.sequence, &r)
+    if rc == RC_OK:
+        rc = cpu_access(g, OP_FETCH, 1, g.text + (g.sequence & 0xFFF), 0, &r)
+    return rc
+
+
 cdef int cpu_work(sc_guest *g, u32 p, u32 accesses) noexcept nogil:
     """The kernel's own loads and stores at an entry: its stack, for half of them, and its data."""
     cdef sc_result r
     cdef u64 gpa
     cdef u32 i
     cdef int rc
+    if g.regions:
+        rc = _by_gate(g)
+        if rc != RC_OK:
+            return rc
     for i in range(accesses):
         g.sequence += 1
         if i & 1 or p == NO_PROCESS:
-            gpa = (g.data_first + guest_mix(g.sequence) % g.data_frames << 12) + (g.sequence * 8 & 0xFF8)
-            rc = cpu_access(g, OP_READ if i & 2 else OP_WRITE, 8, g.direct_map + gpa, g.sequence, &r)
+            gpa = (guest_mix(g.sequence) % g.data_frames << 12) + (g.sequence * 8 & 0xFF8)
+            rc = cpu_access(g, OP_READ if i & 2 else OP_WRITE, 8, g.image + gpa, g.sequence, &r)
+            gpa += g.data_first << 12
         else:
             gpa = (g.procs[p].stack << 12) + (0xFF8 - 8 * i & 0xFF8)
             rc = cpu_access(g, OP_WRITE, 8, g.direct_map + gpa, g.sequence, &r)

@@ -7,7 +7,7 @@ If frames are grouped, those that cannot be moved (tables, kernel stacks, pipe b
 of the size of a large page, and have a stack of their own. When one of the two kinds has run out it takes from the
 other.
 """
-from shadowcore.engine.access cimport OP_READ, sc_result
+from shadowcore.engine.access cimport OP_READ, OP_WRITE, sc_result
 from shadowcore.engine.types cimport RC_OK, u8, u32, u64
 from shadowcore.guest.cpu cimport cpu_access, cpu_string
 from shadowcore.guest.state cimport (
@@ -86,11 +86,15 @@ cdef void frame_put(sc_guest *g, u64 frame) noexcept nogil:
 
 cdef int frame_filled(sc_guest *g, u8 kind, const u8 *source, u64 *frame) noexcept nogil:
     """A frame with the 4096 bytes at `source` (of the host; NULL: zeros), stored through the direct map."""
-    cdef int rc
+    cdef sc_result r
+    cdef int rc = RC_OK
     frame[0] = frame_take(g, kind)
     if frame[0] == 0:
         return RC_NOMEM
-    rc = cpu_string(g, frame[0] << 12, source, 4096)
+    if g.regions:                   # its struct, which counts its users
+        rc = cpu_access(g, OP_WRITE, 8, g.page_structs + 64 * frame[0], g.count[frame[0]], &r)
+    if rc == RC_OK:
+        rc = cpu_string(g, frame[0] << 12, source, 4096)
     if rc != RC_OK:
         frame_put(g, frame[0])
     return rc

@@ -113,6 +113,7 @@ cdef class KernelBase:
         self.g.flush_ceiling = options.flush_ceiling
         self.g.gather_room = options.flush_gather
         self.g.grouped = options.grouped
+        self.g.regions = options.regions
         self.g.kernel_work = options.kernel_work
         self.g.age_flush = options.age_flush
         self.g.data_frames = options.kernel_data
@@ -128,6 +129,10 @@ cdef class KernelBase:
             self.g.task_size = 0x7FFFFFFFF000
             self.g.stack_top = 0x7FFFFFFFF000
             self.g.entry_va = 0xFFFFFE0000001000
+            self.g.idt = 0xFFFFFE0000000000
+            self.g.text = 0xFFFFFFFF81000000
+            self.g.image = 0xFFFFFFFF82000000
+            self.g.page_structs = 0xFFFFEA0000000000 if self.g.mode == MODE_64 else 0xFFD4000000000000
         else:
             self.g.direct_map = 0xC0000000
             self.g.task_size = 0xC0000000

@@ -115,6 +115,9 @@ class KernelOptions:
     flush_gather: frames that wait for one flush before they are freed (Linux: 9,622 since 3.7, about 500 in 2007).
     grouped: frames of tables, kernel stacks and pipe buffers come from blocks of their own, of the size of a large page
         (Linux since 2.6.24: mobility). The defaults of these two are those of 2007.
+    regions: the kernel half has what Linux has there beside the direct map, under root entries of its own: the kernel's
+        image (its data), the structs of pages, the entry area of the processor. Each new root is used in all of them.
+        Modes "64" and "la57".
     kernel_work: the kernel's accesses to its own data at a system call; half of them at a switch, a quarter at a fault.
     kernel_data: pages of that data.
     age_flush: clearing an accessed bit is followed by a flush (Linux until 2014; without one, TLBs hide accesses).
@@ -135,6 +138,7 @@ class KernelOptions:
     flush_ceiling: int = 33
     flush_gather: int = 512
     grouped: bool = False
+    regions: bool = False
     kernel_work: int = 8
     kernel_data: int = 64
     age_flush: bool = True
@@ -151,7 +155,7 @@ class KernelOptions:
             value = getattr(self, name)
             if not isinstance(value, str) or value not in names:
                 raise ConfigError(f"{name}: {value!r} is not one of {', '.join(names)}")
-        for name in ("global_", "isolation", "pcid", "grouped", "age_flush"):
+        for name in ("global_", "isolation", "pcid", "grouped", "regions", "age_flush"):
             object.__setattr__(self, name, check_bool(name, getattr(self, name)))
         for name, (low, high) in _LIMITS.items():
             object.__setattr__(self, name, check_int(name, getattr(self, name), low, high))
@@ -161,6 +165,8 @@ class KernelOptions:
             raise ConfigError("isolation: mode 'pae', '64' or 'la57' is needed, not '32'")
         if self.pcid and self.mode not in ("64", "la57"):
             raise ConfigError(f"pcid: mode '64' or 'la57' is needed, not {self.mode!r}")
+        if self.regions and self.mode not in ("64", "la57"):
+            raise ConfigError(f"regions: mode '64' or 'la57' is needed, not {self.mode!r}")
         sloppy = tuple(self.sloppy)
         for name in sloppy:
             if name not in SLOPPY:

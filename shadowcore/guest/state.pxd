@@ -192,6 +192,11 @@ cdef struct sc_guest:
     bint age_flush
     # Layout
     u64 direct_map                  # linear address of gpa 0
+    bint regions                    # the kernel is mapped besides, as Linux is:
+    u64 image                       # ... its data, at this linear address; without regions that in the direct map
+    u64 text                        # ... a page of its text
+    u64 idt                         # ... the gates, a page of the entry area
+    u64 page_structs                # ... 64 bytes for each frame of RAM
     u64 task_size                   # end of the user half
     u64 mmap_base                   # mappings are placed below, top down
     u64 stack_top

@@ -106,7 +106,9 @@ SHELL = {
     "text": (500, 16, 16384, "pages of the program's code"),
     "windows": (19, 1, 1024, "stretches of 16 of them that a process runs through"),
     "heap": (20, 1, 4096, "pages of the shell's heap"),
-    "dirty": (6, 0, 4096, "of these, pages that the shell writes between two forks, and each child"),
+    "dirty": (4, 0, 4096, "of these, pages that the shell writes between two forks, and each child"),
+    "stack": (2, 0, 32, "pages of the stack that they write besides"),
+    "reads": (11, 0, 4096, "other pages of the heap that each child reads first"),
     "fresh": (8, 0, 4096, "pages that a process allocates"),
     "work": (250_000, 0, 1 << 32, "accesses of each process to these"),
     "slice": (8_000_000, 1000, 1 << 32, "accesses after which a process is preempted"),
@@ -120,9 +122,17 @@ def _run_code(guest: Guest, process: int, text: int, windows: int) -> None:
         guest.execute(process, guest.text + window * 65536, 4, 4096)
 
 
+def _write(guest: Guest, p: dict[str, int], program: Program, process: int) -> None:
+    """What the shell, and each child of it, writes after a fork."""
+    guest.sweep(process, guest.heap_of(program), p["dirty"], write=True)
+    guest.sweep(process, guest.stack - (p["stack"] << 12), p["stack"], write=True)
+
+
 def _start(guest: Guest, p: dict[str, int], program: Program, child: int) -> None:
-    """A member of a pipeline comes to life: it writes what the shell has written since, and perhaps execs."""
-    guest.sweep(child, guest.heap_of(program), p["dirty"], write=True)
+    """A member of a pipeline comes to life: it reads of what the shell has, writes what that has written since, and
+    perhaps execs."""
+    guest.sweep(child, guest.heap_of(program) + (p["dirty"] << 12), p["reads"])
+    _write(guest, p, program, child)
     _run_code(guest, child, p["text"], p["windows"])
     if guest.rng.integers(100) < p["exec_percent"]:
         guest.exec(child, program)
@@ -156,7 +166,7 @@ def _pipeline(guest: Guest, p: dict[str, int], program: Program, shell: int, pip
     children = []
     for _ in range(p["children"]):
         children.append(guest.fork(shell))
-        guest.sweep(shell, guest.heap_of(program), p["dirty"], write=True)
+        _write(guest, p, program, shell)
     for child in children:
         _start(guest, p, program, child)
     for place, child in enumerate(children):
@@ -167,13 +177,16 @@ def _pipeline(guest: Guest, p: dict[str, int], program: Program, shell: int, pip
 @workload("shell", "64MiB", None, **SHELL)
 def shell(guest: Guest, **p: int) -> Iterator[None]:
     """A shell script of pipelines: fork, sometimes exec, exit; calibrated by a recording of one."""
-    if p["dirty"] > p["heap"]:
-        raise ConfigError(f"shell: dirty: {p['dirty']} is more than the {p['heap']} pages of the heap")
+    if p["dirty"] + p["reads"] > p["heap"]:
+        raise ConfigError(
+            f"shell: dirty, reads: {p['dirty']} and {p['reads']} are more than the {p['heap']} pages of the heap"
+        )
     program = guest.kernel.program(text=p["text"], data=8, bss=8)
     me = guest.spawn(program)
     heap = guest.heap_of(program)
     guest.heap(me, heap + (p["heap"] << 12))
     guest.sweep(me, heap, p["heap"], write=True)
+    guest.sweep(me, guest.stack - (p["stack"] << 12), p["stack"], write=True)
     _run_code(guest, me, p["text"], p["windows"])
     pipes = [guest.kernel.pipe() for _ in range(p["children"])]
     guest.go()

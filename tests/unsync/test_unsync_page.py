@@ -46,6 +46,7 @@ def test_the_defaults():
         "flood_threshold",
         "prev_roots",
         "prefetch",
+        "notpresent_marker",
         "release",
     }
 
