@@ -437,7 +437,7 @@ cdef class Memory:
         if initially_set:
             log[:] = 0xFFFFFFFFFFFFFFFF
             if frames & 63:
-                log[-1] = (1 << (frames & 63)) - 1
+                log[len(log) - 1] = (1 << (frames & 63)) - 1
         self._logs[index] = log
         self.mem.slots[index].dirty = <u64 *>_pointer(log)
         self.mem.logging = True

@@ -64,6 +64,8 @@ MARKS = "the marks of a page are not as many as it counts, or it is a leaf table
 PREVIOUS = "the root of an earlier CR3 is no root for that, or none that is in use"
 HOST_ABSENT = "a leaf maps what the host has no page for, or no large one"
 HOST_READ_ONLY = "a writable leaf maps what the host, or the memory slot, lets nobody write"
+MARKER = "the shadow entry is marked as not present in the guest's tables, and the guest's entry is present"
+"""Its case is in tests/unsync/test_markers.py: only machines with the setting have markers."""
 LAGS = "the vcpu's roots are in sync, and marked: something below them may not be"
 
 NONE = 0xFFFFFFFF  # no page
