@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..recording import importers
+from ..recording.format import INCOMPLETE
 from .options import JSON, Output, command
 from .progress import progress as _progress
 
@@ -32,16 +33,21 @@ _NAME = click.option("--name", metavar="NAME", help="What reports call the recor
     show_default=True,
     help=f"What the files are; auto looks into the first. {importers.described()}",
 )
+@click.option(
+    "--lenient",
+    is_flag=True,
+    help="Skip and count lines of others in a text, such as what a program printed.  [default: the first is an error]",
+)
 @_NAME
 @JSON
-def import_(files: tuple[str, ...], out: str, form: str, name: str | None, as_json: bool) -> None:
-    """Convert FILEs of other tools into one recording. Of programs' files, each becomes a process.
+def import_(files: tuple[str, ...], out: str, form: str, lenient: bool, name: str | None, as_json: bool) -> None:
+    """Convert FILEs of other tools into one recording. Of programs' files, each becomes a process. - is standard input.
 
-    Files may be compressed (.gz, .xz). Where one cannot be read to its end, what comes before is kept in OUT,
-    marked as incomplete.
+    Files may be compressed (.gz, .bz2, .xz, .lzma, .zst). Where one cannot be read to its end, what comes before is
+    kept in OUT, marked as incomplete.
     """
     with _progress(Path(files[0]).name, "B") as progress:
-        writer = importers.convert(files, out, form, name=name, progress=progress)
+        writer = importers.convert(files, out, form, name=name, lenient=lenient, progress=progress)
     _written(writer, as_json)
 
 
@@ -76,12 +82,19 @@ def _written(writer: Writer, as_json: bool, err: bool = False) -> None:
         "records": writer.records,
         "processes": len(writer.processes),
         "bytes": size,
+        "complete": writer.complete,
+        "skipped": writer.skipped,
     }
     if as_json:
         click.echo(json.dumps(found))
     else:
         each = f", {size / writer.records:.2f} each" if writer.records else ""
         click.echo(f"{writer.path}: {writer.records:,} records of {writer.stream}, {size:,} bytes{each}", err=err)
+        if writer.skipped:
+            skipped = ", ".join(f"{what}: {number:,}" for what, number in writer.skipped.items())
+            click.echo(f"skipped: {skipped}", err=err)
+        if not writer.complete:
+            click.echo(f"{INCOMPLETE}.", err=err)
 
 
 @command()

@@ -47,6 +47,7 @@ class Writer:
     source: plain values that say where the recording comes from.
     guest: cr0, cr4, efer and nframes of a "guest" recording. vm: the machine that "operations" start on, as it is now.
     block: records in a block.
+    skipped: by whoever writes, what of its input it left out, and how often; the file does not have it.
 
     Where an exception leaves the context, and where the disk is full, the records that were written are kept in a file
     marked as incomplete; without any record there is no file.
@@ -90,6 +91,7 @@ class Writer:
         self._words: list[int] = []  # of memory at the start, in each part
         self._good: list[tuple[Mark, int]] = []  # after each block: the archive, and records in it
         self.processes: list[dict[str, Any]] = []
+        self.skipped: dict[str, int] = {}
         header: dict[str, Any] = {
             "format": FORMAT,
             "version": VERSION,

@@ -4,7 +4,7 @@ import numpy as np
 from places import DATA
 
 import shadowcore as sc
-from shadowcore.recordings import Event, Writer
+from shadowcore.recordings import Event, Reader, Writer
 
 FAMILY, TRUE = DATA / "programs" / "family.screc", DATA / "programs" / "true.screc"
 LACKEY = [DATA / "lackey" / "parent.txt", DATA / "lackey" / "child.txt"]
@@ -38,3 +38,19 @@ def made(path, steps, numbers=1, **more):
                     running = process
                 writer.write(op=np.full(len(addr), op), size=size, addr=np.array(addr, dtype=np.uint64))
     return path
+
+
+def rows_of(path):
+    """(process, op, size, addr), and events as (process, kind, fields), in order."""
+    found = []
+    with Reader(path) as reader:
+        for part in (part for block in reader for part in block.segments()):
+            if isinstance(part, tuple):
+                process, *columns = part
+                found += [(process, *row) for row in zip(*(c.tolist() for c in columns), strict=True)]
+            else:
+                fields = {n: int(part[n]) for n in part.dtype.names if part[n] and n not in ("at", "process", "kind")}
+                if "file" in fields:
+                    fields["file"] = reader.files[fields["file"] - 1]
+                found.append((int(part["process"]), Event(part["kind"]), fields))
+    return found

@@ -62,7 +62,7 @@ def extended(tmp_path):
     folder = copy(package, tmp_path / "shadowcore", package / "recording" / "importers")
     (folder / "letters.py").write_text(NEW)
     text = Path(importers.__file__).read_text("utf-8")
-    made = text.replace("import champsim, csv, lackey, linux\n", "import champsim, csv, lackey, letters, linux\n")
+    made = text.replace(", lackey, linux, ", ", lackey, letters, linux, ")
     made = made.replace(
         "IMPORTERS: tuple[ModuleType, ...] = (\n", "IMPORTERS: tuple[ModuleType, ...] = (\n    letters,\n"
     )

@@ -18,6 +18,7 @@ from commands import COMMAND, ENVIRONMENT, refused, run
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from places import DATA
+from program_recordings import rows_of
 
 import shadowcore as sc
 from shadowcore.recording import importers
@@ -26,22 +27,6 @@ from shadowcore.recording.importers import CHAMPSIM_DTYPE
 from shadowcore.recordings import FETCH, READ, WRITE, Event, Reader, Writer
 
 LACKEY = DATA / "lackey"
-
-
-def rows_of(path):
-    """(process, op, size, addr), and events as (process, kind, fields), in order."""
-    found = []
-    with Reader(path) as reader:
-        for part in (part for block in reader for part in block.segments()):
-            if isinstance(part, tuple):
-                process, *columns = part
-                found += [(process, *row) for row in zip(*(c.tolist() for c in columns), strict=True)]
-            else:
-                fields = {n: int(part[n]) for n in part.dtype.names if part[n] and n not in ("at", "process", "kind")}
-                if "file" in fields:
-                    fields["file"] = reader.files[fields["file"] - 1]
-                found.append((int(part["process"]), Event(part["kind"]), fields))
-    return found
 
 
 # -- ChampSim --------------------------------------------------------------------------------------------
@@ -141,6 +126,41 @@ def test_csv(tmp_path):
         (0, 3, 2, 0x10010),
         (1, Event.EXIT, {"other": 3}),
     ]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        b"\xef\xbb\xbfkind,addr\nread,0x1000\nwrite,8192\n",
+        b'"kind","addr"\n"read","0x1000"\n"write","8192"\n',
+        b'\xef\xbb\xbf"addr", "kind"\r\n0X1000,read\r\n0o20000,write\r\n',
+        b",kind,addr\n0,read,4096\n1,write,8192\n",
+        b"index,kind,addr\n0,read,4096\n1,write,8192\n",
+        b"Unnamed: 0.1,Unnamed: 0,kind,addr\nx,0,read,4096\ny,1,write,8192\n".replace(b"0.1", b"1"),
+    ],
+)
+def test_csv_of_spreadsheets_and_pandas(tmp_path, text):
+    (tmp_path / "a.csv").write_bytes(text)
+    importers.convert([tmp_path / "a.csv"], tmp_path / "out.screc")
+    assert rows_of(tmp_path / "out.screc") == [(0, READ, 1, 0x1000), (0, WRITE, 1, 0x2000)]
+
+
+@pytest.mark.parametrize(
+    ("number", "form"),
+    [
+        ("7ffe10", ": hexadecimal is written 0x7ffe10"),
+        ("FFh", ": hexadecimal is written 0xFF"),
+        ("010", ": decimal is written 10, hexadecimal 0x10, octal 0o10"),
+        ("09", ": decimal is written 9, hexadecimal 0x9"),
+        ("4096.0", ": whole numbers are written 4096"),
+        ("one", ""),
+    ],
+)
+def test_csv_says_how_a_number_is_written(tmp_path, number, form):
+    (tmp_path / "a.csv").write_text(f"kind,addr\nread,{number}\n")
+    with pytest.raises(sc.TraceError) as caught:
+        importers.convert([tmp_path / "a.csv"], tmp_path / "out.screc")
+    assert caught.value.expected.endswith(f"expected, not {number!r}{form}")
 
 
 @pytest.mark.parametrize(

@@ -4,9 +4,13 @@ The odd ones that were found are written out here and lie in data/odd-files; the
 by default and much of it with `-m slow`.
 """
 
+import bz2
+import gzip
 import io
+import lzma
 import random
 import re
+import struct
 import zipfile
 import zlib
 
@@ -311,6 +315,17 @@ TEXTS = {
     "csv": b"kind,process,addr,size,prot,flags,file,offset,other\n"
     b'mmap,0,0x10000,8192,3,34,"a,b",0,0\nread,0,65544,8,,,,,\n',
     "champsim": b"".join((0x400000 + 4 * n).to_bytes(8, "little") + bytes(56) for n in range(20)),
+    "drmemtrace": b"".join(
+        struct.pack("<HHQ", *row)
+        for row in [(25, 0, 6), (28, 12, 6), (22, 4, 7), (24, 4, 70), *[(10, 3, 0x401000)] * 18, (23, 4, 7), (26, 0, 0)]
+    ),
+    "drmemtrace.zip": (DATA / "odd-files" / "drmemtrace-allasm.trace.zip").read_bytes(),
+    "cloudsuite": b"".join((0x400000 + 4 * n).to_bytes(8, "little") + bytes(88) for n in range(20)),
+    "pinatrace": b"#\n" + b"0x401000: R 0x7ffe0000\n0x401004: W 0x7ffe0008 8 0x1\n" * 10 + b"#eof\n",
+    "dinero": b"2 401000\n0 7ffe0000 8\n1 7ffe0008\n" * 10,
+    "lackey.gz": gzip.compress(b"I  00401000,2\n L 1ffe,8\n" * 20),
+    "lackey.bz2": bz2.compress(b"I  00401000,2\n L 1ffe,8\n" * 20),
+    "lackey.lzma": lzma.compress(b"I  00401000,2\n L 1ffe,8\n" * 20, lzma.FORMAT_ALONE),
     "calls": b"""==5== Command: /bin/server
 I  00401000,2
 SYSCALL[5,1](56) sys_clone ( 3d0f00, 0x54, 0x54, 0x54, 0x54 ) --> [pre-success] Success(0x7)
@@ -355,8 +370,9 @@ def of_text(good, kind, seed, folder):
     """Mutated texts, by their format, and as what they look like."""
     rng = random.Random(f"text {kind} {seed}")
     (folder / "text").write_bytes(mutated(TEXTS[kind], rng))
-    form = "auto" if rng.random() < 0.3 else {"calls": "lackey"}.get(kind, kind)
-    importers.convert([folder / "text"], folder / "out.screc", form)
+    form = "auto" if rng.random() < 0.3 else {"calls": "lackey"}.get(kind, kind.partition(".")[0])
+    lenient = rng.random() < 0.3 and form in ("lackey", "pinatrace", "dinero")
+    importers.convert([folder / "text"], folder / "out.screc", form, lenient=lenient)
 
 
 FUZZERS = [(of_members, kind) for kind in READ] + [(of_bytes, kind) for kind in READ] + [(of_text, k) for k in TEXTS]

@@ -1,4 +1,5 @@
-"""Recordings from other tools' files: .npz recordings of guests, Valgrind's lackey, ChampSim, CSV. All are streamed.
+"""Recordings from other tools' files: .npz recordings of guests, Valgrind's lackey, DynamoRIO's drmemtrace, Pin's
+pinatrace, Dinero, ChampSim, CSV. All are streamed, and may be compressed.
 
 An importer is a module beside this one, and a line in `IMPORTERS`. It has
 
@@ -6,6 +7,8 @@ NAME: what the command line calls the format; the first line of the docstring sa
 matches(head): whether a file that begins with these bytes, inflated, is of this format;
 read(paths, writer, progress): all that is in the files goes to the Writer. progress: a `Progress`, or None. TraceError
     says what cannot be read, and where;
+lenient(paths, writer, progress): only if lines of others may stand between the format's own: as `read`, but those are
+    skipped, and counted in `writer.skipped`;
 guest(paths): only if the files are recordings of guests: registers and frames that such a Writer is made with. Others
     are recordings of programs.
 """
@@ -21,14 +24,17 @@ from types import ModuleType
 from ...errors import ConfigError, TraceError
 from ...files import check_path
 from ..format import GUEST, PROGRAM
+from ..others import stranger
 from ..writer import Writer
-from . import champsim, csv, lackey, linux
+from . import champsim, cloudsuite, csv, dinero, drmemtrace, lackey, linux, pinatrace
 from .champsim import CHAMPSIM_DTYPE
+from .cloudsuite import CLOUDSUITE_DTYPE
 from .csv import CSV_COLUMNS
-from .source import Progress, Source
+from .source import STDIN, Progress, Source, opened
 
 __all__ = [
     "CHAMPSIM_DTYPE",
+    "CLOUDSUITE_DTYPE",
     "CSV_COLUMNS",
     "FORMATS",
     "convert",
@@ -39,24 +45,27 @@ IMPORTERS: tuple[ModuleType, ...] = (
     linux,
     lackey,
     csv,
+    drmemtrace,
+    pinatrace,
+    dinero,
     champsim,
+    cloudsuite,
 )
 """In the order in which they are asked whose a file is: last those that take what has no mark of its own."""
 
 FORMATS: tuple[str, ...] = tuple(importer.NAME for importer in IMPORTERS)
 
-HEAD = 1 << 16
-"""Bytes that tell a format."""
-
 
 def guess(path: str | os.PathLike[str]) -> str:
     """The format of a file, by its contents; TraceError if it has none of those that are known."""
-    with Source(path) as source:
-        head = source.read(HEAD)
+    with Source(path, keep=True) as source:
+        head = source.head()
     for importer in IMPORTERS:
         if importer.matches(head):
             return str(importer.NAME)
-    raise TraceError(path, None, f"a file of one of the formats {', '.join(FORMATS)} expected, this looks like none")
+    known = stranger(head)
+    what = "this looks like none" + (f": it is {known}" if known else "")
+    raise TraceError(source.path, None, f"a file of one of the formats {', '.join(FORMATS)} expected, {what}")
 
 
 def described() -> str:
@@ -70,31 +79,41 @@ def convert(
     format: str = "auto",
     *,
     name: str | None = None,
+    lenient: bool = False,
     progress: Progress | None = None,
 ) -> Writer:
-    """Files of one format into the recording `out`. Several become several processes.
+    """Files of one format into the recording `out`. Several become several processes. "-" is standard input.
 
     format: one of FORMATS, or "auto": by the contents of the first file.
-    name: what reports call it (None: as the first file). Returns the writer, closed: its records, its processes.
+    name: what reports call it (None: as the first file). lenient: lines of others between the format's own are skipped
+    and counted. Returns the writer, closed: its records, its processes, and what was skipped.
     TraceError names file, record or line, and cause; what was read before is kept, marked as incomplete.
     """
     if format not in ("auto", *FORMATS):
         raise ConfigError(f"format: one of auto, {', '.join(FORMATS)} is needed, not {format!r}")
     if isinstance(paths, (str, bytes, os.PathLike)) or not paths:
         raise ConfigError("paths: a sequence of at least one file is needed")
-    paths, out = [check_path(path) for path in paths], check_path(out, "out")
-    for path in paths:
+    out = check_path(out, "out")
+    names = [check_path(path) for path in paths]
+    if names.count(STDIN) > 1:
+        raise ConfigError("paths: standard input (-) is read once")
+    for path in names:
         for made in (out, f"{out}.partial"):
             if os.path.exists(made) and os.path.exists(path) and os.path.samefile(path, made):
                 raise ConfigError(f"out: another file than {path} is needed")
-    kind = guess(paths[0]) if format == "auto" else format
+    inputs = [opened(path) for path in names]
+    kind = guess(inputs[0]) if format == "auto" else format
     importer = IMPORTERS[FORMATS.index(kind)]
-    title = Path(paths[0]).name.split(".")[0] if name is None else name
-    source = {"format": kind, "files": [os.fspath(path) for path in paths]}
-    guest = importer.guest(paths) if hasattr(importer, "guest") else None
+    read = getattr(importer, "lenient", None) if lenient else importer.read
+    if read is None:
+        others = ", ".join(each.NAME for each in IMPORTERS if hasattr(each, "lenient"))
+        raise ConfigError(f"lenient: it is for the formats {others}; one of them is needed, not {kind}")
+    title = Path(inputs[0]).name.split(".")[0] if name is None else name
+    source = {"format": kind, "files": [os.fspath(path) for path in inputs]}
+    guest = importer.guest(inputs) if hasattr(importer, "guest") else None
     stream = PROGRAM if guest is None else GUEST
     with kept(out), Writer(out, stream, name=title, source=source, guest=guest) as writer:
-        importer.read(paths, writer, progress)
+        read(inputs, writer, progress)
     return writer
 
 

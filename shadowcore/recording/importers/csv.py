@@ -5,7 +5,9 @@ from __future__ import annotations
 import csv
 import io
 import os
+import re
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -13,9 +15,12 @@ from ...errors import TraceError
 from ..format import FETCH, MODIFY, READ, WRITE, Event
 from ..writer import Writer
 from .processes import Processes
-from .source import LINE_MAX, Progress, Source, sources
+from .source import Progress, Source, sources
 
 NAME = "csv"
+
+BOM = b"\xef\xbb\xbf"
+"""The byte order mark that spreadsheets put before UTF-8."""
 
 CSV_COLUMNS = ("kind", "process", "addr", "size", "prot", "flags", "file", "offset", "other")
 """Columns that a CSV may have; the first line names them."""
@@ -24,10 +29,25 @@ _EVENT = {event.name.lower(): event for event in Event if event is not Event.RUN
 _LIMITS = {"process": 1 << 32, "prot": 1 << 32}
 
 
+_STYLE: Any = {"strict": True, "skipinitialspace": True}
+_INDEX = re.compile(r"|index|Unnamed: \d+")
+"""Names of columns with which pandas numbers rows."""
+
+
 def matches(head: bytes) -> bool:
     """The first line names columns that there are."""
-    first = head.split(b"\n", 1)[0].decode("utf-8", "replace").strip()
-    return "," in first and set(map(str.strip, first.split(","))) <= set(CSV_COLUMNS) and "addr" in first
+    first = head.removeprefix(BOM).split(b"\n", 1)[0].decode("utf-8", "replace").strip()
+    try:
+        names = _names(next(csv.reader([first], **_STYLE), []))
+    except csv.Error:
+        return False
+    return len(names) > 1 and set(names) <= {*CSV_COLUMNS, ""} and "addr" in names
+
+
+def _names(row: list[str]) -> list[str]:
+    """The names of columns, "" for those that number rows."""
+    names = [name.strip() for name in row]
+    return ["" if _INDEX.fullmatch(name) else name for name in names]
 
 
 def read(paths: Sequence[str | os.PathLike[str]], writer: Writer, progress: Progress | None = None) -> None:
@@ -40,7 +60,7 @@ def read(paths: Sequence[str | os.PathLike[str]], writer: Writer, progress: Prog
 
 def _read(source: Source, writer: Writer, processes: Processes) -> None:
     path = source.path
-    rows = csv.reader(_lines(source), strict=True)
+    rows = csv.reader(_lines(source), **_STYLE)
     accesses: list[tuple[int, int, int]] = []
 
     def flush() -> None:
@@ -56,15 +76,15 @@ def _read(source: Source, writer: Writer, processes: Processes) -> None:
             value = -1
         limit = _LIMITS.get(name, 1 << 64)
         if not 0 <= value < limit:
-            raise TraceError(
-                path, record, f"a number {name} from 0 to {limit - 1:#x} expected, not {text!r:.40}", "line"
-            )
+            expected = f"a number {name} from 0 to {limit - 1:#x} expected, not {text!r:.40}{_form(text)}"
+            raise TraceError(path, record, expected, "line")
         return value
 
     record = 1
     try:
-        names = [name.strip() for name in next(rows, [])]
-        if not {"kind", "addr"} <= set(names) <= set(CSV_COLUMNS) or len(set(names)) != len(names):
+        names = _names(next(rows, []))
+        used = [name for name in names if name]
+        if not {"kind", "addr"} <= set(used) <= set(CSV_COLUMNS) or len(set(used)) != len(used):
             expected = (
                 f"a first line that names columns of {', '.join(CSV_COLUMNS)}, kind and addr among them, expected"
             )
@@ -75,7 +95,7 @@ def _read(source: Source, writer: Writer, processes: Processes) -> None:
                 continue
             if len(row) != len(names):
                 raise TraceError(path, record, f"{len(names)} fields expected, not {len(row)}", "line")
-            fields = {name: value.strip() for name, value in zip(names, row, strict=True) if value.strip()}
+            fields = {name: value.strip() for name, value in zip(names, row, strict=True) if name and value.strip()}
             kind = fields.pop("kind", "").lower()
             file = fields.pop("file", None)
             values = {name: number(name, value) for name, value in fields.items()}
@@ -112,25 +132,26 @@ def _read(source: Source, writer: Writer, processes: Processes) -> None:
         raise
 
 
+def _form(text: str) -> str:
+    """How a number should have been written that was written in another way."""
+    if re.fullmatch(r"0\d{1,22}", text) and text.strip("0"):
+        octal = f", octal {int(text, 8):#o}" if set(text) <= set("01234567") else ""
+        return f": decimal is written {text.lstrip('0')}, hexadecimal 0x{text.lstrip('0')}{octal}"
+    if re.fullmatch(r"[0-9a-fA-F]{1,16}", text):
+        return f": hexadecimal is written 0x{text}"
+    if re.fullmatch(r"[0-9a-fA-F]{1,16}[hH]", text):
+        return f": hexadecimal is written 0x{text[:-1]}"
+    if re.fullmatch(r"\d{1,20}\.0*", text):
+        return f": whole numbers are written {text.partition('.')[0]}"
+    return ""
+
+
 def _lines(source: Source) -> Iterator[str]:
-    tail, count = b"", 1
-    while True:
-        new = source.read()
-        data = tail + new
-        stop = data.rfind(b"\n") + 1 if new else len(data)
-        data, tail = data[:stop], data[stop:]
-        wrong = data.find(b"\0")
+    for number, data in source.lines():
+        data = data.removeprefix(BOM) if number == 1 else data
         try:
             text = data.decode()
         except UnicodeDecodeError as error:
-            wrong = error.start
-        if wrong >= 0:
-            raise TraceError(
-                source.path, count + data.count(b"\n", 0, wrong), "lines of text in UTF-8 expected", "line"
-            )
-        count += text.count("\n")
-        if len(tail) > LINE_MAX:
-            raise TraceError(source.path, count, f"lines of text expected, of {LINE_MAX} bytes at most", "line")
+            line = number + data.count(b"\n", 0, error.start)
+            raise TraceError(source.path, line, "lines of text in UTF-8 expected", "line") from None
         yield from io.StringIO(text, newline="")
-        if not new:
-            return

@@ -9,11 +9,11 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from ...errors import TraceError
-from ..format import CLONE_VM, Event
+from ..format import CLONE_VM, FETCH, MODIFY, READ, WRITE, Event
 from ..writer import Writer
 from . import lackey_text
 from .processes import Processes
-from .source import CHUNK, LINE_MAX, Progress, Source, sources
+from .source import CHUNK, LINE_MAX, OTHERS, Progress, Source, sources
 
 NAME = "lackey"
 ROOM = CHUNK // 4
@@ -26,10 +26,22 @@ _RESUMED = re.compile(rb"SYSCALL\[(?P<pid>\d+),(?P<tid>\d+)\]\(\s*\d+\) +\.\.\. 
 _CREATED = re.compile(rb"process \d+ created child (\d{1,10})\b")
 _SUCCESS = re.compile(rb"Success\((0x[0-9a-fA-F]{1,16})\)")
 _FLAGS = re.compile(rb"[\s(]*([0-9a-fA-F]{1,16})\s*[,)]")
-_BANNER = re.compile(rb"==(?P<pid>\d{1,10})== (?P<text>.*)$")
-_MESSAGE = re.compile(rb"(==|--|\*\*)\d+(==|--|\*\*)|SYSCALL\[|\s+--> \[| *--> |\s*$")
+_TIME = rb"(?:\d\d+:\d\d:\d\d:\d\d\.\d{3} )?"  # before the process, with --time-stamp=yes
+_BANNER = re.compile(rb"==%b(?P<pid>\d{1,10})== (?P<text>.*)$" % _TIME)
+_SAID = re.compile(rb"\s*(==|--|\*\*)%b\d+(==|--|\*\*)|0x[0-9a-f]+: \[\d+\]=\{" % _TIME)
+"""What Valgrind itself says; with -v -v it prints unwind tables too, with nothing before them."""
+_MESSAGE = re.compile(rb"SYSCALL\[|\s+--> \[| *--> |\s*$")
+_SUPERBLOCK = re.compile(rb"\s*SB [0-9a-fA-F]{1,16}\s*$")
+_BLANKS = re.compile(rb"\s*([ILSM])\s+([0-9a-fA-F]{1,16}),(\d{1,5})\s*$")
+"""An access as `lackey_text` has it, but for the blanks."""
 _PATH = re.compile(rb"0x[0-9a-fA-F]+\((.*)\),")
-_NEW_IMAGE = re.compile(rb"==\d+== ")
+# After an exec that succeeds the new program's first line follows the call without an end of the line: a banner, or
+# with -q an access.
+_NEW_IMAGE = re.compile(rb"==%b\d+== |(?<=\))(?:I | [LSM]) [0-9a-fA-F]{1,16},\d{1,5}$" % _TIME)
+_EXEC = ("execve", "execveat")
+_KINDS = {b"I": FETCH, b"L": READ, b"S": WRITE, b"M": MODIFY}
+
+SUPERBLOCKS = "superblocks (--trace-superblocks)"
 
 
 class LackeyParser:
@@ -37,7 +49,7 @@ class LackeyParser:
 
     writer: where the accesses and events go. number: of the process in it. name: of the text, for errors.
     run: called before anything is written for the process.  child: called with the pid of a new process, returns its
-    number.
+    number.  lenient: lines that are none of lackey's, such as what the program printed, are skipped and counted.
     """
 
     def __init__(
@@ -48,13 +60,14 @@ class LackeyParser:
         *,
         run: Callable[[int], None],
         child: Callable[[int], int],
+        lenient: bool = False,
     ) -> None:
         self.lines = 0
         self.traced = False  # there was an access or a system call: messages alone are what every tool prints
         self.pid: int | None = None
         self._image: str | None = None  # a command whose program may be new
         self._writer, self._number, self._name = writer, number, name
-        self._run, self._child = run, child
+        self._run, self._child, self._lenient = run, child, lenient
         self._tail = b""
         self._room = ROOM
         self._op = np.empty(self._room, dtype=np.uint8)
@@ -70,35 +83,84 @@ class LackeyParser:
     def feed(self, data: bytes) -> None:
         """Take the next part of the text; TraceError names the line that cannot be."""
         text = self._tail + data if self._tail else data
-        at, end = 0, len(text)
+        if b"\r" in text:
+            # A carriage return at the end may be half of an end of line.
+            cut = len(text) - text.endswith(b"\r")
+            self._feed(text[:cut].replace(b"\r\n", b"\n"))
+            self._tail += text[cut:]
+        else:
+            self._feed(text)
+
+    def _feed(self, text: bytes) -> None:
+        at, end, filled = 0, len(text), 0
         while True:
-            at, filled, what = lackey_text.parse(text, at, end, self._op, self._size, self._addr, 0)
-            if filled:
-                self._settle(False)
-                self.lines += filled
-                self.traced = True
-                self._run(self._number)
-                self._writer.write(op=self._op[:filled], size=self._size[:filled], addr=self._addr[:filled])
+            before = filled
+            at, filled, what = lackey_text.parse(text, at, end, self._op, self._size, self._addr, filled)
+            self.lines += filled - before
             if what == lackey_text.FULL:
+                filled = self._put(filled)
                 continue
-            if what == lackey_text.BAD:
-                raise self._error(f"an access such as ' L 1ffeffe7f8,8' expected, not {_shown(text[at : at + 60])}")
             if what == lackey_text.MORE:
                 break
             stop = text.find(b"\n", at, at + LINE_MAX)
+            line = text[at:stop] if stop >= 0 else text[at : at + 60]
+            if stop < 0 and (what == lackey_text.BAD or end - at >= LINE_MAX):
+                self._put(filled)
+                if what == lackey_text.BAD:
+                    raise self._error(f"an access such as ' L 1ffeffe7f8,8' expected, not {_shown(line)}")
+                raise self._error(f"lines of text expected, not {_shown(line)}")
             if stop < 0:
-                if end - at >= LINE_MAX:
-                    raise self._error(f"lines of text expected, not {_shown(text[at : at + 60])}")
                 break
-            self._other(text[at:stop])
+            if _SUPERBLOCK.match(line):
+                self._skip(SUPERBLOCKS)
+            elif (match := _BLANKS.match(line)) and 1 <= int(match[3]) <= 0xFFFF:
+                if filled == self._room:
+                    filled = self._put(filled)
+                filled = self._add(filled, match)
+            else:
+                filled = self._put(filled)
+                if what == lackey_text.OTHER:
+                    self._other(line)
+                elif self._lenient:
+                    self._skip(OTHERS)
+                else:
+                    raise self._error(f"an access such as ' L 1ffeffe7f8,8' expected, not {_shown(line)}")
             self.lines += 1
             at = stop + 1
+        self._put(filled)
         self._tail = text[at:]
 
+    def _add(self, filled: int, match: re.Match[bytes]) -> int:
+        self._op[filled], self._size[filled] = _KINDS[match[1]], int(match[3])
+        self._addr[filled] = int(match[2], 16)
+        return filled + 1
+
+    def _put(self, filled: int) -> int:
+        """Write the accesses that wait; there are none afterwards."""
+        if filled:
+            self._settle(False)
+            self._open = None
+            self.traced = True
+            self._run(self._number)
+            self._writer.write(op=self._op[:filled], size=self._size[:filled], addr=self._addr[:filled])
+        return 0
+
+    def _skip(self, what: str) -> None:
+        self._writer.skipped[what] = self._writer.skipped.get(what, 0) + 1
+
     def end(self) -> None:
-        """The text has ended; TraceError if that is in the middle of a line."""
-        if self._tail:
+        """The text has ended; TraceError if that is in the middle of a line.
+
+        A process that has called exec, and no more, is out of sight from there on: that is its end.
+        """
+        if self._tail.startswith(b"SYSCALL[") and b" sys_exec" in self._tail:
+            self._other(self._tail.rstrip())
+            self.lines += 1
+            self._tail = b""
+        if self._tail.strip():
             raise self._error(f"a whole line expected, not {_shown(self._tail)} and the end of the text")
+        if self._open is not None and self._open[0] in _EXEC:
+            self._event(Event.EXIT)
 
     # -- lines that are no accesses
 
@@ -109,16 +171,20 @@ class LackeyParser:
             if line.lstrip().startswith(b"-->"):
                 self._call(name, thread, args, line)
                 return
-        if not _MESSAGE.match(line):
+        if not _SAID.match(line) and not _MESSAGE.match(line):
+            if self._lenient:
+                self._skip(OTHERS)
+                return
             expected = f"a line of lackey's with --trace-mem=yes expected, not {_shown(line)}"
-            raise self._error(expected)
-        if not line.startswith(b"=="):
+            raise self._error(expected + ("" if not self.traced else "; --lenient skips what a program printed"))
+        if _SAID.match(line):
+            if match := _BANNER.match(line.lstrip()):
+                self._banner(int(match["pid"]), match["text"])
+            return
+        if line.strip():
             self._settle(line.lstrip().startswith(b"-->"))
-        # After an exec the new program's first line follows the call without an end of the line.
         image = _NEW_IMAGE.search(line, 1) if b"sys_exec" in line else None
-        call, banner = (line[: image.start()], line[image.start() :]) if image else (line, line)
-        if match := _BANNER.match(banner):
-            self._banner(int(match["pid"]), match["text"])
+        call = line[: image.start()] if image else line
         if match := _RESUMED.match(call):
             pending = self._pending.pop(match["pid"] + b"," + match["tid"], None)
             if pending is not None:
@@ -128,6 +194,18 @@ class LackeyParser:
             self.traced = True
             name = match["name"].decode().removeprefix("sys_").removeprefix("old_")
             self._call(name, match["pid"] + b"," + match["tid"], match["args"], match["args"])
+        if image:
+            self._follow(call, line[image.start() :])
+
+    def _follow(self, call: bytes, line: bytes) -> None:
+        """What a new program begins with, behind the call that made it."""
+        self._open = None
+        if match := _BANNER.match(line):
+            self._banner(int(match["pid"]), match["text"])
+        elif (match := _BLANKS.match(line)) and 1 <= int(match[3]) <= 0xFFFF:
+            path = _PATH.search(call)
+            self._image = path[1].decode("utf-8", "replace") if path else "a program"
+            self._put(self._add(0, match))
 
     def _of(self, pid: int) -> None:
         if self.pid is None:
@@ -241,23 +319,37 @@ def _shown(data: bytes) -> str:
     return ascii(data[:60].split(b"\n")[0].decode("latin-1"))
 
 
-_FIRST_PID = re.compile(rb"==(\d{1,10})==|SYSCALL\[(\d{1,10}),")
+_FIRST_PID = re.compile(rb"(?:==|--)%b(\d{1,10})(?:==|--)|SYSCALL\[(\d{1,10})," % _TIME)
+_FIRST = re.compile(
+    rb"\s*((==|--)%b\d+(==|--) |SYSCALL\[\d+,\d+\]|--> \[|(I | ?[LSM]) +[0-9a-f]+,\d+\s*\n|SB [0-9a-f]{8,16}\s*\n)"
+    % _TIME
+)
+_LACKEY = re.compile(rb"^==%b\d+== Lackey, an example Valgrind tool\r?$" % _TIME, re.M)
 
 
 def matches(head: bytes) -> bool:
-    """The first line is one of Valgrind's, or an access."""
-    return re.match(rb"(==\d+== |SYSCALL\[\d+,\d+\]|(I | [LSM]) [0-9a-f]+,\d+\n)", head) is not None
+    """The first line is one of Valgrind's, or an access; or the tool's banner is among the lines of a program."""
+    return _FIRST.match(head) is not None or _LACKEY.search(head) is not None
 
 
 def read(paths: Sequence[str | os.PathLike[str]], writer: Writer, progress: Progress | None = None) -> None:
     """Each text is a process, or several: their processes follow one another in the recording."""
+    _all(paths, writer, progress, False)
+
+
+def lenient(paths: Sequence[str | os.PathLike[str]], writer: Writer, progress: Progress | None = None) -> None:
+    """The same; lines that are not lackey's are skipped."""
+    _all(paths, writer, progress, True)
+
+
+def _all(paths: Sequence[str | os.PathLike[str]], writer: Writer, progress: Progress | None, lenient: bool) -> None:
     processes = Processes(writer)
     for source in sources(paths, progress):
         with source:
-            _read(source, writer, processes)
+            _read(source, writer, processes, lenient)
 
 
-def _read(source: Source, writer: Writer, processes: Processes) -> None:
+def _read(source: Source, writer: Writer, processes: Processes, lenient: bool) -> None:
     head = source.read()
     while len(head) < 1 << 12 and (more := source.read()):
         head += more
@@ -270,7 +362,12 @@ def _read(source: Source, writer: Writer, processes: Processes) -> None:
         number = processes.new(None)
     writer.processes[number]["text"] = source.path
     parser = LackeyParser(
-        writer, number, source.path, run=processes.run, child=lambda pid: processes.child(number, pid)
+        writer,
+        number,
+        source.path,
+        run=processes.run,
+        child=lambda pid: processes.child(number, pid),
+        lenient=lenient,
     )
     while head:
         parser.feed(head)

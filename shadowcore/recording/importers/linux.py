@@ -6,10 +6,10 @@ import os
 import re
 from collections.abc import Sequence
 
-from ...errors import ConfigError
+from ...errors import ConfigError, TraceError
 from ..guest import MEMBERS, load, registers
 from ..writer import Writer
-from .source import Progress
+from .source import Pipe, Progress
 
 NAME = "linux"
 
@@ -25,6 +25,8 @@ def guest(paths: Sequence[str | os.PathLike[str]]) -> dict[str, int]:
     """Registers and frames of the guest. ConfigError for more than one file, TraceError."""
     if len(paths) > 1:
         raise ConfigError("paths: one recording of a guest is needed, not several")
+    if isinstance(paths[0], Pipe):
+        raise TraceError(paths[0].path, None, "a file expected, not a pipe: an .npz is read from its end")
     return registers(paths[0])
 
 
