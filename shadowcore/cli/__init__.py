@@ -16,6 +16,7 @@ import click
 from .._version import __version__
 from ..errors import ShadowcoreError
 from . import about as cli_about
+from . import check as cli_check
 from . import evolution as cli_evolution
 from . import programs as cli_programs
 from . import recording as cli_recording
@@ -94,6 +95,7 @@ for _module in (
     cli_programs,
     cli_recording,
     cli_replay,
+    cli_check,
     cli_reproduce,
     cli_evolution,
     cli_about,

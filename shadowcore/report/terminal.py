@@ -15,6 +15,7 @@ from ..engine.costs import COMPONENTS, left_out
 from ..recording.format import INCOMPLETE
 from ..recording.replay import Phase, ReplayResult
 from ..studies.evolution import RELEASES, Evolution
+from ..studies.host import EVENTS, GROUPS, HostTrace, counted
 from ..studies.reproduction import Reproduction
 from ..studies.results import Study, StudyDesign
 from ..workload import WorkloadResult
@@ -241,3 +242,53 @@ def print_reproduction(found: Reproduction) -> None:
     for test, by_pool in found.pools.items():
         table.add_row(test, *(cell for s, n in by_pool.values() for cell in (f"{s:.2f}", f"{n:,.0f}")))
     _console().print(table)
+
+
+def check(hosts: Sequence[HostTrace], study: Study) -> Table:
+    """Exits and events of hosts, and of designs beside them."""
+    made = counted(study)["designs"]
+    unit = "operations" if study.kind == "workload" else "records"
+    title = f"{', '.join(host.file for host in hosts)} beside {study.workload}: {study.operations:,} {unit}"
+    caption = "\n".join(note for host in hosts for note in host.notes())
+    table = Table(title=escape(title), caption=escape(caption), title_style="bold", caption_justify="left")
+    table.add_column("")
+    for name in [*(host.kind for host in hosts), *made]:
+        table.add_column(name, justify="right", no_wrap=True)
+
+    def cells(values: Iterable[int | None], totals: Iterable[int]) -> list[str]:
+        """Counts, with their share of the exits."""
+        return [
+            "not told" if value is None else f"{value:,}" + (f" {100 * value / total:5.1f} %" if total else "")
+            for value, total in zip(values, totals, strict=True)
+        ]
+
+    all_of = [*hosts, *made.values()]
+    parts = [vars(each) | {"exits_total": each.exits_total} if isinstance(each, HostTrace) else each for each in all_of]
+    totals = [part["exits_total"] for part in parts]
+    for group, reasons in GROUPS.items():
+        table.add_row(f"exits: {group}", *cells([part["groups"][group] for part in parts], totals), style="bold")
+        for reason in reasons if len(reasons) > 1 else ():
+            label = EXITS[reason].removeprefix("page fault: ")
+            table.add_row(f"  {label}", *cells([part["exits"][reason] for part in parts], totals))
+    table.add_row("exits for the MMU's sake", *(f"{total:,}" for total in totals), style="bold")
+    table.add_section()
+    nothing = [0] * len(parts)
+    for event, (_, label) in EVENTS.items():
+        values = [part["events"].get(event, 0 if part["events"] else None) for part in parts]
+        table.add_row(f"{label} ({event})", *cells(values, nothing))
+    others = [name for host in hosts for name in host.events if name not in EVENTS]
+    exits = [name for host in hosts for name in host.other]
+    for names, key, label in ((others, "events", "{}"), (exits, "other", "other exits: {}")):
+        if names:
+            table.add_section()
+        for name in dict.fromkeys(names):
+            values = [getattr(host, key).get(name) for host in hosts]
+            shown = ["" if not value else f"{value:,}" for value in values]
+            if any(shown):
+                table.add_row(escape(label.format(name)), *shown, *[""] * len(made))
+    return table
+
+
+def print_check(hosts: Sequence[HostTrace], study: Study) -> None:
+    """Print it."""
+    _console().print(check(hosts, study))
