@@ -34,6 +34,7 @@ from .guest.kernel import CALL_DTYPE, Kernel
 from .guest.options import Call, File, KernelOptions, Program, Prot, Touch
 from .guest.process import Process
 from .pagetables import PageTables
+from .studies.access import AccessExplanation, explain
 from .studies.results import Study, StudyDesign
 from .studies.study import StudyInterrupted, study
 
@@ -42,6 +43,7 @@ __all__ = [
     "OP_DTYPE",
     "TLB",
     "VM",
+    "AccessExplanation",
     "AuditError",
     "AuditReport",
     "Call",
@@ -86,6 +88,7 @@ __all__ = [
     "Violation",
     "__version__",
     "embed",
+    "explain",
     "get_include",
     "importers",
     "pagetables",

@@ -33,3 +33,16 @@ def pandas() -> Any:
         return importlib.import_module("pandas")
     except ImportError:
         raise ConfigError("pandas: it is not installed; pip install pandas") from None
+
+
+_TOP = '<td style="text-align:left;vertical-align:top">{}</td>'
+
+
+def columns(title: str, cells: Mapping[str, Sequence[str]]) -> str:
+    """An HTML table of columns of any lengths: by the header of each its cells, which are HTML already."""
+    head = "".join(f'<th style="text-align:left">{escape(name)}</th>' for name in cells)
+    body = ""
+    for row in range(max(map(len, cells.values()), default=0)):
+        found = (column[row] if row < len(column) else "" for column in cells.values())
+        body += f"<tr>{''.join(_TOP.format(cell) for cell in found)}</tr>"
+    return f"<table><caption>{escape(title)}</caption><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"

@@ -72,9 +72,31 @@ def save(vm: Machine, path: str | os.PathLike[str]) -> None:
     structure was written by hand and does not hold.
     """
     path = check_path(path)
+    members, state = _state(vm)
+    state["violations"] = vm.audit().count
+    text = json.dumps(state, sort_keys=True)
+    members |= {"state": np.array(text), "digest": np.array(_digest(text, members))}
+    with Replacement(path) as file:
+        np.savez_compressed(file, **members)  # type: ignore[arg-type]
+
+
+def copy(make: Callable[..., M], vm: Machine) -> M:
+    """Another VM, made by `make`, in the state of `vm`, which stays as it is. Callbacks are no part of a state.
+    MemoryError where the host has no room for its RAM once more."""
+    members, state = _state(vm)
+    state = json.loads(json.dumps(state))
+    slots, mmu, features, tlb, vcpus = _settings(state)
+    twin = make(slots, mmu, vcpus, tlb, features=features)
+    _restore(twin, state, members, True)
+    twin.mmu.settle()
+    return twin
+
+
+def _state(vm: Machine) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:
+    """Arrays and plain values that are the state of `vm`."""
     vm.mmu.settle()
     members = _members(vm)
-    state: dict[str, Any] = {
+    return members, {
         "format": FORMAT,
         "version": VERSION,
         "memory": int(vm.memory.bytes.size),
@@ -84,14 +106,9 @@ def save(vm: Machine, path: str | os.PathLike[str]) -> None:
         "design": {"kind": type(vm.mmu.design).__name__, **dataclasses.asdict(vm.mmu.design)},
         "features": dataclasses.asdict(vm.features),
         "tlb": None if vm.tlb is None else dataclasses.asdict(vm.tlb),
-        "violations": vm.audit().count,
         "mmu": vm.mmu.export_state(),
         "vcpus": [cpu.export_state() for cpu in vm.vcpus],
     }
-    text = json.dumps(state, sort_keys=True)
-    members |= {"state": np.array(text), "digest": np.array(_digest(text, members))}
-    with Replacement(path) as file:
-        np.savez_compressed(file, **members)  # type: ignore[arg-type]
 
 
 def _slots(memory: Memory) -> list[Any]:

@@ -195,9 +195,9 @@ class Explanation:
         return plain
 
 
-def explain(vm: VM, gva: int, access: Access = "r", user: bool = False) -> Explanation:
-    """Walk `gva` for `access` ("r", "w" or "x") with the tables and registers of the first vcpu of `vm`."""
-    cpu = vm.vcpus[0]
+def explain(vm: VM, gva: int, access: Access = "r", user: bool = False, vcpu: int = 0) -> Explanation:
+    """Walk `gva` for `access` ("r", "w" or "x") with the tables and registers of a vcpu of `vm`."""
+    cpu = vm.vcpus[vcpu]
     if cpu.mode not in FORMATS:
         raise ConfigError("vm: paging is off")
     form = FORMATS[cpu.mode]

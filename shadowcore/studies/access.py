@@ -1,0 +1,390 @@
+"""One access explained in full: the guest's walk and the shadow's, what the access would do, what the guest would see.
+
+It is done on a copy of the machine, so what is said is what the engine does, and the machine stays as it is.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from html import escape
+from typing import Any
+
+import numpy as np
+
+from .. import embed, notebook
+from ..config import Shadow, check_int
+from ..engine import snapshot
+from ..engine.machine import VM
+from ..errors import ConfigError, GeneralProtection, MMIOAccess, PageFault
+from ..pagetables import NX, PS, P, U, W
+from .explain import ACCESS_NAMES, ENTRY_NAMES, Access, Explanation
+from .explain import explain as walked
+
+_ADDRESS = 0x000F_FFFF_FFFF_F000
+_GUEST_W, _GUEST_U, _MMU_W = 1 << 10, 1 << 11, 1 << 9
+A_BIT, D_BIT = 1 << 5, 1 << 6
+
+EXITS = {
+    "fill": "a page fault exit: the shadow has no entry for what the guest maps",
+    "write": "a page fault exit: the shadow's leaf grants less than the guest does",
+    "emulate": "a page fault exit: the emulator has to do the store, for its frame is a guest table with a shadow page",
+    "guest": "a page fault exit: the fault is the guest's own, and is injected",
+    "mmio": "a page fault exit: the gpa is in no memory slot, a device has to serve it",
+}
+"""Why control leaves the guest at an access."""
+
+
+@dataclass(frozen=True)
+class ShadowStep:
+    """One entry of the shadow's walk.
+
+    level: of its page. page: number of the page in the pool; role: what the page stands for, in words.
+    index: of the entry in it. entry: its value; bits: in words. leads_to: what it points to, or why the walk ends.
+    """
+
+    level: int
+    page: int
+    role: str
+    index: int
+    entry: int
+    bits: tuple[str, ...]
+    leads_to: str
+
+
+@dataclass(frozen=True)
+class AccessExplanation:
+    """What `explain` returns. It prints as text, shows as two columns in notebooks, and is `as_dict()` in plain types.
+
+    gva, access ("r", "w", "x"), user, vcpu, size (bytes), design: what was asked, of which machine.
+    guest: the guest's walk (None: paging is off). shadow: the shadow's, before the access (None: a design without one);
+    after: the same afterwards.
+    exits: VM exits by reason, in the order in which they happen. tlb_hit: the modelled TLB had the translation.
+    changes: what the access changes, a sentence each, in the MMU and in the guest's tables.
+    counters: what counters grow by. outcome: "done", "#PF", "#GP" or "device".
+    gpa: that is reached (None: none). value: what a read returns. error_code: of a fault. sees: what the guest sees.
+    """
+
+    gva: int
+    access: Access
+    user: bool
+    vcpu: int
+    size: int
+    design: str
+    guest: Explanation | None
+    shadow: tuple[ShadowStep, ...] | None
+    after: tuple[ShadowStep, ...] | None
+    exits: tuple[str, ...]
+    tlb_hit: bool
+    changes: tuple[str, ...]
+    counters: dict[str, int] = field(repr=False)
+    outcome: str
+    gpa: int | None
+    value: int | None
+    error_code: int | None
+    sees: str
+
+    @property
+    def hit(self) -> bool:
+        """No exit: the processor does it alone."""
+        return not self.exits
+
+    def verdict(self) -> list[str]:
+        """Whether it hits; which exits, and why."""
+        if self.tlb_hit and self.hit:
+            return ["hit: the TLB has the translation"]
+        if self.hit and self.shadow is None:
+            return ["no exit: the processor walks the guest's own tables"]
+        if self.hit:
+            return ["hit: the shadow's tables serve, no exit"]
+        return [EXITS.get(reason, f"an exit: {reason}") for reason in self.exits]
+
+    def lines(self) -> list[str]:
+        """The explanation as text, a line each."""
+        lines = [self._title(), "", "THE GUEST'S WALK"]
+        lines += ["paging is off: the gpa is the linear address"] if self.guest is None else self.guest.lines()
+        if self.shadow is not None:
+            lines += ["", "THE SHADOW'S WALK"]
+            for step in self.shadow:
+                lines += _shadow_lines(step)
+            lines += [] if self.shadow else ["no root: the next entry to the guest makes one"]
+        lines += ["", "WHAT THE ACCESS WOULD DO", *self.verdict()]
+        lines += [f"  - {change}" for change in self.changes] or ["  - nothing changes"]
+        return [*lines, "", "WHAT THE GUEST WOULD SEE", self.sees]
+
+    def _title(self) -> str:
+        who = "user" if self.user else "supervisor"
+        size = "" if self.access == "x" else f" of {self.size} byte{'s' * (self.size > 1)}"
+        return f"{who} {ACCESS_NAMES[self.access]}{size} at gva {self.gva:#x}, design {self.design}"
+
+    def __str__(self) -> str:
+        return "\n".join(self.lines())
+
+    def as_dict(self) -> dict[str, Any]:
+        """The explanation in plain types, as `shadowcore explain --json` prints it."""
+        plain = vars(self) | {"hit": self.hit, "verdict": self.verdict()}
+        plain["guest"] = None if self.guest is None else self.guest.as_dict()
+        for name in ("shadow", "after"):
+            steps = plain[name]
+            plain[name] = None if steps is None else [vars(step) | {"bits": list(step.bits)} for step in steps]
+        return plain | {"exits": list(self.exits), "changes": list(self.changes)}
+
+    def html(self) -> str:
+        """The explanation as a part of a page: the two walks in columns, then what happens."""
+        guest = [] if self.guest is None else [_cell(_guest_lines(step)) for step in self.guest.steps]
+        shadow = [] if self.shadow is None else [_cell(_shadow_lines(step)) for step in self.shadow]
+        if self.guest is None:
+            guest = [_cell(["paging is off"])]
+        if self.shadow is None:
+            shadow = [_cell([f"{self.design} has no shadow"])]
+        walks = notebook.columns(self._title(), {"the guest's walk": guest, "the shadow's walk": shadow})
+        end = self.guest.lines()[-1 - len(self.guest.code_bits) :] if self.guest is not None else []
+        parts = {"the guest's tables say": end, "the access would do": [*self.verdict(), *self.changes]}
+        parts["the guest would see"] = [self.sees]
+        return walks + "".join(
+            f"<p><b>{escape(name)}</b></p><ul>{''.join(f'<li>{escape(line)}</li>' for line in lines)}</ul>"
+            for name, lines in parts.items()
+            if lines
+        )
+
+    def _repr_html_(self) -> str:
+        return self.html()
+
+
+def explain(
+    vm: VM, gva: int, access: Access = "r", user: bool | None = None, *, vcpu: int = 0, size: int | None = None
+) -> AccessExplanation:
+    """One access of a machine in full: both walks entry by entry, hit or exit and why, what the MMU would change, and
+    what the guest would see. The machine stays as it is: the access is done on a copy, which takes as much memory again
+    as the guest uses.
+
+    gva: linear address. access: "r", "w" or "x". user: None: by cpu.cpl. vcpu: number of the processor.
+    size: bytes, 1, 2, 4 or 8 (None: as many as the address is aligned to). A write stores what is there already.
+    ConfigError for what cannot be asked; PoolExhausted where the access would meet it.
+    """
+    if access not in ACCESS_NAMES:
+        raise ConfigError(f"access: one of r, w, x is needed, not {access!r:.40}")
+    check_int("gva", gva, 0, (1 << 64) - 1)
+    check_int("vcpu", vcpu, 0, len(vm.vcpus) - 1)
+    if size is None:
+        size = min(8, gva & -gva or 8)
+    if size not in (1, 2, 4, 8):
+        raise ConfigError(f"size: 1, 2, 4 or 8 bytes are needed, not {size!r:.40}")
+    cpu = vm.vcpus[vcpu]
+    user = cpu.cpl == 3 if user is None else bool(user)
+    guest = None if cpu.mode == "off" else walked(vm, gva, access, user, vcpu)
+    twin = snapshot.copy(VM, vm)
+    before = twin.stats.as_dict()
+    exits: list[str] = []
+    embed.on_event(twin, lambda event: exits.append(str(event.detail)), "exit")
+    try:
+        result = _do(twin, vcpu, gva, access, user, size)
+    finally:
+        embed.on_event(twin, None)
+    after = twin.stats.as_dict()
+    counters = {name: after[name] - before[name] for name in after if after[name] != before[name]}
+    outcome, gpa, value, code, sees = result
+    return AccessExplanation(
+        gva=gva,
+        access=access,
+        user=user,
+        vcpu=vcpu,
+        size=size,
+        design=vm.mmu.design.name,
+        guest=guest,
+        shadow=_walk(vm, vcpu, gva),
+        after=_walk(twin, vcpu, gva),
+        exits=tuple(exits),
+        tlb_hit=bool(counters.get("tlb_hits")),
+        changes=tuple(_changes(vm, twin, guest)),
+        counters=counters,
+        outcome=outcome,
+        gpa=gpa,
+        value=value,
+        error_code=code,
+        sees=sees,
+    )
+
+
+def _do(
+    vm: VM, vcpu: int, gva: int, access: Access, user: bool, size: int
+) -> tuple[str, int | None, int | None, int | None, str]:
+    """The access, done: outcome, gpa, value, error code, and what the guest sees of it."""
+    cpu = vm.vcpus[vcpu]
+    try:
+        gpa = gva if cpu.mode == "off" else cpu.translate(gva, access, user).gpa
+    except (PageFault, GeneralProtection):
+        gpa = None
+    try:
+        if access == "x":
+            gpa = cpu.fetch(gva, user=user)
+            return "done", gpa, None, None, f"the instruction at gpa {gpa:#x} is fetched"
+        if access == "r":
+            value = cpu.read(gva, size, user=user)
+            return "done", gpa, value, None, f"{value:#x}, read from gpa {gpa:#x}"
+        there = _stored(vm, gpa, size)
+        cpu.write(gva, there, size, user=user)
+        return "done", gpa, None, None, f"its store to gpa {gpa:#x} is done"
+    except PageFault as fault:
+        return "#PF", None, None, fault.error_code, f"#PF, error code {fault.error_code:#x}, CR2 {cpu.cr2:#x}"
+    except GeneralProtection as fault:
+        return "#GP", None, None, fault.error_code, "#GP: the address is not canonical"
+    except MMIOAccess as device:
+        return "device", device.gpa, None, None, f"what the device at gpa {device.gpa:#x} answers"
+
+
+def _stored(vm: VM, gpa: int | None, size: int) -> int:
+    try:
+        return 0 if gpa is None else int.from_bytes(vm.read_physical(gpa, size), "little")
+    except ConfigError:
+        return 0
+
+
+# -- the shadow's walk ---------------------------------------------------------------------------------------
+
+
+def _walk(vm: VM, vcpu: int, gva: int) -> tuple[ShadowStep, ...] | None:
+    if not isinstance(vm.mmu.design, Shadow):
+        return None
+    pages = {int(row["page"]): row for row in vm.mmu.pages}
+    roots = [int(root) if root is not None else None for root in vm.mmu.roots(vcpu)]
+    first = next((root for root in roots if root is not None and root in pages), None)
+    if first is None:
+        return ()
+    # Shadow tables are those of PAE, whose root entries are four roots, or of 4- and 5-level paging.
+    number: int | None = first if pages[first]["level"] > 2 or len(roots) == 1 else roots[gva >> 30 & 3]
+    steps: list[ShadowStep] = []
+    while number is not None and number in pages:
+        page = pages[number]
+        level = int(page["level"])
+        index = gva >> 12 + 9 * (level - 1) & 511
+        entry = int(vm.mmu.table(number)[index])
+        child, leads_to = _target(vm, level, entry, pages)
+        steps.append(ShadowStep(level, number, _role(page), index, entry, _bits(level, entry), leads_to))
+        number = child
+    return tuple(steps)
+
+
+def _target(vm: VM, level: int, entry: int, pages: dict[int, Any]) -> tuple[int | None, str]:
+    """The page that an entry leads to, and that in words."""
+    if not entry & P:
+        return None, "ends the walk: " + ("it remembers a device" if entry and level == 1 else "nothing is there yet")
+    if level > 1 and not entry & PS:
+        child = (entry & _ADDRESS) - vm.memory.pool_hpa >> 12
+        return child, f"leads to shadow page {child}" + ("" if child in pages else ", which is none: a broken link")
+    gfn = _gfn(vm, ((entry & _ADDRESS) - vm.memory.ram_hpa) >> 12)
+    size = {1: "4 KiB", 2: "2 MiB", 3: "1 GiB"}.get(level, "?")
+    return None, f"maps hfn {(entry & _ADDRESS) >> 12:#x}, which is gfn {gfn:#x} ({size})"
+
+
+def _gfn(vm: VM, frame: int) -> int:
+    """The gfn of a frame of RAM: slots lie in it one after the other."""
+    for slot in vm.memory.slots:
+        frames = int(slot.size) >> 12
+        if frame < frames:
+            return (slot.gpa >> 12) + frame
+        frame -= frames
+    return frame
+
+
+def _role(page: Any) -> str:
+    """What a shadow page stands for, in words."""
+    rights = "".join(letter if int(page["access"]) & bit else "-" for letter, bit in (("x", 1), ("w", 2), ("u", 4)))
+    what = "direct" if page["direct"] else "guest table"
+    words = [f"{what} at gfn {int(page['gfn']):#x}, level {int(page['level'])}, access {rights}"]
+    words += [f"quadrant {int(page['quadrant'])}"] if page["quadrant"] else []
+    words += [name for name in ("nxe", "wp0", "unsync") if page[name]]
+    return ", ".join(words)
+
+
+def _bits(level: int, entry: int) -> tuple[str, ...]:
+    if not entry & P:
+        return ("not present",)
+    if level > 1 and not entry & PS:
+        return ("present", "grants everything")
+    words = ["present", "writable" if entry & W else "read only", "user" if entry & U else "supervisor only"]
+    words += ["not executable"] if entry & NX else []
+    if entry & _GUEST_W and not entry & W:
+        words.append("the guest allows writes: write access is withheld")
+    if entry & _GUEST_U and not entry & U:
+        words.append("the guest allows user access")
+    return tuple(words)
+
+
+# -- what changes --------------------------------------------------------------------------------------------
+
+_KEY = ("page", "gfn", "glevels", "level", "quadrant", "direct", "access", "nxe", "pse", "wp0")
+
+
+def _changes(vm: VM, twin: VM, guest: Explanation | None) -> list[str]:
+    """How the copy differs from the machine, in sentences."""
+    found: list[str] = []
+    if isinstance(vm.mmu.design, Shadow):
+        old = {tuple(int(row[name]) for name in _KEY): row for row in vm.mmu.pages}
+        new = {tuple(int(row[name]) for name in _KEY): row for row in twin.mmu.pages}
+        found += [f"shadow page {key[0]} is zapped: {_role(row)}" for key, row in old.items() if key not in new]
+        found += [f"shadow page {key[0]} is made: {_role(row)}" for key, row in new.items() if key not in old]
+        for key, row in new.items():
+            if key in old and row["unsync"] != old[key]["unsync"]:
+                word = "becomes unsync: stores to its guest table go unseen" if row["unsync"] else "is in sync again"
+                found.append(f"shadow page {key[0]} {word}")
+        found += _entries(vm, twin, {int(row["page"]): row for row in (*old.values(), *new.values())})
+    for step in guest.steps if guest is not None else ():
+        size = 4 if guest is not None and guest.mode == "32" else 8
+        now = int.from_bytes(twin.read_physical(step.gpa, size), "little")
+        set_ = [name for name, bit in (("A", A_BIT), ("D", D_BIT)) if now & ~step.entry & bit]
+        if set_:
+            found.append(f"{' and '.join(set_)} of the guest's {step.name} {step.index} at gpa {step.gpa:#x} is set")
+        elif now != step.entry:
+            found.append(f"the guest's {step.name} {step.index} at gpa {step.gpa:#x} becomes {now:#x}")
+    return found
+
+
+def _entries(vm: VM, twin: VM, pages: dict[int, Any]) -> list[str]:
+    """Shadow entries that differ, and what that does to the reverse map."""
+    old, new = vm.mmu.arrays["table"].reshape(-1), twin.mmu.arrays["table"].reshape(-1)
+    found, frames = [], set()
+    for spte in np.flatnonzero(old != new).tolist():
+        page, index, before, after = spte >> 9, spte & 511, int(old[spte]), int(new[spte])
+        level = int(pages[page]["level"]) if page in pages else 0
+        where = f"entry {index} of shadow page {page}"
+        for value in (before, after):
+            if value & P and (level == 1 or value & PS):
+                frames.add(_gfn(vm, ((value & _ADDRESS) - vm.memory.ram_hpa) >> 12))
+        if not after:
+            found.append(f"{where} is cleared, it was {before:#x}")
+        elif before & after & P and before & ~after & W and (before ^ after) & _ADDRESS == 0:
+            found.append(f"{where} is write-protected: {before:#x} becomes {after:#x}")
+        else:
+            words = f"{', '.join(_bits(level, after))}; {_target(twin, level, after, pages)[1]}"
+            found.append(f"{where} becomes {after:#x} (it was {before:#x}): {words}")
+    for gfn in sorted(frames):
+        try:
+            lengths = vm.mmu.rmap_length(gfn), twin.mmu.rmap_length(gfn)
+        except ConfigError:
+            continue  # of no slot
+        if lengths[0] != lengths[1]:
+            found.append(f"the reverse map of gfn {gfn:#x} has {lengths[1]} entries, not {lengths[0]}")
+    return found
+
+
+# -- text and HTML -------------------------------------------------------------------------------------------
+
+
+def _shadow_lines(step: ShadowStep) -> list[str]:
+    return [
+        f"level {step.level}  entry {step.index} of shadow page {step.page} = {step.entry:#018x}",
+        f"         the page: {step.role}",
+        f"         {', '.join(step.bits)}",
+        f"         {step.leads_to}",
+    ]
+
+
+def _guest_lines(step: Any) -> list[str]:
+    lines = [f"level {step.level}  {ENTRY_NAMES[step.level]} {step.index} at gpa {step.gpa:#x} = {step.entry:#x}"]
+    lines += [", ".join(step.bits), step.leads_to]
+    return lines + ([f"so far: {step.rights}"] if step.rights else [])
+
+
+def _cell(lines: list[str]) -> str:
+    first, *rest = (escape(line.strip()) for line in lines)
+    return f"<b>{first}</b>" + "".join(f"<br>{line}" for line in rest)
