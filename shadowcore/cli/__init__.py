@@ -18,6 +18,7 @@ from ..errors import ShadowcoreError
 from . import about as cli_about
 from . import check as cli_check
 from . import evolution as cli_evolution
+from . import explain as cli_explain
 from . import programs as cli_programs
 from . import recording as cli_recording
 from . import replay as cli_replay
@@ -94,6 +95,7 @@ for _module in (
     cli_workload,
     cli_programs,
     cli_recording,
+    cli_explain,
     cli_replay,
     cli_check,
     cli_reproduce,

@@ -8,9 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from ..errors import ConfigError
+from ..pagetables import FORMATS as MODES
 from ..recording import importers
 from ..recording.format import INCOMPLETE
-from .options import JSON, Output, command
+from .options import JSON, Address, Name, Output, apart, command
 from .progress import progress as _progress
 
 if TYPE_CHECKING:
@@ -38,17 +40,61 @@ _NAME = click.option("--name", metavar="NAME", help="What reports call the recor
     is_flag=True,
     help="Skip and count lines of others in a text, such as what a program printed.  [default: the first is an error]",
 )
+@click.option("--cr3", type=Address(), metavar="X", help="Of a memory image: the root of the tables.  [default: CR3]")
+@click.option(
+    "--mode",
+    type=Name(tuple(MODES)),
+    metavar="NAME",
+    help=f"Of a memory image: {', '.join(MODES)}.  [default: as it tells]",
+)
 @_NAME
 @JSON
-def import_(files: tuple[str, ...], out: str, form: str, lenient: bool, name: str | None, as_json: bool) -> None:
+def import_(
+    files: tuple[str, ...],
+    out: str,
+    form: str,
+    lenient: bool,
+    cr3: int | None,
+    mode: str | None,
+    name: str | None,
+    as_json: bool,
+) -> None:
     """Convert FILEs of other tools into one recording. Of programs' files, each becomes a process. - is standard input.
 
     Files may be compressed (.gz, .bz2, .xz, .lzma, .zst). Where one cannot be read to its end, what comes before is
     kept in OUT, marked as incomplete.
+
+    Of a memory image (see `shadowcore walk`) OUT, which ends in .npz, gets the page tables.
     """
+    from ..studies import images
+
+    tables = cr3 is not None or mode is not None
+    if out.endswith(".npz") and (tables or images.has_mark(files[0])):
+        if len(files) > 1 or lenient or form != "auto" or name is not None:
+            raise ConfigError("OUT: of an image, one FILE and --cr3 and --mode are all that there is")
+        _image(files[0], out, cr3, mode, as_json)
+        return
+    if tables:
+        raise ConfigError("--cr3, --mode: they are for memory images, which become an .npz; give OUT that ending")
     with _progress(Path(files[0]).name, "B") as progress:
         writer = importers.convert(files, out, form, name=name, lenient=lenient, progress=progress)
     _written(writer, as_json)
+
+
+def _image(file: str, out: str, cr3: int | None, mode: str | None, as_json: bool) -> None:
+    from ..studies import images
+
+    apart([("OUT", out)], [file])
+    image = images.open_dump(file).image(cr3, mode)
+    try:
+        images.save_image(image, out)
+    except OSError as error:
+        raise ConfigError(f"{out}: it cannot be written: {error.strerror or error}") from None
+    found = {"file": out, "mode": image.mode, "cr3": image.cr3, "frames": len(image.frames)}
+    if as_json:
+        click.echo(json.dumps(found))
+    else:
+        click.echo(f"{out}: {len(image.frames):,} frames of page tables, mode {image.mode}, CR3 {image.cr3:#x}")
 
 
 @command(context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})

@@ -1,4 +1,4 @@
-"""The commands `walk` and `audit` of `shadowcore`: a look at tables, and at invariants."""
+"""The command `audit` of `shadowcore`: a look at invariants."""
 
 from __future__ import annotations
 
@@ -9,33 +9,7 @@ import click
 from ..config import DESIGNS
 from ..engine.audit import POINTS
 from ..errors import ConfigError
-from .options import JSON, POOL, RECORDING, Address, Name, command
-
-
-@command()
-@click.argument("image", metavar="IMAGE")
-@click.argument("gva", metavar="VA", type=Address())
-@click.option("--cr3", type=Address(), metavar="X", help="Root to walk from.  [default: CR3 of the image]")
-@click.option("--write", is_flag=True, help="Walk for a write.  [default: for a read]")
-@click.option("--fetch", is_flag=True, help="Walk for an instruction fetch.  [default: for a read]")
-@click.option("--user", is_flag=True, help="Walk for a user-mode access.  [default: supervisor]")
-@JSON
-def walk(image: str, gva: int, cr3: int | None, write: bool, fetch: bool, user: bool, as_json: bool) -> None:
-    """Walk the page tables of IMAGE for the linear address VA and explain each level in words.
-
-    IMAGE is an .npz dump of a guest's page tables and registers. Addresses are in bytes, hexadecimal with 0x.
-    EFLAGS.AC is clear and PKRU is 0.
-    """
-    from ..studies import explain
-
-    if write and fetch:
-        raise click.UsageError("--write and --fetch exclude each other")
-    vm = explain.load_image(image).machine(cr3)
-    explanation = explain.explain(vm, gva, "w" if write else "x" if fetch else "r", user)
-    if as_json:
-        click.echo(json.dumps(explanation.as_dict()))
-    else:
-        click.echo("\n".join(explanation.lines()))
+from .options import JSON, POOL, RECORDING, Name, command
 
 
 @command()
@@ -98,4 +72,4 @@ def audit(
         click.get_current_context().exit(1)
 
 
-COMMANDS = (walk, audit)
+COMMANDS = (audit,)

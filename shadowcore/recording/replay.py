@@ -58,6 +58,7 @@ __all__ = [
     "ReplayResult",
     "load",
     "machine",
+    "machine_at",
     "open_recording",
     "replay",
 ]
@@ -311,6 +312,25 @@ def machine(reader: Reader, mmu: str | Native | Shadow = "cached") -> VM:
         except GeneralProtection:
             raise TraceError(reader.path, None, "registers that a processor can have expected") from None
     vm.stats.reset()
+    return vm
+
+
+def machine_at(
+    recording: Recording | RecordingFile, mmu: str | Native | Shadow = "cached", record: int | None = None
+) -> VM:
+    """The virtual machine, its shadow included, as it stands just before record number `record` (None: at the end),
+    after a replay from the beginning."""
+    stop = recording.operations if record is None else check_int("record", record, 0, recording.operations)
+    position = min(max(recording.first_cr3, 0), stop)
+    vm = _machine(recording, design(mmu), position)
+    vm.stats.reset()
+    direct_map = recording.direct_map
+    for base, piece in recording.pieces():
+        first, last = position - base, min(stop - base, piece.operations)
+        if 0 <= first < last:
+            arrays = piece.arrays | {"flags": _piece_flags(piece, recording.first_user, base)}
+            replay_records(vm, arrays, first, last, direct_map)
+            position = base + last
     return vm
 
 

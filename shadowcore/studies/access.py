@@ -146,6 +146,12 @@ class AccessExplanation:
             if lines
         )
 
+    def page(self) -> str:
+        """The explanation as a page of its own, which fetches nothing."""
+        head = f'<meta charset="utf-8"><title>{escape(self._title())}</title>'
+        style = "<style>body{font-family:sans-serif}td{padding:.5em;border:1px solid #ccc}</style>"
+        return f"<!DOCTYPE html>\n<html><head>{head}{style}</head><body>{self.html()}</body></html>\n"
+
     def _repr_html_(self) -> str:
         return self.html()
 

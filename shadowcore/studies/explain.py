@@ -14,7 +14,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from ..config import Features
+from ..config import Features, Native, Shadow
 from ..engine.machine import VM, set_registers
 from ..errors import ConfigError, GeneralProtection, PageFault, TraceError
 from ..pagetables import FORMATS, NX, PAT, PAT_LARGE, PKEY_SHIFT, PS, A, D, Format, G, P, U, W
@@ -71,14 +71,14 @@ class Image:
     pages: NDArray[np.uint8]
     roots: tuple[int, ...]
 
-    def machine(self, cr3: int | None = None) -> VM:
-        """A VM without virtualization that stands where the guest stood; cr3: load this one instead."""
+    def machine(self, cr3: int | None = None, mmu: str | Native | Shadow = "native") -> VM:
+        """A VM that stands where the guest stood; cr3: load this one instead. mmu: its design, whose shadow is new."""
         cr3 = self.cr3 if cr3 is None else cr3
         root = cr3 & (0xFFFF_F000 if FORMATS[self.mode].va_bits == 32 else 0x000F_FFFF_FFFF_F000)
         if root >> 12 not in self.frames:
             roots = ", ".join(hex(root) for root in self.roots)
             raise ConfigError(f"cr3: the image holds no table at {cr3:#x}; its roots are {roots}")
-        vm = VM(self.nframes << 12, "native", features=Features(maxphyaddr=52))
+        vm = VM(self.nframes << 12, mmu, features=Features(maxphyaddr=52))
         vm.memory.bytes.reshape(-1, 4096)[self.frames] = self.pages
         if self.mode == "pae":
             # Emulators set A in the root entries, too, where processors reserve the bit (table 4-8).

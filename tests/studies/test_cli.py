@@ -217,7 +217,7 @@ def test_walk_from_every_root(name):
 
 
 def test_walk_refuses(tmp_path, recording):
-    assert "'mode' expected" in refused("walk", recording, "0")
+    assert "not present" in run("walk", recording, "0")
     assert "No such file" in refused("walk", tmp_path / "none.npz", "0")
     assert "is not a number" in refused("walk", IMAGE, "zero")
     assert "is not within 64 bits" in refused("walk", IMAGE, 1 << 64)

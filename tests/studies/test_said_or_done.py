@@ -279,6 +279,7 @@ COMMANDS = {
     "import": (DATA / "lackey" / "parent.txt", "-o", "out.screc"),
     "walk": (DATA / "linux-pagetables" / "linux_4lvl.npz", "0x1000"),
     "audit": ("GUEST",),
+    "explain": ("--user",),
     "check": ("pingpong", *SHORT, "--trace", FILES / "kvmtrace.txt"),
     "completion": ("bash",),
     "calibration": ("--spaces", 1),
