@@ -207,7 +207,11 @@ def _lime(path: str, head: bytes) -> Dump | None:
             file.seek(at)
             header = file.read(32)
             if len(header) < 32 or header[:4] != b"EMiL":
-                raise TraceError(path, None, f"a header of LiME expected at byte {at}")
+                gpa, size, _ = segments[-1] if segments else (0, 0, 0)
+                behind = (
+                    f" behind {size} byte(s) of memory from gpa {gpa:#x}, as the header before says" if segments else ""
+                )
+                raise TraceError(path, None, f"a header of LiME, or the end, expected at byte {at}{behind}")
             version, first, last = struct.unpack_from("<IQQ", header, 4)
             if version != 1 or last < first or at + 32 + last - first + 1 > total:
                 expected = f"memory from {first:#x} to {last:#x} expected behind byte {at}, the file is cut short"
@@ -248,6 +252,9 @@ FORMATS: tuple[Callable[[str, bytes], Dump | None], ...] = (_elf, _lime, _kdump,
 """In the order in which they are asked: last the one that takes what has no mark."""
 
 
+_COMPRESSED = (b"\x1f\x8b", b"\xfd7zXZ", b"BZh", b"\x28\xb5\x2f\xfd", b"\x04\x22\x4d\x18")
+
+
 def has_mark(path: str | os.PathLike[str]) -> bool:
     """Whether a file says of itself that it is a memory image: all but raw memory do."""
     try:
@@ -266,6 +273,8 @@ def open_dump(path: str | os.PathLike[str]) -> Dump:
             head = file.read(4096)
             if not file.seekable():
                 raise TraceError(path, None, "a file expected, not a pipe")
+        if head.startswith(_COMPRESSED):
+            raise TraceError(path, None, "a memory image expected, this is a compressed file: unpack it first")
         for form in FORMATS:
             found = form(path, head)
             if found is not None:
@@ -296,7 +305,7 @@ def machine(
     if record is not None and found != "recording":
         raise ConfigError("record: a recording is needed, an image has none")
     if mode is not None and found != "memory":
-        raise ConfigError("mode: a memory image that does not tell its own is needed")
+        raise ConfigError("mode: a memory image is needed; other files tell their own")
     if path is None or found in ("image", "memory"):
         image = _bundled() if path is None else load_image(path) if found == "image" else None
         if image is None and path is not None:

@@ -188,6 +188,8 @@ def test_what_walk_refuses(tmp_path):
     (tmp_path / "raw-kdump").write_bytes(b"KDUMP   " + bytes(8184))
     assert "kdump-compressed" in refused("walk", tmp_path / "raw-kdump", 0)
     assert "another file" in refused("explain", core, 0, "--html", core)
+    assert "unpack it first" in refused("walk", FOLDER / "64.dump.xz", 0)
+    assert "behind 1 byte(s) of memory" in refused("walk", DATA / "odd-files" / "lime.bin", 0)
     (tmp_path / "odd").write_bytes(bytes(4097))
     assert "this looks like none" in refused("walk", tmp_path / "odd", 0)
 

@@ -32,8 +32,7 @@ _BUNDLE, _FLUSHES, _THREAD, _THREAD_EXIT, _PID, _HEADER, _FOOTER, _MARKER = 17, 
 _PREFETCHES = (*range(2, 10), 27, *range(32, 47))
 _NO_FETCH, _ENCODING = 29, 47
 _TYPES = 50
-_TIMESTAMP, _SYSCALL_BEGINS, _SYSCALL_ENDS, _SWITCH_BEGINS, _SWITCH_ENDS = 2, 27, 28, 34, 35
-_BEGINS, _ENDS = (_SYSCALL_BEGINS, _SWITCH_BEGINS), (_SYSCALL_ENDS, _SWITCH_ENDS)
+_TIMESTAMP, _BEGINS, _ENDS = 2, 27, 28  # the kernel's part of a system call begins, ends
 
 HEAD_MIN = 1 << 11
 """Bytes of a trace in which its threads are looked for before it is read."""
@@ -220,8 +219,8 @@ class _Trace:
         """For each row, whether it is between marks of the kernel's own work."""
         found = np.zeros(len(rows), dtype=bool)
         begin = 0 if self._depth else None
-        for row in np.flatnonzero(marks & np.isin(rows["size"], (*_BEGINS, *_ENDS))).tolist():
-            if rows["size"][row] in _BEGINS:
+        for row in np.flatnonzero(marks & np.isin(rows["size"], (_BEGINS, _ENDS))).tolist():
+            if rows["size"][row] == _BEGINS:
                 begin = row if self._depth == 0 else begin
                 self._depth += 1
             elif self._depth:
