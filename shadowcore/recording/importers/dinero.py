@@ -41,11 +41,14 @@ def lenient(paths: Sequence[str | os.PathLike[str]], writer: Writer, progress: P
 def _all(paths: Sequence[str | os.PathLike[str]], writer: Writer, progress: Progress | None, lenient: bool) -> None:
     processes = Processes(writer)
 
-    def access(match: re.Match[bytes]) -> list[Access]:
-        if what := _SKIPPED.get(match[1]):
+    def access(line: tuple[bytes, ...]) -> list[Access] | None:
+        size = int(line[2] or b"1", 16)
+        if not size:
+            return None
+        if what := _SKIPPED.get(line[0]):
             writer.skipped[what] = writer.skipped.get(what, 0) + 1
             return []
-        return [(_KINDS[match[1]], int(match[3] or b"1", 16), int(match[2], 16))]
+        return [(_KINDS[line[0]], size, int(line[1], 16))]
 
     for source in sources(paths, progress):
         with source:

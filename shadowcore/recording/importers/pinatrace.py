@@ -14,7 +14,7 @@ from .source import Access, Progress, each_line, sources
 NAME = "pinatrace"
 
 _NUMBER = rb"(?:0[xX])?([0-9a-fA-F]{1,16})"
-_LINE = re.compile(rb"[ \t]*%b: +([RW]) +%b(?:[ \t]+(\d{1,5})(?:[ \t]+\S+)?)?[ \t]*$" % (_NUMBER, _NUMBER), re.M)
+_LINE = re.compile(rb"^[ \t]*%b: +([RW]) +%b(?:[ \t]+(\d{1,5})(?:[ \t]+\S+)?)?[ \t]*$" % (_NUMBER, _NUMBER), re.M)
 _FIRST = re.compile(rb"(?:#[^\n]*\n|\s*\n)*[ \t]*0[xX][0-9a-fA-F]{1,16}: +[RW] +0[xX][0-9a-fA-F]{1,16}\s")
 END = b"#eof"
 
@@ -43,11 +43,14 @@ def _all(paths: Sequence[str | os.PathLike[str]], writer: Writer, progress: Prog
     for source in sources(paths, progress):
         ip, ended = -1, False
 
-        def access(match: re.Match[bytes]) -> list[Access]:
+        def access(line: tuple[bytes, ...]) -> list[Access] | None:
             nonlocal ip
-            before, ip = ip, int(match[1], 16)
-            found = [] if ip == before else [(FETCH, 1, ip)]
-            return [*found, (READ if match[2] == b"R" else WRITE, int(match[4] or 1), int(match[3], 16))]
+            size = int(line[3] or 1)
+            if not 1 <= size <= 0xFFFF:
+                return None
+            before, ip = ip, int(line[0], 16)
+            made = READ if line[1] == b"R" else WRITE, size, int(line[2], 16)
+            return [made] if ip == before else [(FETCH, 1, ip), made]
 
         def comment(line: bytes) -> bool:
             nonlocal ended

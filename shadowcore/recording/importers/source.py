@@ -267,38 +267,44 @@ def each_line(
     source: Source,
     writer: Writer,
     pattern: re.Pattern[bytes],
-    access: Callable[[re.Match[bytes]], list[Access]],
+    access: Callable[[tuple[bytes, ...]], list[Access] | None],
     expected: str,
     comment: Callable[[bytes], bool],
     lenient: bool,
 ) -> None:
     """Write the accesses of a text in which each line is one. TraceError, behind what comes before it, for one that is
-    none; lenient: it is skipped and counted. Lines without anything in them, and comments, are no others'."""
+    none; lenient: it is skipped and counted. Lines without anything in them, and comments, are no others'.
+
+    pattern: of a line, from ^ to $. access: what the groups of a match come to; None: that is no access after all.
+    """
     total = 0
     for number, text in source.lines():
-        found: list[Access] = []
-        at = 0
+        rows: list[Access] = []
         try:
-            while at < len(text):
-                match = pattern.match(text, at)
-                stop = match.end() if match else text.find(b"\n", at)
-                stop = len(text) if stop < 0 else stop
-                line = text[at:stop]
-                rows = access(match) if match else []
-                if not all(1 <= size <= 0xFFFF for _, size, _ in rows):
-                    match, rows = None, []
-                if match is None and line.strip() and not comment(line):
-                    if not lenient:
-                        shown = ascii(line[:60].decode("latin-1"))
-                        where = number + text.count(b"\n", 0, at)
-                        raise TraceError(source.path, where, f"{expected}, not {shown}", "line")
-                    writer.skipped[OTHERS] = writer.skipped.get(OTHERS, 0) + 1
-                found += rows
-                at = stop + 1
+            for offset, line in enumerate(_matched(pattern, text)):
+                if isinstance(line, tuple):
+                    found = access(line)
+                    if found is not None:
+                        rows += found
+                        continue
+                elif not line.strip() or comment(line):
+                    continue
+                if not lenient:
+                    shown = ascii(text.split(b"\n")[offset][:60].decode("latin-1"))
+                    raise TraceError(source.path, number + offset, f"{expected}, not {shown}", "line")
+                writer.skipped[OTHERS] = writer.skipped.get(OTHERS, 0) + 1
         finally:
-            total += len(found)
-            if found:
-                op, size, addr = zip(*found, strict=True)
+            total += len(rows)
+            if rows:
+                op, size, addr = zip(*rows, strict=True)
                 writer.write(op=np.array(op), size=np.array(size), addr=np.array(addr, dtype=np.uint64))
     if not total:
         raise TraceError(source.path, 1, f"{expected}, there is none", "line")
+
+
+def _matched(pattern: re.Pattern[bytes], text: bytes) -> list[tuple[bytes, ...]] | list[tuple[bytes, ...] | bytes]:
+    """For each line the groups of its match, or the line if there is none."""
+    found: list[tuple[bytes, ...]] = pattern.findall(text)
+    if len(found) == text.count(b"\n") + (not text.endswith(b"\n")):
+        return found
+    return [match.groups(b"") if (match := pattern.match(line)) else line for line in text.split(b"\n")]
