@@ -137,7 +137,8 @@ class AccessExplanation:
         if self.shadow is None:
             shadow = [_cell([f"{self.design} has no shadow"])]
         walks = notebook.columns(self._title(), {"the guest's walk": guest, "the shadow's walk": shadow})
-        end = self.guest.lines()[-1 - len(self.guest.code_bits) :] if self.guest is not None else []
+        said = [] if self.guest is None else self.guest.lines()
+        end = said[len(said) - said[::-1].index("") :] if said else []
         parts = {"the guest's tables say": end, "the access would do": [*self.verdict(), *self.changes]}
         parts["the guest would see"] = [self.sees]
         return walks + "".join(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.resources
 import io
 import os
+import stat
 import struct
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
@@ -258,21 +259,28 @@ _COMPRESSED = (b"\x1f\x8b", b"\xfd7zXZ", b"BZh", b"\x28\xb5\x2f\xfd", b"\x04\x22
 def has_mark(path: str | os.PathLike[str]) -> bool:
     """Whether a file says of itself that it is a memory image: all but raw memory do."""
     try:
-        with open(check_path(path), "rb") as file:
-            head = file.read(16) if file.seekable() else b""
+        if not os.path.isfile(check_path(path)):
+            return False  # to open a pipe would be to wait for it
+        with open(path, "rb") as file:
+            head = file.read(16)
     except OSError:
         return False
     return head.startswith((b"\x7fELF", b"EMiL", b"KDUMP   ", b"makedumpfile\0"))
+
+
+def _check_file(path: str) -> None:
+    """TraceError for a pipe or a device, which can be read once, and waited for. OSError for what is not there."""
+    if not stat.S_ISREG(mode := os.stat(path).st_mode) and not stat.S_ISDIR(mode):
+        raise TraceError(path, None, "a file expected, not a pipe")
 
 
 def open_dump(path: str | os.PathLike[str]) -> Dump:
     """A memory image, by its contents: an ELF core, LiME's, or raw memory. TraceError."""
     path = check_path(path)
     try:
+        _check_file(path)
         with open(path, "rb") as file:
             head = file.read(4096)
-            if not file.seekable():
-                raise TraceError(path, None, "a file expected, not a pipe")
         if head.startswith(_COMPRESSED):
             raise TraceError(path, None, "a memory image expected, this is a compressed file: unpack it first")
         for form in FORMATS:
@@ -340,6 +348,7 @@ def kind(path: str | os.PathLike[str]) -> str:
     """Which kind of file this is: "image", "vm", "recording", or else "memory"."""
     path = check_path(path)
     try:
+        _check_file(path)
         with open(path, "rb") as file:
             if file.read(4) != b"PK\x03\x04":
                 return "memory"

@@ -2,6 +2,7 @@
 
 import bz2
 import gzip
+import importlib
 import io
 import json
 import lzma
@@ -333,7 +334,10 @@ LINES = b"".join(b"I  %08x,4\n" % (0x401000 + 4 * n) for n in range(5000))
 
 
 def zstd(data):
-    module = pytest.importorskip("backports.zstd") if not hasattr(lzma, "zstd") else None
+    try:
+        module = importlib.import_module("compression.zstd")
+    except ImportError:
+        module = pytest.importorskip("backports.zstd")
     return module.compress(data)
 
 

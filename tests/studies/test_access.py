@@ -186,6 +186,7 @@ def test_forms():
     assert "PML4E 0" in page
     assert "shadow page" in page
     assert "<b>the access would do</b>" in page
+    assert "in no memory slot: a device" in sc.explain(machine("cached")[0], USER + 0x5000, "r", True).html()
     assert "has no shadow" in sc.explain(machine("native")[0], USER).html()
 
 

@@ -2,6 +2,7 @@
 
 import json
 import lzma
+import os
 import random
 import re
 import struct
@@ -192,6 +193,15 @@ def test_what_walk_refuses(tmp_path):
     assert "behind 1 byte(s) of memory" in refused("walk", DATA / "odd-files" / "lime.bin", 0)
     (tmp_path / "odd").write_bytes(bytes(4097))
     assert "this looks like none" in refused("walk", tmp_path / "odd", 0)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no named pipes")
+def test_pipes_are_refused_and_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    for command in (("walk", tmp_path / "pipe", 0), ("explain", tmp_path / "pipe", 0, "--cr3", 0, "--mode", "64")):
+        assert "not a pipe" in refused(*command)
+    assert "not a pipe" in refused("import", tmp_path / "pipe", "-o", tmp_path / "a.npz", "--cr3", 0, "--mode", "64")
+    assert "directory" in refused("walk", tmp_path, 0)
 
 
 # -- damage --------------------------------------------------------------------------------------------------
