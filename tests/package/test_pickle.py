@@ -13,6 +13,7 @@ import pkgutil
 import numpy as np
 import pytest
 from operations import operations
+from places import DATA
 
 import shadowcore as sc
 from shadowcore.engine.audit import AuditReport, Violation
@@ -21,7 +22,7 @@ from shadowcore.programs.survey import Fold
 from shadowcore.recording import replay as trace
 from shadowcore.recording.guest import RecordingFile
 from shadowcore.recordings import Event, Writer
-from shadowcore.studies import evolution, explain, reproduction
+from shadowcore.studies import evolution, explain, host, images, reproduction
 
 PROTOCOLS = range(pickle.HIGHEST_PROTOCOL + 1)
 WAYS = [pytest.param(lambda made, p=p: pickle.loads(pickle.dumps(made, p)), id=f"protocol {p}") for p in PROTOCOLS]
@@ -228,6 +229,9 @@ RESULTS = {
     "AuditReport, Violation": lambda _: AuditReport((Violation("I1", "what", None, 2, 3),), 12, 5),
     "AuditReport of a VM": lambda _: machine().audit(),
     "Explanation, Step": lambda _: explain.explain(machine(), 0x400000),
+    "AccessExplanation, ShadowStep": lambda _: sc.explain(machine(), 0x400000),
+    "HostTrace": lambda _: host.read(DATA / "host" / "intel.txt"),
+    "Dump": lambda _: images.Dump("a", "a raw memory image", ((0, 4096, 0),), {"cr3": 4096}),
     "Image": lambda _: explain.Image("a", "64", 9, 1, 2, 3, 4, np.arange(2, dtype="<u4"), np.zeros((2, 8)), (1,)),
     "CostBreakdown, Costs": lambda _: (sc.Costs.modern().of(machine().stats.as_dict()), sc.Costs.modern()),
     "Study, StudyDesign, WorkloadResult": lambda _: some_study(windows=1000),
