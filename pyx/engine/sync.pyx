@@ -9,7 +9,7 @@ from shadowcore.engine.bits cimport (
     PTE_A, PTE_D, PTE_P, PTE_PS, PTE_W, SPTE_GENERATION, SPTE_GUEST_U, SPTE_GUEST_W, SPTE_MARK, SPTE_MMU_W, pte_addr,
     pte_nx, pte_pkey, pte_rights,
 )
-from shadowcore.engine.flushes cimport FLUSH_LEAF, FLUSH_LOG, request_flush
+from shadowcore.engine.flushes cimport FLUSH_LEAF, request_flush
 from shadowcore.engine.marks cimport (
     marks_clear, marks_first, marks_next, marks_set_above, marks_walk, sc_unsync, sc_unsync_at,
 )
@@ -19,7 +19,7 @@ from shadowcore.engine.memory cimport (
 )
 from shadowcore.engine.pool cimport hash_bucket, shadows
 from shadowcore.engine.record cimport RECORD_DEVICE, RECORD_LEAF, RECORD_UNSYNC, record, record_page, record_read_only
-from shadowcore.engine.rmap cimport list_add, list_length, list_remove, rmap_log, rmap_write_protect
+from shadowcore.engine.rmap cimport list_add, list_length, list_remove, rmap_write_protect
 from shadowcore.engine.role cimport (
     ROLE_PKEY, role_access, role_direct, role_field, role_level, role_pte_size,
 )
@@ -325,53 +325,6 @@ cdef void prefetch_around(sc_mmu *mmu, const sc_vcpu *v, u32 spte) noexcept nogi
     for at in range(first, first + mmu.prefetch):
         if at != spte and not mmu.table[at] & PTE_P and not _prefetch(mmu, v, at, leaf_gpte(mmu, table, at), True):
             return
-
-
-cdef void slot_protect(sc_mmu *mmu, int slot) noexcept nogil:
-    """Stores to the slot are to be seen by its dirty log: leaves lose W, and remember that this is all they lost."""
-    cdef u64 frame = mmu.mem.slots[slot].frame
-    cdef u64 i
-    cdef u32 level
-    for i in range(frame, frame + mmu.mem.slots[slot].npages):
-        rmap_log(mmu, mmu.frames[i].rmap)
-    for level in range(2, 4):
-        for i in range(frame >> (9 * (level - 1)), ((frame + mmu.mem.slots[slot].npages - 1) >> (9 * (level - 1))) + 1):
-            rmap_log(mmu, mmu.large_rmap[level - 2][i])
-    request_flush(mmu, FLUSH_LOG)
-
-
-cdef void log_cleared(sc_mmu *mmu, int slot, u64 first, u64 n) noexcept nogil:
-    """The same, for the frames that the log shows: of their leaves of 4 KiB, for a logged slot has no others that are
-    writable."""
-    cdef const u64 *dirty = mmu.mem.slots[slot].dirty
-    cdef bint any_ = False
-    cdef u64 i
-    for i in range(first, first + n):
-        if dirty[i >> 6] >> (i & 63) & 1:
-            any_ = True
-            rmap_log(mmu, mmu.frames[mmu.mem.slots[slot].frame + i].rmap)
-    if any_:
-        request_flush(mmu, FLUSH_LOG)
-
-
-cdef void log_stopped(sc_mmu *mmu, int slot) noexcept nogil:
-    """Leaves of 4 KiB in direct pages go where a large one can be again."""
-    cdef u32 page, spte
-    cdef u64 gfn
-    cdef bint flush = False
-    for page in range(mmu.pool_pages):
-        gfn = mmu.pages[page].gfn
-        if (not mmu.pages[page].active or not role_direct(mmu.pages[page].role)
-                or role_level(mmu.pages[page].role) != 1
-                or gfn - mmu.mem.slots[slot].base_gfn >= mmu.mem.slots[slot].npages
-                or leaf_level(mmu, gfn, mem_frame(mmu.mem, gfn), 3) == 1):
-            continue
-        for spte in range(page * 512, page * 512 + 512):
-            if mmu.table[spte] & PTE_P:
-                leaf_drop(mmu, spte)
-                flush = True
-    if flush:
-        request_flush(mmu, FLUSH_LOG)
 
 
 cdef int _entry_sync(sc_mmu *mmu, const sc_vcpu *v, u32 spte, u64 gpte) noexcept nogil:

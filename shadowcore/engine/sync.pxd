@@ -57,9 +57,6 @@ cdef void prefetch_around(sc_mmu *mmu, const sc_vcpu *v, u32 spte) noexcept nogi
 cdef void leaf_refetch(sc_mmu *mmu, const sc_vcpu *v, u32 spte) noexcept nogil
 cdef int page_sync(sc_mmu *mmu, const sc_vcpu *v, u32 page) noexcept nogil
 cdef int leaf_level(const sc_mmu *mmu, u64 gfn, u64 frame, int most) noexcept nogil
-cdef void log_cleared(sc_mmu *mmu, int slot, u64 first, u64 n) noexcept nogil
-cdef void log_stopped(sc_mmu *mmu, int slot) noexcept nogil
-cdef void slot_protect(sc_mmu *mmu, int slot) noexcept nogil
 cdef void sync_below(sc_mmu *mmu, const sc_vcpu *v, u32 page) noexcept nogil
 cdef u64 direct_page_gfn(const sc_mmu *mmu, u32 spte) noexcept nogil
 cdef bint device_is_stale(const sc_mmu *mmu, u64 value) noexcept nogil

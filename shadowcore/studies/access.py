@@ -284,12 +284,13 @@ def _target(vm: VM, level: int, entry: int, pages: dict[int, Any]) -> tuple[int 
 
 
 def _gfn(vm: VM, frame: int) -> int:
-    """The gfn of a frame of RAM: slots lie in it one after the other."""
+    """The gfn of a frame of guest RAM that a memory slot maps; else the frame's own number."""
     for slot in vm.memory.slots:
-        frames = int(slot.size) >> 12
-        if frame < frames:
-            return (slot.gpa >> 12) + frame
-        frame -= frames
+        if slot is not None:
+            first = slot.gpa >> 12
+            index = frame - vm.memory.frame(first)
+            if 0 <= index < int(slot.size) >> 12:
+                return first + index
     return frame
 
 

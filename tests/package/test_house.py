@@ -42,7 +42,7 @@ ENGINE = (
     "pool",
     "roots invalidate zap",
     "leaf sync emulate",
-    "fetch invariants unsync.roots",
+    "fetch invariants unsync.logs unsync.roots",
     "lagging unsync.stores",
     "unsync.faults",
     "fault fast",

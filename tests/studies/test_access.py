@@ -218,3 +218,19 @@ def test_nothing_is_shared_with_the_copy():
     sc.explain(vm, USER, "w", True)
     assert seen == []
     assert (before == vm.memory.bytes).all()
+
+
+def test_frames_of_slots_that_moved():
+    """Guest RAM is not in the order of gfns, and one slot number is free."""
+    vm = sc.VM("8MiB", "unsync", slots=[sc.MemorySlot(0, "4MiB", offset=4 << 20), sc.MemorySlot(8 << 20, "1MiB")])
+    vm.remove_slot(1)
+    moved = vm.add_slot(1 << 30, "2MiB", offset=1 << 20)
+    tables = sc.PageTables(vm.memory, "64", allocate=range(512, 1024))
+    tables.map(USER, 0x3000, 4096, "rw")
+    tables.map(USER + 4096, (1 << 30) + 0x5000, 4096, "rw")
+    tables.activate(vm.vcpus[0])
+    for page, gfn in enumerate((0x3, 0x40005)):
+        vm.vcpus[0].read(USER + page * 4096)
+        assert sc.explain(vm, USER + page * 4096).shadow[-1].leads_to.endswith(f"which is gfn {gfn:#x} (4 KiB)")
+    vm.set_slot(moved, gpa=2 << 30)
+    assert sc.explain(vm, USER + 4096).outcome == "device"

@@ -19,9 +19,10 @@ from shadowcore.engine.state cimport (
     REQUEST_CURRENT, REQUEST_FLUSH, REQUEST_GUEST, REQUEST_ROOTS, REQUEST_SYNC, linear_exists, memo_drop, sc_loaded,
     sc_mmu, sc_prev, sc_vcpu, vcpu_request,
 )
-from shadowcore.engine.sync cimport leaf_refetch, log_cleared, log_stopped, slot_protect
+from shadowcore.engine.sync cimport leaf_refetch
 from shadowcore.engine.types cimport MODE_64, MODE_OFF, MODE_PAE, PF_P, PF_RSVD, SC_NONE, u32, u64
 from shadowcore.engine.unsync.faults cimport page_fault
+from shadowcore.engine.unsync.logs cimport log_cleared, log_stopped, slot_protect
 from shadowcore.engine.unsync.roots cimport enter, every_earlier, forget_device, let_go, root_at, root_of, root_role
 from shadowcore.engine.unsync.stores cimport other_instruction, run_again, stored
 from shadowcore.engine.walker cimport paging_refused, paging_reserved, sc_walk
