@@ -3,8 +3,9 @@
     tables = PageTables(memory, "64")
     tables.map(0x400000, gpa=0x10000, size=0x3000, rights="rxu")
     tables.map(0xFFFF_8880_0000_0000, gpa=0, size="32MiB", rights="rw", global_=True)
-    for name, value in tables.registers.items():
-        setattr(cpu, name, value)
+    tables.activate(cpu)
+
+Past 500 lines, for it is one class and what its formats are.
 
 Addresses are linear (va, the gva of an access) and guest physical (gpa), both in bytes. Sections are those of
 the Intel SDM, volume 3A, chapter 4: 4.3 for mode "32", 4.4 for "pae", 4.5 for "64" and "la57".
@@ -26,6 +27,7 @@ from .errors import ConfigError
 if TYPE_CHECKING:
     from .engine.machine import VM
     from .engine.memory import Memory
+    from .engine.vcpu import VCpu
 
 Mode = Literal["32", "pae", "64", "la57"]
 
@@ -163,6 +165,12 @@ class PageTables:
         """
         cr0 = CR0_PE | CR0_ET | CR0_WP | CR0_PG
         return {"efer": self.format.efer, "cr4": self.format.cr4, "cr3": self.cr3, "cr0": cr0}
+
+    def activate(self, cpu: VCpu) -> None:
+        """Load `registers` into a vcpu, as the guest would: with the exits and faults of its MOVs and WRMSR
+        (GeneralProtection where the vcpu lacks a feature)."""
+        for name, value in self.registers.items():
+            setattr(cpu, name, value)
 
     # -- mappings --------------------------------------------------------------------------------------------
 

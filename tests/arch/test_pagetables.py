@@ -446,3 +446,19 @@ def test_tables_in_a_slot(mode):
         assert all(vm.memory.frame(gfn) for gfn in tables.tables)
     with pytest.raises(ConfigError, match="slot"):
         PageTables(vm.memory, mode, allocate=[0x300])
+
+
+@pytest.mark.parametrize("mode", ["32", "pae", "64", "la57"])
+def test_activate_loads_the_registers(mode):
+    vm = sc.VM("4MiB", "cached")
+    tables = sc.PageTables(vm.memory, mode, allocate=range(512, 1024))
+    tables.map(0x400000, 0x10000, 4096, "rwx")
+    cpu = vm.vcpus[0]
+    tables.activate(cpu)
+    assert {name: getattr(cpu, name) & value for name, value in tables.registers.items()} == tables.registers
+    cpu.write(0x400010, 5)
+    assert vm.read_physical(0x10010, 1) == b"\5"
+    poor = sc.VM("4MiB", "native", features=sc.Features(nx=False, la57=False)).vcpus[0]
+    if mode != "32":
+        with pytest.raises(sc.GeneralProtection):
+            tables.activate(poor)

@@ -222,7 +222,9 @@ def test_nothing_is_shared_with_the_copy():
 
 def test_frames_of_slots_that_moved():
     """Guest RAM is not in the order of gfns, and one slot number is free."""
-    vm = sc.VM("8MiB", "unsync", slots=[sc.MemorySlot(0, "4MiB", offset=4 << 20), sc.MemorySlot(8 << 20, "1MiB")])
+    vm = sc.VM(
+        "8MiB", "unsync", slots=[sc.MemorySlot(0, "4MiB", offset=4 << 20), sc.MemorySlot(8 << 20, "1MiB", offset=0)]
+    )
     vm.remove_slot(1)
     moved = vm.add_slot(1 << 30, "2MiB", offset=1 << 20)
     tables = sc.PageTables(vm.memory, "64", allocate=range(512, 1024))
