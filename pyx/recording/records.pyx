@@ -1,6 +1,6 @@
 """Replay of a recorded guest: each record becomes what a processor did, on the design under study.
 
-Record kinds are those of shadowcore.recording.replay. A table store goes through the guest's own mapping, so that write
+Record kinds are those of shadowcore.recording.kinds. A table store goes through the guest's own mapping, so that write
 protection is met as in life: through the address of the access that carried it where that was recorded, else through
 the direct map. Where the guest's tables do not (yet) map the direct map, the store is made at its gpa, with the exit
 and the emulation that a write-protected frame costs.
@@ -10,7 +10,7 @@ import numpy as np
 from libc.string cimport memcpy, memset
 
 from shadowcore.engine.access cimport (
-    OP_INVLPG, OP_READ, OP_WRITE, access_do, op_is_access, sc_op, sc_result, vcpu_op,
+    OP_FETCH, OP_INVLPG, OP_READ, OP_WRITE, access_do, op_is_access, sc_op, sc_result, vcpu_op,
 )
 from shadowcore.engine.bits cimport cr0_kept
 from shadowcore.engine.counters cimport EXIT_EMULATE, EXIT_WRITE
@@ -18,7 +18,7 @@ from shadowcore.engine.emulate cimport emulate_store
 from shadowcore.engine.held cimport Held
 from shadowcore.engine.leaf cimport fault_count, sc_fault
 from shadowcore.engine.memory cimport mem_frame, mem_guest_frame, mem_mark_dirty, sc_no_frame
-from shadowcore.engine.registers cimport load_cr0, load_cr3, load_cr4
+from shadowcore.engine.registers cimport load_cr0, load_cr3, load_cr4, load_efer
 from shadowcore.engine.state cimport is_shadowed, sc_mmu, sc_vcpu
 from shadowcore.engine.sync cimport table_let_go
 from shadowcore.engine.types cimport PF_W, RC_AUDIT, RC_BAD_OP, RC_GP, RC_OK, RC_PF, u8, u16, u32, u64
@@ -35,21 +35,28 @@ cdef enum:
     TABLE = 4
     INVLPG = 5
     ACCESS = 6
+    LOAD_EFER = 8
+    INVPCID = 9
     SNAPSHOT = 1 << 7               # flag of a STORE: a word of a table as it was when it began to serve
     ACCESS_WRITE = 1                # flags of an ACCESS
     ACCESS_USER = 2
+    ACCESS_FETCH = 4
+    ACCESS_SIZE_SHIFT = 4           # bits 4-7: log2 of its bytes, plus 1
     KEPT_MISMATCHES = 16
+    VCPUS = 256
     SLICE = 1 << 8                  # records between two looks at the clock
 
 cdef struct sc_record:              # of the arrays, which may change meanwhile: read once, judged, and used from here
     u64 number
     u8 kind
+    u8 vcpu
     u16 flags
     u64 addr
     u64 value
 
 cdef struct sc_replay:
     const u8 *kind
+    const u8 *vcpu
     const u16 *flags
     const u64 *addr
     const u64 *value
@@ -70,6 +77,7 @@ cdef inline sc_record _read(const sc_replay *t, u64 i) noexcept nogil:
     cdef sc_record e
     e.number = i
     e.kind = t.kind[i]
+    e.vcpu = t.vcpu[i]
     e.flags = t.flags[i]
     e.addr = t.addr[i]
     e.value = t.value[i]
@@ -80,7 +88,7 @@ cdef inline bint _is_store_of(const sc_record *access, const sc_record *store) n
     """Record `access` is the recorded form of the very store in record `store`."""
     return (store.kind == STORE and not store.flags & SNAPSHOT
             and access.kind == ACCESS and access.flags & (ACCESS_WRITE | ACCESS_USER) == ACCESS_WRITE
-            and access.value >> 3 == store.addr >> 3)
+            and access.vcpu == store.vcpu and access.value >> 3 == store.addr >> 3)
 
 
 cdef void _mismatch(sc_replay *t, u64 record) noexcept nogil:
@@ -186,13 +194,31 @@ cdef void _table_begins(sc_mmu *mmu, sc_vcpu *v, sc_replay *t, const sc_record *
         _place_word(mmu, v, gpa + 8 * n, words[n])
 
 
-cdef int _record(sc_mmu *mmu, sc_vcpu *v, sc_replay *t, u64 i) noexcept nogil:
+cdef int _invpcid(sc_mmu *mmu, sc_vcpu *v, const sc_record *e, sc_result *r) noexcept nogil:
+    """One address is dropped as INVLPG drops it. What drops more is a load of the CR3 that is there: no replay finds
+    less valid than the guest did."""
+    if e.flags & 3 == 0:
+        return _access(mmu, v, OP_INVLPG, e.addr, False, 0, 0, False, r)
+    return load_cr3(mmu, v, v.cr3)
+
+
+cdef inline u32 _size(const sc_record *e) noexcept nogil:
+    """Bytes of an access within its page, as far as one access of the engine goes."""
+    cdef u32 size = 1 << min(((e.flags >> ACCESS_SIZE_SHIFT) & 15) - 1, 3) if (e.flags >> ACCESS_SIZE_SHIFT) & 15 else 1
+    return size if (e.addr & 4095) + size <= 4096 else 1
+
+
+cdef int _record(sc_mmu *mmu, sc_vcpu **vcpus, u64 count, sc_replay *t, u64 i) noexcept nogil:
     cdef sc_result r
+    cdef sc_vcpu *v
     cdef sc_record e = _read(t, i)
     cdef sc_record store
     cdef u8 kind = e.kind
     cdef u64 addr = e.addr
     cdef int rc = RC_OK
+    if e.vcpu >= count:
+        return RC_BAD_OP
+    v = vcpus[e.vcpu]
     if (kind == STORE or kind == TABLE) and mem_frame(mmu.mem, addr >> 12) == sc_no_frame():
         return RC_BAD_OP            # recordings are checked when they are read; arrays may come from elsewhere
     if kind == ACCESS:
@@ -201,8 +227,8 @@ cdef int _record(sc_mmu *mmu, sc_vcpu *v, sc_replay *t, u64 i) noexcept nogil:
             if _is_store_of(&e, &store):
                 return RC_OK        # done by the store itself, the next record
         t.accesses += 1
-        rc = _access(mmu, v, OP_WRITE if e.flags & ACCESS_WRITE else OP_READ, addr,
-                     e.flags & ACCESS_USER != 0, 1, 0, False, &r)
+        rc = _access(mmu, v, OP_WRITE if e.flags & ACCESS_WRITE else OP_FETCH if e.flags & ACCESS_FETCH else OP_READ,
+                     addr, e.flags & ACCESS_USER != 0, _size(&e), 0, False, &r)
         if rc >= 0 and r.gpa != e.value:
             _mismatch(t, i)
         if rc == RC_PF or rc == RC_GP:
@@ -223,7 +249,11 @@ cdef int _record(sc_mmu *mmu, sc_vcpu *v, sc_replay *t, u64 i) noexcept nogil:
             rc = load_cr4(mmu, v, e.value)
     elif kind == INVLPG:
         rc = _access(mmu, v, OP_INVLPG, addr, False, 0, 0, False, &r)
-    if rc == RC_GP and kind < STORE:
+    elif kind == LOAD_EFER:
+        rc = load_efer(mmu, v, addr)
+    elif kind == INVPCID:
+        rc = _invpcid(mmu, v, &e, &r)
+    if rc == RC_GP and (kind < STORE or kind == LOAD_EFER):
         t.faults += 1
     return min(rc, RC_OK)
 
@@ -241,13 +271,24 @@ cdef Held _column(array, name, dtype, Py_ssize_t length):
 
 
 def replay(vm, dict arrays, start, stop, direct_map=0xFFFF888000000000):
-    """Replay records [start, stop) of `arrays` (kind, flags, addr, value) on vm.vcpus[0], without the GIL.
+    """Replay records [start, stop) of `arrays` (kind, flags, addr, value, and vcpu where it is not 0 in all records) on
+    the processors of vm, without the GIL.
 
     direct_map: linear address at which the guest maps all of its memory. Returns counts of this stretch; the
     counters of vm.stats have the rest. What a signal's handler raises ends it between two records: the error has
     `.record`, the next one, and `.result`, the counts; Ctrl-C is Interrupted.
     """
-    cdef VCpu cpu = vm.vcpus[0]
+    cdef VCpu cpu
+    cdef list cpus = list(vm.vcpus)
+    cdef sc_vcpu *vcpus[VCPUS]
+    cdef u64 count = len(cpus)
+    if count > VCPUS:
+        raise ValueError(f"{VCPUS} processors at most, not {count}")
+    for i in range(count):
+        cpu = cpus[i]
+        vcpus[i] = cpu.c
+    i = start
+    cpu = cpus[0]
     cdef sc_mmu *mmu = cpu.mmu.c
     cdef sc_replay t
     cdef u64 i = start
@@ -259,7 +300,9 @@ def replay(vm, dict arrays, start, stop, direct_map=0xFFFF888000000000):
     cdef Held flags = _column(arrays["flags"], "flags", _U2, t.length)
     cdef Held addr = _column(arrays["addr"], "addr", _U8, t.length)
     cdef Held value = _column(arrays["value"], "value", _U8, t.length)
+    cdef Held vcpu = _column(arrays.get("vcpu", np.zeros(t.length, _U1)), "vcpu", _U1, t.length)
     t.kind = <const u8 *>kind.view.buf
+    t.vcpu = <const u8 *>vcpu.view.buf
     t.flags = <const u16 *>flags.view.buf
     t.addr = <const u64 *>addr.view.buf
     t.value = <const u64 *>value.view.buf
@@ -273,7 +316,7 @@ def replay(vm, dict arrays, start, stop, direct_map=0xFFFF888000000000):
         while i < end and rc >= 0 and error is None:
             with nogil:
                 while i < end:
-                    rc = _record(mmu, cpu.c, &t, i)
+                    rc = _record(mmu, vcpus, count, &t, i)
                     if mmu.audit_found:
                         rc = RC_AUDIT
                     if rc < 0:
@@ -301,6 +344,8 @@ def replay(vm, dict arrays, start, stop, direct_map=0xFFFF888000000000):
         "pages_max": t.pages_max,
     }
     if rc == RC_BAD_OP:
+        if t.vcpu[i] >= count:
+            raise ValueError(f"record {i}: there is no processor {t.vcpu[i]}")
         raise ValueError(f"record {i}: gpa {t.addr[i]:#x} is in no memory slot, or too near to the end of its page")
     if rc < 0:
         error = cpu.mmu.failure(rc)

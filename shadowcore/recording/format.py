@@ -17,7 +17,10 @@ from numpy.typing import NDArray
 from ..errors import ConfigError
 
 FORMAT = "shadowcore recording"
-VERSION = 1
+VERSION = 2
+"""Of the files that are written."""
+VERSIONS = (1, 2)
+"""Of those that are read. 1: a guest has one processor, and kinds of records up to 7."""
 SUFFIX = ".screc"
 BLOCK = 1 << 18
 """Records in a block, as they are written."""
@@ -31,7 +34,7 @@ GUEST, OPERATIONS, PROGRAM = "guest", "operations", "program"
 """Streams."""
 
 STREAMS: dict[str, dict[str, str]] = {
-    GUEST: {"kind": "u1", "flags": "<u2", "insns": "<u4", "addr": "<u8", "value": "<u8"},
+    GUEST: {"kind": "u1", "flags": "<u2", "insns": "<u4", "addr": "<u8", "value": "<u8", "vcpu": "u1"},
     OPERATIONS: {
         "op": "u1",
         "user": "u1",

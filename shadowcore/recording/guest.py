@@ -1,6 +1,6 @@
 """Recordings of running guests: what they hold, and reading them with every record checked.
 
-A recording is an .npz file of what one processor did, in order. Its arrays have one element per record:
+A recording is an .npz file of what a guest's processors did, in order. Its arrays have one element per record:
 
     kind (u1)    addr (u8)        value (u8)        flags (u2)
     1 LOAD_CR3   the new CR3
@@ -10,12 +10,19 @@ A recording is an .npz file of what one processor did, in order. Its arrays have
     4 TABLE      gpa of a frame                     bits 0-3: level. It begins to serve as a table: words that
                                                     are not 0 follow as STOREs, all others are 0
     5 INVLPG     linear address
-    6 ACCESS     linear address   gpa reached       bit 0: write; bit 1: user, see Recording.user
+    6 ACCESS     linear address   gpa reached       bit 0: write; bit 1: user, see Recording.user; bit 2: fetch;
+                                                    bits 4-7: log2 of its bytes, plus 1 (0: not known);
+                                                    bits 8-9: CPL, if bit 10 says that it is known
     7 TABLE_END  gpa of a frame                     bits 0-3: level. It ceases to serve as a table
+    8 LOAD_EFER  EFER
+    9 INVPCID    linear address   PCID              bits 0-1: its type
+    10 MARK      a number                           the guest marks a place
 
 and insns (u4): instructions executed since the record before. Accesses are those that missed a filter. Frames
 that never serve as tables have no contents. Four scalars: cr0, cr4 and efer at the start, and nframes, guest
 RAM in frames of 4096 bytes; and, where it is false alone, complete (bool): the recording ended before its time.
+Where there are several processors, vcpu (u1) is the number of each record's, and a scalar vcpus how many there are.
+Those other than 0 start as after a reset.
 """
 
 from __future__ import annotations
@@ -34,26 +41,35 @@ from numpy.typing import NDArray
 from ..config import check_int
 from ..errors import TraceError
 from ..files import Replacement, check_path
-from .format import GUEST, SUFFIX
+from .format import GUEST, STREAMS, SUFFIX
+from .kinds import (
+    ACCESS,
+    CPL_KNOWN,
+    INVLPG,
+    INVPCID,
+    LOAD_CR,
+    LOAD_CR3,
+    LOAD_EFER,
+    MARK,
+    SNAPSHOT,
+    STORE,
+    TABLE,
+    TABLE_END,
+    USER,
+)
 from .npz import read_arrays
 from .reader import Reader, is_recording
+from .survey import Survey, first_of
 from .writer import Writer
 
 BUNDLED = "linux-fork"
 """The recording that ships with the package: Debian's 6.1 kernel, boot and 60 shell pipelines."""
 
-LOAD_CR3, LOAD_CR, STORE, TABLE, INVLPG, ACCESS, TABLE_END = range(1, 8)
-"""Kinds of records."""
-SNAPSHOT = 1 << 7
-"""Flag of a STORE to a frame that does not serve as a table at that moment: see Recording.snapshot."""
-WRITE, USER = 1, 2
-"""Flags of an ACCESS."""
-
-_ARRAYS = {"kind": "u1", "flags": "<u2", "insns": "<u4", "addr": "<u8", "value": "<u8"}
-_SCALARS = {"cr0": (1 << 64) - 1, "cr4": (1 << 64) - 1, "efer": (1 << 64) - 1, "nframes": 1 << 40}
+_ARRAYS = STREAMS[GUEST]
+_SCALARS = {"cr0": (1 << 64) - 1, "cr4": (1 << 64) - 1, "efer": (1 << 64) - 1, "nframes": 1 << 40, "vcpus": 1 << 8}
+_OPTIONAL = ("complete", "vcpu", "vcpus")
 MEMBERS = (*_ARRAYS, *_SCALARS, "complete")
 """What an .npz recording holds."""
-_OFFSETS_MAX = 1 << 16
 _TABLE_MAX = 1 << 16
 """Records that a piece of a recording may exceed a block by, for the words of a table not to be parted."""
 
@@ -62,11 +78,12 @@ _TABLE_MAX = 1 << 16
 class Recording:
     """What a guest did: arrays of one length, read-only, one element a record. TraceError if they cannot be.
 
-    kind: u1, 1 to 7 (LOAD_CR3 ... TABLE_END). flags: u2, by kind.
+    kind: u1, 1 to 10 (LOAD_CR3 ... MARK). flags: u2, by kind.
     insns: u4, instructions since the record before.
     addr, value: u8: linear addresses, gpas and values, by kind.
     cr0, cr4, efer: registers at the start. nframes: guest RAM in frames of 4096 bytes.
     name: what reports call it. complete: False if it ended before its time.
+    vcpus: number of processors. vcpu: u1, the processor that did it (None: 0 in all records).
     """
 
     name: str
@@ -80,8 +97,12 @@ class Recording:
     efer: int
     nframes: int
     complete: bool = True
+    vcpus: int = 1
+    vcpu: NDArray[np.uint8] = None  # type: ignore[assignment]
 
     def __post_init__(self) -> None:
+        if self.vcpu is None:
+            object.__setattr__(self, "vcpu", np.zeros(len(self.kind), dtype=np.uint8))
         for name, dtype in _ARRAYS.items():
             array = np.asarray(getattr(self, name))
             if array.dtype != np.dtype(dtype) or array.ndim != 1:
@@ -108,7 +129,8 @@ class Recording:
         length[(length == 0) | snapshot] = 8
         level = np.where(store, flags & 7, flags & 15)
         rules = [
-            ((kind < LOAD_CR3) | (kind > TABLE_END), "kind", "a kind from 1 to 7"),
+            ((kind < LOAD_CR3) | (kind > MARK), "kind", f"a kind from 1 to {MARK}"),
+            (self.vcpu >= self.vcpus, "vcpu", f"a processor below {self.vcpus}"),
             (
                 (store | frame) & ((level < 1) | (level > 5)),
                 "flags",
@@ -129,7 +151,7 @@ class Recording:
             ((store | frame) & (addr >= size), "addr", f"a gpa below the end of memory, {int(size):#x}"),
         ]
         for broken, field, expected in rules:
-            record = _first(broken)
+            record = first_of(broken)
             if record is not None:
                 value = int(getattr(self, field)[record])
                 raise TraceError(self.name, record, f"{expected} expected, not {field} {value:#x}")
@@ -152,7 +174,7 @@ class Recording:
     @cached_property
     def counts(self) -> dict[str, int]:
         """Records by what they are."""
-        by_kind = np.bincount(self.kind, minlength=TABLE_END + 1).tolist()
+        by_kind = np.bincount(self.kind, minlength=MARK + 1).tolist()
         words = int(self.snapshot.sum())
         return {
             "cr3_loads": by_kind[LOAD_CR3],
@@ -163,6 +185,9 @@ class Recording:
             "invlpg": by_kind[INVLPG],
             "accesses": by_kind[ACCESS],
             "tables_ended": by_kind[TABLE_END],
+            "efer_loads": by_kind[LOAD_EFER],
+            "invpcid": by_kind[INVPCID],
+            "marks": by_kind[MARK],
         }
 
     @cached_property
@@ -185,8 +210,8 @@ class Recording:
         return np.cumsum(mask[:-1], dtype=np.int8).astype(np.bool_)
 
     @cached_property
-    def _survey(self) -> _Survey:
-        survey = _Survey()
+    def _survey(self) -> Survey:
+        survey = Survey()
         survey.add(0, self)
         survey.end()
         return survey
@@ -195,8 +220,8 @@ class Recording:
     def first_user(self) -> int | None:
         """Number of the first user-mode access: before it the guest boots, from it on there is a workload.
 
-        The user flag follows the half of the address space that the instruction lies in, so that boot code at
-        low addresses carries it as well. There, linear addresses are physical ones, which tells it apart:
+        Where the CPL is known that is all. In older recordings the user flag follows the half of the address space
+        that the instruction lies in, so that boot code at low addresses carries it as well. There, linear addresses are physical ones, which tells it apart:
         user code begins where most of the next 16 flagged accesses reach another address.
         """
         return self._survey.first_user
@@ -205,7 +230,7 @@ class Recording:
     def user(self) -> NDArray[np.bool_]:
         """For each record, whether it is a user-mode access.
 
-        Boot code is not (see first_user). Nor is an access to the upper half of the address space: where a
+        Where the CPL is known, its flag says so. Elsewhere boot code is not (see first_user). Nor is an access to the upper half of the address space: where a
         user instruction is interrupted, the processor reads tables and pushes a frame as supervisor.
         """
         return self.user_from(self.first_user)
@@ -215,6 +240,8 @@ class Recording:
         mask: NDArray[np.bool_] = (self.kind == ACCESS) & (self.flags & USER != 0)
         mask &= self.addr >> np.uint64(63) == 0
         mask[: self.operations if first is None else max(first, 0)] = False
+        known = self.flags & CPL_KNOWN != 0
+        mask[known] = ((self.kind == ACCESS) & (self.flags & USER != 0))[known]
         return mask
 
     @property
@@ -237,7 +264,7 @@ class Recording:
 
     @property
     def arrays(self) -> dict[str, NDArray[Any]]:
-        """The five arrays by name."""
+        """The arrays of records by name."""
         return {name: getattr(self, name) for name in _ARRAYS}
 
     def head(self, records: int) -> Recording:
@@ -255,67 +282,17 @@ class Recording:
                 writer.close(complete=self.complete)
             return
         scalars: dict[str, Any] = {name: np.uint64(getattr(self, name)) for name in _SCALARS}
+        arrays = self.arrays
+        if self.vcpus == 1:
+            del scalars["vcpus"], arrays["vcpu"]
         if not self.complete:
             scalars["complete"] = np.bool_(False)
         name = os.fspath(path)
         with Replacement(name if name.endswith(".npz") else f"{name}.npz") as file:
-            np.savez_compressed(file, **self.arrays, **scalars)  # type: ignore[arg-type]
+            np.savez_compressed(file, **arrays, **scalars)  # type: ignore[arg-type]
 
     def __repr__(self) -> str:
         return f"Recording({self.name!r}, {self.operations} records, {self.instructions} instructions)"
-
-
-class _Survey:
-    """What is known of a recording when all of its pieces have been seen, one after the other."""
-
-    def __init__(self) -> None:
-        self.first_user: int | None = None
-        self.first_cr3: int | None = None
-        self.operations = 0
-        self._flagged = np.zeros(0, dtype=np.int64)  # user accesses whose next ones are not all known
-        self._moved = np.zeros(0, dtype=np.bool_)
-        self._offsets: dict[int, int] = {}
-
-    def add(self, first: int, piece: Recording) -> None:
-        self.operations = first + piece.operations
-        if self.first_cr3 is None:
-            record = _first(piece.kind == LOAD_CR3)
-            self.first_cr3 = None if record is None else first + record
-        if self.first_user is None:
-            flagged = np.flatnonzero((piece.kind == ACCESS) & (piece.flags & USER != 0))
-            self._moved = np.append(self._moved, piece.addr[flagged] != piece.value[flagged])
-            self._flagged = np.append(self._flagged, flagged + first)
-            self._find_user(len(self._flagged) - 15)
-        carried = (piece.kind[:-1] == ACCESS) & (piece.flags[:-1] & WRITE != 0) & (piece.kind[1:] == STORE)
-        carried &= piece.value[:-1] >> np.uint64(3) == piece.addr[1:] >> np.uint64(3)
-        offsets, counts = np.unique((piece.addr - piece.value)[:-1][carried], return_counts=True)
-        for offset, count in zip(offsets.tolist(), counts.tolist(), strict=True):
-            self._offsets[offset] = self._offsets.get(offset, 0) + count
-        if len(self._offsets) > _OFFSETS_MAX:
-            # A guest has few mappings of its tables: no more than memory allows are told apart.
-            most = sorted(self._offsets, key=lambda offset: -self._offsets[offset])[: _OFFSETS_MAX // 2]
-            self._offsets = {offset: self._offsets[offset] for offset in most}
-
-    def end(self) -> None:
-        if self.first_user is None:
-            self._find_user(len(self._flagged))
-
-    def _find_user(self, known: int) -> None:
-        """Look at the first `known` of the flagged accesses, and forget them."""
-        if known <= 0:
-            return
-        before = np.append(0, np.cumsum(self._moved))
-        begins = np.arange(known)
-        ends = np.minimum(begins + 16, len(self._flagged))
-        most = 2 * (before[ends] - before[begins]) > ends - begins
-        found = _first(self._moved[:known] & most)
-        self.first_user = None if found is None else int(self._flagged[found])
-        self._flagged, self._moved = self._flagged[known:], self._moved[known:]
-
-    @property
-    def direct_map(self) -> int:
-        offsets = self._offsets
-        return min(offsets, key=lambda offset: (-offsets[offset], offset)) if offsets else 0xFFFF_8880_0000_0000
 
 
 class RecordingFile:
@@ -332,7 +309,7 @@ class RecordingFile:
             self.operations = reader.records
             self.complete = reader.complete
             values = [_scalar(path, name, np.uint64(reader.guest[name])) for name in _SCALARS]
-        self.cr0, self.cr4, self.efer, self.nframes = values
+        self.cr0, self.cr4, self.efer, self.nframes, self.vcpus = values
         if not self.operations:
             raise TraceError(path, None, "at least one record expected")
 
@@ -381,8 +358,8 @@ class RecordingFile:
             raise TraceError(self.path, begin + (error.record or 0), error.expected) from None
 
     @cached_property
-    def _survey(self) -> _Survey:
-        survey = _Survey()
+    def _survey(self) -> Survey:
+        survey = Survey()
         for first, piece in self.pieces():
             survey.add(first, piece)
         survey.end()
@@ -441,7 +418,7 @@ def load(path: str | os.PathLike[str] | None = None) -> Recording:
         with source._open() as reader:
             blocks = [block.columns for block in reader]
         return source._piece(0, {name: np.concatenate([block[name] for block in blocks]) for name in _ARRAYS})
-    members: dict[str, Any] = read_arrays(path, (*_ARRAYS, *_SCALARS), ("complete",))
+    members: dict[str, Any] = read_arrays(path, [name for name in MEMBERS if name not in _OPTIONAL], _OPTIONAL)
     if "complete" in members:
         mark = members["complete"]
         if mark.shape or mark.dtype != np.bool_:
@@ -456,22 +433,19 @@ def load(path: str | os.PathLike[str] | None = None) -> Recording:
 
 
 def registers(path: str | os.PathLike[str]) -> dict[str, int]:
-    """cr0, cr4, efer and nframes of a recording of either format. TraceError."""
+    """cr0, cr4, efer, nframes and vcpus of a recording of either format. TraceError."""
     if is_recording(path):
         source = RecordingFile(path)
         return {name: getattr(source, name) for name in _SCALARS}
-    return {name: _scalar(path, name, value) for name, value in read_arrays(path, _SCALARS).items()}
+    needed = [name for name in _SCALARS if name not in _OPTIONAL]
+    members = {"vcpus": np.uint64(1)} | read_arrays(path, needed, ("vcpus",))
+    return {name: _scalar(path, name, members[name]) for name in _SCALARS}
 
 
 def _scalar(file: object, name: str, value: Any) -> int:
     scalar = np.asarray(value)
-    lowest, highest = 1 if name == "nframes" else 0, _SCALARS[name]
+    lowest, highest = 1 if name in ("nframes", "vcpus") else 0, _SCALARS[name]
     if scalar.ndim or scalar.dtype.kind not in "iu" or not lowest <= int(scalar) <= highest:
         expected = f"{name!r}: one integer from {lowest} to {highest:#x} expected"
         raise TraceError(file, None, f"{expected}, not {scalar.dtype} of shape {scalar.shape}")
     return int(scalar)
-
-
-def _first(mask: NDArray[np.bool_]) -> int | None:
-    index = int(mask.argmax()) if len(mask) else 0
-    return index if len(mask) and mask[index] else None

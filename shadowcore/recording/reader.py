@@ -29,7 +29,7 @@ from .format import (
     OPERATIONS,
     PROGRAM,
     STREAMS,
-    VERSION,
+    VERSIONS,
     Accesses,
     Block,
     Event,
@@ -85,8 +85,9 @@ class Reader:
         self.header = self._json("recording.json")
         if self.header.get("format") != FORMAT:
             raise TraceError(self.path, None, f"a recording expected: recording.json names no {FORMAT!r}")
-        if self.header.get("version") != VERSION:
-            raise TraceError(self.path, None, f"version {VERSION} expected, not {self.header.get('version')!r}")
+        if self.header.get("version") not in VERSIONS:
+            versions = " or ".join(map(str, VERSIONS))
+            raise TraceError(self.path, None, f"version {versions} expected, not {self.header.get('version')!r}")
         self.stream = self.header.get("stream")
         if self.stream not in STREAMS:
             raise TraceError(self.path, None, f"a stream of {', '.join(STREAMS)} expected, not {self.stream!r}")
@@ -113,6 +114,7 @@ class Reader:
                 raise TraceError(self.path, self._starts[number], expected)
         if self.stream == GUEST:
             self.guest = {key: self._number("guest", key) for key in ("cr0", "cr4", "efer", "nframes")}
+            self.guest["vcpus"] = self._number("guest", "vcpus") if "vcpus" in self.header["guest"] else 1
         self._check_members(index)
 
     def _check_members(self, index: Mapping[str, Any]) -> None:

@@ -20,22 +20,23 @@ from ..engine.machine import VM, set_registers
 from ..engine.reported import unsync_counts
 from ..engine.windows import WindowLog, grown
 from ..errors import AuditError, ConfigError, GeneralProtection, TraceError
-from .guest import (
+from .guest import BUNDLED, Recording, RecordingFile, load, open_recording
+from .kinds import (
     ACCESS,
-    BUNDLED,
+    CPL_KNOWN,
+    FETCH,
     INVLPG,
+    INVPCID,
     LOAD_CR,
     LOAD_CR3,
+    LOAD_EFER,
+    MARK,
     SNAPSHOT,
     STORE,
     TABLE,
     TABLE_END,
     USER,
     WRITE,
-    Recording,
-    RecordingFile,
-    load,
-    open_recording,
 )
 from .reader import Reader
 from .records import replay as replay_records
@@ -43,9 +44,14 @@ from .records import replay as replay_records
 __all__ = [
     "ACCESS",
     "BUNDLED",
+    "CPL_KNOWN",
+    "FETCH",
     "INVLPG",
+    "INVPCID",
     "LOAD_CR",
     "LOAD_CR3",
+    "LOAD_EFER",
+    "MARK",
     "SNAPSHOT",
     "STORE",
     "TABLE",
@@ -66,6 +72,8 @@ __all__ = [
 SLICE = 1 << 16
 """Records per call of the engine: progress and Ctrl-C are served in between, many times a second."""
 
+RESET_CR0 = 0x60000010
+"""CR0 after a reset, by which processors other than the first begin."""
 _MISMATCHES = 10
 """Mismatching records that a result names."""
 _COUNTS = ("accesses", "table_stores", "snapshot_words", "physical_stores", "faults", "gpa_mismatches")
@@ -348,8 +356,11 @@ def _piece_flags(piece: Recording, first_user: int | None, base: int) -> NDArray
 
 def _machine(recording: Recording | RecordingFile, made: Native | Shadow, record: int, tlb: TLB | None = None) -> VM:
     """A VM as the guest was just before `record` (a first CR3 load at `record` itself is taken early)."""
-    vm = VM(memory=recording.memory_size, mmu=made, tlb=tlb, features=Features(maxphyaddr=52))
-    cr0, cr4, cr3 = recording.cr0, recording.cr4, 0
+    vm = VM(
+        memory=recording.memory_size, mmu=made, tlb=tlb, vcpus=recording.vcpus, features=Features(maxphyaddr=52)
+    )
+    registers = [{"cr0": RESET_CR0, "cr3": 0, "cr4": 0, "efer": 0} for _ in vm.vcpus]
+    registers[0] |= {name: getattr(recording, name) for name in ("cr0", "cr4", "efer")}
     frames = vm.memory.words.reshape(-1, 512)
     for base, piece in recording.pieces():
         before = record - base
@@ -359,19 +370,20 @@ def _machine(recording: Recording | RecordingFile, made: Native | Shadow, record
         if base:  # memory is new in the first piece
             frames[begun] = 0
         vm.memory.words[words] = values
-        loads = np.flatnonzero(piece.kind[:before] == LOAD_CR)
-        if len(loads):
-            cr0, cr4 = int(piece.addr[loads[-1]]), int(piece.value[loads[-1]])
-        loads = np.flatnonzero(piece.kind[: before + 1] == LOAD_CR3)
-        if len(loads):
-            cr3 = int(piece.addr[loads[-1]])
-    cpu = vm.vcpus[0]
-    cpu.ac = True  # What the guest's kernel did to user pages under SMAP, it did with EFLAGS.AC set.
-    try:
-        set_registers(vm, cpu, cr0=cr0, cr3=cr3, cr4=cr4, efer=recording.efer)
-    except GeneralProtection:
-        expected = f"registers that a processor can have expected, not cr0 {cr0:#x}, cr4 {cr4:#x}"
-        raise TraceError(recording.name, record, f"{expected}, efer {recording.efer:#x}") from None
+        for number, known in enumerate(registers):
+            own = piece.vcpu == number
+            for kind, names in ((LOAD_CR, ("cr0", "cr4")), (LOAD_EFER, ("efer",)), (LOAD_CR3, ("cr3",))):
+                loads = np.flatnonzero((own & (piece.kind == kind))[: before + (kind == LOAD_CR3)])
+                if len(loads):
+                    known |= zip(names, (int(piece.addr[loads[-1]]), int(piece.value[loads[-1]])), strict=False)
+    for cpu, known in zip(vm.vcpus, registers, strict=True):
+        cpu.ac = True  # What the guest's kernel did to user pages under SMAP, it did with EFLAGS.AC set.
+        try:
+            set_registers(vm, cpu, **known)
+        except GeneralProtection:
+            shown = ", ".join(f"{name} {known[name]:#x}" for name in ("cr0", "cr4", "efer"))
+            expected = f"registers that a processor can have expected, not {shown}"
+            raise TraceError(recording.name, record, expected) from None
     return vm
 
 

@@ -1,0 +1,439 @@
+/* SPDX-License-Identifier: GPL-2.0-or-later
+ *
+ * What is done at each block of translated code, and at each access.
+ *
+ * Registers are read where a block begins, for there alone the emulator has all of them in memory. So what an
+ * instruction did to CR3 is seen at the block after it; such instructions end their block.
+ *
+ * One processor runs at a time (the command sees to that), so nothing here is locked.
+ */
+#include <signal.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
+
+#include "recorder.h"
+
+struct block {              /* of translated code */
+    struct block *next;
+    uint64_t tag[2];        /* of the pages that it lies in, as FILTER_FETCH has them; 0: none */
+    uint64_t va[2], gpa[2]; /* where it begins in each; NOWHERE: to be walked for */
+    uint32_t insns;
+    uint8_t cpl;
+    bool seen;              /* it was executed before */
+    bool check;             /* it may be reached by a change of registers that no instruction made */
+    bool marks;             /* it begins with CPUID */
+    struct op op[];         /* of the instructions that have one, `cpl` excepted */
+};
+
+uint64_t nframes;
+uint8_t *ram;
+struct vcpu *vcpus;
+unsigned vcpu_count;
+bool recording;
+
+static uint64_t filter_sets = 64;
+static const char *ram_path;
+static struct block *blocks;
+static uint32_t interface_version;
+
+/* The guest's memory, where the emulator has mapped it. */
+static void map_ram(void)
+{
+    FILE *maps = fopen("/proc/self/maps", "r");
+    char line[4096 + 256];
+    while (maps && fgets(line, sizeof line, maps)) {
+        unsigned long begin, end, offset;
+        int name = 0;
+        if (sscanf(line, "%lx-%lx %*s %lx %*s %*s %n", &begin, &end, &offset, &name) < 3 || !name)
+            continue;
+        line[strcspn(line, "\n")] = 0;
+        if (strncmp(line + name, ram_path, strlen(ram_path)) == 0 && offset == 0 && end - begin >= nframes << 12)
+            ram = (uint8_t *)begin;
+    }
+    if (maps)
+        fclose(maps);
+    if (!ram)
+        fatal("the guest's memory is not mapped from ", ram_path);
+}
+
+static struct way *set_of(struct vcpu *v, int which, uint64_t page)
+{
+    return v->filter[which] + (page & (filter_sets - 1)) * FILTER_WAYS;
+}
+
+/* The entry of a tag, made the first of its set; if it is new (false), its gfn is the caller's to fill in. */
+static bool filter_find(struct way *set, uint64_t tag)
+{
+    struct way found = { tag, nframes };
+    unsigned n = 0;
+    while (n < FILTER_WAYS - 1 && set[n].tag != tag)
+        n++;
+    bool hit = set[n].tag == tag;
+    if (hit)
+        found = set[n];
+    memmove(set + 1, set, n * sizeof *set);
+    set[0] = found;
+    return hit;
+}
+
+void core_drop_all(struct vcpu *v)
+{
+    for (int which = 0; which < FILTERS; which++)
+        memset(v->filter[which], 0, filter_sets * FILTER_WAYS * sizeof(struct way));
+    v->fetch = 0;
+}
+
+/* INVLPG: the pages of the translation that the address is in. */
+void core_drop_page(struct vcpu *v, uint64_t va)
+{
+    uint64_t gpa, span;
+    bool user;
+    walk(v, va, &gpa, &user, &span);
+    if (span > (uint64_t)filter_sets * FILTER_WAYS << 12) {
+        core_drop_all(v);
+        return;
+    }
+    uint64_t first = (va & ~(span - 1)) >> 12, count = span >> 12;
+    for (uint64_t page = first; page < first + count; page++)
+        for (int which = 0; which < FILTERS; which++) {
+            struct way *set = set_of(v, which, page);
+            for (unsigned n = 0; n < FILTER_WAYS; n++)
+                if (set[n].tag >> 2 == page)
+                    set[n].tag = 0;
+        }
+    v->fetch = 0;
+}
+
+static unsigned cpl_flags(const struct vcpu *v)
+{
+    return (unsigned)v->cpl << ACCESS_CPL_SHIFT | ACCESS_CPL_KNOWN;
+}
+
+/* What an access that missed the filter is recorded with. Code of level 3 reads descriptors as supervisor: such a page
+ * is one that user code may not use. */
+static unsigned access_flags(const struct vcpu *v, bool user_page)
+{
+    return cpl_flags(v) | (v->cpl == 3 && user_page ? ACCESS_USER : 0);
+}
+
+static void access_page(struct vcpu *v, uint64_t now, qemu_plugin_meminfo_t info, uint64_t va, unsigned size,
+                        unsigned shift, bool is_store, bool first)
+{
+    uint64_t page = va >> 12, tag = page << 2 | (uint64_t)(v->cpl == 3) << 1 | 1, gpa = NOWHERE, walked, span;
+    struct way *set = set_of(v, is_store ? FILTER_STORE : FILTER_LOAD, page);
+    bool user, hit = filter_find(set, tag);
+    if (hit && !watched[set->gfn])
+        return;
+    bool mapped = walk(v, va, &walked, &user, &span);
+    if (hit)
+        gpa = set->gfn << 12 | (va & 4095);
+    else if (first)
+        gpa = backend_gpa(info, va);
+    if (gpa == NOWHERE)
+        gpa = mapped ? walked : NOWHERE;
+    if (gpa == NOWHERE) {
+        set->tag = 0;           /* by a translation that was taken back since */
+        return;
+    }
+    set->gfn = gpa >> 12 < nframes ? gpa >> 12 : nframes;
+    unsigned flags = access_flags(v, mapped && user) | (shift + 1) << ACCESS_SIZE_SHIFT;
+    if (is_store && watched[set->gfn])
+        tables_store(v, now, va, gpa, size, flags);
+    else if (!hit)
+        emit(v, now, ACCESS, flags | (is_store ? ACCESS_WRITE : 0), va, gpa);
+}
+
+static void access_slow(struct vcpu *v, qemu_plugin_meminfo_t info, uint64_t va, void *number, bool is_store)
+{
+    if (!recording)
+        return;
+    uint64_t now = v->begun + (uintptr_t)number;
+    unsigned shift = qemu_plugin_mem_size_shift(info), size = 1u << shift, here = 4096 - (va & 4095);
+    if (size <= here) {
+        access_page(v, now, info, va, size, shift, is_store, true);
+        return;
+    }
+    access_page(v, now, info, va, here, shift, is_store, true);
+    access_page(v, now, info, va + here, size - here, shift, is_store, false);
+}
+
+static inline bool at_hand(const struct vcpu *v, int which, uint64_t va)
+{
+    uint64_t page = va >> 12;
+    const struct way *set = v->filter[which] + (page & (filter_sets - 1)) * FILTER_WAYS;
+    return set->tag == (page << 2 | (uint64_t)(v->cpl == 3) << 1 | 1) && (va & 4095) <= 4096 - 64
+        && (which == FILTER_LOAD || !watched[set->gfn]);
+}
+
+/* One callback for loads and stores: version 1 of the interface calls those for either at both. */
+static void on_access(unsigned vcpu, qemu_plugin_meminfo_t info, uint64_t va, void *number)
+{
+    struct vcpu *v = &vcpus[vcpu];
+    bool is_store = qemu_plugin_mem_is_store(info);
+    if (UNLIKELY(!at_hand(v, is_store ? FILTER_STORE : FILTER_LOAD, va)))
+        access_slow(v, info, va, number, is_store);
+}
+
+static void on_op(unsigned vcpu, void *op)
+{
+    vcpus[vcpu].pending = op;
+}
+
+/* Paging is on for the first time: from here on all is recorded. */
+static void start(const struct vcpu *v)
+{
+    struct heading heading = { "SCGUEST1", vcpu_count, interface_version, nframes, v->cr0, v->cr4, v->efer };
+    if (v->number)
+        fatal("a guest whose first processor turns paging on first is needed", "");
+    stream_head(&heading);
+    recording = true;
+}
+
+/* Take over the registers as they are now, and record what has changed. CR3 by itself where an instruction loaded it:
+ * that drops translations even if it is the same. */
+static void read_registers(struct vcpu *v, uint64_t now, bool loaded)
+{
+    struct vcpu was = *v;
+    v->cr0 = backend_register(v->number, CR0);
+    v->cr3 = backend_register(v->number, CR3);
+    v->cr4 = backend_register(v->number, CR4);
+    v->efer = backend_register(v->number, EFER);
+    v->mode = mode_of(v);
+    bool cr = was.cr0 != v->cr0 || was.cr4 != v->cr4, efer = (was.efer ^ v->efer) & ~(uint64_t)0x400;
+    bool cr3 = loaded || was.cr3 != v->cr3, off = was.cr0 >> 31 & ~v->cr0 >> 31 & 1, fresh = false;
+    if (!cr && !efer && !cr3)
+        return;
+    if (!recording) {
+        if (v->mode == MODE_OFF)
+            return;
+        start(v);
+        cr = efer = false;
+        cr3 = fresh = true;
+    }
+    if (cr || cr3)
+        core_drop_all(v);
+    if (cr3 || v->mode != was.mode || fresh)
+        tables_root(v, now);
+    /* One after the other as a processor would take them: paging goes off first and on last. */
+    if (off)
+        emit(v, now, LOAD_CR, 0, v->cr0, was.cr4);
+    if (efer)
+        emit(v, now, LOAD_EFER, 0, v->efer & ~(uint64_t)0x400, 0);
+    if (cr && was.cr4 != v->cr4)
+        emit(v, now, LOAD_CR, 0, off ? v->cr0 : was.cr0, v->cr4);
+    if (cr3)
+        emit(v, now, LOAD_CR3, 0, v->cr3, 0);
+    if (cr && !off && was.cr0 != v->cr0)
+        emit(v, now, LOAD_CR, 0, v->cr0, v->cr4);
+}
+
+static void finish_op(struct vcpu *v, uint64_t now)
+{
+    const struct op *op = v->pending;
+    v->pending = NULL;
+    if (op->kind < OP_INVLPG) {
+        /* A load that was refused is none: then the register is not what the operand is. */
+        bool loaded = op->kind == OP_CR3 && backend_register(v->number, op->source) << 1 >> 1
+            == backend_register(v->number, CR3);
+        read_registers(v, now, loaded);
+    } else if (recording && op->kind == OP_INVLPG) {
+        uint64_t va = op_address(op, v);
+        core_drop_page(v, va);
+        emit(v, now, INVLPG, 0, va, 0);
+    } else if (recording && op->kind == OP_INVPCID) {
+        uint64_t at = op_address(op, v), gpa, high, span;
+        bool user;
+        if (!walk(v, at, &gpa, &user, &span) || !walk(v, at + 8, &high, &user, &span)
+            || (gpa | high) >> 12 >= nframes)
+            return;
+        core_drop_all(v);
+        emit(v, now, INVPCID, backend_register(v->number, op->source) & 3, *(uint64_t *)(ram + high),
+             *(uint64_t *)(ram + gpa));
+    }
+}
+
+static void fetch_slow(struct vcpu *v, uint64_t now, const struct block *b)
+{
+    read_registers(v, now, false);      /* whatever else may have changed them: tasks, resets, system management */
+    for (int n = 0; n < 2 && b->tag[n]; n++) {
+        uint64_t tag = b->tag[n] | (uint64_t)(v->cpl == 3) << 1, gpa = b->gpa[n], span;
+        struct way *set = set_of(v, FILTER_FETCH, tag >> 2);
+        bool user;
+        v->fetch = tag;
+        if (filter_find(set, tag))
+            continue;
+        bool mapped = walk(v, b->va[n], &span, &user, &span);
+        if (gpa == NOWHERE && !(mapped && walk(v, b->va[n], &gpa, &user, &span))) {
+            set->tag = 0;
+            continue;
+        }
+        emit(v, now, ACCESS, access_flags(v, mapped && user) | ACCESS_FETCH, b->va[n], gpa);
+    }
+}
+
+static uint8_t read_cpl(struct vcpu *v)
+{
+    if (!(v->cr0 & 1))
+        return 0;
+    if (!(v->efer >> 10 & 1) && backend_register(v->number, EFLAGS) >> 17 & 1)
+        return 3;               /* virtual-8086 mode */
+    return backend_register(v->number, CS) & 3;
+}
+
+/* Not the first time only: see the calls. */
+static void block_slow(struct vcpu *v, uint64_t now, struct block *b)
+{
+    if (!ram)
+        map_ram();
+    if (now >= stream_limit && recording) {
+        stream_end();
+        kill(getpid(), SIGTERM);
+        return;
+    }
+    if (v->pending)
+        finish_op(v, now);
+    if (!b->seen || b->check || !v->seen) {
+        read_registers(v, now, false);
+        v->seen = b->seen = true;
+        b->cpl = read_cpl(v);
+        /* The emulator keeps blocks of other privilege and of system management apart, but not those of paging. */
+        b->check |= v->mode == MODE_OFF;
+    }
+    if (b->marks && recording && (uint32_t)backend_register(v->number, RAX) == MAGIC_MARK)
+        emit(v, now, MARK, 0, (uint32_t)backend_register(v->number, RCX), 0);
+}
+
+static void on_block(unsigned vcpu, void *data)
+{
+    struct block *b = data;
+    struct vcpu *v = &vcpus[vcpu];
+    uint64_t now = stream_clock;
+    stream_clock = now + b->insns;
+    v->begun = now;
+    if (UNLIKELY(v->pending || !b->seen || b->check || b->marks || now >= stream_limit))
+        block_slow(v, now, b);
+    v->cpl = b->cpl;
+    if (UNLIKELY((b->tag[0] | (uint64_t)(v->cpl == 3) << 1) != v->fetch || b->tag[1]) && recording)
+        fetch_slow(v, now, b);
+}
+
+static uint64_t code_gpa(const struct qemu_plugin_insn *insn)
+{
+    uint8_t *host = qemu_plugin_insn_haddr(insn);
+    if (!ram)
+        map_ram();
+    return host && host >= ram && host < ram + (nframes << 12) ? (uint64_t)(host - ram) : NOWHERE;
+}
+
+static void on_translation(qemu_plugin_id_t id, struct qemu_plugin_tb *tb)
+{
+    (void)id;
+    size_t count = qemu_plugin_tb_n_insns(tb);
+    struct block *b = calloc(1, sizeof *b + count * sizeof b->op[0]);
+    if (!b)
+        fatal("no memory", "");
+    b->next = blocks;
+    blocks = b;
+    b->insns = count;
+    b->gpa[1] = NOWHERE;
+    unsigned ops = 0;
+    for (size_t n = 0; n < count; n++) {
+        struct qemu_plugin_insn *insn = qemu_plugin_tb_get_insn(tb, n);
+        uint64_t va = qemu_plugin_insn_vaddr(insn), last = va + qemu_plugin_insn_size(insn) - 1;
+        uint8_t bytes[16];
+        size_t length = backend_bytes(insn, bytes);
+        if (n == 0) {
+            b->va[0] = va;
+            b->tag[0] = va >> 12 << 2 | 1;
+            b->gpa[0] = code_gpa(insn);
+        }
+        if (!b->tag[1] && last >> 12 != b->va[0] >> 12) {
+            b->va[1] = va >> 12 == last >> 12 ? va : last & ~(uint64_t)4095;
+            b->tag[1] = last >> 12 << 2 | 1;
+            b->gpa[1] = va >> 12 == last >> 12 ? code_gpa(insn) : NOWHERE;
+        }
+        void *number = (void *)(uintptr_t)n;
+        qemu_plugin_register_vcpu_mem_cb(insn, on_access, QEMU_PLUGIN_CB_NO_REGS, QEMU_PLUGIN_MEM_RW, number);
+        if (!decode(bytes, length, va, &b->op[ops]))
+            continue;
+        if (b->op[ops].kind == OP_CPUID)
+            b->marks |= n == 0;
+        else
+            qemu_plugin_register_vcpu_insn_exec_cb(insn, on_op, QEMU_PLUGIN_CB_NO_REGS, &b->op[ops++]);
+    }
+    qemu_plugin_register_vcpu_tb_exec_cb(tb, on_block, backend_flags, b);
+}
+
+/* All blocks are forgotten. An operation that waits for its block outlives them. */
+static void on_flush(qemu_plugin_id_t id)
+{
+    static struct op waiting[64];
+    (void)id;
+    for (unsigned n = 0; n < vcpu_count && n < 64; n++)
+        if (vcpus[n].pending) {
+            waiting[n] = *vcpus[n].pending;
+            vcpus[n].pending = &waiting[n];
+        }
+    while (blocks) {
+        struct block *b = blocks;
+        blocks = b->next;
+        free(b);
+    }
+}
+
+static void on_exit_of_all(qemu_plugin_id_t id, void *data)
+{
+    (void)id, (void)data;
+    stream_end();
+}
+
+/* Arguments: ram=PATH, frames=N, fd=N; filter=PAGES, instructions=N. */
+int core_install(qemu_plugin_id_t id, const qemu_info_t *info, int argc, char **argv)
+{
+    uint64_t pages = 512;
+    if (!info->system_emulation || strcmp(info->target_name, "x86_64") != 0)
+        fatal("qemu-system-x86_64 is needed, not ", info->target_name);
+    for (int n = 0; n < argc; n++) {
+        char *value = strchr(argv[n], '=');
+        if (!value)
+            fatal("NAME=VALUE expected, not ", argv[n]);
+        *value++ = 0;
+        uint64_t number = strtoull(value, NULL, 0);
+        if (!strcmp(argv[n], "ram"))
+            ram_path = value;
+        else if (!strcmp(argv[n], "frames"))
+            nframes = number;
+        else if (!strcmp(argv[n], "fd"))
+            stream_open(number);
+        else if (!strcmp(argv[n], "filter"))
+            pages = number;
+        else if (!strcmp(argv[n], "instructions"))
+            stream_limit = number ? number : UINT64_MAX;
+        else
+            fatal("there is no option ", argv[n]);
+    }
+    filter_sets = pages / FILTER_WAYS;
+    if (!ram_path || !nframes || !filter_sets || filter_sets & (filter_sets - 1) || pages % FILTER_WAYS)
+        fatal("ram, frames and fd are needed, and a filter of 8 pages times a power of two", "");
+    interface_version = info->version.cur;
+    vcpu_count = info->system.max_vcpus;
+    vcpus = calloc(vcpu_count, sizeof *vcpus);
+    for (unsigned n = 0; vcpus && n < vcpu_count; n++) {
+        vcpus[n].number = n;
+        vcpus[n].cr0 = 0x60000010;
+        for (int which = 0; which < FILTERS; which++)
+            if (!(vcpus[n].filter[which] = calloc(filter_sets * FILTER_WAYS, sizeof(struct way))))
+                fatal("no memory", "");
+    }
+    if (!vcpus)
+        fatal("no memory", "");
+    tables_install();
+    if (!backend_install(id, info))
+        return 1;
+    qemu_plugin_register_vcpu_tb_trans_cb(id, on_translation);
+    qemu_plugin_register_flush_cb(id, on_flush);
+    qemu_plugin_register_atexit_cb(id, on_exit_of_all, NULL);
+    return 0;
+}

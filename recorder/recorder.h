@@ -1,0 +1,124 @@
+/* SPDX-License-Identifier: GPL-2.0-or-later
+ *
+ * What the parts of the recorder share. A back end (qemu_v1.c, qemu_v4.c) tells registers and addresses by the
+ * emulator's plug-in interface of one version; all else is common to them.
+ */
+#ifndef RECORDER_H
+#define RECORDER_H
+
+#include "emulator.h"
+
+#define UNLIKELY(x) __builtin_expect(!!(x), 0)
+#define NOWHERE UINT64_MAX
+
+/* Records: docs/recordings.md has what they mean. They go to the command as they lie here. */
+enum {
+    LOAD_CR3 = 1,
+    LOAD_CR,
+    STORE,
+    TABLE,
+    INVLPG,
+    ACCESS,
+    TABLE_END,
+    LOAD_EFER,
+    INVPCID,
+    MARK,
+    END = 255,          /* of the stream; value: instructions in all */
+};
+enum { STORE_SNAPSHOT = 1 << 7, TABLE_ROOT = 1 << 4 };
+enum { ACCESS_WRITE = 1, ACCESS_USER = 2, ACCESS_FETCH = 4, ACCESS_SIZE_SHIFT = 4, ACCESS_CPL_SHIFT = 8,
+       ACCESS_CPL_KNOWN = 1 << 10 };
+
+struct record {
+    uint8_t kind, vcpu;
+    uint16_t flags;
+    uint32_t insns;     /* instructions since the record before */
+    uint64_t addr, value;
+};
+
+struct heading {        /* what the stream begins with, when a processor first turns paging on */
+    char magic[8];      /* "SCGUEST1" */
+    uint32_t vcpus, interface;
+    uint64_t nframes, cr0, cr4, efer;
+};
+
+/* Registers, by the numbers that the emulator's debugger stub has for x86-64. */
+enum { RAX, RBX, RCX, RDX, RSI, RDI, RBP, RSP, R8, R15 = 15, RIP, EFLAGS, CS, FS_BASE = 24, GS_BASE, CR0 = 27, CR3 = 29,
+       CR4, EFER = 32, REGISTERS };
+
+enum mode { MODE_OFF, MODE_32, MODE_PAE, MODE_64, MODE_LA57 };
+
+#define FILTER_WAYS 8
+struct way {
+    uint64_t tag;       /* linear page, user mode, and 1; 0: empty */
+    uint64_t gfn;       /* where it led */
+};
+enum { FILTER_LOAD, FILTER_STORE, FILTER_FETCH, FILTERS };
+
+struct op;              /* of an instruction that changes registers or drops translations: decode.c */
+struct table;           /* a frame that serves as a table of some level: tables.c */
+
+struct vcpu {
+    unsigned number;
+    uint64_t cr0, cr3, cr4, efer;
+    enum mode mode;
+    uint8_t cpl;
+    bool seen;          /* it has executed something */
+    uint64_t begun;     /* instructions executed when its block began */
+    uint64_t fetch;     /* tag of the page fetched from last */
+    const struct op *pending;
+    struct table *root;
+    struct way *filter[FILTERS];
+};
+
+/* core.c */
+extern uint64_t nframes;            /* guest RAM, in frames of 4096 bytes */
+extern uint8_t *ram;                /* the same, in this process */
+extern struct vcpu *vcpus;
+extern unsigned vcpu_count;
+extern bool recording;
+int core_install(qemu_plugin_id_t id, const qemu_info_t *info, int argc, char **argv);
+void core_drop_page(struct vcpu *v, uint64_t va);
+void core_drop_all(struct vcpu *v);
+
+/* stream.c: records on their way out */
+extern uint64_t stream_clock;       /* instructions executed */
+extern uint64_t stream_limit;       /* where to end */
+void stream_open(int fd);
+void stream_head(const struct heading *heading);
+void emit(struct vcpu *v, uint64_t now, int kind, unsigned flags, uint64_t addr, uint64_t value);
+void stream_end(void);
+void fatal(const char *what, const char *which) __attribute__((noreturn));
+
+/* tables.c */
+enum { WATCH_NOT, WATCH_TABLE, WATCH_LATE };
+extern uint8_t *watched;            /* for each frame, and one for all that is no RAM: WATCH_* */
+enum mode mode_of(const struct vcpu *v);
+void tables_install(void);
+void tables_root(struct vcpu *v, uint64_t now);
+void tables_store(struct vcpu *v, uint64_t now, uint64_t va, uint64_t gpa, unsigned size, unsigned flags);
+bool walk(const struct vcpu *v, uint64_t va, uint64_t *gpa, bool *user, uint64_t *span);
+
+/* decode.c */
+enum op_kind { OP_NONE, OP_CR0, OP_CR3, OP_CR4, OP_SYSTEM, OP_INVLPG, OP_INVPCID, OP_CPUID };
+struct op {
+    uint8_t kind, length;
+    uint8_t source;             /* of OP_CR*, OP_INVPCID: the general register */
+    int8_t base, index;         /* of an address: registers, -1 none, RIP the next instruction */
+    uint8_t scale, segment;     /* segment: FS_BASE, GS_BASE or 0 */
+    bool narrow;                /* addresses of 32 bits by prefix */
+    int32_t displacement;
+    uint64_t next;              /* linear address of the next instruction */
+};
+bool decode(const uint8_t *bytes, size_t length, uint64_t va, struct op *op);
+uint64_t op_address(const struct op *op, const struct vcpu *v);
+
+/* A back end */
+#define MAGIC_MARK 0x53435243u      /* EAX of a CPUID that marks a place: "SCRC"; ECX has its number */
+extern const int backend_flags;     /* of callbacks that read registers */
+bool backend_install(qemu_plugin_id_t id, const qemu_info_t *info);
+size_t backend_bytes(const struct qemu_plugin_insn *insn, uint8_t bytes[16]);
+uint64_t backend_register(unsigned vcpu, int number);
+uint64_t backend_gpa(qemu_plugin_meminfo_t info, uint64_t va);  /* where an access led; NOWHERE if it cannot be told */
+
+#endif
