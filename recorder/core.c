@@ -15,16 +15,20 @@
 
 #include "recorder.h"
 
-struct block {              /* of translated code */
-    struct block *next;
+struct block {              /* of translated code: what its execution needs, in one line of the cache */
     uint64_t tag[2];        /* of the pages that it lies in, as FILTER_FETCH has them; 0: none */
     uint64_t va[2], gpa[2]; /* where it begins in each; NOWHERE: to be walked for */
+    struct block *next;
     uint32_t insns;
     uint8_t cpl;
     bool seen;              /* it was executed before */
     bool check;             /* it may be reached by a change of registers that no instruction made */
     bool marks;             /* it begins with CPUID */
-    struct op op[];         /* of the instructions that have one, `cpl` excepted */
+} __attribute__((aligned(64)));
+
+struct kept_op {
+    struct kept_op *next;
+    struct op op;
 };
 
 uint64_t nframes;
@@ -36,6 +40,7 @@ bool recording;
 static uint64_t filter_sets = 64;
 static const char *ram_path;
 static struct block *blocks;
+static struct kept_op *ops;
 static uint32_t interface_version;
 
 /* The guest's memory, where the emulator has mapped it. */
@@ -58,31 +63,58 @@ static void map_ram(void)
         fatal("the guest's memory is not mapped from ", ram_path);
 }
 
-static struct way *set_of(struct vcpu *v, int which, uint64_t page)
+static inline struct set *set_of(const struct vcpu *v, int which, uint64_t page)
 {
-    return v->filter[which] + (page & (filter_sets - 1)) * FILTER_WAYS;
+    return v->filter[which] + (page & (filter_sets - 1));
 }
 
-/* The entry of a tag, made the first of its set; if it is new (false), its gfn is the caller's to fill in. */
-static bool filter_find(struct way *set, uint64_t tag)
+/* The way of a tag, which is the newest of its set from now on, or -1. */
+static int filter_find(struct set *set, uint64_t tag)
 {
-    struct way found = { tag, nframes };
-    unsigned n = 0;
-    while (n < FILTER_WAYS - 1 && set[n].tag != tag)
-        n++;
-    bool hit = set[n].tag == tag;
-    if (hit)
-        found = set[n];
-    memmove(set + 1, set, n * sizeof *set);
-    set[0] = found;
-    return hit;
+    for (int n = 0; n < FILTER_WAYS; n++)
+        if (set->tag[n] == tag) {
+            set->used[n] = ++set->uses;
+            return n;
+        }
+    return -1;
+}
+
+/* Put a tag in place of the one that was not used for longest. */
+static void filter_enter(struct set *set, uint64_t tag, uint64_t gfn)
+{
+    int oldest = 0;
+    for (int n = 0; n < FILTER_WAYS; n++) {
+        if (!set->tag[n]) {
+            oldest = n;
+            break;
+        }
+        if ((int32_t)(set->used[n] - set->used[oldest]) < 0)
+            oldest = n;
+    }
+    set->tag[oldest] = tag;
+    set->gfn[oldest] = gfn < nframes ? gfn : nframes;
+    set->used[oldest] = ++set->uses;
+}
+
+static void forget_hands(struct vcpu *v)
+{
+    v->fetch = 0;
+    memset(v->hand[0], 0, filter_sets * sizeof(uint64_t));
+    memset(v->hand[1], 0, filter_sets * sizeof(uint64_t));
+}
+
+/* A frame has become a table: stores to it are to be looked at. */
+void core_watch(void)
+{
+    for (unsigned n = 0; n < vcpu_count; n++)
+        memset(vcpus[n].hand[1], 0, filter_sets * sizeof(uint64_t));
 }
 
 void core_drop_all(struct vcpu *v)
 {
     for (int which = 0; which < FILTERS; which++)
-        memset(v->filter[which], 0, filter_sets * FILTER_WAYS * sizeof(struct way));
-    v->fetch = 0;
+        memset(v->filter[which], 0, filter_sets * sizeof(struct set));
+    forget_hands(v);
 }
 
 /* INVLPG: the pages of the translation that the address is in. */
@@ -98,17 +130,22 @@ void core_drop_page(struct vcpu *v, uint64_t va)
     uint64_t first = (va & ~(span - 1)) >> 12, count = span >> 12;
     for (uint64_t page = first; page < first + count; page++)
         for (int which = 0; which < FILTERS; which++) {
-            struct way *set = set_of(v, which, page);
+            struct set *set = set_of(v, which, page);
             for (unsigned n = 0; n < FILTER_WAYS; n++)
-                if (set[n].tag >> 2 == page)
-                    set[n].tag = 0;
+                if (set->tag[n] >> 2 == page)
+                    set->tag[n] = 0;
         }
-    v->fetch = 0;
+    forget_hands(v);
 }
 
 static unsigned cpl_flags(const struct vcpu *v)
 {
     return (unsigned)v->cpl << ACCESS_CPL_SHIFT | ACCESS_CPL_KNOWN;
+}
+
+static inline uint64_t tag_of(const struct vcpu *v, uint64_t va)
+{
+    return va >> 12 << 2 | (uint64_t)(v->cpl == 3) << 1 | 1;
 }
 
 /* What an access that missed the filter is recorded with. Code of level 3 reads descriptors as supervisor: such a page
@@ -121,31 +158,35 @@ static unsigned access_flags(const struct vcpu *v, bool user_page)
 static void access_page(struct vcpu *v, uint64_t now, qemu_plugin_meminfo_t info, uint64_t va, unsigned size,
                         unsigned shift, bool is_store, bool first)
 {
-    uint64_t page = va >> 12, tag = page << 2 | (uint64_t)(v->cpl == 3) << 1 | 1, gpa = NOWHERE, walked, span;
-    struct way *set = set_of(v, is_store ? FILTER_STORE : FILTER_LOAD, page);
-    bool user, hit = filter_find(set, tag);
-    if (hit && !watched[set->gfn])
+    uint64_t page = va >> 12, tag = tag_of(v, va), gpa = NOWHERE, walked, span;
+    uint64_t *hand = &v->hand[is_store][page & (filter_sets - 1)];
+    struct set *set = set_of(v, is_store ? FILTER_STORE : FILTER_LOAD, page);
+    int way = filter_find(set, tag);
+    *hand = tag;
+    if (way >= 0 && !(is_store && watched[set->gfn[way]]))
         return;
-    bool mapped = walk(v, va, &walked, &user, &span);
-    if (hit)
-        gpa = set->gfn << 12 | (va & 4095);
+    *hand = 0;
+    bool user, mapped = walk(v, va, &walked, &user, &span);
+    if (way >= 0)
+        gpa = (uint64_t)set->gfn[way] << 12 | (va & 4095);
     else if (first)
         gpa = backend_gpa(info, va);
+    if (gpa == NOWHERE && mapped)
+        gpa = walked;
     if (gpa == NOWHERE)
-        gpa = mapped ? walked : NOWHERE;
-    if (gpa == NOWHERE) {
-        set->tag = 0;           /* by a translation that was taken back since */
-        return;
-    }
-    set->gfn = gpa >> 12 < nframes ? gpa >> 12 : nframes;
+        return;                 /* by a translation that was taken back since */
+    if (way < 0)
+        filter_enter(set, tag, gpa >> 12);
+    if (is_store != qemu_plugin_mem_is_store(info))
+        fatal("the emulator tells loads from stores in another way than it did", "");
     unsigned flags = access_flags(v, mapped && user) | (shift + 1) << ACCESS_SIZE_SHIFT;
-    if (is_store && watched[set->gfn])
+    if (is_store && gpa >> 12 < nframes && watched[gpa >> 12])
         tables_store(v, now, va, gpa, size, flags);
-    else if (!hit)
+    else
         emit(v, now, ACCESS, flags | (is_store ? ACCESS_WRITE : 0), va, gpa);
 }
 
-static void access_slow(struct vcpu *v, qemu_plugin_meminfo_t info, uint64_t va, void *number, bool is_store)
+static __attribute__((noinline, cold)) void access_slow(struct vcpu *v, qemu_plugin_meminfo_t info, uint64_t va, void *number, bool is_store)
 {
     if (!recording)
         return;
@@ -159,20 +200,13 @@ static void access_slow(struct vcpu *v, qemu_plugin_meminfo_t info, uint64_t va,
     access_page(v, now, info, va + here, size - here, shift, is_store, false);
 }
 
-static inline bool at_hand(const struct vcpu *v, int which, uint64_t va)
-{
-    uint64_t page = va >> 12;
-    const struct way *set = v->filter[which] + (page & (filter_sets - 1)) * FILTER_WAYS;
-    return set->tag == (page << 2 | (uint64_t)(v->cpl == 3) << 1 | 1) && (va & 4095) <= 4096 - 64
-        && (which == FILTER_LOAD || !watched[set->gfn]);
-}
-
-/* One callback for loads and stores: version 1 of the interface calls those for either at both. */
+/* One callback for loads and stores: version 1 of the interface calls those for either at both. What is at hand is the
+ * page used last in its set, so that the filter need not know of this use. */
 static void on_access(unsigned vcpu, qemu_plugin_meminfo_t info, uint64_t va, void *number)
 {
     struct vcpu *v = &vcpus[vcpu];
-    bool is_store = qemu_plugin_mem_is_store(info);
-    if (UNLIKELY(!at_hand(v, is_store ? FILTER_STORE : FILTER_LOAD, va)))
+    bool is_store = BACKEND_IS_STORE(info);
+    if (UNLIKELY(v->hand[is_store][va >> 12 & (filter_sets - 1)] != tag_of(v, va) || (va & 4095) > 4096 - 64))
         access_slow(v, info, va, number, is_store);
 }
 
@@ -254,21 +288,23 @@ static void finish_op(struct vcpu *v, uint64_t now)
     }
 }
 
-static void fetch_slow(struct vcpu *v, uint64_t now, const struct block *b)
+static __attribute__((noinline, cold)) void fetch_slow(struct vcpu *v, uint64_t now, const struct block *b)
 {
-    read_registers(v, now, false);      /* whatever else may have changed them: tasks, resets, system management */
     for (int n = 0; n < 2 && b->tag[n]; n++) {
-        uint64_t tag = b->tag[n] | (uint64_t)(v->cpl == 3) << 1, gpa = b->gpa[n], span;
-        struct way *set = set_of(v, FILTER_FETCH, tag >> 2);
+        uint64_t tag = tag_of(v, b->va[n]), gpa = b->gpa[n], walked, span;
+        struct set *set = set_of(v, FILTER_FETCH, tag >> 2);
         bool user;
         v->fetch = tag;
-        if (filter_find(set, tag))
+        if (filter_find(set, tag) >= 0)
             continue;
-        bool mapped = walk(v, b->va[n], &span, &user, &span);
-        if (gpa == NOWHERE && !(mapped && walk(v, b->va[n], &gpa, &user, &span))) {
-            set->tag = 0;
+        read_registers(v, now, false);  /* whatever else may have changed them: tasks, resets, system management */
+        bool mapped = walk(v, b->va[n], &walked, &user, &span);
+        if (gpa == NOWHERE && mapped)
+            gpa = walked;
+        if (gpa == NOWHERE)
             continue;
-        }
+        filter_enter(set, tag, gpa >> 12);
+        v->fetch = tag;
         emit(v, now, ACCESS, access_flags(v, mapped && user) | ACCESS_FETCH, b->va[n], gpa);
     }
 }
@@ -283,7 +319,7 @@ static uint8_t read_cpl(struct vcpu *v)
 }
 
 /* Not the first time only: see the calls. */
-static void block_slow(struct vcpu *v, uint64_t now, struct block *b)
+static __attribute__((noinline, cold)) void block_slow(struct vcpu *v, uint64_t now, struct block *b)
 {
     if (!ram)
         map_ram();
@@ -315,7 +351,7 @@ static void on_block(unsigned vcpu, void *data)
     if (UNLIKELY(v->pending || !b->seen || b->check || b->marks || now >= stream_limit))
         block_slow(v, now, b);
     v->cpl = b->cpl;
-    if (UNLIKELY((b->tag[0] | (uint64_t)(v->cpl == 3) << 1) != v->fetch || b->tag[1]) && recording)
+    if (UNLIKELY((b->tag[0] | (uint64_t)(b->cpl == 3) << 1) != v->fetch || b->tag[1]) && recording)
         fetch_slow(v, now, b);
 }
 
@@ -331,14 +367,14 @@ static void on_translation(qemu_plugin_id_t id, struct qemu_plugin_tb *tb)
 {
     (void)id;
     size_t count = qemu_plugin_tb_n_insns(tb);
-    struct block *b = calloc(1, sizeof *b + count * sizeof b->op[0]);
+    struct block *b = aligned_alloc(64, sizeof *b);
     if (!b)
         fatal("no memory", "");
+    memset(b, 0, sizeof *b);
     b->next = blocks;
     blocks = b;
     b->insns = count;
     b->gpa[1] = NOWHERE;
-    unsigned ops = 0;
     for (size_t n = 0; n < count; n++) {
         struct qemu_plugin_insn *insn = qemu_plugin_tb_get_insn(tb, n);
         uint64_t va = qemu_plugin_insn_vaddr(insn), last = va + qemu_plugin_insn_size(insn) - 1;
@@ -356,12 +392,19 @@ static void on_translation(qemu_plugin_id_t id, struct qemu_plugin_tb *tb)
         }
         void *number = (void *)(uintptr_t)n;
         qemu_plugin_register_vcpu_mem_cb(insn, on_access, QEMU_PLUGIN_CB_NO_REGS, QEMU_PLUGIN_MEM_RW, number);
-        if (!decode(bytes, length, va, &b->op[ops]))
+        struct op op;
+        if (!decode(bytes, length, va, &op))
             continue;
-        if (b->op[ops].kind == OP_CPUID)
+        if (op.kind == OP_CPUID) {
             b->marks |= n == 0;
-        else
-            qemu_plugin_register_vcpu_insn_exec_cb(insn, on_op, QEMU_PLUGIN_CB_NO_REGS, &b->op[ops++]);
+            continue;
+        }
+        struct kept_op *kept = malloc(sizeof *kept);
+        if (!kept)
+            fatal("no memory", "");
+        *kept = (struct kept_op){ ops, op };
+        ops = kept;
+        qemu_plugin_register_vcpu_insn_exec_cb(insn, on_op, QEMU_PLUGIN_CB_NO_REGS, &kept->op);
     }
     qemu_plugin_register_vcpu_tb_exec_cb(tb, on_block, backend_flags, b);
 }
@@ -380,6 +423,11 @@ static void on_flush(qemu_plugin_id_t id)
         struct block *b = blocks;
         blocks = b->next;
         free(b);
+    }
+    while (ops) {
+        struct kept_op *kept = ops;
+        ops = kept->next;
+        free(kept);
     }
 }
 
@@ -424,8 +472,12 @@ int core_install(qemu_plugin_id_t id, const qemu_info_t *info, int argc, char **
         vcpus[n].number = n;
         vcpus[n].cr0 = 0x60000010;
         for (int which = 0; which < FILTERS; which++)
-            if (!(vcpus[n].filter[which] = calloc(filter_sets * FILTER_WAYS, sizeof(struct way))))
+            if (!(vcpus[n].filter[which] = aligned_alloc(64, filter_sets * sizeof(struct set))))
                 fatal("no memory", "");
+        for (int which = 0; which < 2; which++)
+            if (!(vcpus[n].hand[which] = calloc(filter_sets, sizeof(uint64_t))))
+                fatal("no memory", "");
+        core_drop_all(&vcpus[n]);
     }
     if (!vcpus)
         fatal("no memory", "");

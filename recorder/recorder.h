@@ -49,10 +49,12 @@ enum { RAX, RBX, RCX, RDX, RSI, RDI, RBP, RSP, R8, R15 = 15, RIP, EFLAGS, CS, FS
 enum mode { MODE_OFF, MODE_32, MODE_PAE, MODE_64, MODE_LA57 };
 
 #define FILTER_WAYS 8
-struct way {
-    uint64_t tag;       /* linear page, user mode, and 1; 0: empty */
-    uint64_t gfn;       /* where it led */
-};
+struct set {                    /* of a filter: pages whose accesses need no record */
+    uint64_t tag[FILTER_WAYS];  /* linear page, user mode, and 1; 0: none */
+    uint32_t gfn[FILTER_WAYS];  /* where it led */
+    uint32_t used[FILTER_WAYS]; /* when, in uses of the set that did not follow one of the same */
+    uint32_t uses;
+} __attribute__((aligned(64)));
 enum { FILTER_LOAD, FILTER_STORE, FILTER_FETCH, FILTERS };
 
 struct op;              /* of an instruction that changes registers or drops translations: decode.c */
@@ -68,7 +70,8 @@ struct vcpu {
     uint64_t fetch;     /* tag of the page fetched from last */
     const struct op *pending;
     struct table *root;
-    struct way *filter[FILTERS];
+    uint64_t *hand[2];  /* of loads and of stores: for each set the tag that was used last, if its page needs no look */
+    struct set *filter[FILTERS];
 };
 
 /* core.c */
@@ -80,6 +83,7 @@ extern bool recording;
 int core_install(qemu_plugin_id_t id, const qemu_info_t *info, int argc, char **argv);
 void core_drop_page(struct vcpu *v, uint64_t va);
 void core_drop_all(struct vcpu *v);
+void core_watch(void);
 
 /* stream.c: records on their way out */
 extern uint64_t stream_clock;       /* instructions executed */
@@ -119,6 +123,11 @@ extern const int backend_flags;     /* of callbacks that read registers */
 bool backend_install(qemu_plugin_id_t id, const qemu_info_t *info);
 size_t backend_bytes(const struct qemu_plugin_insn *insn, uint8_t bytes[16]);
 uint64_t backend_register(unsigned vcpu, int number);
+#ifdef INTERFACE_1              /* how its versions before 9.0 have it; checked against the function at each new page */
+#define BACKEND_IS_STORE(info) ((info) >> 17 & 1)
+#else
+#define BACKEND_IS_STORE(info) qemu_plugin_mem_is_store(info)
+#endif
 uint64_t backend_gpa(qemu_plugin_meminfo_t info, uint64_t va);  /* where an access led; NOWHERE if it cannot be told */
 
 #endif

@@ -100,10 +100,27 @@ static uint64_t linked_frame(const struct vcpu *v, unsigned level, uint64_t entr
     return links ? gfn : NOWHERE;
 }
 
-/* Whether entry n has a meaning: of the frame of a PAE root, four entries for each CR3 have. */
+static bool is_pae_root(unsigned level)
+{
+    return mode == MODE_PAE && level == 3;
+}
+
+/* Whether entry n has a meaning: of the frame of a PAE root, four entries for each CR3 have; the rest is anything. */
 static bool has_meaning(const struct table *t, unsigned n)
 {
-    return mode != MODE_PAE || t->level != 3 || t->groups[n >> 8] >> (n >> 2 & 63) & 1;
+    return !is_pae_root(t->level) || t->groups[n >> 8] >> (n >> 2 & 63) & 1;
+}
+
+/* A PAE root entry, but for the accessed bit, has bits 1, 2, 5 to 8 and 52 to 63 clear (SDM vol. 3, 4.4.1). */
+static bool is_pae_root_entry(uint64_t word)
+{
+    return word & PRESENT && !(word & 0xFFF00000000001C6u);
+}
+
+/* A word as it is recorded. The emulator sets the accessed bit in PAE root entries, where it is reserved. */
+static uint64_t recorded(unsigned level, uint64_t word)
+{
+    return is_pae_root(level) && is_pae_root_entry(word) ? word & ~(uint64_t)0x20 : word;
 }
 
 static struct table *find(uint64_t gfn, unsigned level)
@@ -132,7 +149,17 @@ static void list_root(struct table *t)
 
 static void link_entry(struct vcpu *v, uint64_t now, struct table *t, unsigned n);
 
-/* The frame begins to serve: its contents, and then those of all that it links. */
+/* The frame serves from here on: its contents. */
+static void tell_contents(struct vcpu *v, uint64_t now, struct table *t)
+{
+    emit(v, now, TABLE, t->level | (t->root ? TABLE_ROOT : 0), t->gfn << 12, 0);
+    for (unsigned n = 0; n < 512; n++) {
+        t->words[n] = word_at((t->gfn << 12) + 8 * n);
+        if (t->words[n] && has_meaning(t, n))
+            emit(v, now, STORE, t->level | STORE_SNAPSHOT, (t->gfn << 12) + 8 * n, recorded(t->level, t->words[n]));
+    }
+}
+
 static struct table *begin_table(struct vcpu *v, uint64_t now, uint64_t gfn, unsigned level, bool root)
 {
     struct table *t = calloc(1, sizeof *t);
@@ -144,15 +171,13 @@ static struct table *begin_table(struct vcpu *v, uint64_t now, uint64_t gfn, uns
     t->next = tables[gfn];
     tables[gfn] = t;
     watched[gfn] = WATCH_TABLE;
-    if (root)
+    core_watch();
+    if (root) {
         list_root(t);
-    emit(v, now, TABLE, level | (root ? TABLE_ROOT : 0), gfn << 12, 0);
-    for (unsigned n = 0; n < 512; n++) {
-        t->words[n] = word_at((gfn << 12) + 8 * n);
-        if (t->words[n])
-            emit(v, now, STORE, level | STORE_SNAPSHOT, (gfn << 12) + 8 * n, t->words[n]);
+        return t;               /* and the caller goes on */
     }
-    if (level > 1 && !root)
+    tell_contents(v, now, t);
+    if (level > 1)
         for (unsigned n = 0; n < entry_count(); n++)
             link_entry(v, now, t, n);
     return t;
@@ -243,6 +268,7 @@ void tables_root(struct vcpu *v, uint64_t now)
     if (gfn >= nframes)
         return;
     struct table *t = find(gfn, top_level[mode]);
+    bool told = t != NULL;
     if (!t)
         t = begin_table(v, now, gfn, top_level[mode], true);
     else if (t->root)
@@ -252,8 +278,13 @@ void tables_root(struct vcpu *v, uint64_t now)
     t->loaded++;
     t->idle_stores = 0;
     v->root = t;
-    if (mode == MODE_PAE)
-        t->groups[v->cr3 >> 11 & 1] |= (uint64_t)1 << (v->cr3 >> 5 & 63);
+    uint64_t *group = &t->groups[v->cr3 >> 11 & 1], bit = (uint64_t)1 << (v->cr3 >> 5 & 63);
+    if (mode == MODE_PAE && !(*group & bit)) {
+        *group |= bit;
+        told = false;
+    }
+    if (!told)
+        tell_contents(v, now, t);
     for (unsigned n = 0; n < entry_count(); n++)    /* those that were stored while it was not loaded as well */
         link_entry(v, now, t, n);
     for (struct table *old = oldest; old && roots > ROOTS_MAX;) {
@@ -308,19 +339,41 @@ static void end_unlinked(struct vcpu *v, uint64_t now, unsigned level, uint64_t 
     }
 }
 
+/* Four entries of a PAE root's frame, when no CR3 names them and something else is stored there: they are none any more.
+ * Small objects of the guest's kernel lie around them. */
+static void forget_group(struct vcpu *v, uint64_t now, struct table *t, unsigned n, uint64_t word)
+{
+    for (unsigned i = 0; i < vcpu_count; i++)
+        if (vcpus[i].root == t && (vcpus[i].cr3 >> 5 & 127) == n >> 2)
+            return;
+    if (!word || is_pae_root_entry(word))
+        return;
+    for (unsigned i = n & ~3u; i < (n | 3) + 1; i++)
+        unlink_entry(v, now, t, i, entry_of(t->words, i));
+    t->groups[n >> 8] &= ~((uint64_t)1 << (n >> 2 & 63));
+}
+
 /* A store to one aligned word of a frame that serves, or lately did: [gpa, gpa + size), at the linear address va. */
 static void store(struct vcpu *v, uint64_t now, uint64_t va, uint64_t gpa, unsigned size, unsigned flags)
 {
     uint64_t gfn = gpa >> 12, word = word_at(gpa), before[6];
     unsigned n = gpa >> 3 & 511, length = size == 8 ? 0 : size << 4, level = 0;
     bool loaded = false;
+    struct table *only = tables[gfn];
+    if (only && !only->next && is_pae_root(only->level)) {
+        if (has_meaning(only, n))
+            forget_group(v, now, only, n, word);
+        if (!has_meaning(only, n))
+            return;
+    }
     for (struct table *t = tables[gfn]; t; t = t->next) {
         update(v, now, t, n, word, &before[t->level]);
         level = t->level > level ? t->level : level;
         loaded |= t->loaded || t->links;
     }
     emit(v, now, ACCESS, flags | ACCESS_WRITE, va, gpa);
-    emit(v, now, STORE, (level ? level : late_level[gfn] | STORE_SNAPSHOT) | length, gpa, word);
+    emit(v, now, STORE, (level ? level : late_level[gfn] | STORE_SNAPSHOT) | length, gpa,
+         recorded(level ? level : late_level[gfn], word));
     if (!level) {
         if (!--late_left[gfn])
             watched[gfn] = WATCH_NOT;

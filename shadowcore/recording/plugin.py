@@ -17,23 +17,24 @@ SOURCE = "SHADOWCORE_RECORDER"
 """Environment variable: the folder `recorder` of the source archive, where the package lies without it."""
 COMMON = ("core.c", "tables.c", "decode.c", "stream.c")
 HEADERS = ("emulator.h", "recorder.h")
-FLAGS = ("-std=c11", "-D_GNU_SOURCE", "-O2", "-Wall", "-fPIC", "-shared", "-fvisibility=hidden")
+FLAGS = ("-std=c11", "-D_GNU_SOURCE", "-O2", "-Wall", "-fno-plt", "-fPIC", "-shared", "-fvisibility=hidden")
 
 
 class BackEnd(NamedTuple):
     """What speaks one version of the emulator's plug-in interface.
 
-    source: its file. first, last: releases of QEMU that it is for, (major, minor); last None: all later ones.
+    source: its file. flags: of the compiler, for all files. first, last: releases of QEMU that it is for, (major, minor); last None: all later ones.
     """
 
     source: str
+    flags: tuple[str, ...]
     first: tuple[int, int]
     last: tuple[int, int] | None
 
 
 BACK_ENDS = (
-    BackEnd("qemu_v1.c", (7, 2), (7, 2)),
-    BackEnd("qemu_v4.c", (10, 0), None),
+    BackEnd("qemu_v1.c", ("-DINTERFACE_1",), (7, 2), (7, 2)),
+    BackEnd("qemu_v4.c", (), (10, 0), None),
 )
 
 
@@ -93,7 +94,7 @@ def build(made: BackEnd) -> Path:
     if compiler is None:
         raise ConfigError("cc: a C compiler is needed to build the recorder's plug-in; CC names another than cc")
     sources = [folder / name for name in (*COMMON, made.source)]
-    digest = hashlib.sha256("\0".join((compiler, *FLAGS)).encode())
+    digest = hashlib.sha256("\0".join((compiler, *FLAGS, *made.flags)).encode())
     for path in (*sources, *(folder / name for name in HEADERS)):
         digest.update(path.read_bytes())
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "shadowcore"
@@ -104,7 +105,7 @@ def build(made: BackEnd) -> Path:
         cache.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=cache) as scratch:
             output = Path(scratch) / target.name
-            command = [compiler, *FLAGS, "-o", str(output), *map(str, sources)]
+            command = [compiler, *FLAGS, *made.flags, "-o", str(output), *map(str, sources)]
             done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
             if done.returncode:
                 said = next((line for line in done.stderr.splitlines() if "error" in line), "no reason given")
