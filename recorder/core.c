@@ -38,6 +38,7 @@ unsigned vcpu_count;
 bool recording;
 
 static uint64_t filter_sets = 64;
+static struct vcpu *running;    /* the processor whose block it is */
 static const char *ram_path;
 static struct block *blocks;
 static struct kept_op *ops;
@@ -200,19 +201,48 @@ static __attribute__((noinline, cold)) void access_slow(struct vcpu *v, qemu_plu
     access_page(v, now, info, va + here, size - here, shift, is_store, false);
 }
 
-/* One callback for loads and stores: version 1 of the interface calls those for either at both. What is at hand is the
- * page used last in its set, so that the filter need not know of this use. */
-static void on_access(unsigned vcpu, qemu_plugin_meminfo_t info, uint64_t va, void *number)
+/* What is at hand is the page used last in its set, so that the filter need not know of this use. */
+static inline void access_at(unsigned vcpu, qemu_plugin_meminfo_t info, uint64_t va, void *number, bool is_store)
 {
-    struct vcpu *v = &vcpus[vcpu];
-    bool is_store = BACKEND_IS_STORE(info);
+    struct vcpu *v = running;
+    (void)vcpu;
     if (UNLIKELY(v->hand[is_store][va >> 12 & (filter_sets - 1)] != tag_of(v, va) || (va & 4095) > 4096 - 64))
         access_slow(v, info, va, number, is_store);
 }
 
+#ifdef INTERFACE_1
+/* It calls what is registered for loads at stores too, and the other way round. Its releases have this bit of `info` for
+ * stores; access_page compares it with what the interface says. */
+static void on_access(unsigned vcpu, qemu_plugin_meminfo_t info, uint64_t va, void *number)
+{
+    access_at(vcpu, info, va, number, info >> 17 & 1);
+}
+#else
+static void on_load(unsigned vcpu, qemu_plugin_meminfo_t info, uint64_t va, void *number)
+{
+    access_at(vcpu, info, va, number, false);
+}
+
+static void on_store(unsigned vcpu, qemu_plugin_meminfo_t info, uint64_t va, void *number)
+{
+    access_at(vcpu, info, va, number, true);
+}
+#endif
+
+static void register_accesses(struct qemu_plugin_insn *insn, void *number)
+{
+#ifdef INTERFACE_1
+    qemu_plugin_register_vcpu_mem_cb(insn, on_access, QEMU_PLUGIN_CB_NO_REGS, QEMU_PLUGIN_MEM_RW, number);
+#else
+    qemu_plugin_register_vcpu_mem_cb(insn, on_load, QEMU_PLUGIN_CB_NO_REGS, QEMU_PLUGIN_MEM_R, number);
+    qemu_plugin_register_vcpu_mem_cb(insn, on_store, QEMU_PLUGIN_CB_NO_REGS, QEMU_PLUGIN_MEM_W, number);
+#endif
+}
+
 static void on_op(unsigned vcpu, void *op)
 {
-    vcpus[vcpu].pending = op;
+    (void)vcpu;
+    running->pending = op;
 }
 
 /* Paging is on for the first time: from here on all is recorded. */
@@ -288,7 +318,19 @@ static void finish_op(struct vcpu *v, uint64_t now)
     }
 }
 
-static __attribute__((noinline, cold)) void fetch_slow(struct vcpu *v, uint64_t now, const struct block *b)
+/* Emulators since 8.0 use a block wherever its frame is mapped. Where it is now, the instruction pointer tells. */
+static void move_block(struct vcpu *v, struct block *b)
+{
+    uint64_t rip = v->mode == MODE_OFF ? b->va[0] : backend_register(v->number, RIP), by = rip - b->va[0];
+    if (!by || by & 4095)       /* not a move, or a code segment that does not begin at 0 */
+        return;
+    for (int n = 0; n < 2 && b->tag[n]; n++) {
+        b->va[n] += by;
+        b->tag[n] = b->va[n] >> 12 << 2 | 1;
+    }
+}
+
+static __attribute__((noinline, cold)) void fetch_slow(struct vcpu *v, uint64_t now, struct block *b)
 {
     for (int n = 0; n < 2 && b->tag[n]; n++) {
         uint64_t tag = tag_of(v, b->va[n]), gpa = b->gpa[n], walked, span;
@@ -297,7 +339,15 @@ static __attribute__((noinline, cold)) void fetch_slow(struct vcpu *v, uint64_t 
         v->fetch = tag;
         if (filter_find(set, tag) >= 0)
             continue;
-        read_registers(v, now, false);  /* whatever else may have changed them: tasks, resets, system management */
+        if (n == 0) {
+            read_registers(v, now, false);  /* whatever else may have changed them: tasks, resets, system management */
+            move_block(v, b);
+            tag = tag_of(v, b->va[0]);
+            set = set_of(v, FILTER_FETCH, tag >> 2);
+            v->fetch = tag;
+            if (filter_find(set, tag) >= 0)
+                continue;
+        }
         bool mapped = walk(v, b->va[n], &walked, &user, &span);
         if (gpa == NOWHERE && mapped)
             gpa = walked;
@@ -344,7 +394,8 @@ static __attribute__((noinline, cold)) void block_slow(struct vcpu *v, uint64_t 
 static void on_block(unsigned vcpu, void *data)
 {
     struct block *b = data;
-    struct vcpu *v = &vcpus[vcpu];
+    struct vcpu *v = &vcpus[backend_vcpu(vcpu)];
+    running = v;
     uint64_t now = stream_clock;
     stream_clock = now + b->insns;
     v->begun = now;
@@ -390,8 +441,7 @@ static void on_translation(qemu_plugin_id_t id, struct qemu_plugin_tb *tb)
             b->tag[1] = last >> 12 << 2 | 1;
             b->gpa[1] = va >> 12 == last >> 12 ? code_gpa(insn) : NOWHERE;
         }
-        void *number = (void *)(uintptr_t)n;
-        qemu_plugin_register_vcpu_mem_cb(insn, on_access, QEMU_PLUGIN_CB_NO_REGS, QEMU_PLUGIN_MEM_RW, number);
+        register_accesses(insn, (void *)(uintptr_t)n);
         struct op op;
         if (!decode(bytes, length, va, &op))
             continue;

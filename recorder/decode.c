@@ -96,6 +96,13 @@ bool decode(const uint8_t *bytes, size_t length, uint64_t va, struct op *op)
     return op->kind != OP_NONE;
 }
 
+/* Where the block was translated, or where it is used now: see move_block. */
+static uint64_t next_instruction(const struct op *op, const struct vcpu *v)
+{
+    uint64_t rip = backend_register(v->number, RIP);
+    return (rip ^ op->next) & 4095 ? op->next : rip;
+}
+
 /* Linear address of the operand, from the registers as the instruction found and left them. Segments other than FS and
  * GS are taken to begin at 0, and code in long mode to be 64-bit code. */
 uint64_t op_address(const struct op *op, const struct vcpu *v)
@@ -103,7 +110,7 @@ uint64_t op_address(const struct op *op, const struct vcpu *v)
     bool wide = v->efer >> 10 & 1;
     uint64_t at = (int64_t)op->displacement;
     if (op->base == RIP)
-        at += wide ? op->next : 0;
+        at += wide ? next_instruction(op, v) : 0;
     else if (op->base >= 0)
         at += backend_register(v->number, op->base);
     if (op->index >= 0)

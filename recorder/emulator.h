@@ -32,7 +32,7 @@ typedef struct {
 } qemu_info_t;
 
 enum { QEMU_PLUGIN_CB_NO_REGS, QEMU_PLUGIN_CB_R_REGS };
-enum { QEMU_PLUGIN_MEM_RW = 3 };
+enum { QEMU_PLUGIN_MEM_R = 1, QEMU_PLUGIN_MEM_W, QEMU_PLUGIN_MEM_RW };
 
 typedef void (*block_translated)(qemu_plugin_id_t id, struct qemu_plugin_tb *tb);
 typedef void (*vcpu_event)(qemu_plugin_id_t id, unsigned vcpu);

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Make the initial RAM disk of a small Linux guest: busybox, an init script, and other files.
 
-    python recorder/initramfs.py --busybox /bin/busybox --init INIT -o initrd.gz [NAME=FILE]...
+python recorder/initramfs.py --busybox /bin/busybox --init INIT -o initrd.gz [NAME=FILE]...
 """
 
 from __future__ import annotations

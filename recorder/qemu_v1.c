@@ -37,6 +37,11 @@ uint64_t backend_register(unsigned vcpu, int number)
     return value;
 }
 
+unsigned backend_vcpu(unsigned told)
+{
+    return told;
+}
+
 /* Of memory other than the guest's RAM this version tells places in the emulator's, not where the guest has it. */
 uint64_t backend_gpa(qemu_plugin_meminfo_t info, uint64_t va)
 {

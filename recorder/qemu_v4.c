@@ -1,7 +1,9 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later
  *
- * Back end for QEMU 10.0 and later, versions 4 to 6 of the plug-in interface: nothing but that interface is used.
+ * Back end for QEMU 10.0 and later, versions 4 to 6 of the plug-in interface. With one processor nothing but that
+ * interface is used.
  */
+#include <dlfcn.h>
 #include <string.h>
 
 #include "recorder.h"
@@ -33,6 +35,8 @@ static const char *const names[REGISTERS] = {
 };
 static struct qemu_plugin_register *handles[REGISTERS];
 static GByteArray *bytes_read;
+static void *const *current;    /* the emulator's variable of its thread for processors: which of them runs */
+static void *cpus[256];
 
 size_t backend_bytes(const struct qemu_plugin_insn *insn, uint8_t bytes[16])
 {
@@ -55,9 +59,32 @@ uint64_t backend_gpa(qemu_plugin_meminfo_t info, uint64_t va)
     return at ? qemu_plugin_hwaddr_phys_addr(at) : NOWHERE;
 }
 
+/* Since 10.0 the emulator puts the number of the processor that a block was translated for into the block where one
+ * thread runs all processors, and then tells it for others too. So it is asked which of them runs. */
+unsigned backend_vcpu(unsigned told)
+{
+    static unsigned last;
+    if (vcpu_count == 1)
+        return told;
+    if (!current && !(current = dlsym(RTLD_DEFAULT, "current_cpu")))
+        fatal("several processors need an emulator that tells which of them runs", "");
+    if (cpus[last] != *current)
+        for (last = 0; last < vcpu_count && cpus[last] != *current;)
+            last++;
+    if (last == vcpu_count)
+        fatal("a processor runs that was not begun", "");
+    return last;
+}
+
 static void on_vcpu(qemu_plugin_id_t id, unsigned vcpu)
 {
-    (void)id, (void)vcpu;
+    (void)id;
+    if (vcpu_count > 1) {
+        void *const *here = dlsym(RTLD_DEFAULT, "current_cpu");
+        if (!here || !*here || vcpu > 255)
+            fatal("several processors need an emulator that tells which of them runs", "");
+        cpus[vcpu] = *here;
+    }
     if (handles[RAX])
         return;
     GArray *found = qemu_plugin_get_registers();

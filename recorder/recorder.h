@@ -123,11 +123,7 @@ extern const int backend_flags;     /* of callbacks that read registers */
 bool backend_install(qemu_plugin_id_t id, const qemu_info_t *info);
 size_t backend_bytes(const struct qemu_plugin_insn *insn, uint8_t bytes[16]);
 uint64_t backend_register(unsigned vcpu, int number);
-#ifdef INTERFACE_1              /* how its versions before 9.0 have it; checked against the function at each new page */
-#define BACKEND_IS_STORE(info) ((info) >> 17 & 1)
-#else
-#define BACKEND_IS_STORE(info) qemu_plugin_mem_is_store(info)
-#endif
+unsigned backend_vcpu(unsigned told);            /* the processor that runs, where it was told this one */
 uint64_t backend_gpa(qemu_plugin_meminfo_t info, uint64_t va);  /* where an access led; NOWHERE if it cannot be told */
 
 #endif

@@ -19,6 +19,7 @@ from . import about as cli_about
 from . import check as cli_check
 from . import evolution as cli_evolution
 from . import explain as cli_explain
+from . import guests as cli_guests
 from . import programs as cli_programs
 from . import recording as cli_recording
 from . import replay as cli_replay
@@ -96,6 +97,7 @@ for _module in (
     cli_programs,
     cli_recording,
     cli_explain,
+    cli_guests,
     cli_replay,
     cli_check,
     cli_reproduce,

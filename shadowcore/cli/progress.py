@@ -8,9 +8,10 @@ from contextlib import contextmanager
 
 
 @contextmanager
-def progress(label: str, unit: str) -> Iterator[Callable[[int, int], None] | None]:
-    """A function to call with (done, total), total 0 while that is not known; None where nothing is shown."""
-    if not sys.stderr.isatty():
+def progress(label: str, unit: str, shown: bool = True) -> Iterator[Callable[..., None] | None]:
+    """A function to call with (done, total), total 0 while that is not known, and a new label if it has changed; None
+    where nothing is shown."""
+    if not shown or not sys.stderr.isatty():
         yield None
         return
     from rich.console import Console
@@ -25,4 +26,4 @@ def progress(label: str, unit: str) -> Iterator[Callable[[int, int], None] | Non
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed:,} " + unit), Rate())
     with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task(label, total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total or None)
+        yield lambda done, total, text=label: bar.update(task, completed=done, total=total or None, description=text)

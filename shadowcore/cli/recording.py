@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from ..recording.reader import Reader
     from ..recording.writer import Writer
 
-_NAME = click.option("--name", metavar="NAME", help="What reports call the recording.  [default: as the first file]")
+NAME = click.option("--name", metavar="NAME", help="What reports call the recording.  [default: as the first file]")
 
 
 @command("import")
@@ -47,7 +47,7 @@ _NAME = click.option("--name", metavar="NAME", help="What reports call the recor
     metavar="NAME",
     help=f"Of a memory image: {', '.join(MODES)}.  [default: as it tells]",
 )
-@_NAME
+@NAME
 @JSON
 def import_(
     files: tuple[str, ...],
@@ -78,7 +78,7 @@ def import_(
         raise ConfigError("--cr3, --mode: they are for memory images, which become an .npz; give OUT that ending")
     with _progress(Path(files[0]).name, "B") as progress:
         writer = importers.convert(files, out, form, name=name, lenient=lenient, progress=progress)
-    _written(writer, as_json)
+    written(writer, as_json)
 
 
 def _image(file: str, out: str, cr3: int | None, mode: str | None, as_json: bool) -> None:
@@ -103,7 +103,7 @@ def _image(file: str, out: str, cr3: int | None, mode: str | None, as_json: bool
     "-o", "--output", "out", type=Output(), metavar="OUT", help="The recording to write.  [default: PROGRAM.screc]"
 )
 @click.option("--valgrind", default="valgrind", show_default=True, metavar="PATH", help="The Valgrind to run.")
-@_NAME
+@NAME
 @JSON
 def record(command: tuple[str, ...], out: str | None, valgrind: str, name: str | None, as_json: bool) -> None:
     """Run PROGRAM under Valgrind and record each access of its processes, and how they change their memory.
@@ -117,10 +117,10 @@ def record(command: tuple[str, ...], out: str | None, valgrind: str, name: str |
     target = f"{Path(command[0]).name}{SUFFIX}" if out is None else out
     with _progress(Path(command[0]).name, "B") as progress:
         writer = tool.record(command, target, valgrind=valgrind, name=name, progress=progress)
-    _written(writer, as_json, err=not as_json)
+    written(writer, as_json, err=not as_json)
 
 
-def _written(writer: Writer, as_json: bool, err: bool = False) -> None:
+def written(writer: Writer, as_json: bool, err: bool = False) -> None:
     size = writer.path.stat().st_size if writer.path.is_file() else 0
     found = {
         "file": str(writer.path),

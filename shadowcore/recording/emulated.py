@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import re
 import select
@@ -22,7 +21,6 @@ from ..config import check_int
 from ..errors import ConfigError, TraceError
 from ..files import check_path
 from .format import GUEST
-from .kinds import MARK
 from .plugin import Emulator, back_end, build, emulator
 from .writer import Writer
 
@@ -76,12 +74,21 @@ def record(
     plugin = build(back_end(found.version))
     ours, theirs = os.pipe()
     try:
+        import fcntl  # not on Windows
+
         with suppress(OSError, AttributeError):
             fcntl.fcntl(theirs, fcntl.F_SETPIPE_SZ, _PIPE)
         with _ram(memory) as ram:
             options = f"ram={ram},frames={memory >> 12},fd={theirs},filter={filter_pages},instructions={limit}"
             added = ["-object", f"memory-backend-file,id=screc,size={memory},mem-path={ram},share=on"]
-            added += ["-machine", "memory-backend=screc", "-accel", "tcg,thread=single", "-plugin", f"{plugin},{options}"]
+            added += [
+                "-machine",
+                "memory-backend=screc",
+                "-accel",
+                "tcg,thread=single",
+                "-plugin",
+                f"{plugin},{options}",
+            ]
             child = subprocess.Popen([found.path, *arguments, *added], pass_fds=(theirs,))
             os.close(theirs)
             theirs = -1
@@ -105,7 +112,9 @@ def _write(stream: _Stream, out: str, title: str, source: dict[str, object], fou
         head = stream.read(_HEAD.size)
         if len(head) < _HEAD.size:
             status = stream.end()
-            raise TraceError(found.path, None, f"a guest that turns paging on expected; QEMU ended with status {status}")
+            raise TraceError(
+                found.path, None, f"a guest that turns paging on expected; QEMU ended with status {status}"
+            )
         magic, vcpus, interface, nframes, cr0, cr4, efer = _HEAD.unpack(head)
         if magic != _MAGIC:
             raise TraceError(found.path, None, "the stream of the recorder's plug-in expected")

@@ -98,7 +98,7 @@ class Recording:
     nframes: int
     complete: bool = True
     vcpus: int = 1
-    vcpu: NDArray[np.uint8] = None  # type: ignore[assignment]
+    vcpu: Any = None
 
     def __post_init__(self) -> None:
         if self.vcpu is None:
@@ -221,8 +221,9 @@ class Recording:
         """Number of the first user-mode access: before it the guest boots, from it on there is a workload.
 
         Where the CPL is known that is all. In older recordings the user flag follows the half of the address space
-        that the instruction lies in, so that boot code at low addresses carries it as well. There, linear addresses are physical ones, which tells it apart:
-        user code begins where most of the next 16 flagged accesses reach another address.
+        that the instruction lies in, so that boot code at low addresses carries it as well. There, linear addresses
+        are physical ones, which tells it apart: user code begins where most of the next 16 flagged accesses reach
+        another address.
         """
         return self._survey.first_user
 
@@ -230,8 +231,9 @@ class Recording:
     def user(self) -> NDArray[np.bool_]:
         """For each record, whether it is a user-mode access.
 
-        Where the CPL is known, its flag says so. Elsewhere boot code is not (see first_user). Nor is an access to the upper half of the address space: where a
-        user instruction is interrupted, the processor reads tables and pushes a frame as supervisor.
+        Where the CPL is known, the flag says so. Elsewhere boot code is not (see first_user). Nor is an access to the
+        upper half of the address space: where a user instruction is interrupted, the processor reads tables and
+        pushes a frame as supervisor.
         """
         return self.user_from(self.first_user)
 

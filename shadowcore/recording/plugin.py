@@ -23,7 +23,8 @@ FLAGS = ("-std=c11", "-D_GNU_SOURCE", "-O2", "-Wall", "-fno-plt", "-fPIC", "-sha
 class BackEnd(NamedTuple):
     """What speaks one version of the emulator's plug-in interface.
 
-    source: its file. flags: of the compiler, for all files. first, last: releases of QEMU that it is for, (major, minor); last None: all later ones.
+    source: its file. flags: of the compiler, for all files.
+    first, last: releases of QEMU that it is for, (major, minor); last None: all later ones.
     """
 
     source: str
@@ -83,7 +84,9 @@ def source_folder() -> Path:
     folder = Path(given) if given else Path(__file__).parents[2] / "recorder"
     if all((folder / name).is_file() for name in (*COMMON, *HEADERS)):
         return folder
-    expected = "the plug-in's source is no part of the installed package: the folder `recorder` of the source archive is"
+    expected = (
+        "the plug-in's source is no part of the installed package: the folder `recorder` of the source archive is"
+    )
     raise ConfigError(f"recorder: {expected} needed, named by {SOURCE}; it is not in {folder}")
 
 

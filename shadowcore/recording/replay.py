@@ -356,9 +356,7 @@ def _piece_flags(piece: Recording, first_user: int | None, base: int) -> NDArray
 
 def _machine(recording: Recording | RecordingFile, made: Native | Shadow, record: int, tlb: TLB | None = None) -> VM:
     """A VM as the guest was just before `record` (a first CR3 load at `record` itself is taken early)."""
-    vm = VM(
-        memory=recording.memory_size, mmu=made, tlb=tlb, vcpus=recording.vcpus, features=Features(maxphyaddr=52)
-    )
+    vm = VM(memory=recording.memory_size, mmu=made, tlb=tlb, vcpus=recording.vcpus, features=Features(maxphyaddr=52))
     registers = [{"cr0": RESET_CR0, "cr3": 0, "cr4": 0, "efer": 0} for _ in vm.vcpus]
     registers[0] |= {name: getattr(recording, name) for name in ("cr0", "cr4", "efer")}
     frames = vm.memory.words.reshape(-1, 512)

@@ -45,7 +45,8 @@ class Writer:
     path: the file. Until it is complete it is named path + ".partial"; an older file is replaced at the end alone.
     stream: "guest", "operations" or "program". name: what reports call it (None: the file's).
     source: plain values that say where the recording comes from.
-    guest: cr0, cr4, efer, nframes and vcpus (without it: 1) of a "guest" recording. vm: the machine that "operations" start on, as it is now.
+    guest: cr0, cr4, efer, nframes and vcpus (without it: 1) of a "guest" recording.
+    vm: the machine that "operations" start on, as it is now.
     block: records in a block.
     skipped: by whoever writes, what of its input it left out, and how often; the file does not have it.
 

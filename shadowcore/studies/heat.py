@@ -14,7 +14,8 @@ from ..engine.machine import VM
 from ..errors import ConfigError
 from ..guest.kernel import Kernel
 from ..guest.options import KernelOptions
-from ..recording.guest import ACCESS, LOAD_CR3, STORE, Recording, RecordingFile
+from ..recording.guest import Recording, RecordingFile
+from ..recording.kinds import ACCESS, LOAD_CR3, STORE
 from ..recording.records import replay as replay_records
 from ..recording.replay import SLICE, _machine, _piece_flags
 from ..workload import find, run

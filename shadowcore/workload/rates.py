@@ -9,7 +9,8 @@ from numpy.typing import NDArray
 
 from ..config import check_int
 from ..errors import TraceError
-from ..recording.guest import BUNDLED, INVLPG, LOAD_CR3, STORE, TABLE, Recording, load
+from ..recording.guest import BUNDLED, Recording, load
+from ..recording.kinds import INVLPG, LOAD_CR3, STORE, TABLE
 from .runner import WorkloadResult, run
 
 INSTRUCTIONS_PER_ACCESS = 2.5
