@@ -246,12 +246,12 @@ static void on_op(unsigned vcpu, void *op)
 }
 
 /* Paging is on for the first time: from here on all is recorded. */
-static void start(const struct vcpu *v)
+static void start(const struct vcpu *v, uint64_t now)
 {
     struct heading heading = { "SCGUEST1", vcpu_count, interface_version, nframes, v->cr0, v->cr4, v->efer };
     if (v->number)
         fatal("a guest whose first processor turns paging on first is needed", "");
-    stream_head(&heading);
+    stream_head(&heading, now);
     recording = true;
 }
 
@@ -272,7 +272,7 @@ static void read_registers(struct vcpu *v, uint64_t now, bool loaded)
     if (!recording) {
         if (v->mode == MODE_OFF)
             return;
-        start(v);
+        start(v, now);
         cr = efer = false;
         cr3 = fresh = true;
     }

@@ -23,7 +23,7 @@ enum {
     LOAD_EFER,
     INVPCID,
     MARK,
-    END = 255,          /* of the stream; value: instructions in all */
+    END = 255,          /* of the stream */
 };
 enum { STORE_SNAPSHOT = 1 << 7, TABLE_ROOT = 1 << 4 };
 enum { ACCESS_WRITE = 1, ACCESS_USER = 2, ACCESS_FETCH = 4, ACCESS_SIZE_SHIFT = 4, ACCESS_CPL_SHIFT = 8,
@@ -89,7 +89,7 @@ void core_watch(void);
 extern uint64_t stream_clock;       /* instructions executed */
 extern uint64_t stream_limit;       /* where to end */
 void stream_open(int fd);
-void stream_head(const struct heading *heading);
+void stream_head(const struct heading *heading, uint64_t now);
 void emit(struct vcpu *v, uint64_t now, int kind, unsigned flags, uint64_t addr, uint64_t value);
 void stream_end(void);
 void fatal(const char *what, const char *which) __attribute__((noreturn));

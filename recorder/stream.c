@@ -45,8 +45,12 @@ void stream_open(int fd)
     out = fd;
 }
 
-void stream_head(const struct heading *heading)
+/* Instructions are counted from here on. */
+void stream_head(const struct heading *heading, uint64_t now)
 {
+    last = now;
+    if (stream_limit != UINT64_MAX)
+        stream_limit += now;
     put(heading, sizeof *heading);
 }
 
@@ -70,7 +74,7 @@ static void append(struct vcpu *v, uint64_t now, int kind, unsigned flags, uint6
 
 void emit(struct vcpu *v, uint64_t now, int kind, unsigned flags, uint64_t addr, uint64_t value)
 {
-    if (!ended)
+    if (!ended && now <= stream_limit)
         append(v, now, kind, flags, addr, value);
 }
 
@@ -80,7 +84,7 @@ void stream_end(void)
         return;
     ended = true;
     if (recording) {
-        append(NULL, stream_clock, END, 0, 0, stream_clock);
+        append(NULL, last, END, 0, 0, last);
         flush();
     }
     recording = false;

@@ -29,7 +29,7 @@ RECORD = np.dtype(
 )
 """A record on its way from the plug-in."""
 END = 255
-"""Its kind, where the plug-in ends the stream; value: instructions executed."""
+"""Its kind, where the plug-in ends the stream."""
 _HEAD = struct.Struct("<8sII4Q")
 _MAGIC = b"SCGUEST1"
 _MEMORY_MAX = 0xB0000000
@@ -68,7 +68,8 @@ def record(
     limit = 0 if instructions is None else check_int("instructions", instructions, 1, 1 << 63)
     if seconds is not None and not seconds > 0:
         raise ConfigError(f"seconds: a positive time is needed, not {seconds}")
-    arguments = list(command[1:])
+    command = [os.fspath(word) for word in command]
+    arguments = command[1:]
     memory = _memory(arguments)
     found = emulator(command[0])
     plugin = build(back_end(found.version))
@@ -94,7 +95,7 @@ def record(
             theirs = -1
             source = {
                 "format": "qemu",
-                "command": list(command),
+                "command": command,
                 "qemu": found.text,
                 "filter_pages": filter_pages,
             }
@@ -112,6 +113,8 @@ def _write(stream: _Stream, out: str, title: str, source: dict[str, object], fou
         head = stream.read(_HEAD.size)
         if len(head) < _HEAD.size:
             status = stream.end()
+            if stream.interrupted is not None:
+                raise stream.interrupted
             raise TraceError(
                 found.path, None, f"a guest that turns paging on expected; QEMU ended with status {status}"
             )
@@ -123,6 +126,8 @@ def _write(stream: _Stream, out: str, title: str, source: dict[str, object], fou
             for records in stream.records():
                 writer.write(records)
             stream.end()
+            if stream.interrupted is not None:
+                raise stream.interrupted
             writer.close(complete=stream.complete)
         return writer
     finally:
@@ -132,22 +137,28 @@ def _write(stream: _Stream, out: str, title: str, source: dict[str, object], fou
 class _Stream:
     """What comes from the plug-in, until the guest has ended or its time is over.
 
-    complete: the plug-in has said that it was all.
+    complete: the plug-in has said that it was all. interrupted: by Ctrl-C, after which the rest is still read.
     """
 
     def __init__(
         self, fd: int, child: subprocess.Popen[bytes], seconds: float | None, progress: Progress | None
     ) -> None:
         self.complete = False
+        self.interrupted: KeyboardInterrupt | None = None
         self._fd, self._child, self._progress = fd, child, progress
         self._until = None if seconds is None else time.monotonic() + seconds
         self._told = 0
 
     def _some(self, size: int) -> bytes:
         while True:
-            wait = None if self._until is None else max(self._until - time.monotonic(), 0)
-            if select.select([self._fd], [], [], wait)[0]:
-                return os.read(self._fd, size)
+            try:
+                wait = None if self._until is None else max(self._until - time.monotonic(), 0)
+                if select.select([self._fd], [], [], wait)[0]:
+                    return os.read(self._fd, size)
+            except KeyboardInterrupt as error:
+                if self.interrupted is not None:
+                    raise
+                self.interrupted = error
             self._child.send_signal(signal.SIGTERM)  # it ends the guest, and the plug-in the stream
             self._until = None
 

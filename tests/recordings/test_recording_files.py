@@ -155,13 +155,13 @@ def bad_at(linux, record, **values):
 def test_bad_records_are_named(tmp_path, linux, record):
     path = tmp_path / "bad.screc"
     with Writer(path, GUEST, guest={name: getattr(linux, name) for name in SCALARS}, block=100) as writer:
-        writer.write(**bad_at(linux, record, kind=9))
+        writer.write(**bad_at(linux, record, kind=11))
     for function in (trace.load, lambda path: trace.replay(trace.open_recording(path))):
         with pytest.raises(sc.TraceError) as caught:
             function(path)
         assert caught.value.record == record
         assert caught.value.file == str(path)
-        assert "a kind from 1 to 7 expected, not kind 0x9" in caught.value.expected
+        assert "a kind from 1 to 10 expected, not kind 0xb" in caught.value.expected
 
 
 def test_a_table_without_an_end_is_refused_and_late_stores_are_not(tmp_path, linux):

@@ -1,0 +1,72 @@
+"""Guests to be recorded under an emulator: which emulators are here, a guest of the recorder's own, and Linux."""
+
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+from places import ROOT
+
+RECORDER = ROOT / "recorder"
+GUESTS = ROOT / "build" / "guests"
+
+EMULATORS = os.environ.get("SHADOWCORE_QEMU", "qemu-system-x86_64").split(os.pathsep)
+"""Programs to record under; several are separated as in PATH."""
+
+
+def needs(emulator):
+    """Skip where a recording cannot be made, with the reason."""
+    for program, package in ((emulator, "qemu-system-x86"), (os.environ.get("CC", "cc"), "gcc")):
+        if shutil.which(program) is None:
+            pytest.skip(f"{program} is not installed here ({package})")
+    if not RECORDER.is_dir():
+        pytest.skip("the source of the recorder's plug-in is not here")
+
+
+def modes(folder):
+    """The guest recorder/guests/modes.S, as a file for -kernel."""
+    out = folder / "modes"
+    options = ["-m32", "-nostdlib", "-static", "-Wl,-Ttext=0x100000,--build-id=none"]
+    command = [os.environ.get("CC", "cc"), *options, "-o", str(out), str(RECORDER / "guests" / "modes.S")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        pytest.skip(f"the C compiler makes no 32-bit program: {done.stderr.splitlines()[-1]}")
+    return out
+
+
+def modes_command(emulator, kernel, ends=True):
+    """QEMU's command line for it. ends: it ends by itself, otherwise it goes on for ever."""
+    port = ["-device", "isa-debug-exit,iobase=0xf4"] if ends else []
+    return [
+        emulator,
+        "-cpu",
+        "max",
+        "-m",
+        "16",
+        "-nodefaults",
+        "-no-reboot",
+        "-display",
+        "none",
+        *port,
+        "-kernel",
+        kernel,
+    ]
+
+
+def linux_command(emulator, folder, kernel, busybox, cpu="max", append="", *more):
+    """QEMU's command line for a Linux of GUESTS that boots, runs a few pipelines, and ends."""
+    for name in (f"vmlinuz-{kernel}", f"busybox-{busybox}"):
+        if not (GUESTS / name).is_file():
+            pytest.skip(f"{GUESTS / name} is not there: recorder/fetch.sh fetches it")
+    sys.path.insert(0, str(RECORDER))
+    try:
+        from initramfs import initramfs
+    finally:
+        sys.path.remove(str(RECORDER))
+    disk = folder / f"{kernel}.gz"
+    init = (RECORDER / "guests" / "init.sh").read_text("utf-8")
+    disk.write_bytes(initramfs((GUESTS / f"busybox-{busybox}").read_bytes(), init))
+    quiet = ["-nodefaults", "-no-reboot", "-display", "none", "-m", "128"]
+    image = ["-kernel", str(GUESTS / f"vmlinuz-{kernel}"), "-initrd", str(disk)]
+    return [emulator, *quiet, "-cpu", cpu, *image, "-append", f"quiet panic=-1 {append}", *more]
