@@ -1,24 +1,26 @@
 #!/bin/sh
 # SPDX-License-Identifier: GPL-2.0-or-later
-# The first process of the guest whose recording is published: phases of different kinds, each after a mark.
+# The first process of the guest whose recording is published: phases of different kinds, each after a mark. Linux hands
+# on `scale=PERCENT` of its command line: how much of each.
 /bin/busybox mount -t proc proc /proc
 /bin/busybox --install -s /bin
 export PATH=/bin
+scale=${scale:-100}
 ifconfig lo 127.0.0.1 up
 
 mark 1          # shell pipelines: fork, exec, exit
 i=0
-while [ $i -lt 25 ]; do
+while [ $i -lt $((scale / 4)) ]; do
     cat /proc/meminfo | grep kB | tr 0-9 a-j | wc -c >/dev/null
     i=$((i + 1))
 done
 
 mark 2          # an interpreter: a growing heap, no processes
-awk 'BEGIN { for (i = 0; i < 60000; i++) a[i % 9973] = a[i % 9973] + i * 7 "x"; for (k in a) n += length(a[k]); print n }'
+awk -v n=$((scale * 600)) 'BEGIN { for (i = 0; i < n; i++) a[i % 9973] = a[i % 9973] + i * 7 "x"; for (k in a) sum += length(a[k]); print sum }'
 
 mark 3          # files: a tree packed, compressed, unpacked, sorted
 cp -r /etc /proc/self/net /tmp 2>/dev/null
-seq 1 20000 | sed 's/$/ some text of a line/' >/tmp/lines
+seq 1 $((scale * 200)) | sed 's/$/ some text of a line/' >/tmp/lines
 sort -r /tmp/lines | gzip -1 >/tmp/lines.gz
 gunzip -c /tmp/lines.gz | md5sum
 
@@ -27,7 +29,7 @@ mkdir -p /tmp/www
 seq 1 2000 >/tmp/www/index.html
 httpd -h /tmp/www -p 127.0.0.1:80
 i=0
-while [ $i -lt 20 ]; do
+while [ $i -lt $((scale / 5)) ]; do
     wget -q -O /dev/null http://127.0.0.1/index.html
     i=$((i + 1))
 done

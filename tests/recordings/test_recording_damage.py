@@ -86,7 +86,11 @@ HEADER = b'{"format": "shadowcore recording", "version": 1, "stream": "x"}'
         ({"recording.json": b"[" * 100_000}, None, "a member recording.json expected"),
         ({"recording.json": b"[]"}, None, "an object in recording.json"),
         ({"recording.json": b'{"format": "other"}'}, None, "names no 'shadowcore recording'"),
-        ({"recording.json": b'{"format": "shadowcore recording", "version": 3}'}, None, "version 1 or 2 expected, not 3"),
+        (
+            {"recording.json": b'{"format": "shadowcore recording", "version": 3}'},
+            None,
+            "version 1 or 2 expected, not 3",
+        ),
         (
             {"recording.json": HEADER},
             None,
