@@ -2,8 +2,8 @@
 
     python screc.py guest.screc
 
-Reads versions 1 and 2 of the format of docs/recordings.md with the standard library alone; `zipfile` checks every CRC-32
-of a member, and the index says which members there have to be.
+Reads versions 1 and 2 of the format of docs/recordings.md with the standard library alone; `zipfile` checks every
+CRC-32 of a member, and the index says which members there have to be.
 """
 
 from __future__ import annotations

@@ -212,7 +212,7 @@ class Recording:
     @cached_property
     def _survey(self) -> Survey:
         survey = Survey()
-        survey.add(0, self)
+        survey.add(0, self.arrays)
         survey.end()
         return survey
 
@@ -363,7 +363,7 @@ class RecordingFile:
     def _survey(self) -> Survey:
         survey = Survey()
         for first, piece in self.pieces():
-            survey.add(first, piece)
+            survey.add(first, piece.arrays)
         survey.end()
         return survey
 

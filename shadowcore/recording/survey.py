@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from .kinds import ACCESS, CPL_KNOWN, LOAD_CR3, STORE, USER, WRITE
-
-if TYPE_CHECKING:
-    from .guest import Recording
 
 _OFFSETS_MAX = 1 << 16
 
@@ -26,24 +24,25 @@ class Survey:
         self._moved = np.zeros(0, dtype=np.bool_)
         self._offsets: dict[int, int] = {}
 
-    def add(self, first: int, piece: Recording) -> None:
-        self.operations = first + piece.operations
+    def add(self, first: int, piece: Mapping[str, NDArray[Any]]) -> None:
+        """piece: the columns of records from number `first` on."""
+        self.operations = first + len(piece["kind"])
         if self.first_cr3 is None:
-            record = first_of(piece.kind == LOAD_CR3)
+            record = first_of(piece["kind"] == LOAD_CR3)
             self.first_cr3 = None if record is None else first + record
         if self.first_user is None:
-            user = (piece.kind == ACCESS) & (piece.flags & USER != 0)
-            known = first_of(user & (piece.flags & CPL_KNOWN != 0))
+            user = (piece["kind"] == ACCESS) & (piece["flags"] & USER != 0)
+            known = first_of(user & (piece["flags"] & CPL_KNOWN != 0))
             if known is not None:
                 self.first_user = first + known
                 user[known:] = False
-            flagged = np.flatnonzero(user & (piece.flags & CPL_KNOWN == 0))
-            self._moved = np.append(self._moved, piece.addr[flagged] != piece.value[flagged])
+            flagged = np.flatnonzero(user & (piece["flags"] & CPL_KNOWN == 0))
+            self._moved = np.append(self._moved, piece["addr"][flagged] != piece["value"][flagged])
             self._flagged = np.append(self._flagged, flagged + first)
             self._find_user(len(self._flagged) - 15)
-        carried = (piece.kind[:-1] == ACCESS) & (piece.flags[:-1] & WRITE != 0) & (piece.kind[1:] == STORE)
-        carried &= piece.value[:-1] >> np.uint64(3) == piece.addr[1:] >> np.uint64(3)
-        offsets, counts = np.unique((piece.addr - piece.value)[:-1][carried], return_counts=True)
+        carried = (piece["kind"][:-1] == ACCESS) & (piece["flags"][:-1] & WRITE != 0) & (piece["kind"][1:] == STORE)
+        carried &= piece["value"][:-1] >> np.uint64(3) == piece["addr"][1:] >> np.uint64(3)
+        offsets, counts = np.unique((piece["addr"] - piece["value"])[:-1][carried], return_counts=True)
         for offset, count in zip(offsets.tolist(), counts.tolist(), strict=True):
             self._offsets[offset] = self._offsets.get(offset, 0) + count
         if len(self._offsets) > _OFFSETS_MAX:
