@@ -37,7 +37,6 @@ struct vcpu *vcpus;
 unsigned vcpu_count;
 bool recording;
 
-static uint64_t filter_sets = 64;
 static struct vcpu *running;    /* the processor whose block it is */
 static const char *ram_path;
 static struct block *blocks;
@@ -64,81 +63,6 @@ static void map_ram(void)
         fatal("the guest's memory is not mapped from ", ram_path);
 }
 
-static inline struct set *set_of(const struct vcpu *v, int which, uint64_t page)
-{
-    return v->filter[which] + (page & (filter_sets - 1));
-}
-
-/* The way of a tag, which is the newest of its set from now on, or -1. */
-static int filter_find(struct set *set, uint64_t tag)
-{
-    for (int n = 0; n < FILTER_WAYS; n++)
-        if (set->tag[n] == tag) {
-            set->used[n] = ++set->uses;
-            return n;
-        }
-    return -1;
-}
-
-/* Put a tag in place of the one that was not used for longest. */
-static void filter_enter(struct set *set, uint64_t tag, uint64_t gfn)
-{
-    int oldest = 0;
-    for (int n = 0; n < FILTER_WAYS; n++) {
-        if (!set->tag[n]) {
-            oldest = n;
-            break;
-        }
-        if ((int32_t)(set->used[n] - set->used[oldest]) < 0)
-            oldest = n;
-    }
-    set->tag[oldest] = tag;
-    set->gfn[oldest] = gfn < nframes ? gfn : nframes;
-    set->used[oldest] = ++set->uses;
-}
-
-static void forget_hands(struct vcpu *v)
-{
-    v->fetch = 0;
-    memset(v->hand[0], 0, filter_sets * sizeof(uint64_t));
-    memset(v->hand[1], 0, filter_sets * sizeof(uint64_t));
-}
-
-/* A frame has become a table: stores to it are to be looked at. */
-void core_watch(void)
-{
-    for (unsigned n = 0; n < vcpu_count; n++)
-        memset(vcpus[n].hand[1], 0, filter_sets * sizeof(uint64_t));
-}
-
-void core_drop_all(struct vcpu *v)
-{
-    for (int which = 0; which < FILTERS; which++)
-        memset(v->filter[which], 0, filter_sets * sizeof(struct set));
-    forget_hands(v);
-}
-
-/* INVLPG: the pages of the translation that the address is in. */
-void core_drop_page(struct vcpu *v, uint64_t va)
-{
-    uint64_t gpa, span;
-    bool user;
-    walk(v, va, &gpa, &user, &span);
-    if (span > (uint64_t)filter_sets * FILTER_WAYS << 12) {
-        core_drop_all(v);
-        return;
-    }
-    uint64_t first = (va & ~(span - 1)) >> 12, count = span >> 12;
-    for (uint64_t page = first; page < first + count; page++)
-        for (int which = 0; which < FILTERS; which++) {
-            struct set *set = set_of(v, which, page);
-            for (unsigned n = 0; n < FILTER_WAYS; n++)
-                if (set->tag[n] >> 2 == page)
-                    set->tag[n] = 0;
-        }
-    forget_hands(v);
-}
-
 static unsigned cpl_flags(const struct vcpu *v)
 {
     return (unsigned)v->cpl << ACCESS_CPL_SHIFT | ACCESS_CPL_KNOWN;
@@ -161,7 +85,7 @@ static void access_page(struct vcpu *v, uint64_t now, qemu_plugin_meminfo_t info
 {
     uint64_t page = va >> 12, tag = tag_of(v, va), gpa = NOWHERE, walked, span;
     uint64_t *hand = &v->hand[is_store][page & (filter_sets - 1)];
-    struct set *set = set_of(v, is_store ? FILTER_STORE : FILTER_LOAD, page);
+    struct set *set = filter_set(v, is_store ? FILTER_STORE : FILTER_LOAD, page);
     int way = filter_find(set, tag);
     *hand = tag;
     if (way >= 0 && !(is_store && watched[set->gfn[way]]))
@@ -277,7 +201,7 @@ static void read_registers(struct vcpu *v, uint64_t now, bool loaded)
         cr3 = fresh = true;
     }
     if (cr || cr3)
-        core_drop_all(v);
+        filter_drop_all(v);
     if (cr3 || v->mode != was.mode || fresh)
         tables_root(v, now);
     /* One after the other as a processor would take them: paging goes off first and on last. */
@@ -304,7 +228,7 @@ static void finish_op(struct vcpu *v, uint64_t now)
         read_registers(v, now, loaded);
     } else if (recording && op->kind == OP_INVLPG) {
         uint64_t va = op_address(op, v);
-        core_drop_page(v, va);
+        filter_drop_page(v, va);
         emit(v, now, INVLPG, 0, va, 0);
     } else if (recording && op->kind == OP_INVPCID) {
         uint64_t at = op_address(op, v), gpa, high, span;
@@ -312,7 +236,7 @@ static void finish_op(struct vcpu *v, uint64_t now)
         if (!walk(v, at, &gpa, &user, &span) || !walk(v, at + 8, &high, &user, &span)
             || (gpa | high) >> 12 >= nframes)
             return;
-        core_drop_all(v);
+        filter_drop_all(v);
         emit(v, now, INVPCID, backend_register(v->number, op->source) & 3, *(uint64_t *)(ram + high),
              *(uint64_t *)(ram + gpa));
     }
@@ -334,7 +258,7 @@ static __attribute__((noinline, cold)) void fetch_slow(struct vcpu *v, uint64_t 
 {
     for (int n = 0; n < 2 && b->tag[n]; n++) {
         uint64_t tag = tag_of(v, b->va[n]), gpa = b->gpa[n], walked, span;
-        struct set *set = set_of(v, FILTER_FETCH, tag >> 2);
+        struct set *set = filter_set(v, FILTER_FETCH, tag >> 2);
         bool user;
         v->fetch = tag;
         if (filter_find(set, tag) >= 0)
@@ -343,7 +267,7 @@ static __attribute__((noinline, cold)) void fetch_slow(struct vcpu *v, uint64_t 
             read_registers(v, now, false);  /* whatever else may have changed them: tasks, resets, system management */
             move_block(v, b);
             tag = tag_of(v, b->va[0]);
-            set = set_of(v, FILTER_FETCH, tag >> 2);
+            set = filter_set(v, FILTER_FETCH, tag >> 2);
             v->fetch = tag;
             if (filter_find(set, tag) >= 0)
                 continue;
@@ -512,25 +436,18 @@ int core_install(qemu_plugin_id_t id, const qemu_info_t *info, int argc, char **
         else
             fatal("there is no option ", argv[n]);
     }
-    filter_sets = pages / FILTER_WAYS;
-    if (!ram_path || !nframes || !filter_sets || filter_sets & (filter_sets - 1) || pages % FILTER_WAYS)
-        fatal("ram, frames and fd are needed, and a filter of 8 pages times a power of two", "");
+    if (!ram_path || !nframes)
+        fatal("ram, frames and fd are needed", "");
     interface_version = info->version.cur;
     vcpu_count = info->system.max_vcpus;
     vcpus = calloc(vcpu_count, sizeof *vcpus);
     for (unsigned n = 0; vcpus && n < vcpu_count; n++) {
         vcpus[n].number = n;
         vcpus[n].cr0 = 0x60000010;
-        for (int which = 0; which < FILTERS; which++)
-            if (!(vcpus[n].filter[which] = aligned_alloc(64, filter_sets * sizeof(struct set))))
-                fatal("no memory", "");
-        for (int which = 0; which < 2; which++)
-            if (!(vcpus[n].hand[which] = calloc(filter_sets, sizeof(uint64_t))))
-                fatal("no memory", "");
-        core_drop_all(&vcpus[n]);
     }
     if (!vcpus)
         fatal("no memory", "");
+    filter_install(pages);
     tables_install();
     if (!backend_install(id, info))
         return 1;

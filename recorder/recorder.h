@@ -81,9 +81,16 @@ extern struct vcpu *vcpus;
 extern unsigned vcpu_count;
 extern bool recording;
 int core_install(qemu_plugin_id_t id, const qemu_info_t *info, int argc, char **argv);
-void core_drop_page(struct vcpu *v, uint64_t va);
-void core_drop_all(struct vcpu *v);
-void core_watch(void);
+
+/* filter.c */
+extern uint64_t filter_sets;        /* a power of two */
+void filter_install(uint64_t pages);
+struct set *filter_set(const struct vcpu *v, int which, uint64_t page);
+int filter_find(struct set *set, uint64_t tag);
+void filter_enter(struct set *set, uint64_t tag, uint64_t gfn);
+void filter_drop_page(struct vcpu *v, uint64_t va);
+void filter_drop_all(struct vcpu *v);
+void filter_watch(void);            /* a frame has become a table */
 
 /* stream.c: records on their way out */
 extern uint64_t stream_clock;       /* instructions executed */

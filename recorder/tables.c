@@ -171,7 +171,7 @@ static struct table *begin_table(struct vcpu *v, uint64_t now, uint64_t gfn, uns
     t->next = tables[gfn];
     tables[gfn] = t;
     watched[gfn] = WATCH_TABLE;
-    core_watch();
+    filter_watch();
     if (root) {
         list_root(t);
         return t;               /* and the caller goes on */
@@ -356,7 +356,7 @@ static void forget_group(struct vcpu *v, uint64_t now, struct table *t, unsigned
 /* A store to one aligned word of a frame that serves, or lately did: [gpa, gpa + size), at the linear address va. */
 static void store(struct vcpu *v, uint64_t now, uint64_t va, uint64_t gpa, unsigned size, unsigned flags)
 {
-    uint64_t gfn = gpa >> 12, word = word_at(gpa), before[6];
+    uint64_t gfn = gpa >> 12, word = word_at(gpa), before[6] = { 0 };
     unsigned n = gpa >> 3 & 511, length = size == 8 ? 0 : size << 4, level = 0;
     bool loaded = false;
     struct table *only = tables[gfn];

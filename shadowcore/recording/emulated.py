@@ -80,15 +80,16 @@ def record(
         with suppress(OSError, AttributeError):
             fcntl.fcntl(theirs, fcntl.F_SETPIPE_SZ, _PIPE)
         with _ram(memory) as ram:
-            options = f"ram={ram},frames={memory >> 12},fd={theirs},filter={filter_pages},instructions={limit}"
-            added = ["-object", f"memory-backend-file,id=screc,size={memory},mem-path={ram},share=on"]
+            path, library = ram.replace(",", ",,"), str(plugin).replace(",", ",,")  # as QEMU's options have it
+            options = f"ram={path},frames={memory >> 12},fd={theirs},filter={filter_pages},instructions={limit}"
+            added = ["-object", f"memory-backend-file,id=screc,size={memory},mem-path={path},share=on"]
             added += [
                 "-machine",
                 "memory-backend=screc",
                 "-accel",
                 "tcg,thread=single",
                 "-plugin",
-                f"{plugin},{options}",
+                f"{library},{options}",
             ]
             child = subprocess.Popen([found.path, *arguments, *added], pass_fds=(theirs,))
             os.close(theirs)

@@ -15,7 +15,7 @@ from ..errors import ConfigError
 
 SOURCE = "SHADOWCORE_RECORDER"
 """Environment variable: the folder `recorder` of the source archive, where the package lies without it."""
-COMMON = ("core.c", "tables.c", "decode.c", "stream.c")
+COMMON = ("core.c", "filter.c", "tables.c", "decode.c", "stream.c")
 HEADERS = ("emulator.h", "recorder.h")
 FLAGS = ("-std=c11", "-D_GNU_SOURCE", "-O2", "-Wall", "-fno-plt", "-fPIC", "-shared", "-fvisibility=hidden")
 
