@@ -10,7 +10,7 @@ import click
 
 from .options import JSON, Output, command
 from .progress import progress as _progress
-from .recording import NAME, written
+from .recording import written
 
 
 @command("record-guest", context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})
@@ -40,7 +40,7 @@ from .recording import NAME, written
     "--seconds", type=click.FloatRange(0, min_open=True), help="End the guest after this time.  [default: no]"
 )
 @click.option("--instructions", type=click.IntRange(1), help="End it after so many of its instructions.  [default: no]")
-@NAME
+@click.option("--name", metavar="NAME", help="What reports call the recording.  [default: as OUT]")
 @JSON
 def record_guest(
     command: tuple[str, ...],

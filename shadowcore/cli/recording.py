@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from ..recording.reader import Reader
     from ..recording.writer import Writer
 
-NAME = click.option("--name", metavar="NAME", help="What reports call the recording.  [default: as the first file]")
+_NAME = click.option("--name", metavar="NAME", help="What reports call the recording.  [default: as the first file]")
 
 
 @command("import")
@@ -47,7 +47,7 @@ NAME = click.option("--name", metavar="NAME", help="What reports call the record
     metavar="NAME",
     help=f"Of a memory image: {', '.join(MODES)}.  [default: as it tells]",
 )
-@NAME
+@_NAME
 @JSON
 def import_(
     files: tuple[str, ...],
@@ -103,7 +103,7 @@ def _image(file: str, out: str, cr3: int | None, mode: str | None, as_json: bool
     "-o", "--output", "out", type=Output(), metavar="OUT", help="The recording to write.  [default: PROGRAM.screc]"
 )
 @click.option("--valgrind", default="valgrind", show_default=True, metavar="PATH", help="The Valgrind to run.")
-@NAME
+@_NAME
 @JSON
 def record(command: tuple[str, ...], out: str | None, valgrind: str, name: str | None, as_json: bool) -> None:
     """Run PROGRAM under Valgrind and record each access of its processes, and how they change their memory.

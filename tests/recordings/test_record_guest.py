@@ -207,19 +207,19 @@ def test_what_was_recorded_is_kept(emulator, kernel, tmp_path, how):
     out = tmp_path / "kept.screc"
     line = [*COMMAND, "record-guest", "-o", str(out), "--", *map(str, modes_command(emulator, kernel, ends=False))]
     process = subprocess.Popen(line, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True)
-    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
-    deadline = time.monotonic() + 60
     child = 0
-    while not child and time.monotonic() < deadline and process.poll() is None:
-        time.sleep(0.1)
-        pids = children.read_text().split()
-        child = next((int(pid) for pid in pids if "-plugin" in Path(f"/proc/{pid}/cmdline").read_text()), 0)
-    assert child
-    while not os.path.exists(f"{out}.partial") and time.monotonic() < deadline:
-        time.sleep(0.1)  # until paging is on
-    time.sleep(2)
-    os.kill(process.pid if how == signal.SIGINT else child, how)
-    said = process.communicate(timeout=60)[1]
+    deadline = time.monotonic() + 100
+    try:
+        while not os.path.exists(f"{out}.partial") and time.monotonic() < deadline:
+            time.sleep(0.1)  # until paging is on
+        time.sleep(2)
+        child = int(Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text())
+        os.kill(process.pid if how == signal.SIGINT else child, how)
+        said = process.communicate(timeout=60)[1]
+    finally:
+        process.kill()
+        if child and Path(f"/proc/{child}/cmdline").exists():
+            os.kill(child, signal.SIGKILL)
     assert process.returncode == (130 if how == signal.SIGINT else 1), said
     if how == signal.SIGINT:
         with Reader(out) as reader:
