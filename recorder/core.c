@@ -38,6 +38,7 @@ unsigned vcpu_count;
 bool recording;
 
 static struct vcpu *running;    /* the processor whose block it is */
+static void finish_op(struct vcpu *v, uint64_t now);
 static const char *ram_path;
 static struct block *blocks;
 static struct kept_op *ops;
@@ -116,6 +117,10 @@ static __attribute__((noinline, cold)) void access_slow(struct vcpu *v, qemu_plu
     if (!recording)
         return;
     uint64_t now = v->begun + (uintptr_t)number;
+    /* An access of the emulator's own, when it delivers an interrupt: it comes before the next block, and perhaps on a
+     * processor whose turn has just begun. */
+    if (v->pending && v->pending->kind >= OP_CR0 && v->pending->kind <= OP_CR4)
+        finish_op(v, now);
     unsigned shift = qemu_plugin_mem_size_shift(info), size = 1u << shift, here = 4096 - (va & 4095);
     if (size <= here) {
         access_page(v, now, info, va, size, shift, is_store, true);
@@ -128,8 +133,7 @@ static __attribute__((noinline, cold)) void access_slow(struct vcpu *v, qemu_plu
 /* What is at hand is the page used last in its set, so that the filter need not know of this use. */
 static inline void access_at(unsigned vcpu, qemu_plugin_meminfo_t info, uint64_t va, void *number, bool is_store)
 {
-    struct vcpu *v = running;
-    (void)vcpu;
+    struct vcpu *v = vcpu_count == 1 ? vcpus : &vcpus[backend_vcpu(vcpu)];
     if (UNLIKELY(v->hand[is_store][va >> 12 & (filter_sets - 1)] != tag_of(v, va) || (va & 4095) > 4096 - 64))
         access_slow(v, info, va, number, is_store);
 }
@@ -386,9 +390,9 @@ static void on_translation(qemu_plugin_id_t id, struct qemu_plugin_tb *tb)
 /* All blocks are forgotten. An operation that waits for its block outlives them. */
 static void on_flush(qemu_plugin_id_t id)
 {
-    static struct op waiting[64];
+    static struct op waiting[VCPUS_MAX];
     (void)id;
-    for (unsigned n = 0; n < vcpu_count && n < 64; n++)
+    for (unsigned n = 0; n < vcpu_count; n++)
         if (vcpus[n].pending) {
             waiting[n] = *vcpus[n].pending;
             vcpus[n].pending = &waiting[n];
@@ -440,6 +444,8 @@ int core_install(qemu_plugin_id_t id, const qemu_info_t *info, int argc, char **
         fatal("ram, frames and fd are needed", "");
     interface_version = info->version.cur;
     vcpu_count = info->system.max_vcpus;
+    if (vcpu_count > VCPUS_MAX)
+        fatal("256 processors at most are needed", "");
     vcpus = calloc(vcpu_count, sizeof *vcpus);
     for (unsigned n = 0; vcpus && n < vcpu_count; n++) {
         vcpus[n].number = n;

@@ -27,12 +27,12 @@ size_t backend_bytes(const struct qemu_plugin_insn *insn, uint8_t bytes[16])
 
 uint64_t backend_register(unsigned vcpu, int number)
 {
-    static struct CPUState *cpus[256];
+    static struct CPUState *cpus[VCPUS_MAX];
     uint64_t value = 0;
-    if (!cpus[vcpu & 255])
-        cpus[vcpu & 255] = qemu_get_cpu(vcpu);
+    if (!cpus[vcpu])
+        cpus[vcpu] = qemu_get_cpu(vcpu);
     g_byte_array_set_size(bytes_read, 0);
-    x86_cpu_gdb_read_register(cpus[vcpu & 255], bytes_read, number);
+    x86_cpu_gdb_read_register(cpus[vcpu], bytes_read, number);
     memcpy(&value, bytes_read->data, bytes_read->len < 8 ? bytes_read->len : 8);
     return value;
 }

@@ -36,7 +36,7 @@ static const char *const names[REGISTERS] = {
 static struct qemu_plugin_register *handles[REGISTERS];
 static GByteArray *bytes_read;
 static void *const *current;    /* the emulator's variable of its thread for processors: which of them runs */
-static void *cpus[256];
+static void *cpus[VCPUS_MAX];
 
 size_t backend_bytes(const struct qemu_plugin_insn *insn, uint8_t bytes[16])
 {
@@ -81,7 +81,7 @@ static void on_vcpu(qemu_plugin_id_t id, unsigned vcpu)
     (void)id;
     if (vcpu_count > 1) {
         void *const *here = dlsym(RTLD_DEFAULT, "current_cpu");
-        if (!here || !*here || vcpu > 255)
+        if (!here || !*here || vcpu >= VCPUS_MAX)
             fatal("several processors need an emulator that tells which of them runs", "");
         cpus[vcpu] = *here;
     }
