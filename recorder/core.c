@@ -20,7 +20,7 @@ struct block {              /* of translated code: what its execution needs, in 
     uint64_t va[2], gpa[2]; /* where it begins in each; NOWHERE: to be walked for */
     struct block *next;
     uint32_t insns;
-    uint8_t cpl;
+    uint8_t cpl, low;       /* low: bits of tags that say whether it is user code */
     bool seen;              /* it was executed before */
     bool check;             /* it may be reached by a change of registers that no instruction made */
     bool marks;             /* it begins with CPUID */
@@ -71,7 +71,12 @@ static unsigned cpl_flags(const struct vcpu *v)
 
 static inline uint64_t tag_of(const struct vcpu *v, uint64_t va)
 {
-    return va >> 12 << 2 | (uint64_t)(v->cpl == 3) << 1 | 1;
+    return va >> 12 << 2 | v->low;
+}
+
+static inline struct vcpu *that_runs(unsigned told)
+{
+    return vcpu_count == 1 ? vcpus : &vcpus[backend_vcpu(told)];
 }
 
 /* What an access that missed the filter is recorded with. Code of level 3 reads descriptors as supervisor: such a page
@@ -133,7 +138,7 @@ static __attribute__((noinline, cold)) void access_slow(struct vcpu *v, qemu_plu
 /* What is at hand is the page used last in its set, so that the filter need not know of this use. */
 static inline void access_at(unsigned vcpu, qemu_plugin_meminfo_t info, uint64_t va, void *number, bool is_store)
 {
-    struct vcpu *v = vcpu_count == 1 ? vcpus : &vcpus[backend_vcpu(vcpu)];
+    struct vcpu *v = that_runs(vcpu);
     if (UNLIKELY(v->hand[is_store][va >> 12 & (filter_sets - 1)] != tag_of(v, va) || (va & 4095) > 4096 - 64))
         access_slow(v, info, va, number, is_store);
 }
@@ -312,6 +317,7 @@ static __attribute__((noinline, cold)) void block_slow(struct vcpu *v, uint64_t 
         read_registers(v, now, false);
         v->seen = b->seen = true;
         b->cpl = read_cpl(v);
+        b->low = b->cpl == 3 ? 3 : 1;
         /* The emulator keeps blocks of other privilege and of system management apart, but not those of paging. */
         b->check |= v->mode == MODE_OFF;
     }
@@ -322,7 +328,7 @@ static __attribute__((noinline, cold)) void block_slow(struct vcpu *v, uint64_t 
 static void on_block(unsigned vcpu, void *data)
 {
     struct block *b = data;
-    struct vcpu *v = &vcpus[backend_vcpu(vcpu)];
+    struct vcpu *v = that_runs(vcpu);
     running = v;
     uint64_t now = stream_clock;
     stream_clock = now + b->insns;
@@ -330,7 +336,8 @@ static void on_block(unsigned vcpu, void *data)
     if (UNLIKELY(v->pending || !b->seen || b->check || b->marks || now >= stream_limit))
         block_slow(v, now, b);
     v->cpl = b->cpl;
-    if (UNLIKELY((b->tag[0] | (uint64_t)(b->cpl == 3) << 1) != v->fetch || b->tag[1]) && recording)
+    v->low = b->low;
+    if (UNLIKELY((b->tag[0] | b->low) != v->fetch || b->tag[1]) && recording)
         fetch_slow(v, now, b);
 }
 

@@ -65,7 +65,7 @@ struct vcpu {
     unsigned number;
     uint64_t cr0, cr3, cr4, efer;
     enum mode mode;
-    uint8_t cpl;
+    uint8_t cpl, low;   /* of the block; low: bits 0 and 1 of its tags */
     bool seen;          /* it has executed something */
     uint64_t begun;     /* instructions executed when its block began */
     uint64_t fetch;     /* tag of the page fetched from last */
