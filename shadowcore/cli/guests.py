@@ -54,9 +54,9 @@ def record_guest(
     """Run a whole guest under QEMU and record what its processors do to their page tables.
 
     This needs QEMU 7.2, or 10.0 or later, and a C compiler, which builds the recorder's plug-in at first use. The guest
-    runs by emulation, two to three times as slowly as without the plug-in. The recording begins when paging is first turned
-    on, and ends with the guest, or as --seconds or --instructions say. Ctrl-C ends it; what was recorded by then is
-    kept, marked as incomplete.
+    runs by emulation, two to three times as slowly as without the plug-in. The recording begins when paging is first
+    turned on, and ends with the guest, or as --seconds or --instructions say. Ctrl-C ends it; what was recorded by then
+    is kept, marked as incomplete.
     """
     from ..recording import emulated
 
