@@ -19,7 +19,7 @@ from shadowcore.engine.held cimport Held
 from shadowcore.engine.leaf cimport fault_count, sc_fault
 from shadowcore.engine.memory cimport mem_frame, mem_guest_frame, mem_mark_dirty, sc_no_frame
 from shadowcore.engine.registers cimport load_cr0, load_cr3, load_cr4, load_efer
-from shadowcore.engine.state cimport is_shadowed, sc_mmu, sc_vcpu
+from shadowcore.engine.state cimport SC_MAX_VCPUS, is_shadowed, sc_mmu, sc_vcpu
 from shadowcore.engine.sync cimport table_let_go
 from shadowcore.engine.types cimport PF_W, RC_AUDIT, RC_BAD_OP, RC_GP, RC_OK, RC_PF, u8, u16, u32, u64
 from shadowcore.engine.vcpu cimport VCpu
@@ -43,7 +43,6 @@ cdef enum:
     ACCESS_FETCH = 4
     ACCESS_SIZE_SHIFT = 4           # bits 4-7: log2 of its bytes, plus 1
     KEPT_MISMATCHES = 16
-    VCPUS = 256
     SLICE = 1 << 8                  # records between two looks at the clock
 
 cdef struct sc_record:              # of the arrays, which may change meanwhile: read once, judged, and used from here
@@ -280,19 +279,18 @@ def replay(vm, dict arrays, start, stop, direct_map=0xFFFF888000000000):
     """
     cdef VCpu cpu
     cdef list cpus = list(vm.vcpus)
-    cdef sc_vcpu *vcpus[VCPUS]
+    cdef sc_vcpu *vcpus[SC_MAX_VCPUS]
     cdef u64 count = len(cpus)
-    if count > VCPUS:
-        raise ValueError(f"{VCPUS} processors at most, not {count}")
+    cdef u64 i
+    cdef u64 end = stop
+    cdef sc_replay t
+    cdef sc_mmu *mmu
     for i in range(count):
         cpu = cpus[i]
         vcpus[i] = cpu.c
-    i = start
     cpu = cpus[0]
-    cdef sc_mmu *mmu = cpu.mmu.c
-    cdef sc_replay t
-    cdef u64 i = start
-    cdef u64 end = stop
+    mmu = cpu.mmu.c
+    i = start
     cdef int rc = 0
     memset(&t, 0, sizeof(t))
     cdef Held kind = _column(arrays["kind"], "kind", _U1, -1)
