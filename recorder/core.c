@@ -117,7 +117,8 @@ static void access_page(struct vcpu *v, uint64_t now, qemu_plugin_meminfo_t info
         emit(v, now, ACCESS, flags | (is_store ? ACCESS_WRITE : 0), va, gpa);
 }
 
-static __attribute__((noinline, cold)) void access_slow(struct vcpu *v, qemu_plugin_meminfo_t info, uint64_t va, void *number, bool is_store)
+static __attribute__((noinline, cold)) void access_slow(struct vcpu *v, qemu_plugin_meminfo_t info, uint64_t va,
+                                                        void *number, bool is_store)
 {
     if (!recording)
         return;

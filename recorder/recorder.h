@@ -10,7 +10,7 @@
 
 #define UNLIKELY(x) __builtin_expect(!!(x), 0)
 #define NOWHERE UINT64_MAX
-#define VCPUS_MAX 256
+#define VCPUS_MAX 64
 
 /* Records: docs/recordings.md has what they mean. They go to the command as they lie here. */
 enum {

@@ -23,6 +23,7 @@ static bool ended;
 void fatal(const char *what, const char *which)
 {
     fprintf(stderr, "shadowcore recorder: %s%s\n", what, which);
+    ended = true;                   /* what exits calls tells of no end */
     exit(3);
 }
 

@@ -98,6 +98,8 @@ int main(int argc, char **argv)
         fail("this is no recording");
     while (end > zip && memcmp(end, "PK\5\6", 4))       /* the end of the table of contents */
         end--;
+    if (end == zip)
+        fail("the end of the recording is missing");
     unsigned block = 0, records = 0;
     const unsigned char *entry = zip + number(end + 16, 4);
     for (size_t left = number(end + 10, 2); left; left--) {
@@ -110,6 +112,9 @@ int main(int argc, char **argv)
             data[size] = 0;
             if (!strstr((char *)data, "\"shadowcore recording\"") || !strstr((char *)data, "\"stream\": \"guest\""))
                 fail("a recording of a guest is needed");
+            char *version = strstr((char *)data, "\"version\": ");
+            if (!version || (version[11] != '1' && version[11] != '2') || (version[12] >= '0' && version[12] <= '9'))
+                fail("a version that this program does not know");
         }
         if (sscanf(name, "blocks/%u-%u/%15[a-z].%15[a-z]", &n, &count, column, part) == 4) {
             if (n != block)

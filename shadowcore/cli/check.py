@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     required=True,
     metavar="FILE",
     help="Trace events of a host's KVM (`trace-cmd report` of kvm and kvmmmu), or a table of `perf kvm stat report`; "
-    "may be repeated.  [required]",
+    "may be repeated.",
 )
 @mmu(("unsync",))
 @POOL

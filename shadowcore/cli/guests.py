@@ -37,7 +37,7 @@ from .recording import written
     help="Pages in the filter, a power of two: an access to one that is in it is not recorded.",
 )
 @click.option(
-    "--seconds", type=click.FloatRange(0, min_open=True), help="End the guest after this time.  [default: no]"
+    "--seconds", type=click.FloatRange(0, 1e6, min_open=True), help="End the guest after this time.  [default: no]"
 )
 @click.option("--instructions", type=click.IntRange(1), help="End it after so many of its instructions.  [default: no]")
 @click.option("--name", metavar="NAME", help="What reports call the recording.  [default: as OUT]")

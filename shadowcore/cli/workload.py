@@ -6,6 +6,7 @@ import json
 import math
 
 import click
+from click.core import ParameterSource
 
 from .options import JSON, command
 
@@ -54,7 +55,11 @@ def workloads(name: str | None, as_json: bool) -> None:
     help="Address spaces that the model makes, at most.",
 )
 @click.option("--seed", type=click.IntRange(0), default=1, show_default=True, metavar="N", help="Of the model.")
-@click.option("--live", is_flag=True, help="Counters of KVM under a live guest, by pipeline.  [default: a recording]")
+@click.option(
+    "--live",
+    is_flag=True,
+    help="Beside counters that KVM 6.1 and 6.12 had under a live guest, by pipeline.  [default: a recording]",
+)
 @JSON
 def calibration(recordings: tuple[str, ...], spaces: int, seed: int, live: bool, as_json: bool) -> None:
     """Print rates of recorded Linux guests beside those of the guest kernel.
@@ -64,6 +69,8 @@ def calibration(recordings: tuple[str, ...], spaces: int, seed: int, live: bool,
     own shadow MMU, of 6.1 and of 6.12, counted under a live guest, and what it counts here.
     """
     if live:
+        if click.get_current_context().get_parameter_source("spaces") is not ParameterSource.DEFAULT:
+            raise click.UsageError("--spaces: with --live, pipelines are counted")
         _live(recordings, seed, as_json)
         return
     from .. import workload

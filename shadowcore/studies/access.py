@@ -90,6 +90,10 @@ class AccessExplanation:
 
     def verdict(self) -> list[str]:
         """Whether it hits; which exits, and why."""
+        if self.hit and self.outcome == "#GP":
+            return ["no exit: the processor refuses the address before any walk"]
+        if self.hit and self.outcome == "#PF" and self.shadow is not None:
+            return ["no exit: the processor delivers the fault by itself"]
         if self.tlb_hit and self.hit:
             return ["hit: the TLB has the translation"]
         if self.hit and self.shadow is None:

@@ -13,7 +13,7 @@ from .source import LINE_MAX, Access, Progress, each_line, sources
 
 NAME = "dinero"
 
-_LINE = re.compile(rb"[ \t]*([0-4rwi])[ \t]+(?:0[xX])?([0-9a-fA-F]{1,16})(?:[ \t]+([0-9a-fA-F]{1,4}))?[ \t]*$", re.M)
+_LINE = re.compile(rb"^[ \t]*([0-4rwi])[ \t]+(?:0[xX])?([0-9a-fA-F]{1,16})(?:[ \t]+([0-9a-fA-F]{1,4}))?[ \t]*$", re.M)
 _KINDS = {b"0": READ, b"1": WRITE, b"2": FETCH, b"r": READ, b"w": WRITE, b"i": FETCH}
 UNKNOWN, FLUSHES = "escape records (3)", "cache flushes (4)"
 _SKIPPED = {b"3": UNKNOWN, b"4": FLUSHES}
