@@ -114,7 +114,7 @@ class Quirk(IntFlag):
     under one PCID serve another that never was in use meanwhile (Linux 6.1)."""
     DEVICE_UNASKED = 1 << 20
     """Design `unsync`: an access to a device whose page is remembered asks for no protection key, and with CR0.WP off
-    not whether the guest's entry is dirty (Linux 6.1)."""
+    not whether the guest's entry is dirty; nor does a sync ask whether there is RAM by now (Linux 6.1)."""
     STORE_ROUNDED = 1 << 21
     """Design `unsync`: with CR4.PAE on, an emulated store of 4 bytes is taken for one to the entry that its first byte
     is in, also where it reaches into the next, whose shadow stays (Linux 6.1)."""

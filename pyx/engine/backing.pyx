@@ -47,7 +47,7 @@ cdef void host_unmap(sc_backing *h, u64 first, u64 n, bint keep) noexcept nogil:
                 _map(h, block, BLOCK_NOTHING)
             else:
                 _split(h, block)
-        elif keep:
+        elif keep and h.block[block] & BLOCK_MAP != BLOCK_NOTHING:
             _map(h, block, BLOCK_TABLE)
     for frame in range(first, first + n):
         if not keep or h.frame[frame] == HOST_ZERO:

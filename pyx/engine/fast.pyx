@@ -117,7 +117,7 @@ cdef inline int _guest_walk(const sc_mmu *mmu, const sc_vcpu *v, sc_fault *f, sc
     cdef const sc_paging *p = &v.guest
     cdef u64 base
     cdef u64 all_ = ~<u64>0
-    cdef u64 entry = 0
+    cdef u64 entry = PTE_P          # what it stays where the root is in no memory: no fault for the fast path
     cdef int step
     base = p.pdpte[(f.va >> 30) & 3] & pte_addr() if g.pae_root else p.root
     if g.pae_root and not p.pdpte[(f.va >> 30) & 3] & PTE_P:

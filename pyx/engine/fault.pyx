@@ -85,12 +85,12 @@ cdef int _page_fault(sc_mmu *mmu, sc_vcpu *v, u32 access, const sc_walk *hw, sc_
                 walk_mark(mmu, <u32>(hw.table[1] - SC_POOL_HFN) * 512 + level_index(f.va, 1))
             return _inject(mmu, v, &f, f.code if mmu.quirks & QUIRK_PROCESSOR_CODE else w.error_code, w)
     _found(mmu, &f, w)
-    if f.special and not f.refused and f.frame != sc_no_frame():
-        if access & PF_W and mem_is_rom(mmu.mem, f.gpa >> 12):
+    if f.special and f.frame != sc_no_frame():      # a refused access makes a leaf as well
+        if access & PF_W and not f.refused and mem_is_rom(mmu.mem, f.gpa >> 12):
             f.kind = EXIT_MMIO      # no leaf lets it pass, and none has to
             fault_count(mmu, v, &f)
             return RC_MMIO
-        mem_touch(mmu.mem, f.gpa >> 12, access & PF_W != 0)
+        mem_touch(mmu.mem, f.gpa >> 12, access & PF_W and not f.refused)
         if mmu.memo_epoch != epoch:
             f.code &= ~<u32>PF_P    # the leaf that refused the access may be gone
     if f.frame == sc_no_frame() and f.mode == MODE_OFF:

@@ -212,6 +212,7 @@ cdef class Memory:
 
     def back(self) -> None:
         """From now on it is known which frames the host has; all of them, if that was not asked before."""
+        self._idle()
         if self._backed is None:
             self._back()
 
@@ -272,6 +273,7 @@ cdef class Memory:
     def import_backing(self, arrays) -> None:
         """Put back what backing_arrays gave. ConfigError, and nothing changed, where that is no state of a host."""
         cdef sc_backing trial
+        self._idle()
         frames, blocks = [np.ascontiguousarray(array, dtype=np.uint8) for array in arrays]
         if frames.shape != (self.mem.nframes,) or blocks.shape != ((self.mem.nframes + 511) >> 9,):
             raise ConfigError("backing: a number for each frame and for each block of RAM is needed")
@@ -293,10 +295,9 @@ cdef class Memory:
         check_place(self.slots, at, slot)
         cdef u64 frame = free_place(self._used(), self.mem.nframes, slot)
         fills = slot.backing is not None and (slot.backing != "warm" or self._backed is not None)
-        if fills:
-            self.back()
         self._tell("adding", at, slot)              # first: it may refuse
         if fills:
+            self.back()
             self._fill(frame, slot.size >> 12, slot.backing, _HOST_PAGES.index(slot.host_page_size) + 1, True)
         self._place(at, MemorySlot(slot.gpa, slot.size, slot.dirty_log, slot.host_page_size, int(frame) << 12,
                                    slot.read_only, slot.backing), frame)

@@ -693,7 +693,8 @@ cdef class Mmu:
         state = {"n_free": c.n_free, "n_active": c.n_active, "free_head": c.free_head, "young": c.young, "old": c.old,
                  "n_pte4": c.n_pte4, "n_pte8": c.n_pte8, "flush_epoch": c.flush_epoch, "spte_base": c.spte_base}
         if c.lists_all:
-            state |= {"n_dying": c.n_dying, "generation": c.generation, "valid_gen": c.valid_gen}
+            state |= {"n_dying": c.n_dying, "generation": c.generation, "valid_gen": c.valid_gen,
+                      "host_level": c.host_level}
         state["counters"] = self.stats.as_array().tolist()
         return state
 
@@ -712,6 +713,7 @@ cdef class Mmu:
         pages = [check_int(name, state.get(name), 0, c.pool_pages) for name in _COUNTS]
         dying = check_int("n_dying", state.get("n_dying"), 0, c.pool_pages) if c.lists_all else 0
         generation = check_int("generation", state.get("generation"), 0, _WORD) if c.lists_all else 0
+        level = check_int("host_level", state.get("host_level"), c.host_level, 3) if c.lists_all else c.host_level
         valid_gen = check_int("valid_gen", state.get("valid_gen"), 0, 1) if c.lists_all else 0
         cdef list lists = []
         for name in _LISTS:
@@ -721,6 +723,7 @@ cdef class Mmu:
         c.n_free, c.n_active, c.n_pte4, c.n_pte8 = pages
         c.n_dying = dying
         c.generation = generation
+        c.host_level = level
         c.valid_gen = valid_gen
         c.free_head, c.young, c.old = lists
         c.flush_epoch, c.spte_base = words

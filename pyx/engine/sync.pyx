@@ -18,6 +18,7 @@ from shadowcore.engine.memory cimport (
     mem_pool_page, mem_slot, mem_touch, sc_no_frame,
 )
 from shadowcore.engine.pool cimport hash_bucket, shadows
+from shadowcore.engine.quirks cimport QUIRK_DEVICE_UNASKED
 from shadowcore.engine.record cimport RECORD_DEVICE, RECORD_LEAF, RECORD_UNSYNC, record, record_page, record_read_only
 from shadowcore.engine.rmap cimport list_add, list_length, list_remove, rmap_write_protect
 from shadowcore.engine.role cimport (
@@ -340,7 +341,8 @@ cdef int _entry_sync(sc_mmu *mmu, const sc_vcpu *v, u32 spte, u64 gpte) noexcept
         leaf_drop(mmu, spte)
         return 1
     if not old & PTE_P:
-        if (old & pte_addr()) >> 12 == gfn:
+        if (old & pte_addr()) >> 12 == gfn and (
+                mmu.quirks & QUIRK_DEVICE_UNASKED or mem_frame(mmu.mem, gfn) == sc_no_frame()):
             _remember_device(mmu, spte, gfn, rights)
         else:
             leaf_drop(mmu, spte)

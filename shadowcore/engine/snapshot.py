@@ -86,7 +86,7 @@ def copy(make: Callable[..., M], vm: Machine) -> M:
     members, state = _state(vm)
     state = json.loads(json.dumps(state))
     slots, mmu, features, tlb, vcpus = _settings(state)
-    twin = make(slots, mmu, vcpus, tlb, features=features)
+    twin = make(state["memory"], mmu, vcpus, tlb, features=features, slots=slots or [None])
     _restore(twin, state, members, True)
     twin.mmu.settle()
     return twin
@@ -280,8 +280,10 @@ def _settings(state: dict[str, Any]) -> tuple[list[MemorySlot | None], Native | 
     ends = [int(slot.size) + (slot.offset or 0) for slot in slots if slot]
     total = max(ends, default=0) if placed else sum(ends)
     memory = state["memory"]
-    if type(memory) is not int or memory > RAM_MAX or memory < total or (memory != total and not placed):
-        raise ValueError(f"memory: {total} bytes, those of the slots, and {RAM_MAX} at most expected")
+    if type(memory) is not int or not 0 < memory <= RAM_MAX or memory % PAGE_SIZE:
+        raise ValueError(f"memory: a multiple of {PAGE_SIZE} up to {RAM_MAX} expected, not {memory!r:.60}")
+    if memory < total or (memory != total and not placed):
+        raise ValueError(f"memory: {total} bytes, those of the slots, expected")
     if slots:
         checked_slots(slots)
     if type(state["backing"]) is not bool:

@@ -58,13 +58,14 @@ cdef u32 root_role(const sc_mmu *mmu, const sc_vcpu *v, int slot) noexcept nogil
 
 cdef void _table_sync(sc_mmu *mmu, const sc_vcpu *v, u64 gfn, u32 role) noexcept nogil:
     """2.6.28: a page of the table at gfn is asked for, and whatever shadows it is in sync first; what was made for
-    another paging mode goes."""
+    another paging mode, or other reserved bits, goes."""
     cdef u32 number = mmu.hash[hash_bucket(mmu, gfn)]
     cdef bint ignored = False
     cdef u64 frame = mem_frame(mmu.mem, gfn)
     while number != SC_NONE:
         if shadows(mmu, number, gfn) and mmu.pages[number].unsync:
-            if role_field(mmu.pages[number].role ^ role, ROLE_GLEVELS, 15) or frame == sc_no_frame():
+            if (role_field(mmu.pages[number].role ^ role, ROLE_GLEVELS, 15) or frame == sc_no_frame()
+                    or role_field(mmu.pages[number].role ^ role, ROLE_NXE, 1)):     # v's reserved bits are not its
                 zap_prepare(mmu, number, &ignored)
             else:
                 rmap_write_protect(mmu, frame)

@@ -42,7 +42,7 @@ class Pipe:
     def __init__(self, path: str) -> None:
         self.path = "standard input" if path == STDIN else path
         if path == STDIN and sys.stdin is None:
-            raise TraceError("standard input: it is closed")
+            raise TraceError("standard input", None, "something to read expected, it is closed")
         self._raw: IO[bytes] = sys.stdin.buffer if path == STDIN else open(path, "rb")  # noqa: SIM115
         self._kept = b""
         self._used = False
