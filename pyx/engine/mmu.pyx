@@ -45,7 +45,7 @@ from shadowcore.engine.walker cimport sc_walk
 from shadowcore.engine.watch cimport watch_due, watch_look, watch_raised
 from shadowcore.engine.zap cimport count_no_large, generation_next
 
-from shadowcore.config import MARKERS, Shadow, check_bool, check_int, check_ints, design as checked_design
+from shadowcore.config import MARKERS as _MARKERS, Shadow, check_bool, check_int, check_ints, design as checked_design
 from shadowcore.engine.memory import allocate, window
 from shadowcore.errors import AuditError, ConfigError, EngineError, PoolExhausted
 
@@ -201,7 +201,7 @@ cdef class Mmu:
         self.c.refill = design.refill
         self.c.flood_threshold = design.flood_threshold or 0
         self.c.flood_reset = design.flood_reset
-        self.c.absent = MARKERS.index(design.notpresent_marker)
+        self.c.absent = _MARKERS.index(design.notpresent_marker)
         self.c.hash_shift = 62
         while buckets < self.c.pool_pages:
             buckets *= 2

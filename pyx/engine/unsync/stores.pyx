@@ -1,4 +1,6 @@
 """Emulated stores to guest tables under design unsync."""
+from libc.string cimport memcpy
+
 from shadowcore.engine.bits cimport CR4_PAE, PTE_P
 from shadowcore.engine.memory cimport mem_frame, mem_guest_frame
 from shadowcore.engine.pool cimport hash_bucket, shadows
@@ -89,10 +91,8 @@ cdef void stored(sc_mmu *mmu, sc_vcpu *v, u64 gpa, u32 nbytes) noexcept nogil:
     if v != NULL and v.cr4 & CR4_PAE and nbytes == 4 and (offset & 7 <= 4 or mmu.quirks & QUIRK_STORE_ROUNDED):
         offset &= ~<u32>7           # half of an entry: what counts is the whole
         nbytes = 8
-    if nbytes == 8 and offset <= 4088:
-        entry = (<const u64 *>(mem_guest_frame(mmu.mem, gpa) + offset))[0]
-    elif nbytes == 4 and offset <= 4092:
-        entry = (<const u32 *>(mem_guest_frame(mmu.mem, gpa) + offset))[0]
+    if (nbytes == 8 or nbytes == 4) and offset + nbytes <= 4096:
+        memcpy(&entry, mem_guest_frame(mmu.mem, gpa) + offset, nbytes)      # it need not be aligned
     mmu.stats.mmu_pte_write += 1
     number = mmu.hash[hash_bucket(mmu, gfn)]
     while number != SC_NONE:
