@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 from bench_fault import PER_TABLE, TABLES
-from guests import MIB, Guest, accesses, pages
+from guests import MIB, Guest, accesses, demand_paging, pages
 
 import shadowcore as sc
 
@@ -46,24 +46,8 @@ def test_leaf_faults(side_by_side, prefetch):
 
 
 def demand(mmu, tables=16):
-    """A guest that fills its leaf tables page by page: the access faults, the kernel stores the entry, the access is
-    made again. What the store finds there is the entry cleared."""
     guest = Guest("64", tables * 2 * MIB, mmu).map().map_tables().start()
-    leaves = guest.leaf_tables(0, guest.size)
-    at = (leaves[:, None] + np.arange(PER_TABLE, dtype=np.uint64) * np.uint64(8)).ravel()
-    entries = guest.vm.memory.words[at // np.uint64(8)].copy()
-    ops = np.zeros(3 * len(at), sc.OP_DTYPE)
-    ops["size"], ops["user"] = 8, 1
-    ops["addr"][0::3] = ops["addr"][2::3] = pages(len(at))
-    ops["op"][1::3], ops["user"][1::3] = sc.Op.WRITE, 0
-    ops["addr"][1::3], ops["value"][1::3] = guest.edit_address(at), entries
-
-    def prepare():
-        guest.vm.mmu.zap_all()
-        guest.vm.memory.words[at // np.uint64(8)] = 0
-        guest.cpu.cr3 = guest.tables.cr3
-
-    return guest, ops, prepare
+    return guest, *demand_paging(guest)
 
 
 @pytest.mark.benchmark(group="unsync")

@@ -1,5 +1,7 @@
 """Guests for the benchmarks: a VM, the page tables of its address space, and operations on it."""
 
+from collections.abc import Callable
+
 import numpy as np
 
 import shadowcore as sc
@@ -155,3 +157,23 @@ def entries_of(guest: Guest, tables: np.ndarray) -> np.ndarray:
     """gpas of all entries of the tables. Two tables take turns: stores to one after the other are a flood."""
     offsets = np.arange(0, PAGE, guest.entry_dtype.itemsize, dtype=np.uint64)
     return (tables.reshape(-1, 1, 2) + offsets[None, :, None]).ravel()
+
+
+def demand_paging(guest: Guest) -> tuple[np.ndarray, Callable[[], None]]:
+    """Operations by which a guest fills its leaf tables, which have to be mapped, page by page: the access faults, the
+    kernel stores the entry, the access is made again. And what clears entries and shadow before."""
+    leaves = guest.leaf_tables(0, guest.size)
+    at = (leaves[:, None] + np.arange(0, PAGE, 8, dtype=np.uint64)).ravel()
+    entries = guest.vm.memory.words[at // np.uint64(8)].copy()
+    ops = np.zeros(3 * len(at), sc.OP_DTYPE)
+    ops["size"], ops["user"] = 8, 1
+    ops["addr"][0::3] = ops["addr"][2::3] = pages(len(at))
+    ops["op"][1::3], ops["user"][1::3] = sc.Op.WRITE, 0
+    ops["addr"][1::3], ops["value"][1::3] = guest.edit_address(at), entries
+
+    def prepare() -> None:
+        guest.vm.mmu.zap_all()
+        guest.vm.memory.words[at // np.uint64(8)] = 0
+        guest.cpu.cr3 = guest.tables.cr3
+
+    return ops, prepare

@@ -17,7 +17,19 @@ import shadowcore as sc
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from guests import ALIGNED, MIB, PAGE, Guest, accesses, entries_of, one_per_region, pages, sparse_tables, stores_to
+from guests import (
+    ALIGNED,
+    MIB,
+    PAGE,
+    Guest,
+    accesses,
+    demand_paging,
+    entries_of,
+    one_per_region,
+    pages,
+    sparse_tables,
+    stores_to,
+)
 
 COUNT = 2000
 """N."""
@@ -224,19 +236,7 @@ def demand(mmu: sc.Shadow, name: str) -> Run:
     """The guest's kernel fills a page's entry at the fault for it; the access is made again."""
     guest, *_ = faulting("64", mmu=mmu)
     guest.map_tables().start()
-    leaves = guest.leaf_tables(0, guest.size)
-    at = (leaves[:, None] + np.arange(0, PAGE, 8, dtype=np.uint64)).ravel()
-    entries = guest.vm.memory.words[at // np.uint64(8)].copy()
-    ops = np.zeros(3 * len(at), sc.OP_DTYPE)
-    ops["size"], ops["user"] = 8, 1
-    ops["addr"][0::3] = ops["addr"][2::3] = pages(len(at))
-    ops["op"][1::3], ops["user"][1::3] = sc.Op.WRITE, 0
-    ops["addr"][1::3], ops["value"][1::3] = guest.edit_address(at), entries
-
-    def prepare() -> None:
-        guest.vm.mmu.zap_all()
-        guest.vm.memory.words[at // np.uint64(8)] = 0
-        guest.cpu.cr3 = guest.tables.cr3
+    ops, prepare = demand_paging(guest)
 
     def call(n: int) -> Callable[[], Any]:
         some = ops[: 3 * n]
