@@ -1,4 +1,4 @@
-"""Workloads by name, run on the guest kernel: `catalog` and `first_touch` have what they do."""
+"""Workloads by name, run on the guest kernel: `catalog`, `first_touch` and `lmbench` have what they do."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from . import catalog as catalog
 from . import first_touch as first_touch
+from . import lmbench as lmbench
 from .runner import WorkloadResult, find, run
 from .script import WORKLOADS, Guest, Parameter, Workload
 
