@@ -24,6 +24,7 @@ from . import programs as cli_programs
 from . import recording as cli_recording
 from . import replay as cli_replay
 from . import reproduce as cli_reproduce
+from . import show as cli_show
 from . import study as cli_study
 from . import workload as cli_workload
 
@@ -101,6 +102,7 @@ for _module in (
     cli_replay,
     cli_check,
     cli_reproduce,
+    cli_show,
     cli_evolution,
     cli_about,
 ):

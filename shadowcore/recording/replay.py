@@ -230,7 +230,7 @@ def replay(
             break
         if position - base > first:
             counts["snapshot_words"] += int(piece.snapshot[first : min(position - base, last)].sum())
-        arrays = piece.arrays | {"flags": _piece_flags(piece, recording.first_user, base)}
+        arrays = piece.arrays | {"flags": piece_flags(piece, recording.first_user, base)}
         while position - base < last and not violations:
             end = min(base + last, position + SLICE)
             if position < split:
@@ -336,13 +336,13 @@ def machine_at(
     for base, piece in recording.pieces():
         first, last = position - base, min(stop - base, piece.operations)
         if 0 <= first < last:
-            arrays = piece.arrays | {"flags": _piece_flags(piece, recording.first_user, base)}
+            arrays = piece.arrays | {"flags": piece_flags(piece, recording.first_user, base)}
             replay_records(vm, arrays, first, last, direct_map)
             position = base + last
     return vm
 
 
-def _piece_flags(piece: Recording, first_user: int | None, base: int) -> NDArray[np.uint16]:
+def piece_flags(piece: Recording, first_user: int | None, base: int) -> NDArray[np.uint16]:
     """The flags with USER where a user acts, and SNAPSHOT where no store is made, and nowhere else.
 
     piece: of a recording, from record `base` on, whose workload begins at `first_user`.

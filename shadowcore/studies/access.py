@@ -16,22 +16,10 @@ from ..config import Shadow, check_int
 from ..engine import snapshot
 from ..engine.machine import VM
 from ..errors import ConfigError, GeneralProtection, MMIOAccess, PageFault
-from ..pagetables import NX, PS, P, U, W
+from ..pagetables import PS, P, W
 from .explain import ACCESS_NAMES, ENTRY_NAMES, Access, Explanation
 from .explain import explain as walked
-
-_ADDRESS = 0x000F_FFFF_FFFF_F000
-_GUEST_W, _GUEST_U, _MMU_W = 1 << 10, 1 << 11, 1 << 9
-A_BIT, D_BIT = 1 << 5, 1 << 6
-
-EXITS = {
-    "fill": "a page fault exit: the shadow has no entry for what the guest maps",
-    "write": "a page fault exit: the shadow's leaf grants less than the guest does",
-    "emulate": "a page fault exit: the emulator has to do the store, for its frame is a guest table with a shadow page",
-    "guest": "a page fault exit: the fault is the guest's own, and is injected",
-    "mmio": "a page fault exit: the gpa is in no memory slot, a device has to serve it",
-}
-"""Why control leaves the guest at an access."""
+from .words import A_BIT, ADDRESS, D_BIT, EXITS, gfn_of, role_words, spte_words, target
 
 
 @dataclass(frozen=True)
@@ -269,57 +257,10 @@ def _walk(vm: VM, vcpu: int, gva: int) -> tuple[ShadowStep, ...] | None:
         level = int(page["level"])
         index = gva >> 12 + 9 * (level - 1) & 511
         entry = int(vm.mmu.table(number)[index])
-        child, leads_to = _target(vm, level, entry, pages)
-        steps.append(ShadowStep(level, number, _role(page), index, entry, _bits(level, entry), leads_to))
+        child, leads_to = target(vm, level, entry, pages)
+        steps.append(ShadowStep(level, number, role_words(page), index, entry, spte_words(level, entry), leads_to))
         number = child
     return tuple(steps)
-
-
-def _target(vm: VM, level: int, entry: int, pages: dict[int, Any]) -> tuple[int | None, str]:
-    """The page that an entry leads to, and that in words."""
-    if not entry & P:
-        return None, "ends the walk: " + ("it remembers a device" if entry and level == 1 else "nothing is there yet")
-    if level > 1 and not entry & PS:
-        child = (entry & _ADDRESS) - vm.memory.pool_hpa >> 12
-        return child, f"leads to shadow page {child}" + ("" if child in pages else ", which is none: a broken link")
-    gfn = _gfn(vm, ((entry & _ADDRESS) - vm.memory.ram_hpa) >> 12)
-    size = {1: "4 KiB", 2: "2 MiB", 3: "1 GiB"}.get(level, "?")
-    return None, f"maps hfn {(entry & _ADDRESS) >> 12:#x}, which is gfn {gfn:#x} ({size})"
-
-
-def _gfn(vm: VM, frame: int) -> int:
-    """The gfn of a frame of guest RAM that a memory slot maps; else the frame's own number."""
-    for slot in vm.memory.slots:
-        if slot is not None:
-            first = slot.gpa >> 12
-            index = frame - vm.memory.frame(first)
-            if 0 <= index < int(slot.size) >> 12:
-                return first + index
-    return frame
-
-
-def _role(page: Any) -> str:
-    """What a shadow page stands for, in words."""
-    rights = "".join(letter if int(page["access"]) & bit else "-" for letter, bit in (("x", 1), ("w", 2), ("u", 4)))
-    what = "direct" if page["direct"] else "guest table"
-    words = [f"{what} at gfn {int(page['gfn']):#x}, level {int(page['level'])}, access {rights}"]
-    words += [f"quadrant {int(page['quadrant'])}"] if page["quadrant"] else []
-    words += [name for name in ("nxe", "wp0", "unsync") if page[name]]
-    return ", ".join(words)
-
-
-def _bits(level: int, entry: int) -> tuple[str, ...]:
-    if not entry & P:
-        return ("not present",)
-    if level > 1 and not entry & PS:
-        return ("present", "grants everything")
-    words = ["present", "writable" if entry & W else "read only", "user" if entry & U else "supervisor only"]
-    words += ["not executable"] if entry & NX else []
-    if entry & _GUEST_W and not entry & W:
-        words.append("the guest allows writes: write access is withheld")
-    if entry & _GUEST_U and not entry & U:
-        words.append("the guest allows user access")
-    return tuple(words)
 
 
 # -- what changes --------------------------------------------------------------------------------------------
@@ -333,8 +274,8 @@ def _changes(vm: VM, twin: VM, guest: Explanation | None) -> list[str]:
     if isinstance(vm.mmu.design, Shadow):
         old = {tuple(int(row[name]) for name in _KEY): row for row in vm.mmu.pages}
         new = {tuple(int(row[name]) for name in _KEY): row for row in twin.mmu.pages}
-        found += [f"shadow page {key[0]} is zapped: {_role(row)}" for key, row in old.items() if key not in new]
-        found += [f"shadow page {key[0]} is made: {_role(row)}" for key, row in new.items() if key not in old]
+        found += [f"shadow page {key[0]} is zapped: {role_words(row)}" for key, row in old.items() if key not in new]
+        found += [f"shadow page {key[0]} is made: {role_words(row)}" for key, row in new.items() if key not in old]
         for key, row in new.items():
             if key in old and row["unsync"] != old[key]["unsync"]:
                 word = "becomes unsync: stores to its guest table go unseen" if row["unsync"] else "is in sync again"
@@ -361,13 +302,13 @@ def _entries(vm: VM, twin: VM, pages: dict[int, Any]) -> list[str]:
         where = f"entry {index} of shadow page {page}"
         for value in (before, after):
             if value & P and (level == 1 or value & PS):
-                frames.add(_gfn(vm, ((value & _ADDRESS) - vm.memory.ram_hpa) >> 12))
+                frames.add(gfn_of(vm, ((value & ADDRESS) - vm.memory.ram_hpa) >> 12))
         if not after:
             found.append(f"{where} is cleared, it was {before:#x}")
-        elif before & after & P and before & ~after & W and (before ^ after) & _ADDRESS == 0:
+        elif before & after & P and before & ~after & W and (before ^ after) & ADDRESS == 0:
             found.append(f"{where} is write-protected: {before:#x} becomes {after:#x}")
         else:
-            words = f"{', '.join(_bits(level, after))}; {_target(twin, level, after, pages)[1]}"
+            words = f"{', '.join(spte_words(level, after))}; {target(twin, level, after, pages)[1]}"
             found.append(f"{where} becomes {after:#x} (it was {before:#x}): {words}")
     for gfn in sorted(frames):
         try:

@@ -17,7 +17,7 @@ from ..guest.options import KernelOptions
 from ..recording.guest import Recording, RecordingFile
 from ..recording.kinds import ACCESS, LOAD_CR3, STORE
 from ..recording.records import replay as replay_records
-from ..recording.replay import SLICE, _machine, _piece_flags
+from ..recording.replay import SLICE, _machine, piece_flags
 from ..workload import find, run
 
 __all__ = [
@@ -258,7 +258,7 @@ def _exits(
         if base + piece.operations > position:
             break
     for base, piece in recording.pieces(position):
-        arrays = piece.arrays | {"flags": _piece_flags(piece, recording.first_user, base)}
+        arrays = piece.arrays | {"flags": piece_flags(piece, recording.first_user, base)}
         loads = np.flatnonzero(piece.kind == LOAD_CR3)
         roots = dict(zip(loads.tolist(), (piece.addr[loads] & ROOT).tolist(), strict=True))
         strips = np.arange(0, piece.operations, SLICE)

@@ -17,7 +17,7 @@ def design(recording, name, windows):
     first = recording.first_cr3
     vm = trace._machine(recording, trace.design(name), first)
     vm.stats.reset()
-    arrays = recording.arrays | {"flags": trace._piece_flags(recording, recording.first_user, 0)}
+    arrays = recording.arrays | {"flags": trace.piece_flags(recording, recording.first_user, 0)}
     ends = [first + (recording.operations - first) * (i + 1) // windows for i in range(windows)]
     rows, begin, before = [], first, vm.stats.as_dict()
     for end in ends:

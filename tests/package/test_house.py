@@ -23,7 +23,7 @@ FLOORS = (
     ("embed", "workload"),
     ("programs", "studies"),
     ("report",),
-    ("cli", "heat", "html", "importers", "recordings", "timeline", "trace"),
+    ("cli", "heat", "html", "importers", "recordings", "steps", "timeline", "trace"),
 )
 """Packages and modules of shadowcore, lowest floor first. Those of one floor do not import each other. `shadowcore`
 itself, the table of contents, may import all, and nobody imports it."""

@@ -11,7 +11,19 @@ from places import ROOT
 
 import shadowcore
 
-MODULES = ("embed", "errors", "heat", "html", "importers", "programs", "recordings", "timeline", "trace", "workload")
+MODULES = (
+    "embed",
+    "errors",
+    "heat",
+    "html",
+    "importers",
+    "programs",
+    "recordings",
+    "steps",
+    "timeline",
+    "trace",
+    "workload",
+)
 IN_CLASSES = {
     # Attributes of compiled classes cannot have texts of their own: the docstring of the class names them.
     "Memory": {"bytes", "words", "slots", "on_log", "on_slots", "on_backing"},
