@@ -1,4 +1,6 @@
-"""The recording that ships with the package, replayed under each design."""
+"""A recording of a Linux guest, replayed under each design."""
+
+from pathlib import Path
 
 import pytest
 
@@ -9,7 +11,7 @@ DESIGNS = ("native", "flush", "cached")
 
 @pytest.fixture(scope="module")
 def recording():
-    return sc.trace.load()
+    return sc.trace.load(Path(__file__).parents[1] / "tests" / "data" / "recordings" / "linux-fork.npz")
 
 
 @pytest.mark.benchmark(group="replay")

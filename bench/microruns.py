@@ -277,7 +277,7 @@ def syncs() -> Run:
 
 
 def replay() -> Run:
-    recording = sc.trace.load()
+    recording = sc.trace.load(Path(__file__).parents[1] / "tests" / "data" / "recordings" / "linux-fork.npz")
     start = recording.first_user or 0
 
     def call(n: int) -> Callable[[], Any]:

@@ -14,14 +14,15 @@ mkdir -p "$out"
 ${CC:-cc} -nostdlib -static -o "$out/mark" "$here/guests/mark.S"
 python3 "$here/initramfs.py" --busybox "$guests/busybox-amd64" --init "$here/guests/mix.sh" -o "$out/mix.gz" \
     "bin/mark=$out/mark"
+python3 "$here/vmlinux.py" "$guests/vmlinuz-amd64" -o "$out/vmlinux"    # it would unpack itself for most of the boot
 
-record() {      # name, CPU, more of the kernel's command line
+record() {      # name, more of the kernel's command line
     shadowcore record-guest -o "$out/$1.screc" --name "$1" --filter "${FILTER:-2048}" -- \
         "${QEMU:-qemu-system-x86_64}" -m 128 -nodefaults -display none -no-reboot -icount shift=0,sleep=off \
-        -cpu max,la57=off -kernel "$guests/vmlinuz-amd64" -initrd "$out/mix.gz" \
+        -cpu max,la57=off -kernel "$out/vmlinux" -initrd "$out/mix.gz" \
         -append "quiet panic=-1 nokaslr random.trust_cpu=off $2"
 }
 
 record linux-mix pti=off
-record linux-mix-pti "pti=on scale=40"     # each system call loads CR3 twice and so empties the filter
+record linux-mix-pti pti=on     # each system call loads CR3 twice and so empties the filter
 ls -l "$out"/*.screc

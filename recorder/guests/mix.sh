@@ -10,17 +10,17 @@ ifconfig lo 127.0.0.1 up
 
 mark 1          # shell pipelines: fork, exec, exit
 i=0
-while [ $i -lt $((scale / 4)) ]; do
+while [ $i -lt $((scale / 10)) ]; do
     cat /proc/meminfo | grep kB | tr 0-9 a-j | wc -c >/dev/null
     i=$((i + 1))
 done
 
 mark 2          # an interpreter: a growing heap, no processes
-awk -v n=$((scale * 600)) 'BEGIN { for (i = 0; i < n; i++) a[i % 9973] = a[i % 9973] + i * 7 "x"; for (k in a) sum += length(a[k]); print sum }'
+awk -v n=$((scale * 240)) 'BEGIN { for (i = 0; i < n; i++) a[i % 9973] = a[i % 9973] + i * 7 "x"; for (k in a) sum += length(a[k]); print sum }'
 
 mark 3          # files: a tree packed, compressed, unpacked, sorted
 cp -r /etc /proc/self/net /tmp 2>/dev/null
-seq 1 $((scale * 200)) | sed 's/$/ some text of a line/' >/tmp/lines
+seq 1 $((scale * 80)) | sed 's/$/ some text of a line/' >/tmp/lines
 sort -r /tmp/lines | gzip -1 >/tmp/lines.gz
 gunzip -c /tmp/lines.gz | md5sum
 
@@ -29,7 +29,7 @@ mkdir -p /tmp/www
 seq 1 2000 >/tmp/www/index.html
 httpd -h /tmp/www -p 127.0.0.1:80
 i=0
-while [ $i -lt $((scale / 5)) ]; do
+while [ $i -lt $((scale / 12)) ]; do
     wget -q -O /dev/null http://127.0.0.1/index.html
     i=$((i + 1))
 done

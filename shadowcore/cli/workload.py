@@ -58,25 +58,25 @@ def workloads(name: str | None, as_json: bool) -> None:
 @click.option(
     "--live",
     is_flag=True,
-    help="Beside counters that KVM 6.1 and 6.12 had under a live guest, by pipeline.  [default: a recording]",
+    help="Beside counters that KVM 6.1 and 6.12 had under a live guest, by pipeline; so it is without a RECORDING.",
 )
 @JSON
 def calibration(recordings: tuple[str, ...], spaces: int, seed: int, live: bool, as_json: bool) -> None:
-    """Print rates of recorded Linux guests beside those of the guest kernel.
+    """Print rates of Linux guests beside those of the guest kernel.
 
-    RECORDING is an .npz file; without any, the recording that comes with the package. Counted are page table stores,
-    faults, CR3 loads and INVLPGs for each address space made, and for each million instructions. --live: what Linux's
-    own shadow MMU, of 6.1 and of 6.12, counted under a live guest, and what it counts here.
+    RECORDING is of a guest that forks and execs. Counted are page table stores, faults, CR3 loads and INVLPGs for each
+    address space made, and for each million instructions. Without one: what Linux's own shadow MMU, of 6.1 and of
+    6.12, counted under a live guest, and what it counts here.
     """
-    if live:
+    if live or not recordings:
         if click.get_current_context().get_parameter_source("spaces") is not ParameterSource.DEFAULT:
-            raise click.UsageError("--spaces: with --live, pipelines are counted")
+            raise click.UsageError("--spaces: without a RECORDING, pipelines are counted")
         _live(recordings, seed, as_json)
         return
     from .. import workload
     from ..recording.format import INCOMPLETE
 
-    rows = workload.calibration(recordings or (None,), spaces, seed)
+    rows = workload.calibration(recordings, spaces, seed)
     if as_json:
         fields = ("recording", "rate", "per", "linux", "model", "recording_complete")
         plain = [dict(zip(fields, row, strict=True)) for row in rows]

@@ -62,8 +62,9 @@ from .reader import Reader, is_recording
 from .survey import Survey, first_of
 from .writer import Writer
 
-BUNDLED = "linux-fork"
-"""The recording that ships with the package: Debian's 6.1 kernel, boot and 60 shell pipelines."""
+BUNDLED = "linux-mix-pti"
+"""The recording that ships with the package: Debian's 6.1 kernel with page-table isolation, from boot through shell
+pipelines, an interpreter, work on files, and a server. recorder/make-recording.sh makes it."""
 
 _ARRAYS = STREAMS[GUEST]
 _SCALARS = {"cr0": (1 << 64) - 1, "cr4": (1 << 64) - 1, "efer": (1 << 64) - 1, "nframes": 1 << 40, "vcpus": 1 << 8}
@@ -412,7 +413,7 @@ def load(path: str | os.PathLike[str] | None = None) -> Recording:
     TraceError says what is wrong: the file, the number of the record if it is one, and what was expected.
     """
     if path is None:
-        bundled = importlib.resources.files(__package__) / "data" / f"{BUNDLED}.npz"
+        bundled = importlib.resources.files(__package__) / "data" / f"{BUNDLED}{SUFFIX}"
         with importlib.resources.as_file(bundled) as file:
             return load(file)
     if is_recording(path):

@@ -6,7 +6,7 @@ import json
 import numpy as np
 import pytest
 from commands import refused, run
-from places import ROOT
+from places import LINUX_FORK, ROOT
 
 import shadowcore as sc
 from shadowcore.engine.mmu import RECORDED
@@ -54,7 +54,7 @@ def test_what_is_missing_is_in_the_replay_of_a_recorded_guest(monkeypatch):
         return machines[0]
 
     monkeypatch.setattr(replay, "_machine", recording)
-    linux = load()
+    linux = load(LINUX_FORK)
     spaces = recording_counts(linux)["spaces"]
     replay.replay(linux, "kvm-6.1")
     events = machines[0].mmu.recorded()
@@ -77,6 +77,7 @@ def test_a_new_root_has_two_spurious_faults(found):
 
 def test_the_command_and_the_page(found):
     text = run("calibration", "--live")
+    assert run("calibration") == text
     assert "live guest under Linux 6.12, per pipeline" in text
     plain = json.loads(run("calibration", "--live", "--json"))
     assert [row["counter"] for row in plain["6.1"]] == list(live.COUNTERS)

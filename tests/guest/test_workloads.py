@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 from commands import refused, run
-from places import ROOT
+from places import LINUX_FORK, ROOT
 
 import shadowcore as sc
 from shadowcore import workload
@@ -184,7 +184,7 @@ def test_bad_parameters(match, arguments):
 
 @pytest.fixture(scope="module")
 def recording():
-    return sc.trace.load()
+    return sc.trace.load(LINUX_FORK)
 
 
 def test_calibration_counts_what_the_recording_says(recording):
@@ -217,7 +217,7 @@ def test_calibration_counts_what_the_recording_says(recording):
 
 
 def test_the_shell_is_like_the_linux_guest_that_it_is_calibrated_by():
-    rows = workload.calibration(spaces=60)
+    rows = workload.calibration((str(LINUX_FORK),), spaces=60)
     assert len(rows) == len(calibration.PER_SPACE) + len(calibration.PER_MILLION)
     for row in rows:
         if row.linux:
@@ -241,9 +241,10 @@ def test_commands():
     plain = json.loads(run("workloads", "--json"))
     assert plain["pingpong"]["parameters"]["pages"]["default"] == 16
     assert "did you mean" in refused("workloads", "shel")
-    assert "linux-fork, per address space" in run("calibration", "--spaces", 8)
+    assert "--spaces" in refused("calibration", "--spaces", 8)
+    assert "linux-fork, per address space" in run("calibration", LINUX_FORK, "--spaces", 8)
     assert all(command.help for command in cli_workload.COMMANDS)
-    plain = json.loads(run("calibration", "--spaces", 8, "--json"))
+    plain = json.loads(run("calibration", LINUX_FORK, "--spaces", 8, "--json"))
     assert plain[0]["recording"] == "linux-fork"
 
 

@@ -3,6 +3,7 @@
 from types import SimpleNamespace
 
 import numpy as np
+from places import LINUX_FORK
 
 from shadowcore.recording import replay as trace
 from shadowcore.recording.records import replay as replay_records
@@ -52,8 +53,8 @@ def design(recording, name, windows):
 
 
 def study(records=None, designs=("native", "flush", "cached"), windows=60, **changed):
-    """A study of the bundled recording, or of its first records."""
-    recording = trace.load()
+    """A study of a recorded Linux guest, or of its first records."""
+    recording = trace.load(LINUX_FORK)
     if records:
         recording = recording.head(records)
     made = {name: design(recording, name, windows) for name in designs}

@@ -8,6 +8,7 @@ import pytest
 from commands import run
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from places import LINUX_FORK
 
 import shadowcore as sc
 from shadowcore.recording import replay as trace
@@ -19,7 +20,7 @@ TINY = ((1, 1500), (2, 2500), (13, 6000))  # blocks of so many records, and so m
 
 @pytest.fixture(scope="module")
 def linux():
-    return trace.load()
+    return trace.load(LINUX_FORK)
 
 
 def write(recording, path, block=1 << 18):
@@ -35,7 +36,7 @@ def equal(one, other):
 
 
 def test_lossless(tmp_path, linux):
-    """Every record of the recording in the package, and its scalars; the file is smaller than the .npz."""
+    """Every record of a recording, and its scalars; the file is smaller than the .npz."""
     path = tmp_path / "linux.screc"
     linux.save(path)
     again = trace.load(path)

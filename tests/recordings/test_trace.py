@@ -6,6 +6,7 @@ import zipfile
 
 import numpy as np
 import pytest
+from places import LINUX_FORK, LINUX_MIX
 
 import shadowcore as sc
 from shadowcore.pagetables import PageTables
@@ -16,8 +17,8 @@ DESIGNS = ["native", "flush", "cached", "kvm-2007", "unsync"]
 
 @pytest.fixture(scope="module")
 def linux():
-    """The recording that ships with the package."""
-    return trace.load()
+    """Debian's kernel, boot and 60 pipelines."""
+    return trace.load(LINUX_FORK)
 
 
 @pytest.fixture(scope="module")
@@ -41,11 +42,10 @@ def made(*rows, **changes):
     return trace.Recording(**(fields | changes))
 
 
-# -- the bundled recording -------------------------------------------------------------------------------
+# -- recordings of Linux -----------------------------------------------------------------------------------
 
 
-def test_bundled_recording(linux):
-    assert linux.name == trace.BUNDLED
+def test_linux_fork(linux):
     assert linux.operations == 1_262_787
     assert linux.instructions == 1_830_984_786
     assert linux.memory_size == 24546 * 4096
@@ -67,6 +67,30 @@ def test_bundled_recording(linux):
     assert linux.first_cr3 == 2059
     assert linux.first_user == 542_801
     assert "linux-fork" in repr(linux)
+
+
+@pytest.mark.parametrize(
+    ("file", "records", "marks", "first_user", "switches"),
+    [(None, 2_376_834, 5, 816_652, 34_954), (LINUX_MIX, 1_462_109, 5, 821_611, 17_593)],
+)
+def test_the_same_guest_with_and_without_isolation(file, records, marks, first_user, switches):
+    """What recorder/make-recording.sh made: with fetches, sizes, CPLs and marked phases. All of it reaches its gpas."""
+    linux = trace.load(file)
+    assert linux.name == ("linux-mix" if file else trace.BUNDLED)
+    assert (linux.operations, linux.counts["marks"], linux.first_user) == (records, marks, first_user)
+    assert linux.complete
+    assert (linux.memory_size, linux.direct_map) == (128 << 20, 0xFFFF_8880_0000_0000)
+    assert linux.counts["cr3_loads"] == switches
+    assert linux.addr[linux.kind == trace.MARK].tolist() == [1, 2, 3, 4, 5]
+    access = linux.kind == trace.ACCESS
+    flags = linux.flags[access]
+    fetch = flags & trace.FETCH != 0
+    assert fetch.sum() > 200_000
+    assert (flags & trace.CPL_KNOWN != 0).all()
+    assert (flags[~fetch] >> 4 & 15 > 0).all()
+    for design in DESIGNS:
+        result = trace.replay(linux, design)
+        assert (result.gpa_mismatches, result.faults, result.physical_stores) == (0, 0, 0), design
 
 
 def test_arrays_cannot_be_changed(linux):

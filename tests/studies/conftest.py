@@ -6,7 +6,7 @@ import studies
 
 @pytest.fixture(scope="session")
 def study():
-    """A study of the whole bundled recording; whoever changes it copies it first."""
+    """A study of the whole recording linux-fork; whoever changes it copies it first."""
     return studies.study()
 
 

@@ -98,7 +98,7 @@ def test_the_command_prints_a_table_or_json(tmp_path, monkeypatch, found):
     monkeypatch.setattr(evolution, "evolution", lambda **options: found)
     page, svg = tmp_path / "page.md", tmp_path / "picture.svg"
     text = run("evolution", "--write", page, "--svg", svg)
-    assert "121,426" in text
+    assert "1,579,242" in text
     assert "…" not in text
     assert page.read_text("utf-8") == evolution.page(found)
     assert ElementTree.fromstring(svg.read_text("utf-8")).tag.endswith("svg")

@@ -282,7 +282,7 @@ COMMANDS = {
     "explain": ("--user",),
     "check": ("pingpong", *SHORT, "--trace", FILES / "kvmtrace.txt"),
     "completion": ("bash",),
-    "calibration": ("--spaces", 1),
+    "calibration": (),
     "evolution": ("--operations", 1),
     "reproduce": (),
 }

@@ -1,4 +1,4 @@
-"""The bundled recording, as it was run on the real KVM of Linux 6.1 and 6.12: exits of each of 1,210,763 operations,
+"""The recording linux-fork, as it was run on the real KVM of Linux 6.1 and 6.12: exits of each of 1,210,763 operations,
 totals of the counters, and the shadow pages at nine checkpoints."""
 
 import importlib.util
@@ -7,7 +7,7 @@ import json
 import numpy as np
 import pytest
 from kvm_streams import FEATURES, POKE, kvm_role
-from places import ROOT
+from places import LINUX_FORK, ROOT
 
 import shadowcore as sc
 
@@ -22,7 +22,7 @@ def operations():
     spec = importlib.util.spec_from_file_location("convert", FOLDER / "convert.py")
     convert = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(convert)
-    with np.load(ROOT / "shadowcore" / "recording" / "data" / "linux-fork.npz") as recording:
+    with np.load(LINUX_FORK) as recording:
         return convert.convert(recording)
 
 

@@ -4,7 +4,7 @@ import re
 import subprocess
 import sys
 
-from places import ROOT
+from places import LINUX_FORK, ROOT
 
 import shadowcore as sc
 from shadowcore.recording import replay as trace
@@ -51,13 +51,13 @@ def test_the_defaults():
     }
 
 
-def test_exits_of_the_bundled_recording():
+def test_exits_of_linux_fork():
     """Beside those of the real kernel, of which so many fill a window that the replay here does not need."""
     facts = (ROOT / "tests" / "data" / "kvm-6.1" / "FACTS.md").read_text("utf-8")
     boot, workload = re.search(r"KVM 6\.1, limit 256 pages \| ([\d,]+) \| ([\d,]+) ", facts).groups()
     window = re.search(r"([\d,]+) \(boot\) and ([\d,]+) \(workload\) of KVM's exits fill the window", facts).groups()
     real, filled = (sum(int(n.replace(",", "")) for n in pair) for pair in ((boot, workload), window))
-    ours = trace.replay(trace.load(), "kvm-6.1").whole.counters["pf_taken"]
+    ours = trace.replay(trace.load(LINUX_FORK), "kvm-6.1").whole.counters["pf_taken"]
     assert f"it took {real:,} page-fault exits after the first CR3 load, {filled:,} of which" in PAGE
     assert f"takes {ours:,}." in PAGE
     assert abs(ours - (real - filled)) < 0.02 * real

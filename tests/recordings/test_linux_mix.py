@@ -1,0 +1,61 @@
+"""The two recordings of recorder/make-recording.sh: what the first table that a newcomer sees says, and the second."""
+
+import re
+
+import pytest
+from places import LINUX_MIX, ROOT
+
+import shadowcore as sc
+
+DESIGNS = ("native", "flush", "cached", "unsync")
+
+
+@pytest.fixture(scope="module")
+def found():
+    return {file: sc.study(file, DESIGNS, windows=0) for file in (None, str(LINUX_MIX))}
+
+
+def cells(page, first):
+    (line,) = re.findall(rf"^\| {first} \| (.*) \|$", (ROOT / page).read_text("utf-8"), re.M)
+    return line.split(" | ")
+
+
+def test_the_table_of_the_readme_is_what_compare_prints(found):
+    """Without isolation. Else: shadowcore compare tests/data/recordings/linux-mix.screc."""
+    designs = found[str(LINUX_MIX)].designs.values()
+    assert cells("README.md", "VM exits, all") == [f"{design.exits_total:,}" for design in designs]
+    assert cells("README.md", "in the boot") == [f"{design.result.boot.exits_total:,}" for design in designs]
+    assert cells("README.md", "in the workload") == [f"{design.result.workload.exits_total:,}" for design in designs]
+    slow_down = [f"{design.cost.slow_down:.2f}" for design in designs]
+    assert cells("README.md", "slow-down against native, estimated") == slow_down
+
+
+def test_the_picture_is_what_compare_prints(found):
+    """With isolation. Else: python docs/make_images.py."""
+    svg = (ROOT / "docs" / "images" / "compare.svg").read_text("utf-8").replace("&#160;", " ")
+    lines = [re.sub("<[^>]*>", "", line) for line in svg.splitlines()]
+    designs = found[None].designs.values()
+    for row, each in (
+        ("VM exits, all", [f"{design.exits_total:,}" for design in designs]),
+        ("slow-down against native, estimated", [f"{design.cost.slow_down:.2f}" for design in designs]),
+    ):
+        (line,) = [line for line in lines if row in line]
+        assert [cell.strip() for cell in line.split("│")[2:6]] == each
+
+
+def test_isolation_is_what_the_mechanism_was_made_for(found):
+    """With it shadow tables that survive CR3 loads take a tenth of the exits; without it the workload gains nothing."""
+    isolated, plain = (found[file].designs for file in (None, str(LINUX_MIX)))
+    assert isolated["cached"].exits_total < isolated["flush"].exits_total / 10
+    assert isolated["flush"].cost.slow_down > 2 * isolated["cached"].cost.slow_down
+    assert plain["cached"].result.workload.exits_total > plain["flush"].result.workload.exits_total
+    for designs in (isolated, plain):
+        assert designs["unsync"].exits_total < designs["cached"].exits_total
+
+
+@pytest.mark.parametrize(("row", "file"), [("with isolation, 4.1 MB", None), ("without, 2.3 MB", LINUX_MIX)])
+def test_the_table_of_the_page(found, row, file):
+    study, recording = found[file and str(file)], sc.trace.load(file)
+    exits = [f"{study.designs[name].exits_total:,}" for name in DESIGNS[1:]]
+    counts = (recording.operations, round(recording.instructions / 1e6), recording.counts["cr3_loads"])
+    assert cells("docs/recording-guests.md", row) == [f"{count:,}" for count in counts] + exits
