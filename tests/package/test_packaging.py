@@ -26,7 +26,13 @@ INSTALLED = Path(shadowcore.__file__).parent
 MODULES = sorted(path.relative_to(ROOT / "pyx").with_suffix("").as_posix() for path in ROOT.glob("pyx/**/*.pyx"))
 PACKAGE_FILES = sorted(
     path.relative_to(ROOT / "shadowcore").as_posix()
-    for pattern in ("*.pxd", "*.pyi", "py.typed", "include/*.h", "data/*.npz", "data/*.screc", "data/*.css", "data/*.js")
+    for pattern in (
+        "*.pxd",
+        "*.pyi",
+        "py.typed",
+        "include/*.h",
+        *(f"data/*.{kind}" for kind in ("npz", "screc", "css", "js")),
+    )
     for path in ROOT.glob(f"shadowcore/**/{pattern}")
 )
 VISIBLE = re.compile(r"^(?:def|class|cdef class|cpdef)\b", re.M)
