@@ -24,7 +24,7 @@ MARKERS = ("never", "page", "synced", "walk")
 """When `Shadow.notpresent_marker` marks an entry."""
 POOL_MAX = (1 << 22) - 1
 """Pages of a shadow pool at most: the number of an spte, plus one, has 31 bits, as lists of sptes need it."""
-_UNITS = {"": 1, "b": 1, "kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30, "tib": 1 << 40}
+_UNITS = {"": 1, "b": 1} | {f"{k}{s}": 1 << 10 * i for i, k in enumerate("kmgt", 1) for s in ("", "b", "ib")}
 
 
 class Op(IntEnum):
@@ -473,7 +473,7 @@ def check_ints(name: str, values: object, count: int, high: int) -> list[int]:
 
 
 def parse_size(size: object, name: str = "memory") -> int:
-    """Bytes from an int or a text such as "64MiB"; a positive multiple of 4096."""
+    """Bytes from an int or a text such as "64MiB", "64M" or "64MB", which are the same; a positive multiple of 4096."""
     if isinstance(size, str):
         match = re.fullmatch(r"\s*([0-9]{1,19})\s*([A-Za-z]*)\s*", size)
         unit = None if match is None else _UNITS.get(match[2].lower())

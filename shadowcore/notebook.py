@@ -46,3 +46,29 @@ def columns(title: str, cells: Mapping[str, Sequence[str]]) -> str:
         found = (column[row] if row < len(column) else "" for column in cells.values())
         body += f"<tr>{''.join(_TOP.format(cell) for cell in found)}</tr>"
     return f"<table><caption>{escape(title)}</caption><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+
+
+def tree(
+    title: str, labels: Mapping[int, str], below: Mapping[int, Sequence[int]], tops: Iterable[int], most: int = 40
+) -> str:
+    """A tree as nested HTML lists, of `most` lines at most; what is in several places is shown whole at the first."""
+    shown: set[int] = set()
+    left = most
+
+    def branch(nodes: Iterable[int]) -> str:
+        nonlocal left
+        lines = ""
+        for node in nodes:
+            if not left:
+                break
+            left -= 1
+            again = node in shown
+            shown.add(node)
+            inner = " (above)" if again and below.get(node) else "" if again else branch(below.get(node, ()))
+            lines += f"<li>{escape(labels[node])}{inner}</li>"
+        return f"<ul>{lines}</ul>" if lines else ""
+
+    body = branch(tops)
+    rest = len(labels) - len(shown)
+    more = f"<p>and {rest:,} more</p>" if rest else ""
+    return f"<p><b>{escape(title)}</b></p>{body}{more}"

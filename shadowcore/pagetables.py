@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from . import notebook
 from .config import check_int, parse_size
 from .errors import ConfigError
 
@@ -96,6 +97,9 @@ class Entry(NamedTuple):
     gpa: int
     value: int
 
+    def __repr__(self) -> str:
+        return f"Entry(level={self.level}, gpa={self.gpa:#x}, value={self.value:#x})"
+
 
 class PageTables:
     """Page tables of one address space, in guest memory.
@@ -155,6 +159,52 @@ class PageTables:
     def cr3(self) -> int:
         """Value for CR3: the gpa of the root table, cache and PCID bits clear."""
         return self.root
+
+    def __repr__(self) -> str:
+        return f"PageTables(mode={self.mode!r}, root={self.root:#x})"
+
+    def _repr_html_(self) -> str:
+        """The mappings, runs of pages with the same rights as one: 24 at most."""
+        rows: list[tuple[str, str, str, str]] = []
+        more = False
+        for va, gpa, size, flags in self._mapped():
+            if len(rows) == 24:
+                more = True
+                break
+            rights = "r" + "".join(c if flags & bit else "-" for c, bit in (("w", W), ("u", U)))
+            rights += "-" if flags & NX and self.format.entry_size == 8 else "x"
+            rows.append((f"{va:#x} to {va + size - 1:#x}", f"{gpa:#x}", f"{size >> 10:,} KiB", rights))
+        title = f"{self!r}{', the first 24 runs' if more else ''}"
+        return notebook.table(title, ("linear addresses", "gpa", "size", "rights of the leaves"), rows)
+
+    def _mapped(self) -> Iterator[tuple[int, int, int, int]]:
+        """(va, gpa, bytes, flags) of each run of leaves that follow each other in both spaces, upwards from va 0."""
+        run: tuple[int, int, int, int] | None = None
+        for va, gpa, size, flags in self._every(self.root, self.format.levels, 0):
+            if run is not None and (run[0] + run[2], run[1] + run[2], run[3]) == (va, gpa, flags):
+                run = (run[0], run[1], run[2] + size, flags)
+                continue
+            if run is not None:
+                yield run
+            run = va, gpa, size, flags
+        if run is not None:
+            yield run
+
+    def _every(self, table: int, level: int, base: int) -> Iterator[tuple[int, int, int, int]]:
+        """The leaves below a table whose first entry translates `base`."""
+        form = self.format
+        count = 4 if self.mode == "pae" and level == 3 else 1 << form.index_bits
+        words = self._memory.load(table, count, self._dtype)
+        for index in np.flatnonzero(words).tolist():
+            value, va = int(words[index]), base + (index << form.shift(level))
+            if not value & P:
+                continue
+            if form.is_leaf(level, value):
+                if va >> form.va_bits - 1 and form.levels > 3:
+                    va |= -1 << form.va_bits & (1 << 64) - 1
+                yield va, form.address(level, value), 1 << form.shift(level), value & (W | U | NX)
+            else:
+                yield from self._every(form.address(level, value & ~PS), level - 1, va)
 
     @property
     def registers(self) -> dict[str, int]:

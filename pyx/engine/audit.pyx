@@ -41,6 +41,11 @@ class AuditReport:
             return f"audit clean, {self.sptes} sptes"
         return f"{self.count} violation(s), {self.sptes} sptes\n" + "\n".join(map(str, self.violations))
 
+    def _repr_html_(self):
+        from shadowcore.notebook import table
+        title = "audit clean" if self.ok else f"{self.count:,} violation(s)"
+        return table(f"{title}, {self.sptes:,} sptes", (), ((str(violation),) for violation in self.violations))
+
 
 def audit(Mmu mmu):
     """AuditReport of `mmu`, whatever was written into its arrays; EngineError while somebody can write to them."""

@@ -21,7 +21,9 @@ COUNTERS = _names()
 
 assert sizeof(sc_stats) == 8 * (len(EXIT_REASONS) + len(COUNTERS))
 
-cdef dict _INDEX = {name: len(EXIT_REASONS) + i for i, name in enumerate(COUNTERS)}
+cdef dict _EXITS = {f"exits_{name}": i for i, name in enumerate(EXIT_REASONS)}
+cdef dict _COUNTS = {name: len(EXIT_REASONS) + i for i, name in enumerate(COUNTERS)}
+cdef dict _INDEX = _EXITS | _COUNTS                        # by the names of as_dict: where in sc_stats
 
 
 # Counters that tell how much there is now, and not what happened since a moment.
@@ -29,7 +31,10 @@ GAUGES = ("mmu_unsync", "pages_4k", "pages_2m", "pages_1g")
 
 
 cdef class Stats:
-    """Live counters of a VM: attributes by KVM's names, `exits` by reason, `as_dict()`, `reset()`.
+    """Live counters of a VM: attributes and items by KVM's names, `exits` by reason, `as_dict()`, `reset()`.
+
+    `stats.exits_fill` and `stats["exits_fill"]` are one reason of `exits`. `after - before` is what was counted between
+    two copies (`stats.copy()`); `vm.measure()` does both.
 
     Page-fault exits are the reasons "fill", "write", "emulate", "guest" and "mmio": pf_taken is their sum (design
     `unsync`: with pf_mmio_spte_hit, which KVM does not count among them). mmu_unsync, pages_4k, pages_2m and pages_1g
@@ -44,11 +49,34 @@ cdef class Stats:
     def __getattr__(self, name):
         cdef object index = _INDEX.get(name)
         if index is None:
-            raise AttributeError(f"no counter named {name!r}; counters are {', '.join(COUNTERS)}")
+            raise AttributeError(_unknown(name))
         return (<u64 *>self.c)[<int>index]
 
+    def __getitem__(self, name):
+        cdef object index = _INDEX.get(name) if isinstance(name, str) else None
+        if index is not None:
+            return (<u64 *>self.c)[<int>index]
+        if name == "exits_total":
+            return self.exits_total
+        raise KeyError(_unknown(name))
+
     def __dir__(self):
-        return [*COUNTERS, "exits", "exits_total", "as_dict", "reset"]
+        return [*_INDEX, "exits", "exits_total", "as_array", "as_dict", "copy", "reset"]
+
+    def __sub__(self, other):
+        if not isinstance(self, Stats) or not isinstance(other, Stats):
+            return NotImplemented
+        return stats_between((<Stats>other).c, (<Stats>self).c)
+
+    def copy(self) -> Stats:
+        """The counters as they are now: they count no further."""
+        cdef Stats made = Stats()
+        made.own = self.c[0]
+        return made
+
+    def _become(self, Stats other) -> None:
+        """Take the counts of another. For one that no VM is behind: `VM.measure`."""
+        self.own = other.c[0]
 
     @property
     def exits(self) -> dict:
@@ -64,9 +92,9 @@ cdef class Stats:
     def as_dict(self) -> dict:
         """All counters in one flat dict; exits as `exits_REASON`, and `exits_total`."""
         cdef u64 *c = <u64 *>self.c
-        cdef dict flat = {f"exits_{name}": c[i] for i, name in enumerate(EXIT_REASONS)}
+        cdef dict flat = {name: c[<int>index] for name, index in _EXITS.items()}
         flat["exits_total"] = sum(flat.values())
-        for name, index in _INDEX.items():
+        for name, index in _COUNTS.items():
             flat[name] = c[<int>index]
         return flat
 
@@ -77,7 +105,7 @@ cdef class Stats:
 
     def __reduce__(self):
         # By name: a later version may have more of them. What comes back is no VM's.
-        return _pickled_stats, (self.exits, {name: (<u64 *>self.c)[<int>index] for name, index in _INDEX.items()})
+        return _pickled_stats, (self.exits, {name: (<u64 *>self.c)[<int>index] for name, index in _COUNTS.items()})
 
     def reset(self) -> None:
         """Set every counter to zero, but for gauges: what they count is still there."""
@@ -96,13 +124,21 @@ cdef class Stats:
         return f"Stats({shown})"
 
 
+def _unknown(name) -> str:
+    """What to say of a counter that there is not, with the nearest that there is."""
+    import difflib
+    near = difflib.get_close_matches(str(name), _INDEX, 1)
+    said = f"did you mean {near[0]!r}?" if near else f"counters are {', '.join(_INDEX)}"
+    return f"no counter named {name!r}; {said}"
+
+
 def _pickled_stats(dict exits, dict counters):
     """Stats that no VM is behind, with these counts; what is not named is 0."""
     cdef Stats made = Stats()
     cdef u64 *c = <u64 *>made.c
     for i, name in enumerate(EXIT_REASONS):
         c[i] = exits.get(name, 0)
-    for name, index in _INDEX.items():
+    for name, index in _COUNTS.items():
         c[<int>index] = counters.get(name, 0)
     return made
 

@@ -531,6 +531,10 @@ cdef class Mmu:
                 raise ConfigError(f"lose_flushes: {name!r} is not one of {', '.join(FLUSHES)}")
         self.c.lost_flushes = sum(1 << FLUSHES.index(name) for name in set(names))
 
+    def _repr_html_(self):
+        from shadowcore.engine.shown import mmu_html
+        return mmu_html(self)
+
     @property
     def pages(self):
         """Active shadow pages as a structured array (PAGES_DTYPE), newest first.

@@ -55,6 +55,10 @@ cdef class Translation:
     def __reduce__(self):
         return _pickled_translation, (self.mode, self.w)
 
+    def _repr_html_(self):
+        from shadowcore.engine.shown import translation_html
+        return translation_html(self, self.w.pte_size)
+
     def __repr__(self):
         rights = "r" + "-w"[self.writable] + "-x"[self.executable] + "-u"[self.user]
         return f"Translation(gpa={self.gpa:#x}, page_size={self.page_size}, rights={rights})"

@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from .. import notebook
 from ..config import TLB
 from ..errors import ConfigError
 from .counters import PF_REASONS
@@ -355,6 +356,12 @@ class CostBreakdown:
     def slow_down(self) -> float | None:
         """The total by that of `native` for the same work; None where that is not known."""
         return self.total / self.native_total if self.native_total else None
+
+    def _repr_html_(self) -> str:
+        rows = [(name, f"{cycles:,.0f}") for name, cycles in self.components.items() if cycles]
+        rows.append(("cycles, estimated", f"{self.total:,.0f}"))
+        rows += [] if self.slow_down is None else [("slow-down against native", f"{self.slow_down:.3f}")]
+        return notebook.table(f"prices {self.costs}", ("", "cycles"), rows)
 
     def as_dict(self) -> dict[str, Any]:
         """All of it in plain types."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -12,15 +13,15 @@ from ..config import TLB, Features, MemorySlot, Native, Shadow, check_bool, chec
 from ..errors import AuditError, ConfigError
 from . import snapshot
 from .audit import AuditPoints, audit
+from .counters import Stats
 from .memory import Memory
 from .mmu import Mmu
 from .vcpu import VCpu
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Iterable, Iterator, Sequence
 
     from .audit import AuditReport
-    from .counters import Stats
 
 
 CR4_PCIDE, EFER_LMA = 1 << 17, 1 << 10
@@ -89,6 +90,18 @@ class VM:
     def stats(self) -> Stats:
         """Counters of the whole VM."""
         return self.mmu.stats
+
+    @contextmanager
+    def measure(self) -> Iterator[Stats]:
+        """What is counted in a `with` block: `with vm.measure() as m: ...`, then m.exits_total and so on.
+
+        The Stats are 0 until the block ends, also by an exception. `stats.reset()` inside of the block spoils them.
+        """
+        counted, before = Stats(), self.stats.copy()
+        try:
+            yield counted
+        finally:
+            counted._become(self.stats - before)
 
     def write_physical(self, gpa: int, data: bytes | bytearray | memoryview) -> None:
         """Store `data` at guest physical address `gpa` as a device does; shadow tables stay coherent.

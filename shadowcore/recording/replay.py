@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from .. import notebook
 from ..config import TLB, Features, Native, Shadow, check_int, design
 from ..engine.machine import VM, set_registers
 from ..engine.reported import unsync_counts
@@ -141,7 +142,12 @@ class ReplayResult:
     violations: tuple[tuple[int, Any], ...]
     seconds: float
     cr3_loads: int = 0
-    windows: dict[str, NDArray[np.uint64]] | None = dataclasses.field(default=None, compare=False)
+    windows: dict[str, NDArray[np.uint64]] | None = dataclasses.field(default=None, compare=False, repr=False)
+
+    def _repr_html_(self) -> str:
+        return notebook.counters(
+            f"{self.design} on {self.recording}: {self.whole.records:,} records", self.whole.counters
+        )
 
     def as_dict(self) -> dict[str, Any]:
         """All of it but the windows in plain types, as `shadowcore compare --json` prints it for a design."""

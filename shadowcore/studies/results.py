@@ -46,13 +46,16 @@ class StudyDesign:
     cost: CostBreakdown
     seconds: float
     operations: int
-    windows: dict[str, NDArray[np.uint64]]
+    windows: dict[str, NDArray[np.uint64]] = dataclasses.field(repr=False)
     pages_mean: float
     pages_max: int
     gpa_mismatches: int | None
     history: int | None
     history_equal: bool | None
     result: trace.ReplayResult | workload.WorkloadResult
+
+    def _repr_html_(self) -> str:
+        return notebook.counters(f"{self.name}: {self.operations:,} operations", self.counters)
 
     @property
     def exits(self) -> dict[str, int]:

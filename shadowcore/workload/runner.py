@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from .. import notebook
 from ..config import TLB, Features, Native, Shadow, check_int
 from ..engine.machine import VM
 from ..engine.windows import WindowLog, grown
@@ -43,10 +44,14 @@ class WorkloadResult:
     frames: dict[str, int]
     history: int
     seconds: float
-    recording: NDArray[Any] | None
-    windows: dict[str, NDArray[np.uint64]] | None = dataclasses.field(default=None, compare=False)
+    recording: NDArray[Any] | None = dataclasses.field(repr=False)
+    windows: dict[str, NDArray[np.uint64]] | None = dataclasses.field(default=None, compare=False, repr=False)
     pages_mean: float | None = None
     pages_max: int | None = None
+
+    def _repr_html_(self) -> str:
+        title = f"{self.workload} under {self.design}: {self.operations:,} operations"
+        return notebook.counters(title, self.stats | {f"guest: {name}": n for name, n in self.counters.items()})
 
     @property
     def operations_per_second(self) -> float:

@@ -31,7 +31,7 @@ itself, the table of contents, may import all, and nobody imports it."""
 ENGINE = (
     "types check held designs policies unsync",
     "bits counters gmode tlb memo watch backing slots",
-    "memory results windows prices costs reported",
+    "memory results windows prices costs reported shown",
     "walker features page quirks role",
     "state",
     "hooks record",

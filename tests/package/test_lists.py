@@ -206,7 +206,10 @@ LISTS = {
         structure(ENGINE + "counters.pxd", "cdef struct sc_stats:", r"^    u64 (\w+)(?= |$)"),
         {
             "sc_counters": (everything, structure(HEADER, "typedef struct sc_counters {", r"^    uint64_t (\w+);")),
-            "Stats": (everything, structure(ENGINE + "counters.pyi", "class Stats:", r"^    (\w+): Final\[int\]")),
+            "Stats": (
+                everything,
+                structure(ENGINE + "counters.pyi", "class Stats:", r"^    (?!exits_)(\w+): Final\[int\]"),
+            ),
         },
     ),
     "exit": (
@@ -214,6 +217,10 @@ LISTS = {
         {
             "EXIT_REASONS": (everything, sequence("pyx/engine/counters.pyx", "EXIT_REASONS")),
             "SC_EXIT_*": (everything, header("SC_EXIT_", "SC_EXIT_FILL")),
+            "Stats": (
+                everything,
+                structure(ENGINE + "counters.pyi", "class Stats:", r"^    exits_(\w+): Final\[int\]"),
+            ),
             "reports": (everything, labels),
         },
     ),
@@ -403,6 +410,7 @@ ADDED = {
         ("pyx/engine/counters.pyx", r"(EXIT_REASONS = \(.*?)\)", r'\1, "dummy")'),
         enumerator("EXIT_", "<N>"),
         counted(HEADER, "SC_EXITS"),
+        line(ENGINE + "counters.pyi", r"    exits_<last>: Final\[int\]", "    exits_dummy: Final[int]"),
         line("shadowcore/report/document.py", r'    "<last>": ', '    "dummy": "an exit",'),
     ],
     "operation": [

@@ -10,7 +10,7 @@ import pytest
 from places import DATA
 
 import shadowcore
-from shadowcore.engine.counters import COUNTERS
+from shadowcore.engine.counters import COUNTERS, EXIT_REASONS
 
 # Where mypy is missing, as in a plain test environment, stubtest is skipped; this mark selects it once more.
 pytestmark = pytest.mark.packaging
@@ -36,5 +36,5 @@ def test_every_counter_is_in_the_stub():
     tree = ast.parse((PACKAGE / "engine" / "counters.pyi").read_text("utf-8"))
     (stats,) = (node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == "Stats")
     annotated = [node for node in stats.body if isinstance(node, ast.AnnAssign)]
-    assert [node.target.id for node in annotated] == list(COUNTERS)
+    assert [node.target.id for node in annotated] == [*(f"exits_{name}" for name in EXIT_REASONS), *COUNTERS]
     assert {ast.unparse(node.annotation) for node in annotated} == {"Final[int]"}

@@ -205,6 +205,30 @@ def test_notebooks(forks):
     assert "exits: fill" in vm._repr_html_()
     assert "&lt;b&gt;" in vm._repr_html_()
     assert "<td" in notebook.counters("none", {})
+    assert "0x400000 to 0x40ffff" in tables._repr_html_()
+    assert repr(tables.walk(0x400000)[-1]).startswith("Entry(level=1, gpa=0x")
+    assert "0x200000" in cpu.translate(0x400000)._repr_html_()
+    assert "audit clean" in vm.audit()._repr_html_()
+    shadow = vm.mmu._repr_html_()
+    assert shadow.startswith("<p><b>&lt;b&gt;: ")
+    assert shadow.count("<ul>") == shadow.count("</ul>") >= 4
+    for page in vm.mmu.pages["page"].tolist():
+        assert f"page {page}: " in shadow
+    cached = forks.designs["cached"]
+    assert f"{cached.counters['exits_fill']:,}" in cached._repr_html_()
+    assert "fork-storm under cached" in cached.result._repr_html_()
+    assert "cycles, estimated" in cached.cost._repr_html_()
+    assert len(repr(cached)) < 5_000  # no windows in it
+
+
+def test_a_large_tree_is_a_screen():
+    below = {node: [2 * node + 1, 2 * node + 2] if node < 500 else [] for node in range(1001)}
+    text = notebook.tree("t", {node: f"n{node}" for node in below}, below, [0])
+    assert text.count("<li>") == 40
+    assert "and 961 more" in text
+    shared = notebook.tree("t", {0: "a", 1: "b", 2: "c", 3: "d"}, {0: [1, 2], 1: [3], 2: [1], 3: []}, [0])
+    assert shared.count("b (above)") == 1
+    assert shared.count("<li>d") == 1
 
 
 def test_pandas(forks):
