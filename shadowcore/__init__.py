@@ -8,6 +8,7 @@ from .engine.audit import AuditReport, Violation
 from .engine.batch import OP_DTYPE
 from .engine.costs import CostBreakdown, Costs
 from .engine.counters import Stats
+from .engine.levels import Levels
 from .engine.machine import VM
 from .engine.memory import Memory
 from .engine.mmu import Mmu
@@ -60,6 +61,7 @@ __all__ = [
     "Interrupted",
     "Kernel",
     "KernelOptions",
+    "Levels",
     "MMIOAccess",
     "Memory",
     "MemorySlot",

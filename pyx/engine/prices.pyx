@@ -55,10 +55,10 @@ cdef int prices_of(object costs, sc_prices *p) except -1:
     p.tlb_miss = costs.tlb_miss
     p.upper_reference = costs.upper_reference
     p.leaf_reference = costs.leaf_reference
-    p.exit_fault = costs.exit_fault * costs.exit_factor
-    p.exit_register = costs.exit_register * costs.exit_factor
-    p.exit_invlpg = costs.exit_invlpg * costs.exit_factor
-    p.dispatch = costs.dispatch
+    p.exit_fault = costs.exit_fault * costs.switches
+    p.exit_register = costs.exit_register * costs.switches
+    p.exit_invlpg = costs.exit_invlpg * costs.switches
+    p.dispatch = costs.dispatch + costs.carried     # of all hypervisors below
     p.fill = costs.fill
     p.rights = costs.rights
     p.inject = costs.inject

@@ -17,6 +17,7 @@ from .._version import __version__
 from ..errors import ShadowcoreError
 from . import about as cli_about
 from . import check as cli_check
+from . import costs as cli_costs
 from . import evolution as cli_evolution
 from . import explain as cli_explain
 from . import guests as cli_guests
@@ -103,6 +104,7 @@ for _module in (
     cli_check,
     cli_reproduce,
     cli_show,
+    cli_costs,
     cli_evolution,
     cli_about,
 ):

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 import click
 
 from ..config import DESIGNS, POOL_MAX
-from ..engine.costs import PRESETS
+from ..engine.presets import ALIASES, PRESETS, find_preset
 from ..errors import ConfigError
 from ..studies import settings
 
@@ -77,6 +77,14 @@ class Name(_Text):
     ) -> list[click.shell_completion.CompletionItem]:
         item = click.shell_completion.CompletionItem
         return [item(name) for name in self.names if name.startswith(incomplete)]
+
+
+class Prices(Name):
+    """The name of a list of prices; the nearest is told for one that there is not."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        find_preset(value)
+        return str(value)
 
 
 class Source(_Text):
@@ -191,7 +199,8 @@ SET = click.option(
     multiple=True,
     metavar="NAME=VALUE",
     help="A setting: of shadow MMUs (pool, min_free, refill, flood_threshold, flood_reset, notpresent_marker; of "
-    "unsync prev_roots, prefetch, release), tlb (entries, or none), and of workloads: memory, vcpus, host_page_size, "
+    "unsync prev_roots, prefetch, release), tlb (entries, or none), levels (what lies below: `shadowcore costs`), and "
+    "of workloads: memory, vcpus, host_page_size, backing, "
     "their parameters (`shadowcore workloads NAME`), and those of the guest kernel (mode, pcid, isolation, ...). May "
     "be repeated.  "
     "[default: as each has it]",
@@ -210,10 +219,11 @@ SEED = click.option(
 )
 COSTS = click.option(
     "--costs",
-    type=Name(tuple(PRESETS)),
+    type=Prices((*ALIASES, *PRESETS)),
     default="modern",
     metavar="NAME",
-    help=f"Prices, in cycles, by which runs are costed: {', '.join(PRESETS)}.  [default: modern]",
+    help="Prices, in cycles, by which runs are costed; `shadowcore costs` lists them with their sources.  "
+    "[default: modern]",
 )
 
 

@@ -15,14 +15,18 @@ from .. import notebook
 from ..config import TLB
 from ..errors import ConfigError
 from .counters import PF_REASONS
+from .levels import LEVELS, Levels, find_levels
+from .presets import find_preset
 
 COMPONENTS = {
     "work": "the guest's own instructions",
     "translation": "TLB misses: the processor's walks",
     "guest": "the guest's CR3 loads, INVLPGs and faults, as without a hypervisor",
     "switches": "exits and entries, by the processor",
+    "outer": "an outer hypervisor, which carries exits to the guest's own",
     "dispatch": "the hypervisor's way from an exit to its handler and back",
     "faults": "handlers of shadow page faults, and faults passed on to the guest",
+    "backing": "pages that the host has to find at their first touch",
     "emulation": "stores to guest tables, decoded and carried out",
     "registers": "handlers of CR0, CR3, CR4, EFER loads and INVLPG",
     "pages": "shadow pages made and zapped, entries linked and unlinked",
@@ -37,9 +41,9 @@ UNPRICED = {
 
 @dataclasses.dataclass(frozen=True)
 class Costs:
-    """Prices, in cycles where nothing else is said. The presets `core2007`, `modern`, `pvm`, `nested` have sources.
+    """Prices, in cycles where nothing else is said. `Costs.preset` has those with sources (`shadowcore costs`).
 
-    name: what reports call it. clock_ghz: cycles per nanosecond.
+    name: what reports call it. clock_ghz: cycles per nanosecond. sources: where a price comes from, by its name.
 
     The guest at work:
 
@@ -52,14 +56,17 @@ class Costs:
     way: an entry above the last one comes from the paging-structure caches or L1 (upper_reference); the last one is
     found in L1, L2, the last cache or memory with the likelihoods leaf_shares, after leaf_latencies cycles.
 
-    An exit. exit_fault, exit_register, exit_invlpg: the processor's part, exit and entry, for page faults (MMIO
-    included), register loads, INVLPG. exit_factor: of these, for a hypervisor that is itself a guest, to which another
-    one carries the exits. dispatch: the hypervisor's part that every exit has.
+    An exit. levels: what lies below the guest, a Levels or the name of one: how many changes of world an exit takes,
+    and how many exits to an outer hypervisor. exit_fault, exit_register, exit_invlpg: two changes of world, out of the
+    guest and back, for page faults (MMIO included), register loads, INVLPG. dispatch: the part of the guest's
+    hypervisor that every exit has. outer_exit: what an outer hypervisor does at each exit to it that only carries one
+    to the inner hypervisor, or back.
 
     Handlers. fill: a shadow entry made. rights: a leaf that gets more rights. inject: a fault passed on to the guest.
     mmio: a device access handed out. emulate: a store decoded and carried out. register: a load of a control register
     (roots looked up). flush_page: INVLPG. guest_reference: a guest entry read on the way. page_new, page_zap: a shadow
-    page made (cleared), zapped. entry: a shadow entry linked or unlinked (reverse map).
+    page made (cleared), zapped. entry: a shadow entry linked or unlinked (reverse map). violation: an EPT violation,
+    whose entry is made. first_touch: a page that the host has to find first, beside the handler.
 
     Nobody has published what the steps of design `unsync` cost one by one, so they have no prices of their own. A
     leaf table goes unsync within the exit of the first store to it (`rights` or `fill`); the marks in the tables above
@@ -95,14 +102,19 @@ class Costs:
     page_new: float
     page_zap: float
     entry: float
-    exit_factor: float = 1.0
+    outer_exit: float = 0.0
+    violation: float = 0.0
+    first_touch: float = 0.0
+    levels: Levels = LEVELS["shadow"]
     tlb: TLB = dataclasses.field(default_factory=TLB)
+    sources: dict[str, str] = dataclasses.field(default_factory=dict, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         if not isinstance(self.name, str) or not self.name:
             raise ConfigError(f"costs.name: a text is needed, not {self.name!r:.60}")
         if not isinstance(self.tlb, TLB):
             raise ConfigError(f"costs.tlb: a TLB object is needed, not {self.tlb!r:.60}")
+        object.__setattr__(self, "levels", find_levels(self.levels))
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             if field.name in ("leaf_shares", "leaf_latencies"):
@@ -112,19 +124,28 @@ class Costs:
                     raise ConfigError(f"costs.{field.name}: four numbers ({where}) are needed, not {value!r:.60}")
                 checked = tuple(_price(f"costs.{field.name}", number) for number in four)
                 object.__setattr__(self, field.name, checked)
-            elif field.name not in ("name", "tlb"):
+            elif field.name not in ("name", "tlb", "levels", "sources"):
                 object.__setattr__(self, field.name, _price(f"costs.{field.name}", value))
         if not 0.01 <= self.clock_ghz <= 1000:
             raise ConfigError(f"costs.clock_ghz: {self.clock_ghz!r} is not within 0.01 to 1000")
         if not math.isclose(sum(self.leaf_shares), 1, abs_tol=1e-6):
             raise ConfigError(f"costs.leaf_shares: {self.leaf_shares!r} do not add up to 1")
-        if self.exit_factor < 1:
-            raise ConfigError(f"costs.exit_factor: {self.exit_factor!r} is not 1 or more")
+        object.__setattr__(self, "sources", dict(self.sources))
 
     @property
     def leaf_reference(self) -> float:
         """Mean cycles until the last entry of a walk is there."""
         return sum(share * wait for share, wait in zip(self.leaf_shares, self.leaf_latencies, strict=True))
+
+    @property
+    def switches(self) -> float:
+        """Of an exit: pairs of changes of world, each at the price of its kind."""
+        return self.levels.counts(exits=1)[0] / 2
+
+    @property
+    def carried(self) -> float:
+        """Cycles of an exit that an outer hypervisor takes."""
+        return self.levels.counts(exits=1)[1] * self.outer_exit
 
     def replace(self, **changes: Any) -> Costs:
         """The same with some fields changed. ConfigError for one that there is not."""
@@ -132,7 +153,8 @@ class Costs:
         for name in changes:
             if name not in known:
                 raise ConfigError(f"costs: there is no {name!r}; there are {', '.join(known)}")
-        return dataclasses.replace(self, **changes)
+        mine = {name: "set by the caller" for name in changes if name not in ("name", "tlb", "levels", "sources")}
+        return dataclasses.replace(self, **{"sources": self.sources | mine, **changes})
 
     def as_dict(self) -> dict[str, Any]:
         """All fields in plain types."""
@@ -140,126 +162,33 @@ class Costs:
         return plain | {name: list(plain[name]) for name in ("leaf_shares", "leaf_latencies")}
 
     @classmethod
-    def core2007(cls) -> Costs:
-        """An Intel Core 2 (Merom) with KVM as of January 2007: VMX without VPID, heavy exits.
+    def preset(cls, name: str) -> Costs:
+        """The prices of that name (PRESETS, ALIASES), each with its source. ConfigError, with the nearest name, for
+        another."""
+        preset = find_preset(name)
+        prices: dict[str, Any] = {field: value for field, (value, _) in preset.prices.items()}
+        sources = {field: source for field, (_, source) in preset.prices.items()}
+        return cls(name=preset.name, levels=LEVELS[preset.levels], tlb=preset.tlb, sources=sources, **prices)
 
-        clock_ghz: 2.66, the Core 2 Duo on which Adams and Agesen measured (ASPLOS 2006); that of the machine behind the
-            figures of January 2007 is not known.
-        exit_*: 1579 cycles, exit and entry of a Merom: Agesen et al., "Software Techniques for Avoiding Hardware
-            Virtualization Exits", USENIX ATC 2012, table 1.
-        access, dispatch: calibrated on the two figures `native` and `caching` of the 2-task context switch of 5 January
-            2007 (docs/reproduction.md; `shadowcore reproduce` computes them). dispatch has in it all that an exit lost
-            in 2007: MSRs and FPU saved and loaded each time, the TLB flushed at exit and at entry.
-        instruction: access / 2.5, as two in five instructions load or store (an assumption; so in `calibration`).
-        fill, rights, emulate, register, guest_reference, page_new, page_zap, entry: KVM's own C code of 2007, run warm
-            in user space (docs/performance.md: rows 3 to 8, 32-bit guest), at 3 cycles per nanosecond. Cold caches are
-            in dispatch.
-        inject, mmio, flush_page: assumptions, of the order of a fill.
-        guest_fault: 1000, about what a page fault took natively on processors of that time (an assumption).
-        cr3_load, invlpg: assumptions of the order of the instruction tables of the time; the refill of the TLB after a
-            CR3 load is counted as misses.
-        tlb: 256 entries in 4 ways for 4 KiB pages, 32 for large ones: Intel's optimization manual, Core
-            microarchitecture. leaf_latencies: 3 and 14 cycles of its L1 and L2 (there is no third level; the L2
-            stands for it), memory 200. leaf_shares: an assumption: tables of a small working set lie in L1 and L2.
-        """
-        return cls(
-            name="core2007",
-            clock_ghz=2.66,
-            instruction=CORE2007_ACCESS / 2.5,
-            access=CORE2007_ACCESS,
-            cr3_load=150,
-            invlpg=150,
-            guest_fault=1000,
-            tlb_miss=5,
-            upper_reference=3,
-            leaf_shares=(0.5, 0.4, 0.0, 0.1),
-            leaf_latencies=(3, 14, 14, 200),
-            exit_fault=1579,
-            exit_register=1579,
-            exit_invlpg=1579,
-            dispatch=CORE2007_DISPATCH,
-            fill=90,
-            rights=55,
-            inject=200,
-            mmio=200,
-            emulate=150,
-            register=100,
-            flush_page=60,
-            guest_reference=4,
-            page_new=150,
-            page_zap=200,
-            entry=6,
-            tlb=TLB(small_entries=256, small_ways=4, large_entries=32, large_ways=4, huge_entries=0, huge_ways=1),
-        )
+    @classmethod
+    def core2007(cls) -> Costs:
+        """An Intel Core 2 (Merom) with KVM as of January 2007: the preset "core2007"."""
+        return cls.preset("core2007")
 
     @classmethod
     def modern(cls) -> Costs:
-        """A server processor of about 2020 with VPID, at 2.5 GHz; a hypervisor on the hardware itself.
-
-        exit_*: two world switches of 0.105 µs, exit and entry: single-level hardware in PVM (SOSP 2023), 525 cycles.
-        dispatch: 1000, a round trip of KVM through its exit handler (reports of 1200 to 1700 cycles for a CPUID exit,
-            mitigations included, less the processor's part). An assumption within those.
-        access: 2.5 instructions at `instruction` = 0.7 cycles (1.4 a cycle): assumptions, of server workloads.
-        tlb: the second level, 1536 entries in 12 ways (Intel, Skylake and after), 4 KiB and large pages apart here.
-        leaf_latencies: 5, 14, 50 cycles, memory 220 (Intel, Skylake server). leaf_shares: an assumption; that leaf
-            entries are mostly in L2 or beyond is what studies of page walks agree on.
-        tlb_miss, upper_reference, cr3_load, invlpg, guest_fault: of the order of published instruction tables (Fog) and
-            of lmbench's protection faults; assumptions in the digit.
-        fill, rights, emulate, register, guest_reference, page_new, page_zap, entry: KVM's own C code of 2007 run warm
-            in user space (docs/performance.md: rows 3 to 8, 64-bit guest) at 2.5 cycles per nanosecond, four times,
-            for locks, notifiers and cold caches (an assumption).
-        """
-        return cls(
-            name="modern",
-            clock_ghz=2.5,
-            instruction=0.7,
-            access=1.75,
-            cr3_load=220,
-            invlpg=120,
-            guest_fault=900,
-            tlb_miss=7,
-            upper_reference=4,
-            leaf_shares=(0.3, 0.35, 0.25, 0.1),
-            leaf_latencies=(5, 14, 50, 220),
-            exit_fault=525,
-            exit_register=525,
-            exit_invlpg=525,
-            dispatch=1000,
-            fill=430,
-            rights=320,
-            inject=400,
-            mmio=500,
-            emulate=780,
-            register=120,
-            flush_page=200,
-            guest_reference=18,
-            page_new=520,
-            page_zap=600,
-            entry=20,
-            tlb=TLB(small_entries=1536, small_ways=12, large_entries=1536, large_ways=12, huge_entries=16, huge_ways=4),
-        )
+        """Hardware exits, one hypervisor, shadow tables: what the alias "modern" stands for."""
+        return cls.preset("modern")
 
     @classmethod
     def pvm(cls) -> Costs:
-        """`modern`, but the switches are those of PVM, whose guests run in user mode: no hardware exits.
-
-        exit_*: two switches of 0.179 µs (PVM, SOSP 2023), 895 cycles; its handlers are KVM's, and so is the rest.
-        dispatch: 300: the switch measured there is software already and includes most of the way (an assumption).
-        guest_fault: twice that of `modern`: user mode and kernel mode of the guest are two address spaces, and a fault
-            passes through the switcher (an assumption).
-        """
-        return cls.modern().replace(
-            name="pvm", exit_fault=895, exit_register=895, exit_invlpg=895, dispatch=300, guest_fault=1800
-        )
+        """Guests in user mode, no hardware exits: what the alias "pvm" stands for."""
+        return cls.preset("pvm")
 
     @classmethod
     def nested(cls) -> Costs:
-        """`modern`, under a hypervisor that is itself a guest (shadow tables in L1, on hardware that helps).
-
-        exit_factor: a switch takes 1.3 µs where hypervisors are nested on hardware with EPT, and 0.105 µs on one level
-        (PVM, SOSP 2023). The outer hypervisor's part is in it; dispatch is that of the inner one.
-        """
-        return cls.modern().replace(name="nested", exit_factor=1.3 / 0.105)
+        """Shadow tables of a hypervisor that is itself a guest: what the alias "nested" stands for."""
+        return cls.preset("nested")
 
     def of(self, counters: Mapping[str, int], native_counters: Mapping[str, int] | None = None) -> CostBreakdown:
         """Cycles of a run by component.
@@ -298,13 +227,15 @@ class Costs:
             "guest": max(n("guest_cr3_loads", cr3_exits) - cr3_exits, 0) * self.cr3_load
             + max(n("guest_invlpg", n("invlpg", invlpg_exits)) - invlpg_exits, 0) * self.invlpg
             + n("guest_faults", n("exits_guest")) * self.guest_fault,
-            "switches": hardware * self.exit_factor,
+            "switches": hardware * self.switches,
+            "outer": exits * self.carried,
             "dispatch": exits * self.dispatch,
             "faults": n("exits_fill") * self.fill
             + n("exits_write") * self.rights
             + n("exits_guest") * self.inject
             + n("exits_mmio") * self.mmio
             + n("guest_walk_references") * self.guest_reference,
+            "backing": n("host_faults") * self.first_touch,
             "emulation": n("pf_emulate") * self.emulate,
             "registers": registers * self.register + invlpg_exits * self.flush_page,
             "pages": n("mmu_cache_miss") * self.page_new
@@ -404,23 +335,6 @@ def _checked(what: str, counters: Mapping[str, int]) -> Callable[..., int]:
     return count
 
 
-CORE2007_ACCESS = 72.05
-CORE2007_DISPATCH = 11972.6
-"""Calibrated; see Costs.core2007. A test repeats the calibration."""
-
-PRESETS: dict[str, Callable[[], Costs]] = {
-    "modern": Costs.modern,
-    "core2007": Costs.core2007,
-    "pvm": Costs.pvm,
-    "nested": Costs.nested,
-}
-"""By name."""
-
-
 def find(costs: Costs | str) -> Costs:
     """The preset of that name, or the given Costs. ConfigError for another."""
-    if isinstance(costs, Costs):
-        return costs
-    if not isinstance(costs, str) or costs not in PRESETS:
-        raise ConfigError(f"costs: {costs!r:.60} is not one of {', '.join(PRESETS)}, or a Costs object")
-    return PRESETS[costs]()
+    return costs if isinstance(costs, Costs) else Costs.preset(costs)

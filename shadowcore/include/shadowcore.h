@@ -340,10 +340,10 @@ typedef struct sc_prices {
     double tlb_miss;          /* a miss of the TLB that is modelled; without one each access is a miss */
     double upper_reference;   /* an entry that the processor's walk reads, but for the last one ... */
     double leaf_reference;    /* ... and that one */
-    double exit_fault;        /* exit and entry, by the processor: of a page fault, ... */
+    double exit_fault;        /* all changes of world of an exit: of a page fault, ... */
     double exit_register;     /* ... a load of CR0, CR3, CR4 or EFER, ... */
     double exit_invlpg;       /* ... INVLPG */
-    double dispatch;          /* the hypervisor's way from an exit to its handler and back */
+    double dispatch;          /* the way of all hypervisors from an exit to its handler and back */
     double fill;              /* the handler of SC_EXIT_FILL, ... */
     double rights;            /* ... SC_EXIT_WRITE, ... */
     double inject;            /* ... SC_EXIT_GUEST, ... */
@@ -404,7 +404,7 @@ typedef struct sc_api {
      * vm_destroy, which lets it live on. */
     int (*vm_adopt)(void *object, sc_vm *vm);
 
-    /* A preset of shadowcore.Costs by its name: "core2007", "modern", "pvm", "nested". Takes the GIL. */
+    /* A preset of shadowcore.Costs by its name (`shadowcore costs` lists them), such as "modern". Takes the GIL. */
     int (*prices)(const char *preset, sc_prices *prices);
     /* From now on accesses by this handle say what they cost; they take the engine's general path. NULL: no more. */
     int (*set_prices)(sc_vm vm, const sc_prices *prices);

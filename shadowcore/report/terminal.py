@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
@@ -11,7 +11,9 @@ from rich.markup import escape
 from rich.measure import Measurement
 from rich.table import Table
 
-from ..engine.costs import COMPONENTS, left_out
+from ..engine.costs import COMPONENTS, Costs, left_out
+from ..engine.levels import Levels
+from ..engine.presets import Preset
 from ..recording.format import INCOMPLETE
 from ..recording.replay import Phase, ReplayResult
 from ..studies.evolution import RELEASES, Evolution
@@ -241,6 +243,63 @@ def print_reproduction(found: Reproduction) -> None:
         table.add_column("recycled per 1000 messages", justify="right")
     for test, by_pool in found.pools.items():
         table.add_row(test, *(cell for s, n in by_pool.values() for cell in (f"{s:.2f}", f"{n:,.0f}")))
+    _console().print(table)
+
+
+def print_price_lists(presets: Mapping[str, Preset], aliases: Mapping[str, str], levels: Mapping[str, Levels]) -> None:
+    """Lists of prices, and the levels by which exits are counted."""
+    names = {name: ", ".join(alias for alias, of in aliases.items() if of == name) for name in presets}
+    table = Table(title="Prices", title_style="bold", title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
+    table.add_column("name", no_wrap=True)
+    table.add_column("also", no_wrap=True)
+    table.add_column("levels", no_wrap=True)
+    table.add_column("measured")
+    for name, preset in presets.items():
+        table.add_row(name, names[name], preset.levels, preset.machine)
+    _console().print(table)
+    table = Table(
+        title="Levels: changes of world, and exits to an outer hypervisor among them, of",
+        title_style="bold",
+        title_justify="left",
+        box=SIMPLE_HEAD,
+        pad_edge=False,
+    )
+    table.add_column("name", no_wrap=True)
+    for what in ("an exit", "an EPT violation", "each table of it"):
+        table.add_column(what, justify="right")
+    for made in levels.values():
+        ept = made.paging == "ept"
+        table.add_row(
+            made.name,
+            f"{made.exit_switches}, {made.exit_outer}",
+            f"{made.violation_switches}, {made.violation_outer}" if ept else "",
+            f"{made.table_switches}, {made.table_outer}" if ept else "",
+        )
+    _console().print(table)
+
+
+def print_prices(preset: Preset, costs: Costs) -> None:
+    """Each price, in cycles and nanoseconds, with its source."""
+    table = Table(
+        title=escape(f"{preset.name}: {preset.machine}"),
+        caption=f"levels {costs.levels.name}. What each is the price of: the reference of sc.Costs.",
+        title_style="bold",
+        title_justify="left",
+        caption_justify="left",
+        box=SIMPLE_HEAD,
+        pad_edge=False,
+    )
+    table.add_column("price", no_wrap=True)
+    table.add_column("cycles", justify="right", no_wrap=True)
+    table.add_column("ns", justify="right", no_wrap=True)
+    table.add_column("source")
+    for name, (value, source) in preset.prices.items():
+        if isinstance(value, tuple):
+            table.add_row(name, " ".join(f"{part:g}" for part in value), "", escape(source))
+        elif name == "clock_ghz":
+            table.add_row(name, f"{value:g}", "", escape(source))
+        else:
+            table.add_row(name, f"{value:,g}", f"{value / costs.clock_ghz:,.0f}", escape(source))
     _console().print(table)
 
 

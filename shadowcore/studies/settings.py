@@ -8,7 +8,8 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from ..config import TLB, Native, Shadow, check_int, design, parse_size
+from ..config import TLB, Native, Shadow, check_backing, check_int, design, parse_size
+from ..engine.levels import Levels, find_levels
 from ..errors import ConfigError
 from ..guest.options import KernelOptions
 
@@ -32,11 +33,15 @@ UNSYNC = ("prev_roots", "prefetch", "release")
 KEPT = ("notpresent_marker",)
 """Those that a design has only if its tables belong to guest tables."""
 MACHINE = {
+    "levels": "what lies below the guest, by which exits are costed: shadow, pvm, shadow-on-ept, ...",
     "tlb": "entries of the modelled TLB for pages of 4096 bytes; none: no TLB",
     "memory": "guest RAM, such as 64MiB (workloads only)",
     "vcpus": "processors of the guest (workloads only)",
     "host_page_size": "of the host's pages under guest RAM, such as 2MiB (workloads only)",
+    "backing": "what the host has of guest RAM at first: warm, cold or thp (workloads only)",
 }
+_ANYWHERE = ("tlb", "levels")
+"""Of these, those that recordings have too."""
 GUEST = tuple(field.name for field in dataclasses.fields(KernelOptions) if field.name != "seed")
 """Settings of the guest kernel (workloads only)."""
 
@@ -57,6 +62,13 @@ class Split:
             if not any(_has(which, name) for which in chosen):
                 names = ", ".join(which.name for which in chosen)
                 raise ConfigError(f"{name}: it is no setting of {names}; a design that has it is needed")
+
+    def check_levels(self, levels: Levels, designs: Iterable[Native | Shadow]) -> None:
+        """ConfigError for a design that these levels have no place for; `native` is the yardstick of the others."""
+        for which in designs:
+            if isinstance(which, Shadow) and levels.paging != "shadow":
+                what = "no hypervisor" if levels.paging == "none" else "EPT"
+                raise ConfigError(f"levels: {levels.name!r} has {what}, and {which.name} is a shadow MMU")
 
     def made(self, mmu: str | Native | Shadow) -> Native | Shadow:
         """The design with its settings; those of a shadow MMU leave `native` alone."""
@@ -93,17 +105,21 @@ def split(settings: Mapping[str, Any], workload: Workload | None) -> Split:
             found.parameters[name] = value
         elif name in DESIGN:
             found.design[name] = value
-        elif name == "tlb" or (name in MACHINE and workload):
+        elif name in _ANYWHERE or (name in MACHINE and workload):
             found.machine[name] = value
         elif name in GUEST and workload:
             found.guest[name] = _guest(name, value)
         else:
-            raise ConfigError(_unknown(name, workload, [*own, *DESIGN, *(MACHINE if workload else ["tlb"])]))
+            raise ConfigError(_unknown(name, workload, [*own, *DESIGN, *(MACHINE if workload else _ANYWHERE)]))
     if "flood_reset" in found.design and not isinstance(found.design["flood_reset"], bool):
         raise ConfigError(f"flood_reset: true or false is needed, not {found.design['flood_reset']!r}")
     for name, value in found.guest.items():
         if isinstance(getattr(KernelOptions(), name), bool) and not isinstance(value, bool):
             raise ConfigError(f"{name}: true or false is needed, not {value!r}")
+    if "levels" in found.machine:
+        find_levels(found.machine["levels"])
+    if "backing" in found.machine:
+        check_backing("backing", found.machine["backing"])
     for name in ("memory", "host_page_size"):
         if name in found.machine:
             parse_size(found.machine[name], name)

@@ -27,7 +27,7 @@ from .results import Study, StudyDesign
 
 OPERATIONS = 1_000_000
 """Of a workload, where nothing else is said."""
-_MACHINE = ("vcpus", "host_page_size")
+_MACHINE = ("vcpus", "host_page_size", "backing")
 """Settings of a VM that are only shown where they are set."""
 WINDOWS = 200
 """Windows in a study, about, where nothing else is said."""
@@ -68,8 +68,9 @@ def study(
     seed: of a workload (None: 0). skip_boot: replay a recording from its first user-mode access on.
     parameters, settings: of the workload (WORKLOADS[name].parameters), of the guest kernel (KernelOptions), of shadow
         MMUs (pool, min_free, refill, flood_threshold, flood_reset), and of the machine: memory, vcpus, host_page_size,
-        tlb (entries for small pages, a TLB, or None; a workload has the TLB of the costs unless told otherwise, a
-        recording none, for what it holds are the accesses that missed one). Settings win; they can have any name. One
+        backing, levels (Levels, or the name of one: what lies below the guest), tlb (entries for small pages, a TLB, or
+        None; a workload has the TLB of the costs unless told otherwise, a recording none, for what it holds are the
+        accesses that missed one). Settings win; they can have any name. One
         that nothing here uses is an error.
     progress: called with the name of each design, gives a context manager whose value, unless None, is called with
         operations done, and all.
@@ -137,7 +138,6 @@ class _Job:
         windows: int | None,
     ) -> None:
         self.source = source
-        self.costs = costs
         if seed is not None and not source.workload:
             raise ConfigError("seed: a workload is needed; a recording has nothing random")
         self.seed = 0 if seed is None else check_int("seed", seed, 0, (1 << 64) - 1)
@@ -148,6 +148,9 @@ class _Job:
         if not wanted:
             raise ConfigError("designs: at least one is needed")
         self.split.check_used(made for _, made in wanted)
+        levels = self.split.machine.get("levels")
+        self.costs = costs if levels is None else costs.replace(levels=levels)
+        self.split.check_levels(self.costs.levels, (made for _, made in wanted))
         self.designs: dict[str, Native | Shadow] = {}
         for _, made in wanted:
             if made.name in self.designs and self.designs[made.name] != made:
@@ -188,7 +191,7 @@ class _Job:
             words += ["--operations", str(operations)]
         if self.seed:
             words += ["--seed", str(self.seed)]
-        if self.costs.name != "modern":
+        if self.costs.name != Costs.modern().name:
             words += ["--costs", self.costs.name]
         if skip:
             words += ["--skip-boot"]
@@ -215,7 +218,9 @@ class _Job:
 
     def _study(self, done: dict[str, StudyDesign], complete: bool) -> Study:
         recording = self.source.recording
-        shown = {"costs": self.costs.name, "tlb": None if self.tlb is None else self.tlb.small_entries}
+        shown: dict[str, Any] = {"costs": self.costs.name, "tlb": None if self.tlb is None else self.tlb.small_entries}
+        if "levels" in self.split.machine:
+            shown["levels"] = self.costs.levels.name
         if self.source.workload:
             shown |= {"operations": self.total, "seed": self.seed, "memory": self.memory}
             shown |= self.machine | self.parameters | {name: getattr(self.options, name) for name in self.split.guest}

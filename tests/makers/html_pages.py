@@ -81,7 +81,9 @@ def check_against_json(tables, plain):
     )
     assert summary["shadow pages in use, most"] == [result["pages_max"] for result in designs.values()]
     cost = by_row(tables["cost"])
-    for part in {part for result in designs.values() for part in result["cost"]["cycles"]}:
+    parts = {part for result in designs.values() for part, cycles in result["cost"]["cycles"].items() if cycles}
+    assert {part.replace("_", " ") for part in parts} == set(cost) - {"cycles", "", "cycles, all"}
+    for part in parts:
         assert cost[part.replace("_", " ")] == pytest.approx(
             [result["cost"]["cycles"][part] for result in designs.values()], abs=0.5
         )

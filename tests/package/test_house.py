@@ -30,7 +30,7 @@ itself, the table of contents, may import all, and nobody imports it."""
 
 ENGINE = (
     "types check held designs policies unsync",
-    "bits counters gmode tlb memo watch backing slots",
+    "bits counters gmode tlb memo watch backing slots levels presets",
     "memory results windows prices costs reported shown",
     "walker features page quirks role",
     "state",

@@ -17,6 +17,7 @@ from places import DATA
 
 import shadowcore as sc
 from shadowcore.engine.audit import AuditReport, Violation
+from shadowcore.engine.presets import PRESETS
 from shadowcore.guest import process
 from shadowcore.programs.survey import Fold
 from shadowcore.recording import replay as trace
@@ -234,6 +235,7 @@ RESULTS = {
     "Dump": lambda _: images.Dump("a", "a raw memory image", ((0, 4096, 0),), {"cr3": 4096}),
     "Image": lambda _: explain.Image("a", "64", 9, 1, 2, 3, 4, np.arange(2, dtype="<u4"), np.zeros((2, 8)), (1,)),
     "CostBreakdown, Costs": lambda _: (sc.Costs.modern().of(machine().stats.as_dict()), sc.Costs.modern()),
+    "Levels, Preset": lambda _: (sc.Costs.nested().levels, PRESETS["core2007"]),
     "Study, StudyDesign, WorkloadResult": lambda _: some_study(windows=1000),
     "Study, ReplayResult, Phase, Recording": lambda _: sc.study(trace.load().head(3000), ["cached"], windows=500),
     "Study, RecordingFile": lambda path: sc.study(saved(path), ["cached"]),
