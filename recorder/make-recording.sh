@@ -14,12 +14,12 @@ mkdir -p "$out"
 ${CC:-cc} -nostdlib -static -o "$out/mark" "$here/guests/mark.S"
 python3 "$here/initramfs.py" --busybox "$guests/busybox-amd64" --init "$here/guests/mix.sh" -o "$out/mix.gz" \
     "bin/mark=$out/mark"
-python3 "$here/vmlinux.py" "$guests/vmlinuz-amd64" -o "$out/vmlinux"    # it would unpack itself for most of the boot
 
+# The kernel comes unpacked: to unpack itself would be most of its boot.
 record() {      # name, more of the kernel's command line
     shadowcore record-guest -o "$out/$1.screc" --name "$1" --filter "${FILTER:-2048}" -- \
         "${QEMU:-qemu-system-x86_64}" -m 128 -nodefaults -display none -no-reboot -icount shift=0,sleep=off \
-        -cpu max,la57=off -kernel "$out/vmlinux" -initrd "$out/mix.gz" \
+        -cpu max,la57=off -kernel "$guests/vmlinux-amd64" -initrd "$out/mix.gz" \
         -append "quiet panic=-1 nokaslr random.trust_cpu=off $2"
 }
 

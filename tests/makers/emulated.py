@@ -8,6 +8,9 @@ import sys
 import pytest
 from places import ROOT
 
+from shadowcore.errors import ConfigError
+from shadowcore.recording import plugin
+
 RECORDER = ROOT / "recorder"
 GUESTS = ROOT / "build" / "guests"
 
@@ -17,9 +20,12 @@ EMULATORS = os.environ.get("SHADOWCORE_QEMU", "qemu-system-x86_64").split(os.pat
 
 def needs(emulator):
     """Skip where a recording cannot be made, with the reason."""
-    for program, package in ((emulator, "qemu-system-x86"), (os.environ.get("CC", "cc"), "gcc")):
-        if shutil.which(program) is None:
-            pytest.skip(f"{program} is not installed here ({package})")
+    try:
+        plugin.back_end(plugin.emulator(emulator).version)
+    except ConfigError as why:
+        pytest.skip(str(why))
+    if shutil.which(os.environ.get("CC", "cc")) is None:
+        pytest.skip("a C compiler is not installed here (gcc)")
     if not RECORDER.is_dir():
         pytest.skip("the source of the recorder's plug-in is not here")
 
@@ -56,7 +62,7 @@ def modes_command(emulator, kernel, ends=True):
 
 def linux_command(emulator, folder, kernel, busybox, cpu="max", append="", *more):
     """QEMU's command line for a Linux of GUESTS that boots, runs a few pipelines, and ends."""
-    for name in (f"vmlinuz-{kernel}", f"busybox-{busybox}"):
+    for name in (kernel, f"busybox-{busybox}"):
         if not (GUESTS / name).is_file():
             pytest.skip(f"{GUESTS / name} is not there: recorder/fetch.sh fetches it")
     sys.path.insert(0, str(RECORDER))
@@ -68,5 +74,5 @@ def linux_command(emulator, folder, kernel, busybox, cpu="max", append="", *more
     init = (RECORDER / "guests" / "init.sh").read_text("utf-8")
     disk.write_bytes(initramfs((GUESTS / f"busybox-{busybox}").read_bytes(), init))
     quiet = ["-nodefaults", "-no-reboot", "-display", "none", "-m", "128"]
-    image = ["-kernel", str(GUESTS / f"vmlinuz-{kernel}"), "-initrd", str(disk)]
+    image = ["-kernel", str(GUESTS / kernel), "-initrd", str(disk)]
     return [emulator, *quiet, "-cpu", cpu, *image, "-append", f"quiet panic=-1 {append}", *more]
