@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import os
 from collections.abc import Callable, Iterable
 from functools import partial
@@ -77,6 +78,21 @@ class Name(_Text):
     ) -> list[click.shell_completion.CompletionItem]:
         item = click.shell_completion.CompletionItem
         return [item(name) for name in self.names if name.startswith(incomplete)]
+
+
+class Nearest(Name):
+    """The same, where the nearest is told for a name that there is not. what: it is."""
+
+    def __init__(self, what: str, names: tuple[str, ...]) -> None:
+        super().__init__(names)
+        self.what = what
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        if value not in self.names:
+            near = difflib.get_close_matches(str(value), self.names, 1)
+            hint = f"; did you mean {near[0]!r}?" if near else f"; there are {', '.join(self.names)}"
+            raise ConfigError(f"{self.what}: there is no {value!r}{hint}")
+        return str(value)
 
 
 class Prices(Name):

@@ -147,6 +147,25 @@ class Costs:
         """Cycles of an exit that an outer hypervisor takes."""
         return self.levels.counts(exits=1)[1] * self.outer_exit
 
+    def violations(self, count: int, tables: int = 0) -> dict[str, float]:
+        """Cycles of so many EPT violations, for which the hypervisor made so many tables, by component.
+
+        Of the exits to an outer hypervisor two carry the violation to the inner one and back; in the others it does
+        something itself: an entry made in the tables that the processor walks, a store to a table emulated. Leaf tables
+        of the inner hypervisor are out of sync, so that only the tables above them count.
+        """
+        made = tables if self.levels.nested else 0
+        switches, outer = self.levels.counts(violations=count, tables=made)
+        passed = count * (2 if self.levels.nested else 0)
+        filled = outer - passed - self.levels.counts(tables=made)[1]
+        own = filled * (self.dispatch + self.violation) + (outer - passed - filled) * (self.dispatch + self.emulate)
+        return {
+            "switches": switches / 2 * self.exit_fault,
+            "outer": passed * self.outer_exit + own,
+            "dispatch": count * self.dispatch,
+            "faults": count * self.violation,
+        }
+
     def replace(self, **changes: Any) -> Costs:
         """The same with some fields changed. ConfigError for one that there is not."""
         known = [field.name for field in dataclasses.fields(self)]
@@ -218,7 +237,12 @@ class Costs:
         registers = cr3_exits + n("exits_cr0") + n("exits_cr4") + n("exits_efer")
         page_faults = sum(n(f"exits_{reason}") for reason in PF_REASONS)
         exits = page_faults + registers + invlpg_exits
-        hardware = page_faults * self.exit_fault + registers * self.exit_register + invlpg_exits * self.exit_invlpg
+        devices = n("npf_misconfig")
+        exits += devices
+        hardware = (
+            (page_faults + devices) * self.exit_fault + registers * self.exit_register + invlpg_exits * self.exit_invlpg
+        )
+        second = self.violations(n("npf_violation"), n("mmu_cache_miss") if self.levels.paging == "ept" else 0)
         return {
             "work": work,
             "translation": misses * self.tlb_miss
@@ -227,13 +251,14 @@ class Costs:
             "guest": max(n("guest_cr3_loads", cr3_exits) - cr3_exits, 0) * self.cr3_load
             + max(n("guest_invlpg", n("invlpg", invlpg_exits)) - invlpg_exits, 0) * self.invlpg
             + n("guest_faults", n("exits_guest")) * self.guest_fault,
-            "switches": hardware * self.switches,
-            "outer": exits * self.carried,
-            "dispatch": exits * self.dispatch,
+            "switches": hardware * self.switches + second["switches"],
+            "outer": exits * self.carried + second["outer"],
+            "dispatch": exits * self.dispatch + second["dispatch"],
             "faults": n("exits_fill") * self.fill
             + n("exits_write") * self.rights
             + n("exits_guest") * self.inject
-            + n("exits_mmio") * self.mmio
+            + (n("exits_mmio") + devices) * self.mmio
+            + second["faults"]
             + n("guest_walk_references") * self.guest_reference,
             "backing": n("host_faults") * self.first_touch,
             "emulation": n("pf_emulate") * self.emulate,

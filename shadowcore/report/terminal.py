@@ -20,7 +20,9 @@ from ..studies.evolution import RELEASES, Evolution
 from ..studies.host import EVENTS, GROUPS, HostTrace, counted
 from ..studies.reproduction import Reproduction
 from ..studies.results import Study, StudyDesign
+from ..studies.validity import SOURCES, Validity
 from ..workload import WorkloadResult
+from . import validity
 from .document import EXITS
 
 WIDTH = 100
@@ -243,6 +245,33 @@ def print_reproduction(found: Reproduction) -> None:
         table.add_column("recycled per 1000 messages", justify="right")
     for test, by_pool in found.pools.items():
         table.add_row(test, *(cell for s, n in by_pool.values() for cell in (f"{s:.2f}", f"{n:,.0f}")))
+    _console().print(table)
+
+
+def print_validity(found: Validity) -> None:
+    """Published, predicted, error, and what was counted."""
+    predicted = found.predicted
+    told = f"{validity.within(predicted, 20)} of {len(predicted)} predictions are within 20 percent."
+    why = dict.fromkeys(f"{row.test}, {row.column} ({validity.error(row)}): {row.why}." for row in predicted if row.far)
+    table = Table(
+        title=escape(f"{found.source}: {SOURCES[found.source]}"),
+        caption=escape("\n".join([told, *(f"Missed: {line}" for line in why)])),
+        title_style="bold",
+        title_justify="left",
+        caption_justify="left",
+        box=SIMPLE_HEAD,
+        pad_edge=False,
+    )
+    for name in ("", "", "published", "predicted", "error", "counted"):
+        table.add_column(name, justify="right" if name in ("published", "predicted", "error") else "left")
+    for group in dict.fromkeys(row.table for row in found.rows):
+        table.add_section()
+        table.add_row(group, style="bold")
+        for row in found.rows:
+            if row.table == group:
+                cells = (validity.published(row), validity.number(row.predicted), validity.error(row))
+                style = "" if row.kind == "predicted" else "dim"
+                table.add_row(escape(row.test), row.column, *cells, validity.counted(row), style=style)
     _console().print(table)
 
 

@@ -24,6 +24,7 @@ from shadowcore.recording import replay as trace
 from shadowcore.recording.guest import RecordingFile
 from shadowcore.recordings import Event, Writer
 from shadowcore.studies import evolution, explain, host, images, reproduction
+from shadowcore.studies.validity import Row, Validity
 
 PROTOCOLS = range(pickle.HIGHEST_PROTOCOL + 1)
 WAYS = [pytest.param(lambda made, p=p: pickle.loads(pickle.dumps(made, p)), id=f"protocol {p}") for p in PROTOCOLS]
@@ -235,6 +236,7 @@ RESULTS = {
     "Dump": lambda _: images.Dump("a", "a raw memory image", ((0, 4096, 0),), {"cr3": 4096}),
     "Image": lambda _: explain.Image("a", "64", 9, 1, 2, 3, 4, np.arange(2, dtype="<u4"), np.zeros((2, 8)), (1,)),
     "CostBreakdown, Costs": lambda _: (sc.Costs.modern().of(machine().stats.as_dict()), sc.Costs.modern()),
+    "Validity": lambda _: Validity("pvm-2023", (Row("a", "b", "c", "s", 1.0, 2.0),)),
     "Levels, Preset": lambda _: (sc.Costs.nested().levels, PRESETS["core2007"]),
     "Study, StudyDesign, WorkloadResult": lambda _: some_study(windows=1000),
     "Study, ReplayResult, Phase, Recording": lambda _: sc.study(trace.load().head(3000), ["cached"], windows=500),
