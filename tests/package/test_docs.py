@@ -21,6 +21,7 @@ import pytest
 from places import ROOT
 
 import shadowcore
+from shadowcore.cli import main
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 PYTHON, SHELL = ("python",), ("sh", "bash")
@@ -66,7 +67,7 @@ def blocks(text, page):
     found, lines = [], text.split("\n")
     number = 0
     while number < len(lines):
-        fence = re.fullmatch(r"( *)```(\S*)\s*", lines[number])
+        fence = re.fullmatch(r"( *)```(\{\w+\} .*|\S*)\s*", lines[number])  # the former is a directive
         if fence is None:
             number += 1
             continue
@@ -214,8 +215,31 @@ def test_rows_of_the_guide_are_rows_of_the_table(place):
     assert set(rows) <= printed, set(rows) - printed
 
 
-def test_the_picture_is_what_its_script_draws(tmp_path):
-    spec = importlib.util.spec_from_file_location("make_concepts", ROOT / "docs" / "make_concepts.py")
+def script(name):
+    """A script of docs/, as a module."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "docs" / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    assert (ROOT / "docs" / "images" / "concepts.svg").read_text("utf-8") == module.draw()
+    return module
+
+
+def test_the_picture_is_what_its_script_draws():
+    assert (ROOT / "docs" / "images" / "concepts.svg").read_text("utf-8") == script("make_concepts").draw()
+
+
+def test_the_pictures_of_the_tutorial_are_runs_of_today():
+    module = script("make_tutorial")
+    for name, what in module.PICTURES.items():
+        assert (ROOT / "docs" / "images" / f"{name}.svg").read_text("utf-8") == module.picture(*what), name
+
+
+def test_all_commands_and_options_are_on_their_page():
+    """docs/commands.md, by name: how click breaks lines is its own affair."""
+    found = {}
+    for part in (ROOT / "docs" / "commands.md").read_text("utf-8").split("\n## ")[1:]:
+        found[part.split("\n")[0]] = set(re.findall(r"^  (--[\w-]+)", part, re.M))
+    made = {}
+    for part in script("make_commands").text().split("\n## ")[1:]:
+        made[part.split("\n")[0]] = set(re.findall(r"^  (--[\w-]+)", part, re.M))
+    assert found == made, "python docs/make_commands.py"
+    assert set(found) == set(main.commands)
