@@ -36,8 +36,12 @@ from .guest.options import Call, File, KernelOptions, Program, Prot, Touch
 from .guest.process import Process
 from .pagetables import PageTables
 from .studies.access import AccessExplanation, explain
+from .studies.collect import Sweep, collect
 from .studies.results import Study, StudyDesign
+from .studies.spread import SweepError
+from .studies.store import StoreError
 from .studies.study import StudyInterrupted, study
+from .studies.sweep import SweepInterrupted, sweep
 
 __all__ = [
     "CALL_DTYPE",
@@ -80,15 +84,20 @@ __all__ = [
     "ShadowcoreError",
     "SnapshotError",
     "Stats",
+    "StoreError",
     "Study",
     "StudyDesign",
     "StudyInterrupted",
+    "Sweep",
+    "SweepError",
+    "SweepInterrupted",
     "Touch",
     "TraceError",
     "Translation",
     "VCpu",
     "Violation",
     "__version__",
+    "collect",
     "embed",
     "explain",
     "get_include",
@@ -97,6 +106,7 @@ __all__ = [
     "programs",
     "recordings",
     "study",
+    "sweep",
     "trace",
     "workload",
 ]

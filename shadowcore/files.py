@@ -173,6 +173,37 @@ def replace(path: str | os.PathLike[str], data: bytes) -> None:
         file.write(data)
 
 
+def place(path: str | os.PathLike[str], data: bytes) -> None:
+    """Put a small file in place at once or not at all, without waiting for the disk and without a look around.
+
+    For one of very many, each of which can be made again and tells by itself if it is cut short: a process that is
+    killed leaves whole files, a machine that loses its power may not. OSError names `path`.
+    """
+    target = check_path(path)
+    beside = f"{target}.{secrets.token_hex(8)}{SUFFIX}"
+    try:
+        try:
+            with open(beside, "xb") as file:
+                file.write(data)
+            os.replace(beside, target)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                os.unlink(beside)
+            raise
+    except OSError as error:
+        raise type(error)(error.errno, error.strerror or str(error), target) from None
+
+
+def lock(path: str | os.PathLike[str]) -> io.FileIO | None:
+    """An open file that nobody else gets while it is open; None if somebody has it. Where there are no locks everybody
+    gets it. OSError."""
+    raw = io.FileIO(os.open(check_path(path), os.O_RDWR | os.O_CREAT, 0o666), "r+")
+    if _lock(raw) is False:
+        raw.close()
+        return None
+    return raw
+
+
 def _lock(raw: io.FileIO) -> bool | None:
     """Lock a file for as long as it is open; False if another one has it, None where there are no locks."""
     if sys.platform == "win32":

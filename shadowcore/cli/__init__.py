@@ -1,6 +1,7 @@
 """The command `shadowcore`. Results on standard output; errors and progress on standard error.
 
-Exit status: 0 done, 1 an audit found violations, 2 an error (one line says which), 130 interrupted.
+Exit status: 0 done, 1 an audit found violations or points of a sweep failed, 2 an error (one line says which), 130
+interrupted.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from . import replay as cli_replay
 from . import reproduce as cli_reproduce
 from . import show as cli_show
 from . import study as cli_study
+from . import sweep as cli_sweep
 from . import workload as cli_workload
 
 
@@ -95,6 +97,7 @@ def main(context: click.Context) -> None:
 
 for _module in (
     cli_study,
+    cli_sweep,
     cli_workload,
     cli_programs,
     cli_recording,

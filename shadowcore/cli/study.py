@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 from contextlib import AbstractContextManager
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -14,6 +12,7 @@ import click
 from ..config import DEFAULT_DESIGNS
 from ..errors import ConfigError
 from .options import COSTS, JSON, OPERATIONS, POOL, SEED, SET, Output, Series, Source, apart, command, mmu, together
+from .outputs import to_file, writable, writer
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -104,11 +103,11 @@ def _compare(
     pages = _pages(html, timeline)
     if over and pages:
         raise ConfigError("--over: it makes several studies; --html and --timeline show one")
-    writers = [(_writer(name, module), file) for name, module, file in pages]
+    writers = [(writer(name, module), file) for name, module, file in pages]
     outputs = (("--html", html), ("--timeline", timeline), ("--csv", csv_file))
     for _, file in outputs:
         if file is not None:
-            _writable(file)
+            writable(file)
     fixed = together(sets, pool)
     if not writers:
         if windows:
@@ -148,7 +147,7 @@ def _compare(
     if interrupted:
         raise KeyboardInterrupt
     for write, file in writers:
-        _to_file(file, partial(write, done[0][1]))
+        to_file(file, partial(write, done[0][1]))
 
 
 def _show(over: str | None, done: list[tuple[Any, Study]], as_json: bool) -> None:
@@ -175,39 +174,12 @@ def _csv(over: str | None, done: list[tuple[Any, Study]], file: str) -> None:
     from ..studies.results import write_csv
 
     rows = [({over: value} if over else {}) | row for value, made in done for row in made.rows()]
-    _to_file(file, lambda path: write_csv(path, rows))
-
-
-def _writable(file: str) -> None:
-    """Said before the work is done, not after it."""
-    path = Path(file)
-    if path.is_dir():
-        raise ConfigError(f"{file}: it cannot be written: it is a directory")
-    if not path.parent.is_dir():
-        raise ConfigError(f"{file}: it cannot be written: there is no directory {path.parent}")
-
-
-def _to_file(file: str, write: Callable[[str], Any]) -> None:
-    try:
-        write(file)
-    except OSError as error:
-        raise ConfigError(f"{file}: it cannot be written: {error.strerror or error}") from None
+    to_file(file, lambda path: write_csv(path, rows))
 
 
 def _pages(html: str | None, timeline: str | None) -> list[tuple[str, str, str]]:
     asked = (("--html", "page", html), ("--timeline", "timeline", timeline))
     return [(option, module, file) for option, module, file in asked if file is not None]
-
-
-def _writer(option: str, module: str) -> Callable[[Study, str], Any]:
-    """`write` of a module that may need packages of its own."""
-    try:
-        found = importlib.import_module(f"..report.{module}", __package__)
-    except ImportError as error:
-        name = error.name or module
-        raise ConfigError(f"{option}: it needs the package {name!r}: pip install {name}") from None
-    write: Callable[[Study, str], Any] = found.write
-    return write
 
 
 def _bar(label: str = "") -> Callable[[str], AbstractContextManager[Callable[[int, int], None] | None]]:

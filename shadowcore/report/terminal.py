@@ -16,6 +16,7 @@ from ..engine.levels import Levels
 from ..engine.presets import Preset
 from ..recording.format import INCOMPLETE
 from ..recording.replay import Phase, ReplayResult
+from ..studies.collect import Sweep
 from ..studies.evolution import RELEASES, Evolution
 from ..studies.host import EVENTS, GROUPS, HostTrace, counted
 from ..studies.reproduction import Reproduction
@@ -157,6 +158,53 @@ def sweep(over: str, studies: Sequence[tuple[Any, Study]]) -> Table:
 def print_sweep(over: str, studies: Sequence[tuple[Any, Study]]) -> None:
     """Print it."""
     _console().print(sweep(over, studies))
+
+
+_POINT: tuple[tuple[str, str, float, int], ...] = (
+    ("VM exits", "exits_total", 1, 0),
+    ("emulated", "emulated", 1, 0),
+    ("zapped", "zapped", 1, 0),
+    ("recycled", "recycled", 1, 0),
+    ("pages", "pages_mean", 1, 1),
+    ("Mcycles", "cycles", 1e6, 1),
+    ("slow-down", "slow_down", 1, 2),
+)
+_SHOWN = 60
+"""Points that a terminal shows."""
+
+
+def points(found: Sweep) -> Table:
+    """A row a point, with what it is told apart by."""
+    from ..studies.settings import written
+
+    rows = found.rows()
+    caption = "pages: shadow pages in use, mean. Cycles and slow-down are estimated."
+    if len(rows) > _SHOWN:
+        caption = f"The first {_SHOWN} of {len(rows):,} points; --csv and --html have all. " + caption
+    table = Table(title=escape(found.name), caption=caption, title_style="bold", caption_justify="left")
+    named = list(dict.fromkeys(("design", *found.axes)))
+    numbers = [name for name in named if all(isinstance(row.get(name), (int, type(None))) for row in rows)]
+    for name in named:
+        table.add_column(escape(name), justify="right" if name in numbers else "left", no_wrap=True)
+    shown = [column for column in _POINT if any(row[column[1]] for row in rows)]
+    for title, *_ in shown:
+        table.add_column(title, justify="right", no_wrap=True)
+    for row in rows[:_SHOWN]:
+        labels = ["" if row.get(name) is None else escape(written(row[name])) for name in named]
+        if row["status"] == "done":
+            cells = ["" if row[key] is None else f"{row[key] / by:,.{digits}f}" for _, key, by, digits in shown]
+        else:
+            cells = [row["status"]] + [""] * (len(shown) - 1)
+        table.add_row(*labels, *cells[: len(shown)], style="" if row["status"] == "done" else "red")
+    return table
+
+
+def print_points(found: Sweep) -> None:
+    """Print it, in full width: a number that is cut looks like a number."""
+    console = _console()
+    table = points(found)
+    console.width = max(console.width, Measurement.get(console, console.options.update(width=500), table).maximum)
+    console.print(table)
 
 
 def print_run(study: Study) -> None:

@@ -59,7 +59,7 @@ class Split:
         """ConfigError for a setting of shadow MMUs that none of the designs has."""
         chosen = list(designs)
         for name in self.design:
-            if not any(_has(which, name) for which in chosen):
+            if not any(has(which, name) for which in chosen):
                 names = ", ".join(which.name for which in chosen)
                 raise ConfigError(f"{name}: it is no setting of {names}; a design that has it is needed")
 
@@ -78,7 +78,7 @@ class Split:
         wanted = {
             name: value
             for name, value in self.design.items()
-            if _has(chosen, name) or (not chosen.keep and name not in KEPT)
+            if has(chosen, name) or (not chosen.keep and name not in KEPT)
         }
         return dataclasses.replace(
             chosen, **{"pool_pages" if name == "pool" else name: value for name, value in wanted.items()}
@@ -89,7 +89,7 @@ class Split:
         return KernelOptions(**self.guest)
 
 
-def _has(which: Native | Shadow, name: str) -> bool:
+def has(which: Native | Shadow, name: str) -> bool:
     """The design has a setting of this name."""
     if not isinstance(which, Shadow) or (not which.keep and name != "pool"):
         return False
@@ -135,11 +135,18 @@ def _guest(name: str, value: Any) -> Any:
 
 def _unknown(name: str, workload: Workload | None, known: list[str]) -> str:
     of = workload.name if workload else "a recording"
-    near = difflib.get_close_matches(name, [*known, *(GUEST if workload else ())], 1)
-    if near:
-        return f"{of}: there is no setting {name!r}; did you mean {near[0]!r}?"
+    found = difflib.get_close_matches(name, [*known, *(GUEST if workload else ())], 1)
+    if found:
+        return f"{of}: there is no setting {name!r}; did you mean {found[0]!r}?"
     more = f"; of its guest: {', '.join(GUEST)}" if workload else ""
     return f"{of}: there is no setting {name!r}; there are {', '.join(known)}{more}"
+
+
+def near(name: str, known: Iterable[str]) -> str:
+    """For a message about a name that there is not: the nearest that there is, or all."""
+    there = list(known)
+    found = difflib.get_close_matches(name, there, 1)
+    return f"did you mean {found[0]!r}?" if found else f"there are {', '.join(there)}"
 
 
 def tlb(value: Any, default: TLB | None) -> TLB | None:

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .. import workload
-from ..config import DEFAULT_DESIGNS, Features, Native, Shadow, check_int, design
+from ..config import DEFAULT_DESIGNS, TLB, Features, Native, Shadow, check_int, design, parse_size
 from ..engine.costs import Costs
 from ..engine.costs import find as find_costs
 from ..engine.machine import VM
@@ -121,6 +121,20 @@ class Source:
             return self.workload.name
         assert self.recording is not None
         return self.recording.name
+
+
+def prepared(
+    source: Source,
+    which: str | Native | Shadow,
+    given: Mapping[str, Any],
+    *,
+    costs: Costs,
+    operations: int | None = None,
+    seed: int | None = None,
+    skip_boot: bool = False,
+) -> Prepared:
+    """One design alone, without one to be measured against: everything checked, nothing run. Errors as of `study`."""
+    return Prepared(_Job(source, (which,), costs, given, operations, seed, skip_boot, 0))
 
 
 class _Job:
@@ -298,6 +312,36 @@ class _Job:
         rows = [dict(zip(known, row, strict=True)) for row in zip(*known.values(), strict=True)]
         windows["cycles"] = np.array([round(self.costs.of(row).total) for row in rows], dtype=np.uint64)
         return windows
+
+
+class Prepared:
+    """One design of a study that can be run, as often as one likes."""
+
+    def __init__(self, job: _Job) -> None:
+        self._job = job
+        ((self._name, self._made),) = job.designs.items()
+
+    @property
+    def tlb(self) -> TLB | None:
+        """The TLB that is modelled."""
+        return self._job.tlb
+
+    def determined(self) -> dict[str, Any]:
+        """All that determines what a run comes to, but for the source itself and the engine."""
+        job = self._job
+        design = dataclasses.asdict(self._made)
+        del design["name"]
+        found = {"design": design, "start": job.start, "operations": job.total, "tlb": job.tlb}
+        if job.source.workload:
+            guest = dataclasses.asdict(job.options)
+            found |= {"seed": job.seed, "memory": parse_size(job.memory), "machine": job.machine}
+            found |= {"parameters": job.parameters, "guest": guest}
+        return found
+
+    def run(self, report: Callable[[int, int], None] | None = None) -> StudyDesign:
+        """Run it."""
+        result = self._job._one(self._made, report, 0)
+        return self._job._design(self._name, self._made, result, _counters(result), None, None)
 
 
 def _counters(result: trace.ReplayResult | workload.WorkloadResult) -> dict[str, int]:

@@ -117,6 +117,7 @@ ARGUMENTS = {
     "vector": 14,
     "code": 2,
     "study": lambda: some_study(),
+    "sweep": lambda: RESULTS["Sweep"](None),
 }
 
 
@@ -240,6 +241,7 @@ RESULTS = {
     "Levels, Preset": lambda _: (sc.Costs.nested().levels, PRESETS["core2007"]),
     "Study, StudyDesign, WorkloadResult": lambda _: some_study(windows=1000),
     "Study, ReplayResult, Phase, Recording": lambda _: sc.study(trace.load().head(3000), ["cached"], windows=500),
+    "Sweep": lambda _: sc.sweep(sources=trace.load().head(2000), designs="cached", operations=500, jobs=1),
     "Study, RecordingFile": lambda path: sc.study(saved(path), ["cached"]),
     "WorkloadResult, recorded": lambda _: sc.workload.run("idle", "cached", operations=2000, record=True),
     "ProgramResult": lambda path: sc.programs.run(a_program(path), "cached"),
@@ -285,6 +287,8 @@ def test_all_results_are_among_them():
     # Work under way, and what is made anew rather than sent.
     named |= {"Program", "Area", "Life", "Format", "Row", "Event", "Block", "Source", "Split", "Parameter", "Workload"}
     named |= {"BackEnd", "Emulator"}
+    # What a sweep sends, which its tests send.
+    named |= {"Plan", "Point", "Run", "Shared", "Task", "Done"}
     public = {kind.__name__ for kind in kinds.values() if not kind.__name__.startswith("_")}
     assert public - named == set()
 

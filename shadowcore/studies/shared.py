@@ -1,0 +1,86 @@
+"""Sources of studies for other processes: a workload by its name, a recording by its file or as arrays that are mapped.
+
+Arrays that were read once are written as plain .npy files, and every process maps those: the machine holds them once,
+however many processes replay them. A recording in blocks is read from its file piece by piece, wherever that happens.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..errors import TraceError
+from ..recording.guest import Recording, RecordingFile
+from .study import Source
+
+_SCALARS = ("cr0", "cr4", "efer", "nframes", "vcpus", "complete")
+
+
+@dataclasses.dataclass(frozen=True)
+class Shared:
+    """How another process gets a source.
+
+    argument: as `Source.find` takes it. state: size and time of change of its file, which must stay what they are.
+    arrays: the folder with its arrays, or None; name, scalars: of the recording that these are.
+    """
+
+    argument: str | None
+    state: tuple[int, int] | None = None
+    arrays: str | None = None
+    name: str = ""
+    scalars: tuple[tuple[str, int], ...] = ()
+
+
+_opened: dict[Shared, Source] = {}
+
+
+def share(source: Source, folder: Path) -> Shared:
+    """Make a source ready for other processes. folder: where its arrays may be put. OSError."""
+    recording = source.recording
+    if recording is None:
+        made = Shared(source.argument)
+    elif isinstance(recording, RecordingFile):
+        made = Shared(os.path.abspath(recording.path), _state(recording.path))
+    else:
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, array in recording.arrays.items():
+            np.save(folder / f"{name}.npy", array)
+        scalars = tuple((name, int(getattr(recording, name))) for name in _SCALARS)
+        made = Shared(source.argument, None, str(folder.absolute()), recording.name, scalars)
+        source = dataclasses.replace(source, recording=_mapped(made))
+    _opened[made] = source  # a process that is forked has it at once
+    return made
+
+
+def forget(shared: Shared) -> None:
+    """It is not asked for any more."""
+    _opened.pop(shared, None)
+
+
+def find(shared: Shared) -> Source:
+    """The source, in whatever process; opened once. ConfigError, TraceError, OSError."""
+    if shared not in _opened:
+        if shared.state is not None and _state(str(shared.argument)) != shared.state:
+            raise TraceError(shared.argument, None, "the file that was there when the sweep began is expected")
+        if shared.arrays is None:
+            _opened[shared] = Source.find(shared.argument)
+        else:
+            _opened[shared] = Source(None, _mapped(shared), shared.argument)
+    return _opened[shared]
+
+
+def _state(path: str) -> tuple[int, int]:
+    found = os.stat(path)
+    return found.st_size, found.st_mtime_ns
+
+
+def _mapped(shared: Shared) -> Recording:
+    scalars: dict[str, Any] = dict(shared.scalars)
+    scalars["complete"] = bool(scalars["complete"])
+    files = sorted(Path(str(shared.arrays)).glob("*.npy"))
+    arrays: dict[str, Any] = {file.stem: np.load(file, mmap_mode="r") for file in files}
+    return Recording(name=shared.name, **arrays, **scalars)
