@@ -14,6 +14,7 @@ from .. import notebook
 from ..config import TLB
 from ..engine.costs import COMPONENTS, Costs
 from ..engine.counters import EXIT_REASONS
+from ..engine.levels import Levels
 from ..engine.reported import unsync_counts
 from ..errors import ConfigError
 from ..files import Replacement, check_path
@@ -219,7 +220,7 @@ def _column(label: str) -> str:
 
 def _costs(plain: Mapping[str, Any]) -> Costs:
     fields: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in plain.items()}
-    return Costs(**fields | {"tlb": TLB(**plain["tlb"])})
+    return Costs(**fields | {"tlb": TLB(**plain["tlb"]), "levels": Levels(**plain["levels"])})
 
 
 def _title(sweep: Sweep) -> str:

@@ -48,7 +48,7 @@ KEYS = (
 _LABELS = ("source", "design", "seed", "operations", "costs")
 """Columns of every point, beside its settings and prices."""
 _OF_A_POINT = {"source": "sources", "design": "designs", "seed": "seed", "operations": "operations", "costs": "costs"}
-_PRICES = tuple(f.name for f in dataclasses.fields(Costs) if f.name not in ("name", "tlb"))
+_PRICES = tuple(f.name for f in dataclasses.fields(Costs) if f.name not in ("name", "tlb", "levels", "sources"))
 MOST = 1_000_000
 """Points of a sweep."""
 
@@ -226,9 +226,9 @@ class _Planner:
         made = []
         for each in given:
             found = find_costs(each.strip() if isinstance(each, str) else each)
+            name = each.strip() if isinstance(each, str) else found.name
             for labels in _grid(prices):
-                changed = found.replace(**labels) if labels else found
-                made.append((found.name, labels, changed))
+                made.append((name, labels, found.replace(**labels) if labels else found))
         if not made:
             raise ConfigError("costs: at least one list of prices is needed")
         return made
@@ -324,11 +324,13 @@ class _Planner:
             return
         if len(self.points) >= MOST:
             raise ConfigError(f"spec: more than {MOST:,} points")
+        run = self._run(self.runs, labels, source, which, given, operations, seed, cost)
+        if "levels" in given:
+            cost = cost.replace(levels=given["levels"])
         for number in itertools.count():
             name = cost.name if not number else f"{cost.name} ({number})"
             if self.costs.setdefault(name, cost) == cost:
                 break
-        run = self._run(self.runs, labels, source, which, given, operations, seed, cost)
         plain = {key: value for key, value in given.items() if key not in settings.DESIGN}
         native = self._run(self.natives, labels, source, Native(), plain, operations, seed, cost)
         self.points[identity] = Point(labels, run, native, name)

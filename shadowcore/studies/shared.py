@@ -1,7 +1,8 @@
 """Sources of studies for other processes: a workload by its name, a recording by its file or as arrays that are mapped.
 
 Arrays that were read once are written as plain .npy files, and every process maps those: the machine holds them once,
-however many processes replay them. A recording in blocks is read from its file piece by piece, wherever that happens.
+however many processes replay them. A recording in blocks is unpacked for that once, unless it is large: then it is read
+from its file piece by piece, wherever that happens.
 """
 
 from __future__ import annotations
@@ -14,9 +15,11 @@ from typing import Any
 import numpy as np
 
 from ..errors import TraceError
-from ..recording.guest import Recording, RecordingFile
+from ..recording.guest import Recording, RecordingFile, load
 from .study import Source
 
+UNPACKED = 20_000_000
+"""Records of a recording in blocks, at most, that are unpacked: 24 bytes each."""
 _SCALARS = ("cr0", "cr4", "efer", "nframes", "vcpus", "complete")
 
 
@@ -43,9 +46,11 @@ def share(source: Source, folder: Path) -> Shared:
     recording = source.recording
     if recording is None:
         made = Shared(source.argument)
-    elif isinstance(recording, RecordingFile):
+    elif isinstance(recording, RecordingFile) and recording.operations > UNPACKED:
         made = Shared(os.path.abspath(recording.path), _state(recording.path))
     else:
+        if isinstance(recording, RecordingFile):
+            recording = load(recording.path)
         folder.mkdir(parents=True, exist_ok=True)
         for name, array in recording.arrays.items():
             np.save(folder / f"{name}.npy", array)

@@ -326,6 +326,11 @@ class Prepared:
         """The TLB that is modelled."""
         return self._job.tlb
 
+    @property
+    def costs(self) -> Costs:
+        """The prices, with the levels that are asked for."""
+        return self._job.costs
+
     def determined(self) -> dict[str, Any]:
         """All that determines what a run comes to, but for the source itself and the engine."""
         job = self._job

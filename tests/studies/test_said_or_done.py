@@ -285,6 +285,10 @@ COMMANDS = {
     "calibration": (),
     "evolution": ("--operations", 1),
     "reproduce": (),
+    "costs": (),
+    "show": ("demand-paging",),
+    "sweep": ("SPEC", "--jobs", 1),
+    "collect": ("RESULTS",),
 }
 
 
@@ -305,6 +309,11 @@ def full(command, arguments, tmp_path):
     "command", [pytest.param(name, marks=[pytest.mark.slow] if name in SLOW else []) for name in COMMANDS]
 )
 def test_a_full_disk_is_one_line(command, guest, tmp_path):
-    done = full(command, (guest if a == "GUEST" else a for a in COMMANDS[command]), tmp_path)
+    spec, results = tmp_path / "spec.toml", tmp_path / "results"
+    spec.write_text(f"sources = '{guest}'\ndesigns = 'cached'\noperations = 500\n")
+    if "RESULTS" in COMMANDS[command]:
+        sc.sweep(spec, store=results, jobs=1)
+    placed = {"GUEST": guest, "SPEC": spec, "RESULTS": results}
+    done = full(command, (placed.get(a, a) for a in COMMANDS[command]), tmp_path)
     assert done.returncode == 2
     assert done.stderr == "shadowcore: standard output: No space left on device\n"
