@@ -1,7 +1,7 @@
 """The command `shadowcore`. Results on standard output; errors and progress on standard error.
 
-Exit status: 0 done, 1 an audit found violations or points of a sweep failed, 2 an error (one line says which), 130
-interrupted.
+Exit status: 0 done, 1 an audit found violations, points of a sweep failed or a diff is too much, 2 an error (one line
+says which), 130 interrupted.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from ..errors import ShadowcoreError
 from . import about as cli_about
 from . import check as cli_check
 from . import costs as cli_costs
+from . import diff as cli_diff
 from . import evolution as cli_evolution
 from . import explain as cli_explain
 from . import guests as cli_guests
@@ -98,6 +99,7 @@ def main(context: click.Context) -> None:
 for _module in (
     cli_study,
     cli_sweep,
+    cli_diff,
     cli_workload,
     cli_programs,
     cli_recording,

@@ -17,6 +17,7 @@ from ..engine.presets import Preset
 from ..recording.format import INCOMPLETE
 from ..recording.replay import Phase, ReplayResult
 from ..studies.collect import Sweep
+from ..studies.difference import Change, Difference
 from ..studies.evolution import RELEASES, Evolution
 from ..studies.host import EVENTS, GROUPS, HostTrace, counted
 from ..studies.reproduction import Reproduction
@@ -205,6 +206,47 @@ def print_points(found: Sweep) -> None:
     table = points(found)
     console.width = max(console.width, Measurement.get(console, console.options.update(width=500), table).maximum)
     console.print(table)
+
+
+_CHANGES = 100
+"""Changes that a terminal shows."""
+
+
+def print_difference(found: Difference, too_much: Sequence[Change]) -> None:
+    """What changed, what did not, and what is too much."""
+    console = _console()
+    for name, first, second in found.settings:
+        console.print(escape(f"{name}: {first} was, {second} is"), soft_wrap=True)
+    if found.changes:
+        table = Table(box=SIMPLE_HEAD, pad_edge=False)
+        for title in ("case", "figure"):
+            table.add_column(title, no_wrap=True)
+        for title in ("was", "is", "change"):
+            table.add_column(title, justify="right", no_wrap=True)
+        for change in found.changes[:_CHANGES]:
+            share = "" if change.share is None else f"{100 * change.share:+,.2f} %"
+            shown = (_figure(change.first), _figure(change.second), share)
+            style = "bold red" if change in too_much else ""
+            table.add_row(escape(change.case), escape(change.figure), *shown, style=style)
+        console.width = max(console.width, Measurement.get(console, console.options.update(width=500), table).maximum)
+        console.print(table)
+        if len(found.changes) > _CHANGES:
+            console.print(f"The first {_CHANGES} of {len(found.changes):,} changes; --json has all.")
+    equal = found.figures - len(found.changes)
+    text = f"{found.cases:,} cases, {found.figures:,} figures: {equal:,} equal, {len(found.changes):,} changed."
+    for title, cases in (("first", found.first_only), ("second", found.second_only)):
+        if cases:
+            listed = ", ".join(cases[:3]) + (", ..." if len(cases) > 3 else "")
+            text += f" Only in the {title}: {len(cases):,} ({listed})."
+    if too_much:
+        text += f" Too much: {len(too_much):,}."
+    console.print(escape(text), soft_wrap=True)
+
+
+def _figure(value: Any) -> str:
+    if value is None:
+        return "none"
+    return f"{value:,.4f}" if isinstance(value, float) else f"{value:,}" if type(value) is int else escape(str(value))
 
 
 def print_run(study: Study) -> None:

@@ -288,7 +288,7 @@ def test_all_results_are_among_them():
     named |= {"Program", "Area", "Life", "Format", "Row", "Event", "Block", "Source", "Split", "Parameter", "Workload"}
     named |= {"BackEnd", "Emulator"}
     # What a sweep sends, which its tests send.
-    named |= {"Plan", "Point", "Run", "Shared", "Task", "Done"}
+    named |= {"Plan", "Point", "Run", "Shared", "Task", "Done", "Change", "Difference"}
     public = {kind.__name__ for kind in kinds.values() if not kind.__name__.startswith("_")}
     assert public - named == set()
 

@@ -289,6 +289,7 @@ COMMANDS = {
     "show": ("demand-paging",),
     "sweep": ("SPEC", "--jobs", 1),
     "collect": ("RESULTS",),
+    "diff": ("RESULTS", "RESULTS"),
 }
 
 
