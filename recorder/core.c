@@ -24,6 +24,8 @@ struct block {              /* of translated code: what its execution needs, in 
     bool seen;              /* it was executed before */
     bool check;             /* it may be reached by a change of registers that no instruction made */
     bool marks;             /* it begins with CPUID */
+    bool traps;             /* it ends with an instruction that raises an exception where it is done */
+    uint16_t at[];          /* of its instructions: where each begins in it, if the emulator tells of exceptions */
 } __attribute__((aligned(64)));
 
 struct kept_op {
@@ -35,7 +37,7 @@ uint64_t nframes;
 uint8_t *ram;
 struct vcpu *vcpus;
 unsigned vcpu_count;
-bool recording;
+bool recording, tells_delivery;
 
 static struct vcpu *running;    /* the processor whose block it is */
 static void finish_op(struct vcpu *v, uint64_t now);
@@ -144,7 +146,7 @@ static inline void access_at(unsigned vcpu, qemu_plugin_meminfo_t info, uint64_t
         access_slow(v, info, va, number, is_store);
 }
 
-#ifdef INTERFACE_1
+#if INTERFACE < 4
 /* It calls what is registered for loads at stores too, and the other way round. Its releases have this bit of `info` for
  * stores; access_page compares it with what the interface says. */
 static void on_access(unsigned vcpu, qemu_plugin_meminfo_t info, uint64_t va, void *number)
@@ -165,7 +167,7 @@ static void on_store(unsigned vcpu, qemu_plugin_meminfo_t info, uint64_t va, voi
 
 static void register_accesses(struct qemu_plugin_insn *insn, void *number)
 {
-#ifdef INTERFACE_1
+#if INTERFACE < 4
     qemu_plugin_register_vcpu_mem_cb(insn, on_access, QEMU_PLUGIN_CB_NO_REGS, QEMU_PLUGIN_MEM_RW, number);
 #else
     qemu_plugin_register_vcpu_mem_cb(insn, on_load, QEMU_PLUGIN_CB_NO_REGS, QEMU_PLUGIN_MEM_R, number);
@@ -334,6 +336,7 @@ static void on_block(unsigned vcpu, void *data)
     uint64_t now = stream_clock;
     stream_clock = now + b->insns;
     v->begun = now;
+    v->block = b;
     if (UNLIKELY(v->pending || !b->seen || b->check || b->marks || now >= stream_limit))
         block_slow(v, now, b);
     v->cpl = b->cpl;
@@ -350,11 +353,26 @@ static uint64_t code_gpa(const struct qemu_plugin_insn *insn)
     return host && host >= ram && host < ram + (nframes << 12) ? (uint64_t)(host - ram) : NOWHERE;
 }
 
-static void on_translation(qemu_plugin_id_t id, struct qemu_plugin_tb *tb)
+/* An exception or an interrupt was delivered, or (raised) an exception is about to be. Where it came from is told rightly at
+ * the delivery alone. An interrupt comes between blocks; an exception leaves its block, and what follows in it was not
+ * executed. Nothing else runs between the two, so that the clock is still the block's. */
+void core_delivered(unsigned vcpu, bool raised, uint64_t from)
 {
-    (void)id;
-    size_t count = qemu_plugin_tb_n_insns(tb);
-    struct block *b = aligned_alloc(64, sizeof *b);
+    struct vcpu *v = that_runs(vcpu);
+    const struct block *b = v->block;
+    bool left = v->raised && !raised;
+    v->raised = raised;
+    if (!left || !b || stream_clock != v->begun + b->insns)
+        return;
+    for (uint32_t n = 0; n < b->insns - b->traps; n++)
+        if (b->va[0] + b->at[n] == from)
+            stream_clock = v->begun + n;
+}
+
+void core_translated(struct qemu_plugin_tb *tb)
+{
+    size_t count = qemu_plugin_tb_n_insns(tb), size = sizeof(struct block) + (tells_delivery ? 2 * count : 0);
+    struct block *b = aligned_alloc(64, (size + 63) & ~(size_t)63);
     if (!b)
         fatal("no memory", "");
     memset(b, 0, sizeof *b);
@@ -377,6 +395,10 @@ static void on_translation(qemu_plugin_id_t id, struct qemu_plugin_tb *tb)
             b->tag[1] = last >> 12 << 2 | 1;
             b->gpa[1] = va >> 12 == last >> 12 ? code_gpa(insn) : NOWHERE;
         }
+        if (tells_delivery) {
+            b->at[n] = va - b->va[0];
+            b->traps = length && ((bytes[0] >= 0xCC && bytes[0] <= 0xCE) || bytes[0] == 0xF1);    /* INT3, INT, INTO, INT1 */
+        }
         register_accesses(insn, (void *)(uintptr_t)n);
         struct op op;
         if (!decode(bytes, length, va, &op))
@@ -396,15 +418,16 @@ static void on_translation(qemu_plugin_id_t id, struct qemu_plugin_tb *tb)
 }
 
 /* All blocks are forgotten. An operation that waits for its block outlives them. */
-static void on_flush(qemu_plugin_id_t id)
+void core_forgotten(void)
 {
     static struct op waiting[VCPUS_MAX];
-    (void)id;
-    for (unsigned n = 0; n < vcpu_count; n++)
+    for (unsigned n = 0; n < vcpu_count; n++) {
+        vcpus[n].block = NULL;
         if (vcpus[n].pending) {
             waiting[n] = *vcpus[n].pending;
             vcpus[n].pending = &waiting[n];
         }
+    }
     while (blocks) {
         struct block *b = blocks;
         blocks = b->next;
@@ -415,12 +438,6 @@ static void on_flush(qemu_plugin_id_t id)
         ops = kept->next;
         free(kept);
     }
-}
-
-static void on_exit_of_all(qemu_plugin_id_t id, void *data)
-{
-    (void)id, (void)data;
-    stream_end();
 }
 
 /* Arguments: ram=PATH, frames=N, fd=N; filter=PAGES, instructions=N. */
@@ -463,10 +480,7 @@ int core_install(qemu_plugin_id_t id, const qemu_info_t *info, int argc, char **
         fatal("no memory", "");
     filter_install(pages);
     tables_install();
-    if (!backend_install(id, info))
-        return 1;
-    qemu_plugin_register_vcpu_tb_trans_cb(id, on_translation);
-    qemu_plugin_register_flush_cb(id, on_flush);
-    qemu_plugin_register_atexit_cb(id, on_exit_of_all, NULL);
+    backend_install(info);
+    events_install(id);
     return 0;
 }

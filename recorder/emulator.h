@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later
  *
- * The part of the emulator's plug-in interface that is used here, as documented for versions 1 (QEMU 7.2) and 4 to 6
- * (QEMU 10.0 and later). What differs between the two is declared by the back ends themselves.
+ * The part of the emulator's plug-in interface that is used here, as documented for versions 1 (QEMU 7.2), 4 to 6 (10.0 to
+ * 11.0) and 7 (11.1). What differs between them is declared by the back ends themselves.
  */
 #ifndef RECORDER_EMULATOR_H
 #define RECORDER_EMULATOR_H
@@ -34,17 +34,9 @@ typedef struct {
 enum { QEMU_PLUGIN_CB_NO_REGS, QEMU_PLUGIN_CB_R_REGS };
 enum { QEMU_PLUGIN_MEM_R = 1, QEMU_PLUGIN_MEM_W, QEMU_PLUGIN_MEM_RW };
 
-typedef void (*block_translated)(qemu_plugin_id_t id, struct qemu_plugin_tb *tb);
-typedef void (*vcpu_event)(qemu_plugin_id_t id, unsigned vcpu);
-typedef void (*plain_event)(qemu_plugin_id_t id);
-typedef void (*last_event)(qemu_plugin_id_t id, void *data);
 typedef void (*executed)(unsigned vcpu, void *data);
 typedef void (*accessed)(unsigned vcpu, qemu_plugin_meminfo_t info, uint64_t va, void *data);
 
-void qemu_plugin_register_vcpu_tb_trans_cb(qemu_plugin_id_t id, block_translated f);
-void qemu_plugin_register_vcpu_init_cb(qemu_plugin_id_t id, vcpu_event f);
-void qemu_plugin_register_flush_cb(qemu_plugin_id_t id, plain_event f);
-void qemu_plugin_register_atexit_cb(qemu_plugin_id_t id, last_event f, void *data);
 void qemu_plugin_register_vcpu_tb_exec_cb(struct qemu_plugin_tb *tb, executed f, int flags, void *data);
 void qemu_plugin_register_vcpu_insn_exec_cb(struct qemu_plugin_insn *insn, executed f, int flags, void *data);
 void qemu_plugin_register_vcpu_mem_cb(struct qemu_plugin_insn *insn, accessed f, int flags, int rw, void *data);

@@ -52,13 +52,16 @@ uint64_t backend_gpa(qemu_plugin_meminfo_t info, uint64_t va)
     return qemu_plugin_hwaddr_is_io(at) || gpa >> 12 < nframes ? gpa : NOWHERE;
 }
 
-bool backend_install(qemu_plugin_id_t id, const qemu_info_t *info)
+void backend_begins(unsigned vcpu)
 {
-    (void)id;
+    (void)vcpu;
+}
+
+void backend_install(const qemu_info_t *info)
+{
     if (info->version.cur != 1)
         fatal("the version 1 of the plug-in interface is needed", "");
     bytes_read = g_byte_array_new();
-    return true;
 }
 
 EXPORTED int qemu_plugin_install(qemu_plugin_id_t id, const qemu_info_t *info, int argc, char **argv)

@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later
  *
- * Back end for QEMU 10.0 and later, versions 4 to 6 of the plug-in interface. With one processor nothing but that
+ * Back end for QEMU 10.0 and later, versions 4 to 7 of the plug-in interface. With one processor nothing but that
  * interface is used.
  */
 #include <dlfcn.h>
@@ -8,7 +8,7 @@
 
 #include "recorder.h"
 
-EXPORTED int qemu_plugin_version = 4;
+EXPORTED int qemu_plugin_version = INTERFACE;
 const int backend_flags = QEMU_PLUGIN_CB_R_REGS;
 
 struct qemu_plugin_register;
@@ -76,9 +76,8 @@ unsigned backend_vcpu(unsigned told)
     return last;
 }
 
-static void on_vcpu(qemu_plugin_id_t id, unsigned vcpu)
+void backend_begins(unsigned vcpu)
 {
-    (void)id;
     if (vcpu_count > 1) {
         void *const *here = dlsym(RTLD_DEFAULT, "current_cpu");
         if (!here || !*here || vcpu >= VCPUS_MAX)
@@ -100,13 +99,11 @@ static void on_vcpu(qemu_plugin_id_t id, unsigned vcpu)
             fatal("the emulator does not tell the register ", names[number]);
 }
 
-bool backend_install(qemu_plugin_id_t id, const qemu_info_t *info)
+void backend_install(const qemu_info_t *info)
 {
-    if (info->version.cur < 4 || info->version.cur > 6)
-        fatal("a version from 4 to 6 of the plug-in interface is needed", "");
+    if (info->version.cur < INTERFACE)
+        fatal("a later version of the plug-in interface is needed", "");
     bytes_read = g_byte_array_new();
-    qemu_plugin_register_vcpu_init_cb(id, on_vcpu);
-    return true;
 }
 
 EXPORTED int qemu_plugin_install(qemu_plugin_id_t id, const qemu_info_t *info, int argc, char **argv)

@@ -58,6 +58,7 @@ struct set {                    /* of a filter: pages whose accesses need no rec
 } __attribute__((aligned(64)));
 enum { FILTER_LOAD, FILTER_STORE, FILTER_FETCH, FILTERS };
 
+struct block;           /* of translated code: core.c */
 struct op;              /* of an instruction that changes registers or drops translations: decode.c */
 struct table;           /* a frame that serves as a table of some level: tables.c */
 
@@ -70,6 +71,8 @@ struct vcpu {
     uint64_t begun;     /* instructions executed when its block began */
     uint64_t fetch;     /* tag of the page fetched from last */
     const struct op *pending;
+    const struct block *block;  /* the one that it executes, or executed last */
+    bool raised;        /* an exception, which is not delivered yet */
     struct table *root;
     uint64_t *hand[2];  /* of loads and of stores: for each set the tag that was used last, if its page needs no look */
     struct set *filter[FILTERS];
@@ -81,7 +84,14 @@ extern uint8_t *ram;                /* the same, in this process */
 extern struct vcpu *vcpus;
 extern unsigned vcpu_count;
 extern bool recording;
+extern bool tells_delivery;         /* core_delivered is called: the emulator tells of interrupts and exceptions */
 int core_install(qemu_plugin_id_t id, const qemu_info_t *info, int argc, char **argv);
+void core_translated(struct qemu_plugin_tb *tb);
+void core_forgotten(void);
+void core_delivered(unsigned vcpu, bool raised, uint64_t from);
+
+/* events.c */
+void events_install(qemu_plugin_id_t id);
 
 /* filter.c */
 extern uint64_t filter_sets;        /* a power of two */
@@ -128,7 +138,8 @@ uint64_t op_address(const struct op *op, const struct vcpu *v);
 /* A back end */
 #define MAGIC_MARK 0x53435243u      /* EAX of a CPUID that marks a place: "SCRC"; ECX has its number */
 extern const int backend_flags;     /* of callbacks that read registers */
-bool backend_install(qemu_plugin_id_t id, const qemu_info_t *info);
+void backend_install(const qemu_info_t *info);
+void backend_begins(unsigned vcpu);              /* a processor does */
 size_t backend_bytes(const struct qemu_plugin_insn *insn, uint8_t bytes[16]);
 uint64_t backend_register(unsigned vcpu, int number);
 unsigned backend_vcpu(unsigned told);            /* the processor that runs, where it was told this one */

@@ -10,10 +10,12 @@ import signal
 import struct
 import subprocess
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -57,7 +59,8 @@ def record(
     command: qemu-system-x86_64 with its arguments. filter_pages: pages whose accesses are told once (8-way, LRU).
     seconds, instructions: end the guest after so much; None: it ends by itself. Returns the writer, closed.
     ConfigError if QEMU, a C compiler or the plug-in's source is not there, or if an argument does not go with
-    recording. Where the recording is interrupted, or QEMU dies, what was recorded is kept, marked as incomplete.
+    recording. Where the recording is interrupted (Ctrl-C, SIGTERM), or QEMU dies, what was recorded is kept, marked as
+    incomplete.
     """
     out = check_path(out, "out")
     if not command:
@@ -74,6 +77,7 @@ def record(
     found = emulator(command[0])
     plugin = build(back_end(found.version))
     ours, theirs = os.pipe()
+    before = _end_by_termination()
     try:
         import fcntl  # not on Windows
 
@@ -104,9 +108,19 @@ def record(
             stream = _Stream(ours, child, seconds, progress)
             return _write(stream, out, title, source, found)
     finally:
+        if before is not None:
+            signal.signal(signal.SIGTERM, before)
         os.close(ours)
         if theirs >= 0:
             os.close(theirs)
+
+
+def _end_by_termination() -> Any:
+    """Let SIGTERM be as Ctrl-C, so that neither the emulator nor its memory outlives this process. Returns the handler
+    before, None where it is not for this thread to say."""
+    if threading.current_thread() is not threading.main_thread():
+        return None
+    return signal.signal(signal.SIGTERM, signal.default_int_handler)
 
 
 def _write(stream: _Stream, out: str, title: str, source: dict[str, object], found: Emulator) -> Writer:

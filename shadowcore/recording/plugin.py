@@ -15,7 +15,7 @@ from ..errors import ConfigError
 
 SOURCE = "SHADOWCORE_RECORDER"
 """Environment variable: the folder `recorder` of the source archive, where the package lies without it."""
-COMMON = ("core.c", "filter.c", "tables.c", "decode.c", "stream.c")
+COMMON = ("core.c", "filter.c", "tables.c", "decode.c", "stream.c", "events.c")
 HEADERS = ("emulator.h", "recorder.h")
 FLAGS = ("-std=c11", "-D_GNU_SOURCE", "-O2", "-Wall", "-fno-plt", "-fPIC", "-shared", "-fvisibility=hidden")
 
@@ -34,8 +34,10 @@ class BackEnd(NamedTuple):
 
 
 BACK_ENDS = (
-    BackEnd("qemu_v1.c", ("-DINTERFACE_1",), (7, 2), (7, 2)),
-    BackEnd("qemu_v4.c", (), (10, 0), None),
+    BackEnd("qemu_v1.c", ("-DINTERFACE=1",), (7, 2), (7, 2)),
+    BackEnd("qemu_v4.c", ("-DINTERFACE=4",), (10, 0), (10, 2)),
+    BackEnd("qemu_v4.c", ("-DINTERFACE=6",), (11, 0), (11, 0)),
+    BackEnd("qemu_v4.c", ("-DINTERFACE=7",), (11, 1), None),
 )
 
 

@@ -30,11 +30,11 @@ def needs(emulator):
         pytest.skip("the source of the recorder's plug-in is not here")
 
 
-def modes(folder):
-    """The guest recorder/guests/modes.S, as a file for -kernel."""
-    out = folder / "modes"
+def modes(folder, name="modes"):
+    """A guest of recorder/guests that is no operating system, as a file for -kernel."""
+    out = folder / name
     options = ["-m32", "-nostdlib", "-static", "-Wl,-Ttext=0x100000,--build-id=none"]
-    command = [os.environ.get("CC", "cc"), *options, "-o", str(out), str(RECORDER / "guests" / "modes.S")]
+    command = [os.environ.get("CC", "cc"), *options, "-o", str(out), str(RECORDER / "guests" / f"{name}.S")]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         pytest.skip(f"the C compiler makes no 32-bit program: {done.stderr.splitlines()[-1]}")
