@@ -37,10 +37,10 @@ from .guest.process import Process
 from .pagetables import PageTables
 from .studies.access import AccessExplanation, explain
 from .studies.collect import Sweep, collect
-from .studies.results import Study, StudyDesign
+from .studies.results import Study, StudyDesign, Swept
 from .studies.spread import SweepError
 from .studies.store import StoreError
-from .studies.study import StudyInterrupted, study
+from .studies.study import StudyInterrupted, compare, study
 from .studies.sweep import SweepInterrupted, sweep
 
 __all__ = [
@@ -91,6 +91,7 @@ __all__ = [
     "Sweep",
     "SweepError",
     "SweepInterrupted",
+    "Swept",
     "Touch",
     "TraceError",
     "Translation",
@@ -98,6 +99,7 @@ __all__ = [
     "Violation",
     "__version__",
     "collect",
+    "compare",
     "embed",
     "explain",
     "get_include",

@@ -25,6 +25,8 @@ MARKERS = ("never", "page", "synced", "walk")
 POOL_MAX = (1 << 22) - 1
 """Pages of a shadow pool at most: the number of an spte, plus one, has 31 bits, as lists of sptes need it."""
 _UNITS = {"": 1, "b": 1} | {f"{k}{s}": 1 << 10 * i for i, k in enumerate("kmgt", 1) for s in ("", "b", "ib")}
+_THOUSANDS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
+_COUNT = re.compile(r"([0-9](?:_?[0-9])*)(?:\.([0-9]{1,18}))?(?:[eE]\+?([0-9]{1,2})|\s*([kKmMgGtT]))?")
 
 
 class Op(IntEnum):
@@ -472,13 +474,26 @@ def check_ints(name: str, values: object, count: int, high: int) -> list[int]:
     return [check_int(name, value, 0, high) for value in values]
 
 
+def parse_count(text: str) -> int | None:
+    """A count from a text: digits, `_` between them, 1e6, 2.5M; K, M, G and T are thousands. None if it is none, or has
+    parts of one."""
+    match = _COUNT.fullmatch(text.strip())
+    if match is None or len(match[1]) > 40:
+        return None
+    whole, part, power, letter = match.groups("")
+    digits = whole.replace("_", "") + part
+    scaled = int(digits) * 10 ** int(power or 0) * _THOUSANDS[letter.lower()]
+    number, rest = divmod(scaled, 10 ** len(part))
+    return None if rest else number
+
+
 def parse_size(size: object, name: str = "memory") -> int:
     """Bytes from an int or a text such as "64MiB", "64M" or "64MB", which are the same; a positive multiple of 4096."""
     if isinstance(size, str):
         match = re.fullmatch(r"\s*([0-9]{1,19})\s*([A-Za-z]*)\s*", size)
         unit = None if match is None else _UNITS.get(match[2].lower())
         if match is None or unit is None:
-            raise ConfigError(f"{name}: {size!r} is not a size such as 67108864, '64MiB' or '4GiB'")
+            raise ConfigError(f"{name}: {size!r} is not a size such as 67108864, '64MiB' or '4G'")
         size = int(match[1]) * unit
     number = check_int(name, size, PAGE_SIZE, 1 << 52)
     if number % PAGE_SIZE:

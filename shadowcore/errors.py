@@ -71,7 +71,7 @@ class AuditError(ShadowcoreError):
     """Invariants do not hold: `violations`, the first of `count`, found at `point` (None: by `vm.audit`).
 
     From a batch it has `.result`, the operations done, the last of which is the one that was audited; from a
-    replay the number of the record.
+    replay or a run `.record`, the number of the record, or of operations done, and `.audits`, how many were made.
     """
 
     def __init__(self, violations: tuple[object, ...], count: int | None = None, point: str | None = None) -> None:
@@ -80,6 +80,7 @@ class AuditError(ShadowcoreError):
         self.point = point
         self.result: object = None
         self.record: int | None = None
+        self.audits = 0
         first = violations[0] if violations else "none"
         where = "" if point is None else f" at {point}"
         super().__init__(f"{self.count} violation(s){where}, first: {first}")

@@ -23,7 +23,6 @@ from . import diff as cli_diff
 from . import evolution as cli_evolution
 from . import explain as cli_explain
 from . import guests as cli_guests
-from . import programs as cli_programs
 from . import recording as cli_recording
 from . import replay as cli_replay
 from . import reproduce as cli_reproduce
@@ -101,7 +100,6 @@ for _module in (
     cli_sweep,
     cli_diff,
     cli_workload,
-    cli_programs,
     cli_recording,
     cli_explain,
     cli_guests,

@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from .options import JSON, OPERATIONS, POOL, SEED, SET, Source, command, mmu, together
+from .options import JSON, OPERATIONS, POOL, SEED, SET, SOURCES, WARM_UP, command, mmu, together
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
 
 @command()
-@click.argument("source", required=False, metavar="[WORKLOAD|RECORDING]", type=Source())
+@SOURCES
 @click.option(
     "--trace",
     "traces",
@@ -29,10 +29,11 @@ if TYPE_CHECKING:
 @POOL
 @SET
 @OPERATIONS
+@WARM_UP
 @SEED
 @JSON
 def check(
-    source: str | None,
+    sources: tuple[str, ...],
     traces: tuple[str, ...],
     designs: tuple[str, ...],
     pool: int | None,
@@ -44,6 +45,10 @@ def check(
 
     Nothing is replayed: such traces have no accesses. WORKLOAD or RECORDING is the model of what ran on the host;
     without it, the recording that comes with the package. Where lengths differ, compare shares of the exits.
+
+    \b
+    Example:
+      shadowcore check shell --trace host.txt --mmu unsync --mmu kvm-6.12
     """
     from ..report import terminal
     from ..studies import host
@@ -56,7 +61,7 @@ def check(
         return progress(design, "operations")
 
     wanted = tuple(dict.fromkeys(designs or ("unsync",)))
-    made = study(source, wanted, settings=together(sets, pool), windows=0, progress=bar, **options)
+    made = study(list(sources) or None, wanted, settings=together(sets, pool), windows=0, progress=bar, **options)
     if as_json:
         click.echo(json.dumps({"hosts": [each.as_dict() for each in found]} | host.counted(made)))
     else:

@@ -7,7 +7,7 @@ import json
 import click
 
 from ..files import replace
-from .options import JSON, Output, apart, command
+from .options import JSON, Count, Output, apart, command
 
 
 @command()
@@ -15,7 +15,7 @@ from .options import JSON, Output, apart, command
 @click.option("--svg", type=Output(), metavar="FILE", help="Write its picture to FILE.  [default: no file]")
 @click.option(
     "--operations",
-    type=click.IntRange(1, 1 << 62),
+    type=Count(1),
     default=200_000,
     show_default=True,
     metavar="N",

@@ -11,7 +11,7 @@ import click
 from ..config import DESIGNS
 from ..errors import ConfigError
 from ..pagetables import FORMATS as MODES
-from .options import JSON, Address, Command, Name, Output, apart, command
+from .options import JSON, Address, Command, Count, Name, Output, apart, command
 
 if TYPE_CHECKING:
     from ..studies.explain import Access
@@ -30,7 +30,7 @@ _SHARED = (
     ),
     click.option(
         "--record",
-        type=click.IntRange(0),
+        type=Count(0),
         metavar="N",
         help="Of a recording: stand before its record number N.  [default: at its end]",
     ),

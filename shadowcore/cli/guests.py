@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import shlex
 import sys
 from pathlib import Path
 
 import click
 
-from .options import JSON, Output, command
+from .options import JSON, Count, Output, command
 from .progress import progress as _progress
-from .recording import written
+from .recording import go_on, written
 
 
 @command("record-guest", context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})
@@ -30,7 +29,7 @@ from .recording import written
 @click.option(
     "--filter",
     "filter_pages",
-    type=click.IntRange(8),
+    type=Count(8),
     default=512,
     show_default=True,
     metavar="PAGES",
@@ -39,7 +38,7 @@ from .recording import written
 @click.option(
     "--seconds", type=click.FloatRange(0, 1e6, min_open=True), help="End the guest after this time.  [default: no]"
 )
-@click.option("--instructions", type=click.IntRange(1), help="End it after so many of its instructions.  [default: no]")
+@click.option("--instructions", type=Count(1), help="End it after so many of its instructions.  [default: no]")
 @click.option("--name", metavar="NAME", help="What reports call the recording.  [default: as OUT]")
 @JSON
 def record_guest(
@@ -57,6 +56,10 @@ def record_guest(
     runs by emulation, two to three times as slowly as without the plug-in. The recording begins when paging is first
     turned on, and ends with the guest, or as --seconds or --instructions say. Ctrl-C ends it; what was recorded by then
     is kept, marked as incomplete.
+
+    \b
+    Example:
+      shadowcore record-guest -- qemu-system-x86_64 -m 256 -nographic -kernel vmlinuz -append console=ttyS0
     """
     from ..recording import emulated
 
@@ -76,7 +79,7 @@ def record_guest(
     if not as_json:
         if not writer.complete:
             click.echo("shadowcore: the recording is incomplete: the emulator ended before its time", err=True)
-        click.echo(f"next: shadowcore compare {shlex.quote(out)}", err=True)
+        go_on(writer)
     if not writer.complete:
         sys.exit(1)
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 import click
 
-from ..config import DESIGNS, POOL_MAX
+from ..config import DESIGNS, POOL_MAX, parse_count
 from ..engine.presets import ALIASES, PRESETS, find_preset
 from ..errors import ConfigError
 from ..studies import settings
@@ -57,6 +57,24 @@ class Address(_Int):
             self.fail(f"{value!r} is not a number such as 0x7f00 or 32512", param, ctx)
         if not 0 <= number < 1 << 64:
             self.fail(f"{value!r} is not within 64 bits", param, ctx)
+        return number
+
+
+class Count(_Int):
+    """How many, within a range: 4096, 1e6, 16M. K, M, G and T are thousands, as of operations and pages."""
+
+    name = "count"
+
+    def __init__(self, low: int, high: int = 1 << 62) -> None:
+        self.low, self.high = low, high
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        number = value if isinstance(value, int) else parse_count(str(value))
+        if number is None:
+            self.fail(f"{value!r} is not a count such as 4096, 1e6 or 16M", param, ctx)
+        if not self.low <= number <= self.high:
+            limit = f"at least {self.low:,}" if number < self.low else f"at most {self.high:,}"
+            self.fail(f"{number:,} is not {limit}", param, ctx)
         return number
 
 
@@ -119,6 +137,17 @@ class Source(_Text):
         item = click.shell_completion.CompletionItem
         names = [item(name) for name in WORKLOADS if name.startswith(incomplete)]
         return [*names, item(incomplete, type="file")]
+
+
+class WarmUp(_Text):
+    """A count, or the name of a phase, which is known where the recording is."""
+
+    name = "count or phase"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if isinstance(value, str) and value[:1].isdigit():
+            return Count(0).convert(value, param, ctx)
+        return value
 
 
 class Output(_Text):
@@ -200,10 +229,10 @@ def together(sets: tuple[tuple[str, Any], ...], pool: int | None) -> dict[str, A
 
 
 JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of text.  [default: text]")
-RECORDING = click.argument("recording", required=False, metavar="[RECORDING]")
+SOURCES = click.argument("sources", nargs=-1, metavar="[WORKLOAD|RECORDING]...", type=Source())
 POOL = click.option(
     "--pool",
-    type=click.IntRange(4, POOL_MAX),
+    type=Count(4, POOL_MAX),
     metavar="N",
     help="Shadow pages in the pool, 4096 bytes each; native has none.  [default: 256; unsync: a fiftieth of the "
     "guest's frames, at least 64]",
@@ -215,23 +244,32 @@ SET = click.option(
     multiple=True,
     metavar="NAME=VALUE",
     help="A setting: of shadow MMUs (pool, min_free, refill, flood_threshold, flood_reset, notpresent_marker; of "
-    "unsync prev_roots, prefetch, release), tlb (entries, or none), levels (what lies below: `shadowcore costs`), and "
-    "of workloads: memory, vcpus, host_page_size, backing, "
-    "their parameters (`shadowcore workloads NAME`), and those of the guest kernel (mode, pcid, isolation, ...). May "
-    "be repeated.  "
-    "[default: as each has it]",
+    "unsync prev_roots, prefetch, release), tlb (entries, or none), levels (what lies below: `shadowcore costs`); of "
+    "workloads and programs memory, those of the guest kernel (mode, pcid, isolation, ...), of workloads vcpus, "
+    "host_page_size, backing, their parameters (`shadowcore workloads NAME`), of programs turn and fold. May be "
+    "repeated.  [default: as each has it]",
 )
 OPERATIONS = click.option(
     "--operations",
-    type=click.IntRange(1, 1 << 62),
+    type=Count(1),
     metavar="N",
-    help="Operations of a workload's processor, or records of a recording, at most.  [default: 1000000; all records]",
+    help="Operations of a workload's processor, or of a recording, at most: a guest's records, a program's accesses.  "
+    "[default: 1000000 after the warm-up; all of a recording]",
 )
 SEED = click.option(
     "--seed",
-    type=click.IntRange(0, (1 << 64) - 1),
+    type=Count(0, (1 << 64) - 1),
     metavar="N",
-    help="Of everything random in a workload; a recording has nothing random.  [default: 0]",
+    help="Of everything random in a workload, or in the kernel that programs run on.  [default: 0]",
+)
+WARM_UP = click.option(
+    "--warm-up",
+    type=WarmUp(),
+    default=0,
+    metavar="N|PHASE",
+    help="Operations that come first and are not counted: all figures are from there on, in the state to which they "
+    "have brought guest and shadow. Or a phase that the recording marks, which begins there; boot ends there.  "
+    "[default: 0]",
 )
 COSTS = click.option(
     "--costs",

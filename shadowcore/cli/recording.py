@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +13,8 @@ from ..errors import ConfigError
 from ..pagetables import FORMATS as MODES
 from ..recording import importers
 from ..recording.format import INCOMPLETE
-from .options import JSON, Address, Name, Output, apart, command
+from ..recording.holdings import told
+from .options import JSON, Address, Name, Output, Source, apart, command
 from .progress import progress as _progress
 
 if TYPE_CHECKING:
@@ -65,6 +67,10 @@ def import_(
     kept in OUT, marked as incomplete.
 
     Of a memory image (see `shadowcore walk`) OUT, which ends in .npz, gets the page tables.
+
+    \b
+    Example:
+      shadowcore import trace.0 trace.1 -o program.screc
     """
     from ..studies import images
 
@@ -110,6 +116,10 @@ def record(command: tuple[str, ...], out: str | None, valgrind: str, name: str |
 
     The program runs some hundred times slower: about a million accesses a second. Ctrl-C ends it; what was recorded
     by then is kept, marked as incomplete.
+
+    \b
+    Example:
+      shadowcore record -o ls.screc -- ls -l /
     """
     from ..recording import valgrind as tool
     from ..recording.format import SUFFIX
@@ -118,6 +128,14 @@ def record(command: tuple[str, ...], out: str | None, valgrind: str, name: str |
     with _progress(Path(command[0]).name, "B") as progress:
         writer = tool.record(command, target, valgrind=valgrind, name=name, progress=progress)
     written(writer, as_json, err=not as_json)
+    if not as_json:
+        go_on(writer)
+
+
+def go_on(writer: Writer) -> None:
+    """Say, after a recording, what to do with it."""
+    if writer.records:
+        click.echo(f"next: shadowcore compare {shlex.quote(str(writer.path))}", err=True)
 
 
 def written(writer: Writer, as_json: bool, err: bool = False) -> None:
@@ -144,35 +162,62 @@ def written(writer: Writer, as_json: bool, err: bool = False) -> None:
 
 
 @command()
-@click.argument("recording", metavar="RECORDING")
+@click.argument("source", required=False, metavar="[WORKLOAD|RECORDING]", type=Source())
 @click.option("--check", is_flag=True, help="Read every block, verify checksums and records, and count.  [default: no]")
 @JSON
-def info(recording: str, check: bool, as_json: bool) -> None:
-    """Say what RECORDING holds: its stream, records, processes, and where it comes from."""
-    from ..recording.reader import Reader, is_recording
+def info(source: str | None, check: bool, as_json: bool) -> None:
+    """Say what RECORDING holds: its stream, records, processes, and where it comes from; of a WORKLOAD, its parameters.
 
-    if is_recording(recording):
-        with Reader(recording) as reader:
+    Without either, of the recording that comes with the package.
+
+    \b
+    Example:
+      shadowcore info ls.screc --check
+    """
+    from ..recording.reader import Reader, is_recording
+    from ..workload import WORKLOADS
+
+    if source in WORKLOADS:
+        if check:
+            raise ConfigError(f"--check: it is for recordings, {source} is a workload")
+        found = _workload(str(source))
+    elif source is not None and is_recording(source):
+        with Reader(source) as reader:
             found = _about(reader) | (_counts(reader) if check else {})
     else:
         from ..recording import replay as trace
 
-        loaded = trace.load(recording)
+        loaded = trace.load(source)
         found = {
-            "file": recording,
+            "file": source,
             "format": "npz",
             "stream": "guest",
             "name": loaded.name,
             "records": loaded.operations,
             "complete": loaded.complete,
-            "bytes": Path(recording).stat().st_size,
+            "bytes": None if source is None else Path(source).stat().st_size,
             "guest": {key: getattr(loaded, key) for key in ("cr0", "cr4", "efer", "nframes")},
             "counts": loaded.counts,
+            "phases": loaded.phases,
+            "holds": told(loaded.holdings),
         }
     if as_json:
         click.echo(json.dumps(found))
     else:
         _print(found)
+
+
+def _workload(name: str) -> dict[str, Any]:
+    from ..workload import find
+
+    found = find(name)
+    return {
+        "name": name,
+        "stream": None,
+        "summary": found.summary,
+        "memory": found.memory,
+        "parameters": {key: f"{p.help}; {p.low} to {p.high}, {p.default}" for key, p in found.parameters.items()},
+    }
 
 
 def _about(reader: Reader) -> dict[str, Any]:
@@ -207,10 +252,11 @@ def _counts(reader: Reader) -> dict[str, Any]:
 
     if reader.stream == recordings.GUEST:
         total: dict[str, int] = {}
-        for _, piece in trace.RecordingFile(reader.path).pieces():
+        recording = trace.RecordingFile(reader.path)
+        for _, piece in recording.pieces():
             for key, number in piece.counts.items():
                 total[key] = total.get(key, 0) + number
-        return {"counts": total}
+        return {"counts": total, "phases": recording.phases, "holds": told(recording.holdings)}
     ops = np.zeros(256, dtype=np.int64)
     events = np.zeros(256, dtype=np.int64)
     for block in reader:
@@ -242,7 +288,7 @@ def _print(found: dict[str, Any]) -> None:
         return f"{value:,}" if isinstance(value, int) else str(value)
 
     for key, value in found.items():
-        if key == "name":
+        if key == "name" or value is None:
             continue
         if isinstance(value, dict):
             registers = key in ("guest", "machine")

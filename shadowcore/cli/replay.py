@@ -3,24 +3,24 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import click
 
 from ..config import DESIGNS
 from ..engine.audit import POINTS
-from ..errors import ConfigError
-from .options import JSON, POOL, RECORDING, Name, command
+from .options import JSON, OPERATIONS, POOL, SEED, SET, SOURCES, Count, Name, command, together
 
 
 @command()
-@RECORDING
+@SOURCES
 @click.option(
     "--every",
-    type=click.IntRange(1),
+    type=Count(1),
     default=100_000,
     metavar="N",
     show_default=True,
-    help="Records between two audits; there is one at the end besides.",
+    help="Operations (records) between two audits; there is one at the end besides.",
 )
 @click.option(
     "--at",
@@ -36,39 +36,63 @@ from .options import JSON, POOL, RECORDING, Name, command
     default="cached",
     metavar="NAME",
     show_default=True,
-    help=f"The design to replay under: {', '.join(DESIGNS)}.",
+    help=f"The design to run under: {', '.join(DESIGNS)}.",
 )
 @POOL
+@SET
+@OPERATIONS
+@SEED
 @JSON
 def audit(
-    recording: str | None, every: int, points: tuple[str, ...], design: str, pool: int | None, as_json: bool
+    sources: tuple[str, ...],
+    every: int,
+    points: tuple[str, ...],
+    design: str,
+    pool: int | None,
+    sets: tuple[tuple[str, Any], ...],
+    as_json: bool,
+    **options: Any,
 ) -> None:
-    """Replay RECORDING and check every invariant of the shadow structure now and then.
+    """Run a workload or a recording and check every invariant of the shadow structure now and then.
 
-    RECORDING is a file of what a guest did; without it, the recording that comes with the package. The
-    replay ends at the first audit that finds violations; they are printed, and the exit status is 1.
+    WORKLOAD and RECORDING are as for `shadowcore compare`; without either, the recording that comes with the package.
+    It ends at the first audit that finds violations; they are printed, and the exit status is 1.
+
+    \b
+    Example:
+      shadowcore audit fork-storm --every 10K --mmu unsync
     """
-    from ..recording import replay as trace
     from ..recording.format import INCOMPLETE
+    from ..studies.source import find
+    from ..studies.study import audit as audited
     from .progress import progress
 
-    if pool is not None and design == "native":
-        raise ConfigError("--pool: it is no setting of native; a design that has it is needed")
-    loaded = trace.open_recording(recording)
-    with progress(design, "records") as bar:
-        result = trace.replay(loaded, design, audit_every=every, audit_at=points, pool=pool, progress=bar)
+    opened = find(list(sources) or None)
+    settings = together(sets, pool)
+    found = audited(
+        opened,
+        design,
+        every=every,
+        at=points,
+        settings=settings,
+        progress=lambda design: progress(design, opened.unit),
+        **options,
+    )
+    one = opened.unit.removesuffix("es" if opened.unit == "accesses" else "s")
     if as_json:
-        found = {"workload": loaded.name, "operations": loaded.operations, "design": design, "every": every}
-        found["recording_complete"] = loaded.complete
-        click.echo(json.dumps(found | result.as_dict()))
+        violations = [{"record": at, "violation": str(what)} for at, what in found.violations]
+        plain = (found.outcome or {}) | {"workload": found.source, "operations": found.total, "design": design}
+        plain |= {"recording_complete": found.recording_complete, "every": every, "records": found.operations}
+        click.echo(json.dumps(plain | {"audits": found.audits, "violations": violations}))
     else:
-        for record, violation in result.violations:
-            click.echo(f"after record {record:,}: {violation}")
-        count = f"{len(result.violations):,} violation(s)" if result.violations else "no violations"
-        click.echo(f"{design} on {loaded.name}: {result.whole.records:,} records, {result.audits:,} audits, {count}")
-        if not loaded.complete:
+        for at, violation in found.violations:
+            click.echo(f"after {one} {at:,}: {violation}")
+        count = f"{len(found.violations):,} violation(s)" if found.violations else "no violations"
+        done = f"{found.operations:,} {opened.unit}"
+        click.echo(f"{design} on {found.source}: {done}, {found.audits:,} audits, {count}")
+        if not found.recording_complete:
             click.echo(f"{INCOMPLETE}.")
-    if result.violations:
+    if found.violations:
         click.get_current_context().exit(1)
 
 

@@ -1,4 +1,4 @@
-"""The commands `compare`, `report` and `run` of `shadowcore`: studies of workloads and recordings."""
+"""The commands `compare`, `report`, `run` and `programs` of `shadowcore`: studies of workloads and recordings."""
 
 from __future__ import annotations
 
@@ -11,38 +11,61 @@ import click
 
 from ..config import DEFAULT_DESIGNS
 from ..errors import ConfigError
-from .options import COSTS, JSON, OPERATIONS, POOL, SEED, SET, Output, Series, Source, apart, command, mmu, together
+from ..guest.options import MODES
+from .options import (
+    COSTS,
+    JSON,
+    OPERATIONS,
+    POOL,
+    SEED,
+    SET,
+    SOURCES,
+    WARM_UP,
+    Count,
+    Name,
+    Output,
+    Series,
+    apart,
+    command,
+    mmu,
+    together,
+)
 from .outputs import to_file, writable, writer
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from ..studies.results import Study
+    from ..studies.results import Study, Swept
 
 _COMPARED = (
-    click.argument("source", required=False, metavar="[WORKLOAD|RECORDING]", type=Source()),
-    mmu(DEFAULT_DESIGNS),
     POOL,
     SET,
     click.option(
         "--over",
         type=Series(),
         metavar="NAME=VALUE,...",
-        help="Sweep one setting (or seed, or operations): all designs with each of these values. One is allowed.  "
-        "[default: none]",
+        help="Sweep one setting (or seed, operations, warm_up): all designs with each of these values. One is allowed."
+        "  [default: none]",
+    ),
+    click.option(
+        "--base",
+        metavar="VALUE",
+        help="Of a swept setting of the guest kernel (isolation, mode, ...) the value whose native run every slow-down "
+        "is against.  [default: the first]",
     ),
     OPERATIONS,
+    WARM_UP,
     SEED,
     COSTS,
     click.option(
         "--skip-boot",
         is_flag=True,
-        help="Begin at a recording's first user-mode access, with the guest's tables as they are there and a new "
-        "shadow.  [default: begin at the first record]",
+        help="Begin at a guest's first user-mode access, with its tables as they are there and a new shadow.  "
+        "[default: begin at the first record]",
     ),
     click.option(
         "--windows",
-        type=click.IntRange(0, 1 << 62),
+        type=Count(0),
         metavar="N",
         help="Operations (records) in a window of reports and timelines.  [default: a 200th of all]",
     ),
@@ -54,6 +77,9 @@ _COMPARED = (
     ),
     JSON,
 )
+_HTML = click.option(
+    "--html", type=Output(), metavar="FILE", help="Write a report, one page, to FILE.  [default: no file]"
+)
 
 
 def _compared(function: Callable[..., None]) -> Callable[..., None]:
@@ -63,42 +89,114 @@ def _compared(function: Callable[..., None]) -> Callable[..., None]:
 
 
 @command()
+@SOURCES
+@mmu(DEFAULT_DESIGNS)
 @_compared
-@click.option("--html", type=Output(), metavar="FILE", help="Write a report, one page, to FILE.  [default: no file]")
+@_HTML
 def compare(**options: Any) -> None:
-    """Run a workload, or replay a recording, under several designs and print one table of what each costs.
+    """Run a workload or a recording under several designs and print one table of what each costs.
 
-    WORKLOAD is a name (`shadowcore workloads` lists them), RECORDING a file of what a guest did; without either, the
-    recording that comes with the package: a Linux 6.1 guest that boots and runs 60 shell pipelines.
+    WORKLOAD is a name (`shadowcore workloads` lists them), RECORDING a file of what a guest did, of operations, or of
+    what a program did (several programs run side by side); without either, the recording that comes with the package:
+    a Linux 6.1 guest that boots and runs 60 shell pipelines.
 
     Ctrl-C ends it; designs that were done by then are printed.
+
+    \b
+    Examples:
+      shadowcore compare hackbench --set groups=3 --over pool=64,256,1024
+      shadowcore compare guest.screc --warm-up boot --html guest.html
+      shadowcore compare webserver --over isolation=false,true
     """
     _compare(**options)
 
 
 @command()
+@SOURCES
+@mmu(DEFAULT_DESIGNS)
 @_compared
 @click.option("--html", type=Output(), required=True, metavar="FILE", help="The page to write.  [required]")
 def report(**options: Any) -> None:
-    """Write a report of a comparison: the same as `compare ... --html FILE`."""
+    """Write a report of a comparison: the same as `compare ... --html FILE`.
+
+    \b
+    Example:
+      shadowcore report fork-storm --html fork-storm.html
+    """
     _compare(**options)
 
 
+@command()
+@SOURCES
+@mmu(("cached",))
+@_compared
+@_HTML
+def run(**options: Any) -> None:
+    """Run a workload or a recording and print what its guest did and what the engine did about it, every counter that
+    is not 0.
+
+    WORKLOAD and RECORDING are as for `shadowcore compare`. Ctrl-C ends it; designs that were done by then are printed.
+
+    \b
+    Example:
+      shadowcore run pingpong --set pages=64 --mmu unsync
+    """
+    _compare(default=("cached",), detailed=True, **options)
+
+
+@command()
+@click.argument("sources", nargs=-1, required=True, metavar="RECORDING...")
+@mmu(DEFAULT_DESIGNS)
+@click.option(
+    "--mode", type=Name(MODES), metavar="NAME", help=f"Paging mode of the guest: {', '.join(MODES)}.  [default: 64]"
+)
+@click.option("--memory", metavar="SIZE", help="RAM of the guest, as 64MiB.  [default: enough]")
+@click.option(
+    "--turn",
+    type=Count(1),
+    metavar="N",
+    help="Accesses that a process makes before the next, where the recordings do not say who ran when.  "
+    "[default: 100000]",
+)
+@click.option("--fold", is_flag=True, help="Pack addresses that the mode lacks below its end.  [default: error]")
+@click.option("--isolation", is_flag=True, help="Page-table isolation.  [default: off]")
+@click.option("--pcid", is_flag=True, help="PCIDs.  [default: off]")
+@_compared
+@_HTML
+def programs(sets: tuple[tuple[str, Any], ...], **options: Any) -> None:
+    """The same as `compare`, for recorded programs, with settings of the guest kernel as options of their own.
+
+    RECORDING is a program recording, as `shadowcore record` and `import` make it; several run side by side.
+
+    \b
+    Example:
+      shadowcore programs ls.screc --mode pae --fold
+    """
+    given = {name: options.pop(name) for name in ("mode", "memory", "turn", "fold", "isolation", "pcid")}
+    more = tuple((name, value) for name, value in given.items() if value not in (None, False))
+    _compare(sets=(*sets, *more), **options)
+
+
 def _compare(
-    source: str | None,
+    sources: tuple[str, ...],
     designs: tuple[str, ...],
     pool: int | None,
     sets: tuple[tuple[str, Any], ...],
     over: tuple[str, tuple[Any, ...]] | None,
+    base: str | None,
     html: str | None,
     timeline: str | None,
     csv_file: str | None,
     windows: int | None,
     as_json: bool,
+    default: tuple[str, ...] = DEFAULT_DESIGNS,
+    detailed: bool = False,
     **rest: Any,
 ) -> None:
-    from ..studies.study import Source as Opened
-    from ..studies.study import StudyInterrupted, study
+    from ..studies import settings
+    from ..studies import study as studies
+    from ..studies.results import Swept
+    from ..studies.source import find
 
     pages = _pages(html, timeline)
     if over and pages:
@@ -108,73 +206,52 @@ def _compare(
     for _, file in outputs:
         if file is not None:
             writable(file)
-    fixed = together(sets, pool)
     if not writers:
         if windows:
             raise ConfigError("--windows: a report or a timeline, which shows them, is needed: --html or --timeline")
         windows = 0
-    wanted = tuple(dict.fromkeys(designs or DEFAULT_DESIGNS))
-    points: list[tuple[Any, dict[str, Any]]] = [(None, {})]
-    if over:
-        name, values = over
-        if name in fixed:
-            raise ConfigError(f"--over: {name} is set by --set or --pool as well")
-        if name in ("seed", "operations") and rest.get(name) is not None:
-            raise ConfigError(f"--over: {name} is set by --{name} as well")
-        points = [(value, {name: value}) for value in values]
-    opened = Opened.find(source)
-    apart(outputs, [opened.argument if opened.recording is not None else None])
-    done: list[tuple[Any, Study]] = []
+    wanted = tuple(dict.fromkeys(designs or default))
+    opened = find(list(sources) or None)
+    apart(outputs, opened.files)
+    options = rest | {"windows": windows, "settings": together(sets, pool)}
+    swept = {"over": None if over is None else dict([over]), "base": None if base is None else settings.parse(base)}
     interrupted = False
+    made: Study | Swept
     try:
-        for value, point in points:
-            label = f"{over[0]}={value} " if over else ""
-            direct = {key: point.pop(key) for key in ("seed", "operations") if key in point}
-            settings = fixed | point
-            options = rest | direct
-            done.append(
-                (value, study(opened, wanted, settings=settings, windows=windows, progress=_bar(label), **options))
-            )
-    except KeyboardInterrupt as stop:
-        interrupted = True
-        if isinstance(stop, StudyInterrupted) and stop.study.designs:
-            done.append((value, stop.study))
-    if not done:
-        raise KeyboardInterrupt
-    _show(over[0] if over else None, done, as_json)
+        made = studies.compare(opened, wanted, progress=_bar(opened.unit), **swept, **options)
+    except studies.StudyInterrupted as stop:
+        made, interrupted = stop.study, True
+        if not isinstance(made, Swept) and not made.designs:
+            raise KeyboardInterrupt from None
+    _show(made, as_json, detailed)
     if csv_file is not None:
-        _csv(over[0] if over else None, done, csv_file)
+        to_file(csv_file, made.to_csv)
     if interrupted:
         raise KeyboardInterrupt
     for write, file in writers:
-        to_file(file, partial(write, done[0][1]))
+        assert not isinstance(made, Swept)
+        to_file(file, partial(write, made))
 
 
-def _show(over: str | None, done: list[tuple[Any, Study]], as_json: bool) -> None:
+def _show(made: Study | Swept, as_json: bool, detailed: bool) -> None:
     from ..report import terminal as report
+    from ..studies.results import Swept
 
-    if over is None:
-        only = done[0][1]
-        if as_json:
-            click.echo(json.dumps(only.as_dict()))
-        else:
-            report.print_comparison(only)
-        return
+    swept = made if isinstance(made, Swept) else None
+    studies = [made] if not isinstance(made, Swept) else [study for _, study in made.points]
     if as_json:
-        values = [value for value, _ in done]
-        first = done[0][1]
-        studies = [made.as_dict() for _, made in done]
-        plain = {"workload": first.workload, "operations": first.operations, "over": over, "values": values}
-        click.echo(json.dumps(plain | {"studies": studies}))
+        plain = made.as_dict()
+        for study, found in zip(studies, plain["studies"] if swept else [plain], strict=True) if detailed else ():
+            for name, design in study.designs.items():
+                found["designs"][name]["counters"] = design.counters
+        click.echo(json.dumps(plain))
+    elif detailed:
+        for study in studies:
+            report.print_run(study)
+    elif swept:
+        report.print_sweep(swept)
     else:
-        report.print_sweep(over, done)
-
-
-def _csv(over: str | None, done: list[tuple[Any, Study]], file: str) -> None:
-    from ..studies.results import write_csv
-
-    rows = [({over: value} if over else {}) | row for value, made in done for row in made.rows()]
-    to_file(file, lambda path: write_csv(path, rows))
+        report.print_comparison(studies[0])
 
 
 def _pages(html: str | None, timeline: str | None) -> list[tuple[str, str, str]]:
@@ -182,55 +259,10 @@ def _pages(html: str | None, timeline: str | None) -> list[tuple[str, str, str]]
     return [(option, module, file) for option, module, file in asked if file is not None]
 
 
-def _bar(label: str = "") -> Callable[[str], AbstractContextManager[Callable[[int, int], None] | None]]:
+def _bar(unit: str) -> Callable[[str], AbstractContextManager[Callable[[int, int], None] | None]]:
     from .progress import progress
 
-    return lambda design: progress(label + design, "operations")
+    return lambda design: progress(design, unit)
 
 
-@command()
-@click.argument("workload", metavar="WORKLOAD", type=Source())
-@mmu(("cached",))
-@POOL
-@SET
-@OPERATIONS
-@SEED
-@COSTS
-@JSON
-def run(
-    workload: str,
-    designs: tuple[str, ...],
-    pool: int | None,
-    sets: tuple[tuple[str, Any], ...],
-    as_json: bool,
-    **options: Any,
-) -> None:
-    """Run WORKLOAD and print what its guest did and what the engine did about it, every counter that is not 0.
-
-    `shadowcore workloads` lists workloads, `shadowcore workloads NAME` the parameters of one. Ctrl-C ends it; designs
-    that were done by then are printed.
-    """
-    from ..report import terminal as report
-    from ..studies.study import StudyInterrupted, study
-    from ..workload import find
-
-    find(workload)
-    wanted = tuple(dict.fromkeys(designs or ("cached",)))
-    interrupted = False
-    try:
-        made = study(workload, wanted, settings=together(sets, pool), windows=0, progress=_bar(), **options)
-    except StudyInterrupted as stop:
-        made, interrupted = stop.study, True
-    if made.designs:
-        if as_json:
-            plain = made.as_dict()
-            for name, design in made.designs.items():
-                plain["designs"][name]["counters"] = design.counters
-            click.echo(json.dumps(plain))
-        else:
-            report.print_run(made)
-    if interrupted:
-        raise KeyboardInterrupt
-
-
-COMMANDS = (compare, report, run)
+COMMANDS = (compare, report, run, programs)

@@ -8,7 +8,7 @@ import math
 import click
 from click.core import ParameterSource
 
-from .options import JSON, command
+from .options import JSON, Count, command
 
 
 @command()
@@ -48,13 +48,13 @@ def workloads(name: str | None, as_json: bool) -> None:
 @click.argument("recordings", nargs=-1, metavar="[RECORDING]...")
 @click.option(
     "--spaces",
-    type=click.IntRange(1, 1 << 20),
+    type=Count(1, 1 << 20),
     default=120,
     show_default=True,
     metavar="N",
     help="Address spaces that the model makes, at most.",
 )
-@click.option("--seed", type=click.IntRange(0), default=1, show_default=True, metavar="N", help="Of the model.")
+@click.option("--seed", type=Count(0), default=1, show_default=True, metavar="N", help="Of the model.")
 @click.option(
     "--live",
     is_flag=True,

@@ -287,7 +287,7 @@ def left_out(unpriced: Mapping[str, Mapping[str, float]]) -> str:
 @dataclasses.dataclass(frozen=True)
 class CostBreakdown:
     """Cycles of a run: `components` by name (COMPONENTS), `total`, `microseconds`, and `slow_down` against native (None
-    where that is not known). costs, clock_ghz: of the prices.
+    where that is not known). costs, clock_ghz: of the prices. base: native of what, where not of the same guest.
 
     unpriced: cycles that are not in the total, by what for (UNPRICED): no price is published, and these are what it
     would come to if each entry looked at cost `guest_reference`. A sync is taken to look at all 512."""
@@ -297,6 +297,7 @@ class CostBreakdown:
     components: dict[str, float]
     native_total: float | None = None
     unpriced: dict[str, float] = dataclasses.field(default_factory=dict)
+    base: str | None = None
 
     @property
     def total(self) -> float:
@@ -329,6 +330,7 @@ class CostBreakdown:
             "cycles_unpriced": dict(self.unpriced),
             "microseconds": self.microseconds,
             "slow_down": self.slow_down,
+            "slow_down_against": None if self.slow_down is None else "native" + (f", {self.base}" if self.base else ""),
         }
 
 

@@ -5,44 +5,45 @@ from __future__ import annotations
 import dataclasses
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from ..config import DEFAULT_DESIGNS, Features, Native, Shadow, check_int, parse_size
+from ..config import DEFAULT_DESIGNS, TLB, Features, Native, Shadow, check_int, parse_size
+from ..engine.audits import Audits
 from ..engine.machine import VM
-from ..engine.reported import UNSYNC
-from ..engine.windows import grown
+from ..engine.windows import WindowLog, grown
 from ..errors import ConfigError, EngineError, GuestOutOfMemory
 from ..guest.kernel import NO_PROGRAM, Kernel
 from ..guest.options import Call, File, KernelOptions
-from ..recording.format import INCOMPLETE
 from ..recording.reader import Reader
 from ..workload import WorkloadResult
 from .spaces import Accesses, Area, Follower, Key, Life, Piece, close_all, open_all, walk
 from .survey import TURN, Fold, Survey, check_addresses, folding, survey
 
-__all__ = ["ProgramResult", "Survey", "compare", "run", "survey", "table"]
+__all__ = ["ProgramResult", "Survey", "compare", "run", "survey"]
 
 BARE, SHARED, GROWS = 1, 1, 2
 """`flags` of Call.SPAWN and EXEC; of MMAP."""
 _BIG = 1 << 16
 """Accesses made at once, at most."""
+_PART = 256
+"""And at least, where no window ends: a look at counters costs as much."""
 
 
 @dataclasses.dataclass(frozen=True)
 class ProgramResult(WorkloadResult):
     """What a run of recorded programs came to: a WorkloadResult, from boot on, with
 
-    accesses: of the recordings that were made (one of many bytes, or across pages of code, takes several operations).
+    accesses: of the recordings that were made, and are counted (one of many bytes, or across pages of code, takes
+        several operations). warm_up: those made before them.
     refused: of these, by a page fault that the guest kernel does not service: the program would have had a signal.
     ignored: accesses by processes that had ended.
     processes: a dict for each: recording, number, pid, command (None: unknown), accesses, refused, pages touched.
     recording_complete: False if one of the recordings ended before its time.
-    windows: of counters of kernel ("kernel.NAME") and VM, by name; each row counts what happened in accesses
-        [start, end). None where none were asked for.
+    windows: see `windows.WindowLog`, with counters of the kernel as "kernel.NAME"; each element counts what happened in
+        accesses [start, end), of those that are counted. None where none were asked for.
     """
 
     accesses: int = 0
@@ -73,6 +74,7 @@ class _Runner(Follower):
         self._slots: list[int] = []
         self._next = 0
         self.zeros: list[File] = []
+        self.before = 0  # accesses that are not counted, but for those ignored
 
     def at(self, addr: int) -> int:
         """Where an address of the recording is in the model."""
@@ -189,6 +191,12 @@ class _Runner(Follower):
         count[1] += refused
         self.refused += refused
 
+    def count_from_here(self) -> None:
+        """What was made so far warmed the guest, and is not counted."""
+        self.before = self.accesses - self.ignored
+        self.refused = 0
+        self.counts.clear()
+
     def finish(self) -> None:
         """End the processes that are left; the page cache is emptied."""
         for life in list(self.lives.values()):
@@ -212,51 +220,87 @@ def _options(found: Survey, options: KernelOptions, seed: int) -> KernelOptions:
     )
 
 
-def _machine(vm: VM | str | Native | Shadow, memory: str | int | None, found: Survey, options: KernelOptions) -> VM:
+def _machine(
+    vm: VM | str | Native | Shadow, memory: str | int | None, found: Survey, options: KernelOptions, tlb: TLB | None
+) -> VM:
     if isinstance(vm, VM):
         return vm
     size = found.memory if memory is None else parse_size(memory)
     if memory is None and options.mode in ("32", "pae"):
         size = min(size, 896 << 20)
-    return VM(size, vm, features=Features())
+    return VM(size, vm, tlb=tlb, features=Features())
 
 
-class _Windows:
-    """Rows of what the counters counted."""
+class _Meter:
+    """Counters from the end of the warm-up on, in windows of accesses where they are asked for."""
 
-    def __init__(self, every: int, kernel: Kernel, vm: VM) -> None:
-        self.every = every
-        self._sources = kernel, vm
-        self._rows: list[tuple[int, ...]] = []
-        self._start, self._last = 0, self._now()
+    def __init__(self, kernel: Kernel, vm: VM, window: int, warm_up: int) -> None:
+        self._kernel, self._vm, self.window, self.warm_up = kernel, vm, window, warm_up
+        self.begun = 0  # accesses made before the first that is counted
+        self.begin(0)
 
-    def _now(self) -> dict[str, int]:
-        kernel, vm = self._sources
-        return {f"kernel.{name}": value for name, value in kernel.counters.items()} | vm.stats.as_dict()
+    def begin(self, done: int) -> None:
+        """What is counted begins, after so many accesses."""
+        self.begun, self.clock = done, time.perf_counter()
+        self.stats = self._vm.stats.as_dict()
+        self.counters = self._kernel.counters if done else dict.fromkeys(self._kernel.counters, 0)  # with those of boot
+        self._last = self.counters
+        self._log = WindowLog(self._vm.stats)
 
-    def close(self, end: int) -> None:
-        if end > self._start:
-            now = self._now()
-            self._rows.append((self._start, end, *(now[name] - self._last[name] for name in now)))
-            self._start, self._last = end, now
+    def room(self, done: int) -> int:
+        """Accesses that may be made at once: until the warm-up or a window ends, or an eighth of a long window."""
+        if done < self.warm_up:
+            return self.warm_up - done
+        if not self.window:
+            return _BIG
+        left = self.window - (done - self.warm_up) % self.window
+        return min(left, max(_PART, self.window // 8))
 
-    def columns(self) -> dict[str, NDArray[np.uint64]]:
-        table = np.array(self._rows, dtype=np.uint64).reshape(len(self._rows), 2 + len(self._last))
-        return dict(zip(("start", "end", *self._last), table.T, strict=True))
+    def look(self, done: int, last: bool = False) -> None:
+        """So many accesses are made. last: and there are no more."""
+        if self.begun < self.warm_up <= done:
+            self.begin(done)
+            return
+        if not self.window or done < self.warm_up:
+            return
+        pages = self._vm.stats.mmu_cache_miss - self._vm.stats.page_frees
+        self._log.pages(1, pages, pages)
+        if last or (done - self.warm_up) % self.window == 0:
+            counters = self._kernel.counters
+            new = {name: counters[name] - self._last[name] for name in counters}
+            self._last = counters
+            known = {name: new[name] for name in ("faults", "table_stores", "switches")}
+            known |= {"guest_cr3_loads": new["cr3_loads"], "operations": _operations(new)}
+            self._log.count(**known, **{f"kernel.{name}": value for name, value in new.items()})
+            self._log.close(done - self.warm_up)
+
+    def results(self, done: int) -> dict[str, Any]:
+        """What a ProgramResult has of it."""
+        if not self.window:
+            return {}
+        found = self._log.arrays(done - self.begun)
+        ends = found["operation"]
+        most = int(found["pages_max"].max(initial=0))
+        found |= {"start": np.append(np.uint64(0), ends[:-1]), "end": ends}
+        return {"windows": found, "pages_mean": self._log.pages_mean, "pages_max": most}
 
 
-def _cut(part: Any, done: int, end: int, window: int) -> Iterator[Any]:
-    """A part of a walk before which `done` accesses were made: accesses in pieces of _BIG at most, that stop at `end`
-    and at the ends of windows."""
+def _operations(counters: dict[str, int]) -> int:
+    return sum(counters[name] for name in ("accesses", "kernel_accesses", "cr3_loads", "invlpg"))
+
+
+def _cut(part: Any, done: int, end: int, room: Callable[[int], int]) -> Iterator[Any]:
+    """A part of a walk before which `done` accesses were made: accesses in pieces of _BIG at most, no larger than there
+    is room, that stop at `end`."""
     if not isinstance(part, tuple):
         yield part
         return
     process, *columns = part
     at, n = 0, min(len(columns[0]), end - done)
     while at < n:
-        room = min(_BIG, n - at, window - (done + at) % window if window else _BIG)
-        yield (process, *(column[at : at + room] for column in columns))
-        at += room
+        size = min(_BIG, n - at, room(done + at))
+        yield (process, *(column[at : at + size] for column in columns))
+        at += size
 
 
 def run(
@@ -273,6 +317,9 @@ def run(
     record: bool = False,
     audit_every: int = 0,
     progress: Callable[[int, int], None] | None = None,
+    tlb: TLB | None = None,
+    warm_up: int = 0,
+    audit_at: Iterable[str] = (),
 ) -> ProgramResult:
     """Run recordings of programs on the guest kernel, from boot until they have ended and all of their memory is free.
 
@@ -282,9 +329,12 @@ def run(
     operations: accesses of the recordings to make, from their beginning (None: all).
     turn: accesses that one process makes before the next, where the recordings do not say who ran when.
     fold: addresses that the user half of the mode does not have are packed below its end; otherwise
-        TraceError. windows: rows of counters, one for this many accesses (0: none).
+        TraceError. windows: count by windows of this many accesses (0: do not). tlb: to model, where the VM is made
+        here.
+    warm_up: of the accesses, those that come first and are not counted.
     record: keep every operation (19 bytes each). audit_every: check all invariants (AuditError) after this many
-        accesses, and at the end (0: never). progress: called with accesses done, and all.
+        accesses, and at the end (0: never). audit_at: and at these points of VM.audit_points. progress: called with
+        accesses done, and all.
 
     GuestOutOfMemory says what the programs touch. ConfigError and TraceError as in `workload.run` and `Reader`.
     """
@@ -296,7 +346,13 @@ def run(
         raise ConfigError(f"options: KernelOptions are needed, not {options!r:.60}")
     found = recordings if isinstance(recordings, Survey) else survey(recordings, turn=turn)
     settings = _options(found, options or KernelOptions(), seed)
-    machine = _machine(vm, memory, found, settings)
+    total = found.records if wanted is None else min(wanted, found.records)
+    warm = check_int("warm_up", warm_up, 0, max(total - 1, 0))
+    if isinstance(vm, VM) and tlb is not None:
+        raise ConfigError("tlb: the VM that was given has its own, or none")
+    machine = _machine(vm, memory, found, settings, tlb)
+    if audit_at:
+        machine.audit_points = audit_at
     kernel = Kernel(machine, settings)
     folded = None
     if fold:
@@ -305,39 +361,42 @@ def run(
         check_addresses(found, kernel.task_size, settings.mode)
     if record:
         kernel.record()
-    before = machine.stats.as_dict()
-    total = found.records if wanted is None else min(wanted, found.records)
     readers = open_all(found.paths)
     runner = _Runner(kernel, found, readers, folded)
-    rows = _Windows(window, kernel, machine) if window else None
+    meter = _Meter(kernel, machine, window, warm)
+    audits = Audits(machine, every)
     seconds = 0.0
     try:
-        clock = time.perf_counter()
-        for number, part in walk(readers, found.turn):
-            if wanted is not None and runner.accesses >= wanted:
-                break
-            for piece in _cut(part, runner.accesses, total, window):
-                done = runner.accesses
-                runner.take(number, piece)
-                if rows is not None and runner.accesses // window != done // window:
-                    rows.close(runner.accesses)
-                if every and runner.accesses // every != done // every:
-                    seconds += time.perf_counter() - clock
-                    machine.audit(strict=True)
-                    clock = time.perf_counter()
-                if progress is not None and runner.accesses != done:
-                    progress(runner.accesses, total)
-        runner.finish()
-        seconds += time.perf_counter() - clock
+        with audits.told(lambda: runner.accesses):
+            clock = meter.clock
+            for number, part in walk(readers, found.turn):
+                if wanted is not None and runner.accesses >= wanted:
+                    break
+                for piece in _cut(part, runner.accesses, total, meter.room):
+                    done = runner.accesses
+                    runner.take(number, piece)
+                    if runner.accesses == done:
+                        continue
+                    if runner.accesses < total:
+                        meter.look(runner.accesses)
+                    if clock < meter.clock:
+                        seconds, clock = 0.0, meter.clock
+                        runner.count_from_here()
+                    if audits.due(runner.accesses):
+                        seconds += time.perf_counter() - clock
+                        audits.look(runner.accesses)
+                        clock = time.perf_counter()
+                    if progress is not None:
+                        progress(runner.accesses, total)
+            runner.finish()
+            meter.look(runner.accesses, last=True)
+            seconds += time.perf_counter() - clock
+            audits.look(runner.accesses)
     except GuestOutOfMemory as error:
         raise GuestOutOfMemory(_shortage(error, found, machine)) from None
     finally:
         close_all(readers)
-    if every:
-        machine.audit(strict=True)
-    if rows is not None:
-        rows.close(runner.accesses)
-    return _result(runner, machine, settings, before, seconds, record, rows)
+    return _result(runner, machine, settings, meter, seconds, record, audits.made)
 
 
 def compare(
@@ -356,40 +415,6 @@ def compare(
     return results
 
 
-_ROWS = (
-    ("VM exits", "exits_total"),
-    ("  page fault: shadow entry missing", "exits_fill"),
-    ("  page fault: more rights for a leaf", "exits_write"),
-    ("  page fault: store to a guest table", "exits_emulate"),
-    ("  page fault: the guest's own", "exits_guest"),
-    ("  CR3 load", "exits_cr3"),
-    ("  INVLPG", "exits_invlpg"),
-    ("shadow pages zapped", "mmu_shadow_zapped"),
-    *((name, key) for key, name in UNSYNC.items()),
-    ("entries read by the processor's walks", "walk_references"),
-)
-
-
-def table(results: Sequence[ProgramResult]) -> str:
-    """A comparison as text: what the guest did, and below it, design by design, what it cost."""
-    first = results[0]
-    did = first.counters
-    lines = [
-        f"{first.workload}: {first.accesses:,} accesses of {len(first.processes)} processes, "
-        f"{did['faults']:,} page faults, {did['forks']:,} forks, {did['execs']:,} execs",
-        "".join([f"{'':40}", *(f"{result.design:>14}" for result in results)]),
-    ]
-    for name, key in _ROWS:
-        if key in UNSYNC and not any(result.stats[key] for result in results):
-            continue
-        lines.append("".join([f"{name:40}", *(f"{result.stats[key]:14,}" for result in results)]))
-    per_million = (1e6 * result.stats["exits_total"] / max(result.accesses, 1) for result in results)
-    lines.append("".join([f"{'VM exits per million accesses':40}", *(f"{value:14,.1f}" for value in per_million)]))
-    if not first.recording_complete:
-        lines.append(f"{INCOMPLETE}.")
-    return "\n".join(lines)
-
-
 def _shortage(error: GuestOutOfMemory, found: Survey, vm: VM) -> str:
     touched, has = found.peak * 4096 / (1 << 20), len(vm.memory.bytes) / (1 << 20)
     return (
@@ -402,32 +427,34 @@ def _result(
     runner: _Runner,
     vm: VM,
     settings: KernelOptions,
-    before: dict[str, int],
+    meter: _Meter,
     seconds: float,
     record: bool,
-    rows: _Windows | None,
+    audits: int,
 ) -> ProgramResult:
     kernel, found = runner.kernel, runner.found
-    counters, stats = kernel.counters, vm.stats.as_dict()
+    counters = {name: value - meter.counters[name] for name, value in kernel.counters.items()}
     return ProgramResult(
         workload=found.name,
         design=vm.mmu.design.name,
         seed=settings.seed,
         parameters={"turn": found.turn},
-        operations=sum(counters[name] for name in ("accesses", "kernel_accesses", "cr3_loads", "invlpg")),
+        operations=_operations(counters),
         setup=0,
         counters=counters,
-        stats=grown(stats, before),
+        stats=grown(vm.stats.as_dict(), meter.stats),
         frames=kernel.frames,
         history=kernel.history,
         seconds=seconds,
         recording=kernel.recording if record else None,
-        accesses=runner.accesses - runner.ignored,
+        accesses=runner.accesses - runner.ignored - runner.before,
         refused=runner.refused,
         ignored=runner.ignored,
         processes=tuple(_process(runner, key) for key in sorted(runner.counts)),
         recording_complete=all(reader.complete for reader in runner.readers),
-        windows=None if rows is None else rows.columns(),
+        warm_up=meter.begun,
+        audits=audits,
+        **meter.results(runner.accesses),
     )
 
 

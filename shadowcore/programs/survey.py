@@ -57,6 +57,7 @@ class Survey:
         mappings are made, and pages of them.
     highest: end of the highest range touched or mapped (bytes), and its process. extents: ranges of 1 MiB and more
         that are used, as bytes.
+    fetches, sizes, events: there are fetches, accesses of more than one byte, changes of mappings.
     """
 
     paths: tuple[str, ...]
@@ -75,6 +76,9 @@ class Survey:
     shared: tuple[int, int]
     highest: tuple[int, Key]
     extents: tuple[tuple[int, int], ...]
+    fetches: bool = True
+    sizes: bool = True
+    events: bool = True
 
     @property
     def memory(self) -> int:
@@ -123,6 +127,7 @@ class _Surveyor(Follower):
         self.touched: dict[Key, int] = {}
         self.files: dict[str, int] = {}
         self.windows: set[int] = set()
+        self.fetches = self.sizes = self.events = False
         self.shared = (0, 0)
         self.highest: tuple[int, Key] = (0, (0, 0))
         self.resident = self.peak = self.mappings = self.processes = 0
@@ -160,6 +165,7 @@ class _Surveyor(Follower):
         self.windows.update((first >> 8, last >> 8))
 
     def mapped(self, life: Life, start: int, end: int, area: Area) -> Area:
+        self.events = True
         self._gone(life, start, end)
         self.mappings = max(self.mappings, len(life.space.pieces) + 1)
         if area.file is not None:
@@ -179,6 +185,7 @@ class _Surveyor(Follower):
         self.heaps.setdefault(life.image, start)
 
     def heap_moved(self, life: Life, old: int, new: int) -> None:
+        self.events = True
         self._gone(life, min(old, new), max(old, new))
         self._seen(life, min(old, new) >> 12, max(old, new, 1) - 1 >> 12)
         self.mappings = max(self.mappings, len(life.space.pieces) + 1)
@@ -197,9 +204,11 @@ class _Surveyor(Follower):
         known: PageSet = life.own.pages
         before = len(known)
         pages, flags = known.add(*accesses)
+        self.sizes = self.sizes or bool((accesses[1] > 1).any())
         if not len(pages):
             return
         new = len(known) - before
+        self.fetches = self.fetches or bool(np.bitwise_or.reduce(flags) & FETCH)
         self.resident += new
         self.peak = max(self.peak, self.resident)
         self.touched[life.key] = self.touched.get(life.key, 0) + new
@@ -305,6 +314,9 @@ def _conclude(found: _Surveyor, names: Sequence[Any], readers: Sequence[Reader],
         shared=found.shared,
         highest=found.highest,
         extents=_merged(found.windows),
+        fetches=found.fetches,
+        sizes=found.sizes,
+        events=found.events,
     )
 
 

@@ -212,7 +212,7 @@ class Recording:
 
     @cached_property
     def _survey(self) -> Survey:
-        survey = Survey()
+        survey = Survey(self.cr4, self.vcpus)
         survey.add(0, self.arrays)
         survey.end()
         return survey
@@ -260,6 +260,20 @@ class Recording:
     def first_cr3(self) -> int:
         """Number of the first CR3 load, 0 without one: the records before it are tables that it needs."""
         return self._survey.first_cr3 or 0
+
+    @property
+    def holdings(self) -> dict[str, Any]:
+        """What it has and lacks, by name: fetches, sizes, cpl, efer, pcids, invpcid, large_pages, vcpus, marks."""
+        return self._survey.holdings
+
+    @property
+    def phases(self) -> dict[str, int]:
+        """By name, the record at which a phase begins; `boot`: at which it ends.
+
+        Each mark begins a phase, called mark-NUMBER unless the file names it. Boot ends at the first, and without any
+        at the first user-mode access.
+        """
+        return _phases(self, {})
 
     def pieces(self, first: int = 0) -> Iterator[tuple[int, Recording]]:
         """The recording in one piece, as (number of its first record, piece)."""
@@ -311,6 +325,8 @@ class RecordingFile:
             self.name = reader.name
             self.operations = reader.records
             self.complete = reader.complete
+            named = reader.source.get("marks") if isinstance(reader.source, dict) else None
+            self._marks = {str(number): str(name) for number, name in named.items()} if isinstance(named, dict) else {}
             values = [_scalar(path, name, np.uint64(reader.guest[name])) for name in _SCALARS]
         self.cr0, self.cr4, self.efer, self.nframes, self.vcpus = values
         if not self.operations:
@@ -362,7 +378,7 @@ class RecordingFile:
 
     @cached_property
     def _survey(self) -> Survey:
-        survey = Survey()
+        survey = Survey(self.cr4, self.vcpus)
         for first, piece in self.pieces():
             survey.add(first, piece.arrays)
         survey.end()
@@ -388,8 +404,27 @@ class RecordingFile:
         """As Recording.direct_map."""
         return self._survey.direct_map
 
+    @property
+    def holdings(self) -> dict[str, Any]:
+        """As Recording.holdings."""
+        return self._survey.holdings
+
+    @property
+    def phases(self) -> dict[str, int]:
+        """As Recording.phases. Names of marks are those of `marks` in the source that the header tells."""
+        return _phases(self, self._marks)
+
     def __repr__(self) -> str:
         return f"RecordingFile({self.name!r}, {self.operations} records)"
+
+
+def _phases(recording: Recording | RecordingFile, names: dict[str, str]) -> dict[str, int]:
+    marks = recording._survey.marks
+    ends = marks[0][0] if marks else recording.first_user
+    found = {} if ends is None else {"boot": ends}
+    for record, number in marks:
+        found.setdefault(names.get(str(number), f"mark-{number}"), record)
+    return found
 
 
 def _cuts(kind: NDArray[np.uint8], flags: NDArray[np.uint16], addr: NDArray[np.uint64]) -> NDArray[np.int64]:

@@ -111,12 +111,14 @@ class ReplayResult:
     """What a design did with a recording.
 
     design, recording: their names.
-    whole: from the first record replayed to the last. boot, workload: its parts before, and from, the first
+    whole: from the first record counted to the last. boot, workload: its parts before, and from, the first
         user-mode access (None where there is none).
+    warm_up: records replayed before the first that is counted.
     accesses, table_stores, snapshot_words: operations done.
     physical_stores: table stores that no direct map reached, made at the gpa.
     faults: guest faults met.
-    gpa_mismatches: accesses whose gpa is not the recorded one. mismatch_records: the first of them.
+    gpa_mismatches: accesses whose gpa is not the recorded one, those of the warm-up among them, for this is the check
+        of the replay. mismatch_records: the first of them.
     pages_mean, pages_max: shadow pages in use, sampled at every record.
     audits: audits made. violations: (record, violation) of the first that found any; the replay ends there.
     seconds: time that the engine took, audits left out.
@@ -142,6 +144,7 @@ class ReplayResult:
     violations: tuple[tuple[int, Any], ...]
     seconds: float
     cr3_loads: int = 0
+    warm_up: int = 0
     windows: dict[str, NDArray[np.uint64]] | None = dataclasses.field(default=None, compare=False, repr=False)
 
     def _repr_html_(self) -> str:
@@ -152,7 +155,7 @@ class ReplayResult:
     def as_dict(self) -> dict[str, Any]:
         """All of it but the windows in plain types, as `shadowcore compare --json` prints it for a design."""
         plain = _phase_dict(self.whole)
-        for name in (*_COUNTS, "pages_mean", "pages_max", "audits", "seconds"):
+        for name in (*_COUNTS, "pages_mean", "pages_max", "audits", "seconds", "warm_up"):
             plain[name] = getattr(self, name)
         plain["mismatch_records"] = list(self.mismatch_records)
         plain["violations"] = [{"record": record, "violation": str(what)} for record, what in self.violations]
@@ -192,6 +195,7 @@ def replay(
     pool: int | None = None,
     window: int = 0,
     tlb: TLB | None = None,
+    warm_up: int = 0,
 ) -> ReplayResult:
     """Run the guest of a recording on a design, and count.
 
@@ -203,6 +207,7 @@ def replay(
     progress: called now and then with the number of records done, and of all to do.
     window: count by windows of this many records (0: do not).
     tlb: a TLB to model. Without one every access walks: they are those that missed a TLB when they were recorded.
+    warm_up: count from this record on, from `start`; what was replayed before it has warmed tables and shadow.
     """
     made = design(mmu)
     if pool is not None and isinstance(made, Shadow):
@@ -213,6 +218,7 @@ def replay(
     stop = recording.operations if stop is None else check_int("stop", stop, start + 1, recording.operations)
     split = recording.first_user
     split = stop if split is None else min(max(split, start), stop)
+    begin = start + check_int("warm_up", warm_up, 0, stop - start - 1)
 
     # The tables that the first CR3 load needs are put in place, like all that lies before the start.
     position = min(max(start, recording.first_cr3), stop)
@@ -223,11 +229,12 @@ def replay(
     mismatches: list[int] = []
     replayed = pages_sum = pages_max = audits = 0
     violations: tuple[tuple[int, Any], ...] = ()
-    counters_at_split = vm.stats.as_dict()
+    counters_at_begin = counters_at_split = vm.stats.as_dict()
     instructions = {"boot": 0, "workload": 0}
     cr3_loads = 0
     seconds = 0.0
     log = WindowLog(vm.stats) if step else None
+    warming = begin > start
     direct_map = recording.direct_map
     for base, piece in recording.pieces(start):
         # Numbers of records in this piece are those in the recording, less base.
@@ -238,13 +245,22 @@ def replay(
             counts["snapshot_words"] += int(piece.snapshot[first : min(position - base, last)].sum())
         arrays = piece.arrays | {"flags": piece_flags(piece, recording.first_user, base)}
         while position - base < last and not violations:
+            if warming and position >= begin:
+                warming = False
+                counts = dict.fromkeys(_COUNTS, 0) | {"gpa_mismatches": counts["gpa_mismatches"]}
+                replayed = pages_sum = pages_max = 0
+                counters_at_begin = counters_at_split = vm.stats.as_dict()
+                seconds = 0.0
+                log = WindowLog(vm.stats) if step else None
             end = min(base + last, position + SLICE)
             if position < split:
                 end = min(end, split)
+            if warming:
+                end = min(end, begin)
             if every:
                 end = min(end, (position // every + 1) * every)
             if step:
-                end = min(end, start + ((position - start) // step + 1) * step)
+                end = min(end, begin + max((position - begin) // step + 1, 0) * step)
             clock = time.perf_counter()
             try:
                 done = replay_records(vm, arrays, position - base, end - base, direct_map)
@@ -268,8 +284,8 @@ def replay(
                     guest_cr3_loads=loads,
                     **{name: done[name] for name in _COUNTS if name != "accesses"},
                 )
-                if (end - start) % step == 0 or end == stop:
-                    log.close(end - start)
+                if (end - begin) % step == 0 or end == stop:
+                    log.close(end - begin)
             position = end
             if position <= split:
                 counters_at_split = vm.stats.as_dict()
@@ -278,23 +294,28 @@ def replay(
                 violations = tuple((position, violation) for violation in vm.audit().violations)
             if progress is not None:
                 progress(position - start, stop - start)
-        parted = min(max(split - base, first), last)
-        reached = min(max(position - base, first), last)
-        for name, begin, end in (("boot", first, min(parted, reached)), ("workload", parted, reached)):
-            instructions[name] += int(piece.insns[begin:end].sum(dtype=np.uint64)) if begin < end else 0
-        cr3_loads += int(np.count_nonzero(piece.kind[first:reached] == LOAD_CR3))
+        counted = min(max(begin - base, first), last)
+        parted = min(max(split - base, counted), last)
+        reached = min(max(position - base, counted), last)
+        for name, low, high in (("boot", counted, min(parted, reached)), ("workload", parted, reached)):
+            instructions[name] += int(piece.insns[low:high].sum(dtype=np.uint64)) if low < high else 0
+        cr3_loads += int(np.count_nonzero(piece.kind[counted:reached] == LOAD_CR3))
         if violations:
             break
 
     def phase(name: str, first: int, last: int, before: dict[str, int], after: dict[str, int]) -> Phase:
         return Phase(last - first, instructions.get(name, sum(instructions.values())), grown(after, before))
 
+    begin = min(begin, position)
+    split = max(split, begin)
     final = vm.stats.as_dict()
     return ReplayResult(
         design=made.name,
         recording=recording.name,
-        whole=phase("whole", start, position, {}, final),
-        boot=phase("boot", start, min(split, position), {}, counters_at_split) if split > start else None,
+        whole=phase("whole", begin, position, counters_at_begin, final),
+        boot=phase("boot", begin, min(split, position), counters_at_begin, counters_at_split)
+        if split > begin
+        else None,
         workload=phase("workload", split, position, counters_at_split, final) if position > split else None,
         mismatch_records=tuple(mismatches),
         pages_mean=pages_sum / replayed if replayed else 0.0,
@@ -303,18 +324,19 @@ def replay(
         violations=violations,
         seconds=seconds,
         cr3_loads=cr3_loads,
-        windows=None if log is None else log.arrays(position - start),
+        warm_up=begin - start,
+        windows=None if log is None else log.arrays(position - begin),
         **counts,
     )
 
 
-def machine(reader: Reader, mmu: str | Native | Shadow = "cached") -> VM:
+def machine(reader: Reader, mmu: str | Native | Shadow = "cached", tlb: TLB | None = None) -> VM:
     """The virtual machine that a recording of operations starts on, under a design, as it was recorded: memory, and the
     same registers in each processor. TraceError for another stream, or where there can be no such machine."""
     start = reader.start()
     made = design(mmu)
     try:
-        vm = VM(memory=start["memory"], mmu=made, vcpus=start["vcpus"])
+        vm = VM(memory=start["memory"], mmu=made, vcpus=start["vcpus"], tlb=tlb)
     except ConfigError as error:
         raise TraceError(reader.path, None, f"a machine that can be expected: {error}") from None
     for words, values in reader.memory():

@@ -103,7 +103,8 @@ def _of_recording(study: Any) -> Mapping[str, Any] | None:
     designs = [getattr(result, "design", name) for name, result in study.designs.items()]
     start = int(study.settings.get("start", 0))
     count = int(study.settings.get("operations", recording.operations - start))
-    return heat(recording, designs, start=start, stop=min(start + count, recording.operations))
+    stop = min(start + count, recording.operations)
+    return heat(recording, designs, start=start, stop=stop, warm_up=int(getattr(study, "warm_up", 0)))
 
 
 def _embedded(plain: dict[str, Any]) -> str:
@@ -133,7 +134,7 @@ def _page(plain: dict[str, Any], embedded: str) -> str:
 <body>
 <main>
 <h1>{html.escape(plain["workload"])}</h1>
-<p>{plain["operations"]:,} operations under {html.escape(_listed(plain["designs"]))}, by shadowcore {__version__}.
+<p>{_counted(plain)} under {html.escape(_listed(plain["designs"]))}, by shadowcore {__version__}.
 <span class="script" hidden>Pictures show their values under the pointer, or by the arrow keys.</span></p>
 {"" if plain["complete"] else "<p><strong>Incomplete: it was interrupted.</strong></p>"}
 {"" if plain["recording_complete"] else f"<p><strong>{INCOMPLETE}.</strong></p>"}
@@ -145,6 +146,11 @@ def _page(plain: dict[str, Any], embedded: str) -> str:
 </body>
 </html>
 """
+
+
+def _counted(plain: dict[str, Any]) -> str:
+    counted = f", counted from {plain['warm_up']:,} on," if plain["warm_up"] else ""
+    return f"{plain['operations']:,} {plain['unit']}{counted}"
 
 
 def _listed(names: Iterable[str]) -> str:
@@ -227,11 +233,12 @@ def _summary(plain: dict[str, Any]) -> str:
     row("slow-down against native", lambda result: (result["cost"] or {}).get("slow_down"), 3, "strong")
     row("microseconds", lambda result: (result["cost"] or {}).get("microseconds"), 1)
     row("seconds that the engine took", lambda result: result["seconds"], 3)
-    return f"<h2>Summary</h2>\n{_table('summary', ['', *designs], rows)}"
+    notes = "".join(f'<p class="note">{html.escape(note)}</p>' for note in plain["notes"] if note != f"{INCOMPLETE}.")
+    return f"<h2>Summary</h2>\n{_table('summary', ['', *designs], rows)}{notes}"
 
 
 def _exits(plain: dict[str, Any]) -> str:
-    designs = _windowed(plain)
+    designs, unit = _windowed(plain), plain["unit"]
     if not designs:
         return '<h2>Over time</h2>\n<p class="note">The study has no windows: nothing is known of when it happened.</p>'
     shown = [r for r in EXITS if any(any(each["windows"].get(f"exits_{r}", ())) for each in designs.values())]
@@ -256,7 +263,7 @@ def _exits(plain: dict[str, Any]) -> str:
             series = [[EXITS[r], ["designs", name, "windows", f"exits_{r}"]] for r in reversed(shown)]
             values = {"operation": ["designs", name, "windows", "operation"], "series": series}
             key = f"exits{suffix}-{places[name]}"
-            plot = plots.stacked(key, operation, scaled[name], "for 1,000 operations", cut)
+            plot = plots.stacked(key, operation, scaled[name], f"for 1,000 {unit}", cut, unit)
             total = number(designs[name]["counters"].get("exits_total"))
             label = f"VM exits by kind over time, {name}: {total} in all; the table below has the numbers"
             made.append(_figure(plot, name, label, values))
@@ -269,12 +276,12 @@ def _exits(plain: dict[str, Any]) -> str:
         none_of = [0] * len(windows["operation"])
         columns = [windows["operation"], *(windows.get(f"exits_{r}", none_of) for r in shown)]
         rows = ((number(row[0]), "", [number(value) for value in row[1:]]) for row in zip(*columns, strict=True))
-        table = _table(f"windows-{places[name]}", ["operations to", *(EXITS[r] for r in shown)], rows)
+        table = _table(f"windows-{places[name]}", [f"{unit} to", *(EXITS[r] for r in shown)], rows)
         tables.append(f"<details><summary>{html.escape(name)}: exits by window, as a table</summary>{table}</details>")
     none = f" {_listed(quiet)} had none." if quiet else ""
     parts = [
         "<h2>VM exits over time</h2>",
-        "<p>Exits for 1,000 operations, by kind, one on the other; the scale is the same for all designs."
+        f"<p>Exits for 1,000 {unit}, by kind, one on the other; the scale is the same for all designs."
         f"{html.escape(none)}</p>",
         _boxes((r, EXITS[r]) for r in shown),
         figures("", 1.04 * top),
@@ -303,7 +310,7 @@ def _lines(
             values.append([design, ["designs", design, *path]])
     if not values:
         return ""
-    plot = plots.lines(name, series, y, top)
+    plot = plots.lines(name, series, y, top, plain["unit"])
     operation = ["designs", values[0][0], "windows", "operation"]
     label = f"{caption}, over time, under {_listed([each for each, _ in values])}"
     return _figure(plot, caption, label, {"operation": operation, "series": values})

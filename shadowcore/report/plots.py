@@ -121,9 +121,11 @@ def _short(value: float, _: Any = None) -> str:
     return f"{value:.6g}"
 
 
-def stacked(name: str, operation: Array, layers: Mapping[str, Array], y_label: str, top: float) -> Plot:
+def stacked(
+    name: str, operation: Array, layers: Mapping[str, Array], y_label: str, top: float, unit: str = "operations"
+) -> Plot:
     """Layers, one on the other, constant within a window; `layers` by the variable of their colour."""
-    plot = Plot(name, "operations", y_label)
+    plot = Plot(name, unit, y_label)
     plot.grid()
     base = np.zeros(len(operation))
     for variable, values in layers.items():
@@ -134,9 +136,15 @@ def stacked(name: str, operation: Array, layers: Mapping[str, Array], y_label: s
     return plot
 
 
-def lines(name: str, series: Sequence[tuple[Array, Array]], y_label: str, top: float | None = None) -> Plot:
+def lines(
+    name: str,
+    series: Sequence[tuple[Array, Array]],
+    y_label: str,
+    top: float | None = None,
+    unit: str = "operations",
+) -> Plot:
     """Lines, constant within a window: (operation, values) of each, by the colours design-0, design-1, ..."""
-    plot = Plot(name, "operations", y_label)
+    plot = Plot(name, unit, y_label)
     plot.grid()
     for number, (operation, values) in enumerate(series):
         if len(operation):

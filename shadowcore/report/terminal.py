@@ -14,16 +14,14 @@ from rich.table import Table
 from ..engine.costs import COMPONENTS, Costs, left_out
 from ..engine.levels import Levels
 from ..engine.presets import Preset
-from ..recording.format import INCOMPLETE
-from ..recording.replay import Phase, ReplayResult
+from ..engine.windows import NAMES as ENGINE
 from ..studies.collect import Sweep
 from ..studies.difference import Change, Difference
 from ..studies.evolution import RELEASES, Evolution
 from ..studies.host import EVENTS, GROUPS, HostTrace, counted
 from ..studies.reproduction import Reproduction
-from ..studies.results import Study, StudyDesign
+from ..studies.results import Study, StudyDesign, Swept
 from ..studies.validity import SOURCES, Validity
-from ..workload import WorkloadResult
 from . import validity
 from .document import EXITS
 
@@ -39,11 +37,9 @@ def _console() -> Console:
 def comparison(study: Study) -> Table:
     """Metrics down, designs across."""
     designs = list(study.designs.values())
-    unit = "operations" if study.kind == "workload" else "records"
-    title = escape(f"{study.workload}: {study.operations:,} {unit}")
-    told = (_caption(study), left_out({design.name: design.cost.unpriced for design in designs}))
+    told = (study.caption, left_out({design.name: design.cost.unpriced for design in designs}), *study.notes)
     caption = escape("\n".join(filter(None, told)))
-    table = Table(title=title, caption=caption, title_style="bold", caption_justify="left")
+    table = Table(title=escape(study.title), caption=caption, title_style="bold", caption_justify="left")
     table.add_column("")  # it gives way where there is little room: a number that is cut looks like a number
     for design in designs:
         table.add_column(design.name, justify="right", no_wrap=True)
@@ -57,14 +53,12 @@ def comparison(study: Study) -> Table:
     for reason, name in EXITS.items():
         row(name, [design.exits[reason] for design in designs])
     row("VM exits, all", [design.exits_total for design in designs], "bold")
-    per = "guest instructions" if study.kind == "recording" else "operations"
-    row(f"  per million {per}", [design.exits_per_million for design in designs], "bold", 2)
+    row(f"  per million {study.per}", [design.exits_per_million for design in designs], "bold", 2)
     for part in ("boot", "workload"):
-        replays = [design.result for design in designs if isinstance(design.result, ReplayResult)]
-        phases: list[Phase] = [phase for replay in replays if (phase := getattr(replay, part))]
+        phases = [phase for design in designs if (phase := design.details.get(part))]
         if phases:
-            row(f"  in the {part}", [phase.exits_total for phase in phases])
-            row(f"  in the {part}, per million", [phase.exits_per_million for phase in phases], digits=2)
+            row(f"  in the {part}", [phase["exits_total"] for phase in phases])
+            row(f"  in the {part}, per million", [phase["exits_per_million"] for phase in phases], digits=2)
     table.add_section()
     counter("emulated stores", "pf_emulate")
     counter("shadow pages zapped", "mmu_shadow_zapped")
@@ -84,7 +78,7 @@ def comparison(study: Study) -> Table:
     slow = ["" if d.cost.slow_down is None else f"{d.cost.slow_down:,.2f}" for d in designs]
     table.add_row("slow-down against native, estimated", *slow, style="bold")
     table.add_section()
-    if study.kind == "recording":
+    if any(design.history is None for design in designs):
         row("accesses that reached another gpa", [design.gpa_mismatches or 0 for design in designs])
     else:
         table.add_row("the guest did the same", *("yes" if design.history_equal else "no" for design in designs))
@@ -93,72 +87,59 @@ def comparison(study: Study) -> Table:
     return table
 
 
-def _caption(study: Study) -> str:
-    first = next(iter(study.designs.values())).result
-    if isinstance(first, WorkloadResult):
-        n = first.counters
-        return (
-            f"{n['accesses']:,} accesses of user code, {n['kernel_accesses']:,} of its kernel, {n['cr3_loads']:,} CR3 "
-            f"loads, {n['table_stores']:,} stores to tables, {n['faults']:,} faults; setup left out. Seed {first.seed}."
-        )
-    return _recording_caption(first) + ("" if study.recording_complete else f" {INCOMPLETE}.")
-
-
-def _recording_caption(first: ReplayResult) -> str:
-    millions = first.whole.instructions / 1e6
-    text = (
-        f"{first.whole.records:,} records replayed, {millions:,.0f} million guest instructions: "
-        f"{first.accesses:,} accesses, {first.table_stores:,} stores to tables ({first.physical_stores:,} by "
-        f"mappings that are not known), {first.snapshot_words:,} words of new tables."
-    )
-    if first.boot and first.workload:
-        text += f" Boot ends at record {first.boot.records:,}, the first user-mode access."
-    return text
-
-
 def print_comparison(study: Study) -> None:
     """Print it."""
     _console().print(comparison(study))
 
 
-_SWEPT: tuple[tuple[str, Callable[[StudyDesign], str]], ...] = (
+Column = tuple[str, Callable[[StudyDesign], str]]
+_COUNTS: tuple[Column, ...] = (
     ("VM exits", lambda d: f"{d.exits_total:,}"),
     ("emulated", lambda d: f"{d.counters['pf_emulate']:,}"),
     ("zapped", lambda d: f"{d.counters['mmu_shadow_zapped']:,}"),
     ("recycled", lambda d: f"{d.counters['mmu_recycled']:,}"),
     ("pages", lambda d: f"{d.pages_mean:,.1f}"),
-    ("Mcycles", lambda d: f"{d.cost.total / 1e6:,.1f}"),
-    ("slow-down", lambda d: "" if d.cost.slow_down is None else f"{d.cost.slow_down:,.2f}"),
 )
+_SLOW_DOWN: Column = ("slow-down", lambda d: "" if d.cost.slow_down is None else f"{d.cost.slow_down:,.2f}")
+_SWEPT: tuple[Column, ...] = (*_COUNTS, ("Mcycles", lambda d: f"{d.cost.total / 1e6:,.1f}"), _SLOW_DOWN)
+_REBASED: tuple[Column, ...] = (("cycles", lambda d: f"{d.cost.total / (d.work or 1):,.1f}"), _SLOW_DOWN, *_COUNTS)
+"""Where another guest does the same work, what the work costs comes first; counts are of unequal work."""
 
 
-def sweep(over: str, studies: Sequence[tuple[Any, Study]]) -> Table:
-    """A row for each design and value of the setting `over`."""
+def sweep(swept: Swept) -> Table:
+    """A row for each design and value of the setting."""
     from ..studies.settings import written
 
-    first = studies[0][1]
-    unit = "operations" if first.kind == "workload" else "records"
-    title = escape(f"{first.workload}: {first.operations:,} {unit}, over {over}")
-    caption = f"pages: shadow pages in use, mean. Cycles are estimated, by prices of {escape(first.costs.name)}."
-    if not first.recording_complete:
-        caption += f" {INCOMPLETE}."
-    table = Table(title=title, caption=caption, title_style="bold", caption_justify="left")
+    first = swept.points[0][1]
+    prices = escape(first.costs.name)
+    if swept.base is None:
+        columns = _SWEPT
+        caption = f"pages: shadow pages in use, mean. Cycles are estimated, by prices of {prices}."
+    else:
+        columns = _REBASED
+        caption = (
+            f"cycles: for each access of user code, estimated, by prices of {prices}. slow-down: of the same work, "
+            f"against native with {escape(swept.base)}. pages: shadow pages in use, mean."
+        )
+    title = escape(f"{first.title}, over {swept.over}")
+    told = "\n".join([caption, *map(escape, swept.notes)])
+    table = Table(title=title, caption=told, title_style="bold", caption_justify="left")
     table.add_column("design", no_wrap=True)
-    table.add_column(escape(over), justify="right", no_wrap=True)
-    for name, _ in _SWEPT:
+    table.add_column(escape(swept.over), justify="right", no_wrap=True)
+    for name, _ in columns:
         table.add_column(name, justify="right", no_wrap=True)
-    for design in dict.fromkeys(name for _, study in studies for name in study.designs):
+    for design in dict.fromkeys(name for _, study in swept.points for name in study.designs):
         table.add_section()
-        for value, study in studies:
+        for value, study in swept.points:
             if design in study.designs:
-                cells = [show(study.designs[design]) for _, show in _SWEPT]
+                cells = [show(study.designs[design]) for _, show in columns]
                 table.add_row(design, escape(written(value)), *cells)
     return table
 
 
-def print_sweep(over: str, studies: Sequence[tuple[Any, Study]]) -> None:
+def print_sweep(swept: Swept) -> None:
     """Print it."""
-    _console().print(sweep(over, studies))
+    _console().print(sweep(swept))
 
 
 _POINT: tuple[tuple[str, str, float, int], ...] = (
@@ -250,17 +231,11 @@ def _figure(value: Any) -> str:
 
 
 def print_run(study: Study) -> None:
-    """What a workload did, and what each design did about it: every counter that is not 0."""
+    """What a guest did, and what each design did about it: every counter that is not 0."""
     designs = list(study.designs.values())
-    first = designs[0].result
-    assert isinstance(first, WorkloadResult)
-    set_ = ", ".join(f"{name} {value}" for name, value in first.parameters.items())
-    table = Table(
-        title=escape(f"{study.workload}: {first.operations:,} operations"),
-        caption=escape(f"{set_}; seed {first.seed}. {study.command}"),
-        title_style="bold",
-        caption_justify="left",
-    )
+    chosen = ", ".join(f"{name} {value}" for name, value in study.settings.items())
+    caption = "\n".join([f"{chosen}. {study.command}", *study.notes])
+    table = Table(title=escape(study.title), caption=escape(caption), title_style="bold", caption_justify="left")
     table.add_column("")
     for design in designs:
         table.add_column(design.name, justify="right", no_wrap=True)
@@ -273,19 +248,22 @@ def print_run(study: Study) -> None:
             for label, values in shown:
                 table.add_row(f"  {escape(label)}", *(f"{value:,.{digits}f}" for value in values))
 
-    section("the guest", [(key, [d.result.counters[key] for d in designs]) for key in first.counters])  # type: ignore[union-attr]
-    section("the engine", [(key, [d.result.stats[key] for d in designs]) for key in first.stats])  # type: ignore[union-attr]
+    did = dict.fromkeys(name for design in designs for name in design.guest)
+    section("the guest", [(key, [d.guest.get(key, 0) for d in designs]) for key in did])
+    section("the engine", [(key, [d.counters[key] for d in designs]) for key in (*ENGINE, "exits_total")])
     section(
         "shadow pages in use", [("mean", [d.pages_mean for d in designs]), ("most", [d.pages_max for d in designs])]
     )
     parts = [(what, [d.cost.components[key] / 1e6 for d in designs]) for key, what in COMPONENTS.items()]
     section(f"cycles, estimated ({study.costs.name}), millions", parts, 2)
     table.add_section()
-    table.add_row("slow-down against native, estimated", *(f"{d.cost.slow_down or 0:,.3f}" for d in designs))
+    slow = ["" if d.cost.slow_down is None else f"{d.cost.slow_down:,.3f}" for d in designs]
+    table.add_row("slow-down against native, estimated", *slow)
     table.add_row(
-        "operations a second, millions", *(f"{d.operations / 1e6 / max(d.seconds, 1e-9):,.1f}" for d in designs)
+        f"{study.unit} a second, millions", *(f"{d.operations / 1e6 / max(d.seconds, 1e-9):,.1f}" for d in designs)
     )
-    table.add_row("history", *(f"{d.history or 0:016x}" for d in designs))
+    if any(d.history is not None for d in designs):
+        table.add_row("history", *("" if d.history is None else f"{d.history:016x}" for d in designs))
     _console().print(table)
 
 
@@ -425,9 +403,8 @@ def print_prices(preset: Preset, costs: Costs) -> None:
 def check(hosts: Sequence[HostTrace], study: Study) -> Table:
     """Exits and events of hosts, and of designs beside them."""
     made = counted(study)["designs"]
-    unit = "operations" if study.kind == "workload" else "records"
-    title = f"{', '.join(host.file for host in hosts)} beside {study.workload}: {study.operations:,} {unit}"
-    caption = "\n".join(note for host in hosts for note in host.notes())
+    title = f"{', '.join(host.file for host in hosts)} beside {study.title}"
+    caption = "\n".join([*(note for host in hosts for note in host.notes()), *study.notes])
     table = Table(title=escape(title), caption=escape(caption), title_style="bold", caption_justify="left")
     table.add_column("")
     for name in [*(host.kind for host in hosts), *made]:

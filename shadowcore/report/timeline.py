@@ -65,6 +65,8 @@ def events(study: Any, time: str = "operations") -> dict[str, Any]:
             "shadowcore": __version__,
             "workload": str(study.workload),
             "operations": int(study.operations),
+            "warm_up": int(getattr(study, "warm_up", 0)),
+            "notes": " ".join(getattr(study, "notes", ())),
             "recording_complete": bool(getattr(study, "recording_complete", True)),
             "command": str(study.command),
             "settings": json.dumps(study.settings, default=str),

@@ -12,11 +12,12 @@ from collections.abc import Callable, Iterable
 from contextlib import suppress
 from typing import Any
 
-from ..config import Quirk, Shadow, parse_size
+from ..config import Quirk, Shadow
 from ..errors import ConfigError, GuestPanic
 from ..workload import WORKLOADS
 from .results import Study
-from .study import Source, study
+from .source import Source, find
+from .study import study
 
 OPERATIONS = 200_000
 """Of each workload, where nothing else is said; the recording is replayed from end to end."""
@@ -248,9 +249,9 @@ def evolution(
     for place, source in enumerate(wanted):
         if progress is not None:
             progress(place, len(wanted))
-        opened = Source.find(source)
+        opened = find(source)
         settings: dict[str, Any] = {"operations": operations} if opened.workload else {}
-        studies[opened.name] = _studied(opened, [each.made(_frames(opened)) for each in RELEASES], settings)
+        studies[opened.name] = _studied(opened, [each.made(opened.frames()) for each in RELEASES], settings)
     if progress is not None:
         progress(len(wanted), len(wanted))
     return Evolution(studies, operations)
@@ -266,14 +267,6 @@ def _studied(source: Source, designs: list[Shadow], settings: dict[str, Any]) ->
             with suppress(GuestPanic):
                 done.append(study(source, [each], windows=0, **settings))
         return dataclasses.replace(done[0], designs={name: made for one in done for name, made in one.designs.items()})
-
-
-def _frames(source: Source) -> int:
-    """Frames of the guest."""
-    if source.workload:
-        return parse_size(source.workload.memory) >> 12
-    assert source.recording is not None
-    return int(source.recording.nframes)
 
 
 def _steps(found: Evolution) -> list[str]:

@@ -40,6 +40,7 @@ def heat(
     rows: int = 64,
     start: int = 0,
     stop: int | None = None,
+    warm_up: int = 0,
 ) -> dict[str, dict[str, Any]]:
     """Heat of a recording, for a report: {"frames": ..., "processes": ...}.
 
@@ -48,23 +49,24 @@ def heat(
     processes: `counts`, the same by address space: the root that CR3 points at, in the order of first loads, without
         those that did nothing; `names`; `exits`: by design, VM exits while it was loaded, from a replay under each of
         `designs`. The exit of a CR3 load is that of the address space that is loaded.
-    Both have `operation`: the number of records, from `start` on, at which each column ends.
+    Both have `operation`: the number of records counted at which each column ends.
 
     bins, rows: columns, and regions of memory up to the last frame that is used, at most.
-    start, stop: records to look at, as of `trace.replay`.
+    start, stop, warm_up: records to look at, as of `trace.replay`.
     """
     start = check_int("start", start, 0, recording.operations - 1)
     stop = recording.operations if stop is None else check_int("stop", stop, start + 1, recording.operations)
-    bins = min(check_int("bins", bins, 1, 1 << 16), stop - start)
+    begin = start + check_int("warm_up", warm_up, 0, stop - start - 1)
+    bins = min(check_int("bins", bins, 1, 1 << 16), stop - begin)
     frames = recording.nframes
     per_row = _fine(frames, rows)
-    ends = start + np.arange(1, bins + 1, dtype=np.int64) * (stop - start) // bins
+    ends = begin + np.arange(1, bins + 1, dtype=np.int64) * (stop - begin) // bins
     regions = np.zeros((-(-frames // per_row), bins), dtype=np.uint64)
     spaces = _Spaces(bins)
     for base, piece in recording.pieces():
         stores = (piece.kind == STORE) & ~piece.snapshot
         here = np.arange(base, base + piece.operations)
-        busy = ((piece.kind == ACCESS) | stores) & (here >= start) & (here < stop)
+        busy = ((piece.kind == ACCESS) | stores) & (here >= begin) & (here < stop)
         gpa = np.where(stores, piece.addr, piece.value) >> np.uint64(12)
         columns = np.searchsorted(ends, here, side="right")
         inside = busy & (gpa < np.uint64(frames))  # what lies beyond is a device
@@ -74,9 +76,9 @@ def heat(
         spaces.add("accesses", number[busy], columns[busy])
     made = [design(each) for each in designs]
     for each in made:
-        _exits(recording, each, spaces, start, ends)
+        _exits(recording, each, spaces, start, begin, ends)
     return _made(
-        *_coarse(regions, per_row, rows), spaces, [each.name for each in made], (ends - start).astype(np.uint64)
+        *_coarse(regions, per_row, rows), spaces, [each.name for each in made], (ends - begin).astype(np.uint64)
     )
 
 
@@ -243,9 +245,14 @@ class _Spaces:
 
 
 def _exits(
-    recording: Recording | RecordingFile, made: Native | Shadow, spaces: _Spaces, start: int, ends: NDArray[np.int64]
+    recording: Recording | RecordingFile,
+    made: Native | Shadow,
+    spaces: _Spaces,
+    start: int,
+    counted: int,
+    ends: NDArray[np.int64],
 ) -> None:
-    """Replay, from one CR3 load or end of a column to the next, and add the exits of each stretch."""
+    """Replay, from one CR3 load or end of a column to the next, and add the exits of each stretch from `counted` on."""
     stop = int(ends[-1])
     position = min(max(start, recording.first_cr3), stop)
     vm = _machine(recording, made, position)
@@ -262,14 +269,14 @@ def _exits(
         loads = np.flatnonzero(piece.kind == LOAD_CR3)
         roots = dict(zip(loads.tolist(), (piece.addr[loads] & ROOT).tolist(), strict=True))
         strips = np.arange(0, piece.operations, SLICE)
-        cuts = np.unique(np.concatenate((loads, strips, ends - base, [piece.operations])))
+        cuts = np.unique(np.concatenate((loads, strips, ends - base, [counted - base, piece.operations])))
         cuts = cuts[(cuts > max(position - base, 0)) & (cuts <= min(piece.operations, stop - base))]
         begin = max(position - base, 0)
         for end in cuts.tolist():
             loaded = roots.get(begin, loaded)
             replay_records(vm, arrays, begin, end, recording.direct_map)
             after = vm.stats.exits_total
-            if after > before:
+            if after > before and base + begin >= counted:
                 column = int(np.searchsorted(ends, base + begin, side="right"))
                 spaces.add_one(made.name, spaces.number(loaded), column, after - before)
             before, begin = after, end

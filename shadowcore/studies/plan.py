@@ -26,7 +26,9 @@ from ..files import check_path
 from ..recording.guest import Recording, RecordingFile
 from . import settings
 from .series import Condition, values
-from .study import Source, prepared
+from .source import Source
+from .source import find as find_source
+from .study import prepared
 
 RESULTS = 1
 """Version of what runs come to: one more whenever a counter of the same run comes out otherwise."""
@@ -191,7 +193,7 @@ class _Planner:
         return found
 
     def _source(self, given: Any) -> tuple[int, str]:
-        opened = Source.find(given)
+        opened = find_source(given)
         found = digest(opened)
         if found in self.digests:
             number = self.digests.index(found)
@@ -289,8 +291,8 @@ class _Planner:
         designs = self._designs(table.get("design", spec.get("designs", DEFAULT_DESIGNS)))
         costs = self._costs(table.get("costs", spec.get("costs", "modern")), prices)
         seeds = values(table.get("seed", spec.get("seed", 0)), "seed")
-        if source.workload is None:
-            several = any(each.workload for each in self.sources)
+        if not source.seeded:
+            several = any(each.seeded for each in self.sources)
             if ("seed" in table or "seed" in spec) and not several:
                 raise ConfigError("seed: a workload is needed; a recording has nothing random")
             seeds = (None,)
@@ -403,13 +405,13 @@ def digest(source: Source) -> str:
     if source.workload is not None:
         return f"workload {source.workload.name}"
     hashed = hashlib.sha256()
-    if isinstance(source.recording, RecordingFile):
-        with open(source.recording.path, "rb") as file:
-            while piece := file.read(1 << 20):
-                hashed.update(piece)
-        return f"recording {hashed.hexdigest()}"
     recording = source.recording
-    assert recording is not None
+    if recording is None or isinstance(recording, RecordingFile):
+        for path in source.files:
+            with open(path, "rb") as file:
+                while piece := file.read(1 << 20):
+                    hashed.update(piece)
+        return f"recording {hashed.hexdigest()}"
     for name, array in recording.arrays.items():
         hashed.update(name.encode() + np.ascontiguousarray(array).view(np.uint8).data)
     scalars = {name: getattr(recording, name) for name in ("cr0", "cr4", "efer", "nframes", "vcpus", "complete")}

@@ -6,15 +6,12 @@ import dataclasses
 import difflib
 import re
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
-from ..config import TLB, Native, Shadow, check_backing, check_int, design, parse_size
+from ..config import TLB, Native, Shadow, check_backing, check_int, design, parse_count, parse_size
 from ..engine.levels import Levels, find_levels
 from ..errors import ConfigError
 from ..guest.options import KernelOptions
-
-if TYPE_CHECKING:
-    from ..workload import Workload
 
 DESIGN = {
     "pool": "shadow pages in the pool, 4096 bytes each",
@@ -35,15 +32,26 @@ KEPT = ("notpresent_marker",)
 MACHINE = {
     "levels": "what lies below the guest, by which exits are costed: shadow, pvm, shadow-on-ept, ...",
     "tlb": "entries of the modelled TLB for pages of 4096 bytes; none: no TLB",
-    "memory": "guest RAM, such as 64MiB (workloads only)",
+    "memory": "guest RAM, such as 64MiB (workloads and programs)",
     "vcpus": "processors of the guest (workloads only)",
     "host_page_size": "of the host's pages under guest RAM, such as 2MiB (workloads only)",
     "backing": "what the host has of guest RAM at first: warm, cold or thp (workloads only)",
 }
-_ANYWHERE = ("tlb", "levels")
-"""Of these, those that recordings have too."""
 GUEST = tuple(field.name for field in dataclasses.fields(KernelOptions) if field.name != "seed")
-"""Settings of the guest kernel (workloads only)."""
+"""Settings of the guest kernel (workloads and programs)."""
+_SIZES = ("memory", "host_page_size")
+"""Of MACHINE those whose letters K, M, G are powers of 1024."""
+
+
+class Takes(Protocol):
+    """What says which settings it takes: a source.Source."""
+
+    parameters: Mapping[str, Any]
+    machine: tuple[str, ...]
+    guest: bool
+
+    @property
+    def called(self) -> str: ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,21 +104,23 @@ def has(which: Native | Shadow, name: str) -> bool:
     return which.lagging if name in UNSYNC else not (which.lagging and name == "flood_reset")
 
 
-def split(settings: Mapping[str, Any], workload: Workload | None) -> Split:
-    """Sort settings; ConfigError for one that there is not (with the nearest), or not for a recording."""
+def split(settings: Mapping[str, Any], source: Takes) -> Split:
+    """Sort settings; ConfigError for one that the source does not take, with the nearest."""
     found = Split({}, {}, {}, {})
-    own = workload.parameters if workload else {}
-    for name, value in settings.items():
+    own = source.parameters
+    for name, given in settings.items():
+        count = parse_count(given) if isinstance(given, str) and name not in (*_SIZES, "mode", "release") else None
+        value = given if count is None else count
         if name in own:
             found.parameters[name] = value
         elif name in DESIGN:
             found.design[name] = value
-        elif name in _ANYWHERE or (name in MACHINE and workload):
+        elif name in source.machine:
             found.machine[name] = value
-        elif name in GUEST and workload:
+        elif name in GUEST and source.guest:
             found.guest[name] = _guest(name, value)
         else:
-            raise ConfigError(_unknown(name, workload, [*own, *DESIGN, *(MACHINE if workload else _ANYWHERE)]))
+            raise ConfigError(_unknown(name, source, [*own, *DESIGN, *source.machine]))
     if "flood_reset" in found.design and not isinstance(found.design["flood_reset"], bool):
         raise ConfigError(f"flood_reset: true or false is needed, not {found.design['flood_reset']!r}")
     for name, value in found.guest.items():
@@ -120,7 +130,7 @@ def split(settings: Mapping[str, Any], workload: Workload | None) -> Split:
         find_levels(found.machine["levels"])
     if "backing" in found.machine:
         check_backing("backing", found.machine["backing"])
-    for name in ("memory", "host_page_size"):
+    for name in _SIZES:
         if name in found.machine:
             parse_size(found.machine[name], name)
     return found
@@ -133,12 +143,12 @@ def _guest(name: str, value: Any) -> Any:
     return str(value) if name == "mode" and type(value) is int else value
 
 
-def _unknown(name: str, workload: Workload | None, known: list[str]) -> str:
-    of = workload.name if workload else "a recording"
-    found = difflib.get_close_matches(name, [*known, *(GUEST if workload else ())], 1)
+def _unknown(name: str, source: Takes, known: list[str]) -> str:
+    of = source.called
+    found = difflib.get_close_matches(name, [*known, *(GUEST if source.guest else ())], 1)
     if found:
         return f"{of}: there is no setting {name!r}; did you mean {found[0]!r}?"
-    more = f"; of its guest: {', '.join(GUEST)}" if workload else ""
+    more = f"; of its guest: {', '.join(GUEST)}" if source.guest else ""
     return f"{of}: there is no setting {name!r}; there are {', '.join(known)}{more}"
 
 
@@ -162,7 +172,8 @@ def tlb(value: Any, default: TLB | None) -> TLB | None:
 
 
 def parse(text: str) -> Any:
-    """A value as it is written on the command line: a number as C writes it, none, true, false, or a text."""
+    """A value as it is written on the command line: a number as C writes it, none, true, false, or a text. Of a text
+    like 1M `split` makes the number that it means for a setting."""
     word = text.strip()
     if re.fullmatch(r"[+-]?(0[xX][0-9a-fA-F]+|\d[\d_]*)", word):
         return int(word, 0) if not re.fullmatch(r"[+-]?0\d+", word) else int(word)

@@ -16,7 +16,8 @@ import numpy as np
 
 from ..errors import TraceError
 from ..recording.guest import Recording, RecordingFile, load
-from .study import Source
+from . import source as sources
+from .source import GuestSource, Source
 
 UNPACKED = 20_000_000
 """Records of a recording in blocks, at most, that are unpacked: 24 bytes each."""
@@ -27,12 +28,12 @@ _SCALARS = ("cr0", "cr4", "efer", "nframes", "vcpus", "complete")
 class Shared:
     """How another process gets a source.
 
-    argument: as `Source.find` takes it. state: size and time of change of its file, which must stay what they are.
+    words: as the command line calls it. state: size and time of change of its files, which must stay what they are.
     arrays: the folder with its arrays, or None; name, scalars: of the recording that these are.
     """
 
-    argument: str | None
-    state: tuple[int, int] | None = None
+    words: tuple[str, ...]
+    state: tuple[tuple[int, int], ...] = ()
     arrays: str | None = None
     name: str = ""
     scalars: tuple[tuple[str, int], ...] = ()
@@ -44,10 +45,11 @@ _opened: dict[Shared, Source] = {}
 def share(source: Source, folder: Path) -> Shared:
     """Make a source ready for other processes. folder: where its arrays may be put. OSError."""
     recording = source.recording
-    if recording is None:
-        made = Shared(source.argument)
-    elif isinstance(recording, RecordingFile) and recording.operations > UNPACKED:
-        made = Shared(os.path.abspath(recording.path), _state(recording.path))
+    if recording is None and not source.files:
+        made = Shared(source.words)
+    elif recording is None or (isinstance(recording, RecordingFile) and recording.operations > UNPACKED):
+        words = tuple(map(os.path.abspath, source.files))
+        made = Shared(words, tuple(map(_state, words)))
     else:
         if isinstance(recording, RecordingFile):
             recording = load(recording.path)
@@ -55,8 +57,8 @@ def share(source: Source, folder: Path) -> Shared:
         for name, array in recording.arrays.items():
             np.save(folder / f"{name}.npy", array)
         scalars = tuple((name, int(getattr(recording, name))) for name in _SCALARS)
-        made = Shared(source.argument, None, str(folder.absolute()), recording.name, scalars)
-        source = dataclasses.replace(source, recording=_mapped(made))
+        made = Shared(source.words, (), str(folder.absolute()), recording.name, scalars)
+        source = GuestSource(_mapped(made), source.words)
     _opened[made] = source  # a process that is forked has it at once
     return made
 
@@ -69,12 +71,13 @@ def forget(shared: Shared) -> None:
 def find(shared: Shared) -> Source:
     """The source, in whatever process; opened once. ConfigError, TraceError, OSError."""
     if shared not in _opened:
-        if shared.state is not None and _state(str(shared.argument)) != shared.state:
-            raise TraceError(shared.argument, None, "the file that was there when the sweep began is expected")
+        for path, state in zip(shared.words, shared.state, strict=False):
+            if _state(path) != state:
+                raise TraceError(path, None, "the file that was there when the sweep began is expected")
         if shared.arrays is None:
-            _opened[shared] = Source.find(shared.argument)
+            _opened[shared] = sources.find(list(shared.words) or None)
         else:
-            _opened[shared] = Source(None, _mapped(shared), shared.argument)
+            _opened[shared] = GuestSource(_mapped(shared), shared.words)
     return _opened[shared]
 
 

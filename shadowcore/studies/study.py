@@ -1,44 +1,38 @@
-"""Studies: one workload or recording run under several designs. What they found is in `results`."""
+"""Studies: one source run under several designs, at one value of a setting or at several. What they found is in
+`results`."""
 
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import os
 import shlex
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from .. import workload
-from ..config import DEFAULT_DESIGNS, TLB, Features, Native, Shadow, check_int, design, parse_size
+from ..config import DEFAULT_DESIGNS, TLB, Native, Shadow, check_int, design, parse_count, parse_size
 from ..engine.costs import Costs
 from ..engine.costs import find as find_costs
-from ..engine.machine import VM
-from ..errors import ConfigError, ShadowcoreError
-from ..recording import replay as trace
-from ..recording.format import SUFFIX
+from ..errors import AuditError, ConfigError, ShadowcoreError
 from ..recording.guest import Recording, RecordingFile
 from . import settings
-from .results import Study, StudyDesign
+from .results import Study, StudyDesign, Swept
+from .source import Outcome, Report, Setup, Source, find
 
-OPERATIONS = 1_000_000
-"""Of a workload, where nothing else is said."""
-_MACHINE = ("vcpus", "host_page_size", "backing")
-"""Settings of a VM that are only shown where they are set."""
-WINDOWS = 200
-"""Windows in a study, about, where nothing else is said."""
-
+Given = str | os.PathLike[str] | Recording | RecordingFile | Source | Sequence[str | os.PathLike[str]] | None
+"""What a study can be of."""
 Progress = Callable[[str], AbstractContextManager[Callable[[int, int], None] | None]]
 
 
 class StudyInterrupted(KeyboardInterrupt):
-    """Ctrl-C in a study; `study` has the designs that were done by then."""
+    """Ctrl-C in a study; `study` has the designs that were done by then, or, over several values, is a Swept of
+    those."""
 
-    def __init__(self, study: Study) -> None:
+    def __init__(self, study: Study | Swept) -> None:
         super().__init__("interrupted")
         self.study = study
 
@@ -46,7 +40,7 @@ class StudyInterrupted(KeyboardInterrupt):
 
 
 def study(
-    source: str | os.PathLike[str] | Recording | RecordingFile | Source | None = None,
+    source: Given = None,
     designs: Iterable[str | Native | Shadow] = DEFAULT_DESIGNS,
     *,
     costs: Costs | str = "modern",
@@ -54,73 +48,182 @@ def study(
     operations: int | None = None,
     seed: int | None = None,
     skip_boot: bool = False,
+    warm_up: int | str = 0,
     settings: Mapping[str, Any] | None = None,
     progress: Progress | None = None,
     **parameters: Any,
 ) -> Study:
-    """Run a workload, or replay a recording, under each design.
+    """Run a workload, or a recording of a guest, of operations, or of programs, under each design.
 
-    source: the name of a workload, the path of a recording, a recording, or None for the one in the package; or what
-        Source.find made of one of these, so that several studies open it once.
+    source: the name of a workload, the path of a recording, paths of several recordings of programs, which run side by
+        side, a recording, or None for the one in the package; or what source.find made of one of these, so that several
+        studies open it once.
     designs: names of designs, or Native and Shadow objects. costs: a preset of Costs, by its name, or Costs.
-    windows: count by windows of this many operations (records); None: about 200 windows; 0: none.
-    operations: of a workload (None: a million), or records of a recording, at most (None: all).
-    seed: of a workload (None: 0). skip_boot: replay a recording from its first user-mode access on.
-    parameters, settings: of the workload (WORKLOADS[name].parameters), of the guest kernel (KernelOptions), of shadow
-        MMUs (pool, min_free, refill, flood_threshold, flood_reset), and of the machine: memory, vcpus, host_page_size,
-        backing, levels (Levels, or the name of one: what lies below the guest), tlb (entries for small pages, a TLB, or
-        None; a workload has the TLB of the costs unless told otherwise, a recording none, for what it holds are the
-        accesses that missed one). Settings win; they can have any name. One
-        that nothing here uses is an error.
+    windows: count by windows of this many operations; None: about 200 windows; 0: none.
+    operations: of a workload (None: a million, after the warm-up), or of a recording, at most (None: all). They are
+        records of a guest's recording, accesses of a program's.
+    seed: of a workload or programs (None: 0). skip_boot: replay a guest from its first user-mode access on, with a new
+        shadow.
+    warm_up: of the operations, those that come first: they warm what there is to warm, and all figures are from there
+        on. Or the name of a phase of the recording, which begins there; `boot` ends there.
+    parameters, settings: of the workload (WORKLOADS[name].parameters) or of programs (turn, fold), of the guest kernel
+        (KernelOptions), of shadow MMUs (pool, min_free, refill, flood_threshold, flood_reset), and of the machine:
+        memory, vcpus, host_page_size, backing, levels (Levels, or the name of one: what lies below the guest), tlb
+        (entries for small pages, a TLB, or None; a guest kernel has the TLB of the costs unless told otherwise, a
+        recording of a guest none, for what it holds are the accesses that missed one). Settings win; they can have any
+        name. One that nothing here uses is an error.
     progress: called with the name of each design, gives a context manager whose value, unless None, is called with
         operations done, and all.
 
     ConfigError, TraceError. Ctrl-C raises StudyInterrupted.
     """
-    found = Source.find(source)
     given = parameters | dict(settings or {})
-    job = _Job(found, designs, find_costs(costs), given, operations, seed, skip_boot, windows)
+    job = _Job(find(source), designs, find_costs(costs), given, operations, seed, skip_boot, warm_up, windows)
     return job.run(progress or (lambda _: nullcontext()))
 
 
+def compare(
+    source: Given = None,
+    designs: Iterable[str | Native | Shadow] = DEFAULT_DESIGNS,
+    *,
+    over: Mapping[str, Iterable[Any]] | None = None,
+    base: Any = None,
+    progress: Progress | None = None,
+    **options: Any,
+) -> Study | Swept:
+    """What `shadowcore compare` does: a study, or with `over` one at each value of a setting.
+
+    source, designs, options: as of `study`. over: one setting (or seed, operations, warm_up) and its values.
+    base: of a setting of the guest kernel (isolation, mode, ...) the value, one of those, whose native run all
+        slow-downs are against (None: the first). Of other settings each study's are against native of its own.
+    ConfigError, TraceError. Ctrl-C raises StudyInterrupted.
+    """
+    if over is None:
+        if base is not None:
+            raise ConfigError("base: values to compare with it are needed: over")
+        return study(source, designs, progress=progress, **options)
+    if not isinstance(over, Mapping) or len(over) != 1:
+        raise ConfigError("over: one setting with its values is needed")
+    name, values = next(iter(over.items()))
+    return _sweep(find(source), list(designs), name, list(values), base, progress, options)
+
+
+DIRECT = ("seed", "operations", "warm_up")
+"""What a sweep can be over that is no setting."""
+
+
+def _sweep(
+    source: Source,
+    designs: list[str | Native | Shadow],
+    name: str,
+    values: list[Any],
+    base: Any,
+    progress: Progress | None,
+    options: dict[str, Any],
+) -> Swept:
+    if not values:
+        raise ConfigError(f"over: at least one value of {name} is needed")
+    fixed = dict(options.pop("settings", None) or {})
+    if name in fixed or (name in options and options[name] not in (None, 0)):
+        raise ConfigError(f"over: {name} is set to one value as well")
+    ofguest = source.guest and name in settings.GUEST
+    if base is not None and not ofguest:
+        raise ConfigError(f"base: it is for a setting of the guest kernel; {name} of {source.called} is none")
+    if base is not None and base not in values:
+        known = ", ".join(map(settings.written, values))
+        raise ConfigError(f"base: one of the values of {name} is needed, {known}, not {settings.written(base)}")
+    done: list[tuple[Any, Study]] = []
+
+    def labelled(value: Any) -> Progress | None:
+        return None if progress is None else lambda design: progress(f"{name}={settings.written(value)} {design}")
+
+    def swept(complete: bool) -> Swept:
+        if not ofguest:
+            return Swept(name, done, None, complete)
+        chosen = done[0][0] if base is None else base
+        label = f"{name}={settings.written(chosen)}"
+        against = next((study for value, study in done if value == chosen), None)
+        points = [(value, study.against(against, label) if against else study) for value, study in done]
+        return Swept(name, points, label, complete)
+
+    # Nothing is run before all of it can be.
+    plain = {key: value for key, value in options.items() if key not in ("windows", "costs", "skip_boot", *DIRECT)}
+    points = []
+    for value in values:
+        direct, more = ({name: value}, {}) if name in DIRECT else ({}, {name: value})
+        chosen = options | direct
+        job = _Job(
+            source,
+            designs,
+            find_costs(chosen.get("costs", "modern")),
+            {key: value for key, value in plain.items()} | fixed | more,
+            chosen.get("operations"),
+            chosen.get("seed"),
+            chosen.get("skip_boot", False),
+            chosen.get("warm_up", 0),
+            chosen.get("windows"),
+        )
+        points.append((value, job))
+    try:
+        for value, job in points:
+            done.append((value, job.run(labelled(value) or (lambda _: nullcontext()))))
+    except StudyInterrupted as stop:
+        if isinstance(stop.study, Study) and stop.study.designs:
+            done.append((value, stop.study))
+        if not done:
+            raise
+        raise StudyInterrupted(swept(complete=False)) from None
+    return swept(complete=True)
+
+
 @dataclasses.dataclass(frozen=True)
-class Source:
-    """What is studied: `workload`, or else `recording`; argument: how the command line calls it (None: not at all)."""
+class Audited:
+    """What `audit` found. source: its name; operations: done, in `unit`s, of `total`, until the audit that found
+    violations, if one did; audits: made; violations: (operation, violation). outcome: in plain types, as of a
+    StudyDesign, where it came to an end.
+    """
 
-    workload: workload.Workload | None
-    recording: Recording | RecordingFile | None
-    argument: str | None
+    source: str
+    design: str
+    unit: str
+    operations: int
+    total: int
+    audits: int
+    violations: tuple[tuple[int, Any], ...]
+    recording_complete: bool
+    outcome: dict[str, Any] | None
 
-    @classmethod
-    def find(cls, source: Any) -> Source:
-        """See `study`. ConfigError, TraceError."""
-        if isinstance(source, cls):
-            return source
-        if isinstance(source, (Recording, RecordingFile)):
-            path = getattr(source, "path", None)
-            bundled = source.name == trace.BUNDLED and path is None
-            return cls(None, source, None if bundled else str(path or f"{source.name}.npz"))
-        if isinstance(source, workload.Workload):
-            return cls(source, None, source.name)
-        if source is None:
-            return cls(None, trace.open_recording(None), None)
-        if isinstance(source, str) and source in workload.WORKLOADS:
-            return cls(workload.find(source), None, source)
-        if not isinstance(source, (str, os.PathLike)):
-            raise ConfigError(f"workload: a name, a path or a recording is needed, not {source!r:.60}")
-        path = Path(source)
-        looks_like_a_file = path.suffix in (".npz", SUFFIX) or len(path.parts) > 1 or isinstance(source, os.PathLike)
-        if looks_like_a_file or path.is_file():
-            return cls(None, trace.open_recording(source), str(source))
-        workload.find(str(source))
-        raise AssertionError  # find has refused it
 
-    @property
-    def name(self) -> str:
-        if self.workload:
-            return self.workload.name
-        assert self.recording is not None
-        return self.recording.name
+def audit(
+    source: Given = None,
+    mmu: str | Native | Shadow = "cached",
+    *,
+    every: int = 100_000,
+    at: Sequence[str] = (),
+    progress: Progress | None = None,
+    operations: int | None = None,
+    seed: int | None = None,
+    settings: Mapping[str, Any] | None = None,
+) -> Audited:
+    """Run one design, and check every invariant after so many operations, at the end, and at points of VM.audit_points.
+
+    The rest as of `study`.
+    """
+    found = find(source)
+    job = _Job(found, [mmu], find_costs("modern"), dict(settings or {}), operations, seed, False, 0, 0)
+    job.setup = dataclasses.replace(job.setup, audit_every=every, audit_at=tuple(at))
+    name, made = next(iter(job.designs.items()))
+    try:
+        with (progress or (lambda _: nullcontext()))(name) as report:
+            outcome = found.run(made, job.setup, report)
+    except AuditError as error:
+        record = error.record or 0
+        violations = tuple((record, violation) for violation in error.violations)
+        told = (found.name, name, found.unit, record, job.setup.total, error.audits)
+        return Audited(*told, violations, found.complete, None)
+    plain = job.made(name, made, outcome, None, None).as_dict()
+    told = (found.name, name, found.unit, outcome.operations, job.setup.total, outcome.audits)
+    return Audited(*told, outcome.violations, found.complete, plain)
 
 
 def prepared(
@@ -134,7 +237,7 @@ def prepared(
     skip_boot: bool = False,
 ) -> Prepared:
     """One design alone, without one to be measured against: everything checked, nothing run. Errors as of `study`."""
-    return Prepared(_Job(source, (which,), costs, given, operations, seed, skip_boot, 0))
+    return Prepared(_Job(source, (which,), costs, given, operations, seed, skip_boot, 0, 0))
 
 
 class _Job:
@@ -149,13 +252,14 @@ class _Job:
         operations: int | None,
         seed: int | None,
         skip_boot: bool,
+        warm_up: int | str,
         windows: int | None,
     ) -> None:
         self.source = source
-        if seed is not None and not source.workload:
+        if seed is not None and not source.seeded:
             raise ConfigError("seed: a workload is needed; a recording has nothing random")
-        self.seed = 0 if seed is None else check_int("seed", seed, 0, (1 << 64) - 1)
-        self.split = settings.split(given, source.workload)
+        seed = 0 if seed is None else check_int("seed", seed, 0, (1 << 64) - 1)
+        self.split = settings.split(given, source)
         if isinstance(designs, (str, Native, Shadow)):
             designs = (designs,)
         wanted = [(design(which), self.split.made(which)) for which in designs]
@@ -171,144 +275,168 @@ class _Job:
                 raise ConfigError(f"designs: two are called {made.name!r}; give them names")
             self.designs[made.name] = made
         self.given = dict(given)
-        limit = 1 << 62 if operations is None else check_int("operations", operations, 1, 1 << 62)
-        if source.workload:
-            if skip_boot:
-                raise ConfigError("skip_boot: a recording is needed; a workload begins after its setup")
-            self.start = 0
-            self.total = OPERATIONS if operations is None else limit
-            self.parameters = source.workload.checked(self.split.parameters)
-            self.options = self.split.options
-            self.tlb = settings.tlb(self.split.machine.get("tlb", "costs"), costs.tlb)
-            self.memory = self.split.machine.get("memory", source.workload.memory)
-            self.machine = {name: self.split.machine[name] for name in _MACHINE if name in self.split.machine}
-        else:
-            assert source.recording is not None
-            user = source.recording.first_user if skip_boot else 0
-            if user is None:
-                raise ConfigError("skip_boot: a recording with user-mode accesses is needed, this one has none")
-            self.start = user
-            self.total = min(source.recording.operations - self.start, limit)
-            self.tlb = settings.tlb(self.split.machine.get("tlb"), costs.tlb)
-        self.window = max(1, self.total // WINDOWS) if windows is None else check_int("windows", windows, 0, 1 << 62)
-        self.command = self._command(wanted, operations, skip_boot)
+        limit = None if operations is None else check_int("operations", operations, 1, 1 << 62)
+        parameters = source.checked(self.split.parameters)
+        start = source.begin(skip_boot)
+        warm = self._warm_up(warm_up, start)
+        total = source.length(warm) - start
+        if limit is not None:
+            total = limit if source.kind == "workload" else min(total, limit)
+        if warm >= total:
+            raise ConfigError(f"warm_up: fewer than the {total:,} {source.unit} that are run are needed, not {warm:,}")
+        counted = total - warm
+        default = source.window(counted) if windows == 0 else max(1, counted // 200)
+        self.window = default if windows is None else check_int("windows", windows, 0, 1 << 62)
+        self.setup = Setup(
+            start=start,
+            total=total,
+            warm_up=warm,
+            window=self.window or default,
+            seed=seed,
+            tlb=settings.tlb(self.split.machine.get("tlb", source.tlb), costs.tlb),
+            options=self.split.options,
+            parameters=parameters,
+            machine={name: value for name, value in self.split.machine.items() if name not in ("tlb", "levels")},
+        )
+        self.command = self._command(wanted, operations, skip_boot, warm_up)
+
+    def _warm_up(self, given: int | str, start: int) -> int:
+        """Operations from `start` on that are not counted. ConfigError for a phase that there is not."""
+        count = parse_count(given) if isinstance(given, str) else given
+        if count is not None:
+            return check_int("warm_up", count, 0, 1 << 62)
+        phases = self.source.phases
+        if given not in phases:
+            near = difflib.get_close_matches(str(given), phases, 1)
+            known = f"; did you mean {near[0]!r}?" if near else f"; there are {', '.join(phases)}" if phases else ""
+            what = "" if phases else f"; {self.source.name} has none"
+            expected = f"a number of {self.source.unit}, or the name of a phase, is needed"
+            raise ConfigError(f"warm_up: {expected}, not {given!r}{known}{what}")
+        if phases[str(given)] < start:
+            raise ConfigError(
+                f"warm_up: a phase after record {start:,}, where the replay begins, is needed, not {given!r}"
+            )
+        return phases[str(given)] - start
 
     def _command(
-        self, wanted: list[tuple[Native | Shadow, Native | Shadow]], operations: int | None, skip: bool
+        self,
+        wanted: list[tuple[Native | Shadow, Native | Shadow]],
+        operations: int | None,
+        skip: bool,
+        warm_up: int | str,
     ) -> str:
-        words = ["shadowcore", "compare", *([self.source.argument] if self.source.argument else [])]
+        words = ["shadowcore", "compare", *self.source.words]
         for chosen, _ in wanted:
             words += ["--mmu", chosen.name]
         for name, value in self.given.items():
             words += ["--set", f"{name}={settings.written(value)}"]
         if operations is not None:
             words += ["--operations", str(operations)]
-        if self.seed:
-            words += ["--seed", str(self.seed)]
+        if self.setup.seed:
+            words += ["--seed", str(self.setup.seed)]
         if self.costs.name != Costs.modern().name:
             words += ["--costs", self.costs.name]
         if skip:
             words += ["--skip-boot"]
+        if self.setup.warm_up:
+            words += ["--warm-up", str(warm_up)]
         return shlex.join(words)
 
     def run(self, progress: Progress) -> Study:
         done: dict[str, StudyDesign] = {}
         native = None
+        first: Outcome | None = None
         baseline = {"native": Native()} if "native" not in self.designs else {}
         # Native first: the others are measured against it.
         order = sorted((baseline | self.designs).items(), key=lambda item: not isinstance(item[1], Native))
         try:
             for name, made in order:
                 with progress(name) as report:
-                    result = self._one(made, report, 0 if name in baseline else self.window)
-                counters = _counters(result)
+                    outcome = self._one(made, report)
                 if isinstance(made, Native) and native is None:
-                    native = counters
+                    native = outcome.counters
                 if name not in baseline:
-                    done[name] = self._design(name, made, result, counters, native, next(iter(done.values()), None))
+                    first = first or outcome
+                    done[name] = self.made(name, made, outcome, native, next(iter(done.values()), None))
         except KeyboardInterrupt:
-            raise StudyInterrupted(self._study(done, complete=False)) from None
-        return self._study({name: done[name] for name in self.designs}, complete=True)
+            raise StudyInterrupted(self._study(done, first, complete=False)) from None
+        return self._study({name: done[name] for name in self.designs}, first, complete=True)
 
-    def _study(self, done: dict[str, StudyDesign], complete: bool) -> Study:
-        recording = self.source.recording
-        shown: dict[str, Any] = {"costs": self.costs.name, "tlb": None if self.tlb is None else self.tlb.small_entries}
+    def _one(self, made: Native | Shadow, report: Report) -> Outcome:
+        return self.source.run(made, self.setup, report)
+
+    def _study(self, done: dict[str, StudyDesign], first: Outcome | None, complete: bool) -> Study:
+        source, setup = self.source, self.setup
+        shown: dict[str, Any] = {
+            "costs": self.costs.name,
+            "tlb": None if setup.tlb is None else setup.tlb.small_entries,
+        }
         if "levels" in self.split.machine:
             shown["levels"] = self.costs.levels.name
-        if self.source.workload:
-            shown |= {"operations": self.total, "seed": self.seed, "memory": self.memory}
-            shown |= self.machine | self.parameters | {name: getattr(self.options, name) for name in self.split.guest}
-        else:
-            shown |= {"start": self.start, "operations": self.total}
-        shown |= self.split.design
+        shown |= source.shown(setup) | {"operations": setup.total}
+        if setup.warm_up:
+            shown |= {"warm_up": setup.warm_up}
+        shown |= {name: getattr(setup.options, name) for name in self.split.guest} | self.split.design
+        boot = source.phases.get("boot", 0) - setup.start if setup.warm_up == 0 else 0
         return Study(
-            workload=self.source.name,
-            recording=recording,
-            kind="workload" if self.source.workload else "recording",
-            operations=self.total if recording is None else recording.operations,
+            workload=source.name,
+            recording=source.recording,
+            kind=source.kind,
+            stream=source.stream,
+            unit=source.unit,
+            per=source.per,
+            operations=setup.total if source.kind == "workload" else source.length(0),
+            warm_up=setup.warm_up,
             designs=done,
             costs=self.costs,
             settings=shown,
             command=self.command,
             window=self.window,
             complete=complete,
+            recording_complete=source.complete,
+            holdings=None if first is None else source.holdings(first),
+            caption="" if first is None else first.caption,
+            settles="boot" if 0 < boot < setup.total else str(setup.warm_up + (setup.total - setup.warm_up) // 2),
         )
 
-    def _one(
-        self, made: Native | Shadow, report: Callable[[int, int], None] | None, window: int
-    ) -> trace.ReplayResult | workload.WorkloadResult:
-        if self.source.workload:
-            vm = VM(self.memory, made, tlb=self.tlb, features=Features(), **self.machine)
-            return workload.run(
-                self.source.workload.name,
-                vm,
-                seed=self.seed,
-                operations=self.total,
-                options=self.options,
-                progress=report,
-                window=window or max(1, self.total // WINDOWS),  # pages in use are sampled by windows
-                **cast("dict[str, Any]", self.parameters),
-            )
-        assert self.source.recording is not None
-        stop = self.start + self.total
-        return trace.replay(
-            self.source.recording, made, start=self.start, stop=stop, progress=report, window=window, tlb=self.tlb
-        )
-
-    def _design(
+    def made(
         self,
         name: str,
         made: Native | Shadow,
-        result: trace.ReplayResult | workload.WorkloadResult,
-        counters: dict[str, int],
+        outcome: Outcome,
         native: dict[str, int] | None,
         first: StudyDesign | None,
     ) -> StudyDesign:
-        history = getattr(result, "history", None)
+        """What a design did. native: counters that it is measured against; first: the design that was first."""
+        history = outcome.history
         equal = None if history is None else first is None or history == first.history
-        mismatches = result.gpa_mismatches if isinstance(result, trace.ReplayResult) else 0 if equal else None
         return StudyDesign(
             name=name,
             design=made,
-            counters=counters,
-            cost=self.costs.of(counters, native),
-            seconds=result.seconds,
-            operations=counters["operations"],
-            windows=self._windows(result) if self.window else {},
-            pages_mean=float(result.pages_mean or 0),
-            pages_max=int(result.pages_max or 0),
-            gpa_mismatches=mismatches,
+            counters=outcome.counters,
+            cost=self.costs.of(outcome.counters, native),
+            seconds=outcome.seconds,
+            operations=outcome.operations,
+            windows=self._windows(outcome) if self.window else {},
+            pages_mean=outcome.pages_mean,
+            pages_max=outcome.pages_max,
+            gpa_mismatches=outcome.gpa_mismatches if history is None else 0 if equal else None,
             history=history,
             history_equal=equal,
-            result=result,
+            result=outcome.result,
+            guest=outcome.guest,
+            details=outcome.details,
+            halves=_halves(outcome.windows),
+            work=outcome.work,
         )
 
-    def _windows(self, result: trace.ReplayResult | workload.WorkloadResult) -> dict[str, NDArray[np.uint64]]:
-        """Those of the result, with `cycles`."""
-        windows = dict(result.windows or {})
+    def _windows(self, outcome: Outcome) -> dict[str, NDArray[np.uint64]]:
+        """Those of the outcome, with `cycles`."""
+        windows = dict(outcome.windows)
         operations = np.diff(windows["operation"], prepend=np.uint64(0))
         known = {name: column.tolist() for name, column in windows.items() if not name.startswith("pages_")}
-        known |= {"operations": operations.tolist(), "guest_faults": known["faults"], "guest_invlpg": known["invlpg"]}
+        known = {"operations": operations.tolist()} | known
+        known |= {"guest_faults": known["faults"], "guest_invlpg": known["invlpg"]}
         rows = [dict(zip(known, row, strict=True)) for row in zip(*known.values(), strict=True)]
         windows["cycles"] = np.array([round(self.costs.of(row).total) for row in rows], dtype=np.uint64)
         return windows
@@ -324,7 +452,7 @@ class Prepared:
     @property
     def tlb(self) -> TLB | None:
         """The TLB that is modelled."""
-        return self._job.tlb
+        return self._job.setup.tlb
 
     @property
     def costs(self) -> Costs:
@@ -333,35 +461,29 @@ class Prepared:
 
     def determined(self) -> dict[str, Any]:
         """All that determines what a run comes to, but for the source itself and the engine."""
-        job = self._job
+        setup, source = self._job.setup, self._job.source
         design = dataclasses.asdict(self._made)
         del design["name"]
-        found = {"design": design, "start": job.start, "operations": job.total, "tlb": job.tlb}
-        if job.source.workload:
-            guest = dataclasses.asdict(job.options)
-            found |= {"seed": job.seed, "memory": parse_size(job.memory), "machine": job.machine}
-            found |= {"parameters": job.parameters, "guest": guest}
+        found: dict[str, Any] = {"design": design, "start": setup.start, "operations": setup.total, "tlb": setup.tlb}
+        if source.guest:
+            memory = source.shown(setup).get("memory")
+            machine = {name: value for name, value in setup.machine.items() if name != "memory"}
+            found |= {"seed": setup.seed, "memory": memory and parse_size(memory), "machine": machine}
+            found |= {"parameters": dict(setup.parameters), "guest": dataclasses.asdict(setup.options)}
         return found
 
-    def run(self, report: Callable[[int, int], None] | None = None) -> StudyDesign:
+    def run(self, report: Report = None) -> StudyDesign:
         """Run it."""
-        result = self._job._one(self._made, report, 0)
-        return self._job._design(self._name, self._made, result, _counters(result), None, None)
+        outcome = self._job.source.run(self._made, self._job.setup, report)
+        return self._job.made(self._name, self._made, outcome, None, None)
 
 
-def _counters(result: trace.ReplayResult | workload.WorkloadResult) -> dict[str, int]:
-    """Counters of the engine with those of the guest that costs are made of."""
-    if isinstance(result, trace.ReplayResult):
-        return result.whole.counters | {
-            "operations": result.whole.records,
-            "instructions": result.whole.instructions,
-            "guest_cr3_loads": result.cr3_loads,
-            "guest_invlpg": result.whole.counters["invlpg"],
-            "guest_faults": result.faults,
-        }
-    return result.stats | {
-        "operations": result.operations,
-        "guest_cr3_loads": result.counters["cr3_loads"],
-        "guest_invlpg": result.counters["invlpg"],
-        "guest_faults": result.counters["faults"],
-    }
+def _halves(windows: Mapping[str, NDArray[np.uint64]]) -> tuple[int, int] | None:
+    """Exits in the first half of the operations, and in the second; a window that has both is parted. None where a
+    single window has most of them."""
+    ends = windows.get("operation", np.zeros(0, dtype=np.uint64)).astype(np.float64)
+    if not len(ends) or np.diff(ends, prepend=0.0).max() > 0.6 * ends[-1]:
+        return None
+    exits = np.cumsum(windows["exits_total"].astype(np.float64))
+    first = int(np.interp(ends[-1] / 2, np.append(0.0, ends), np.append(0.0, exits)))
+    return first, int(exits[-1]) - first

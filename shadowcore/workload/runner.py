@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from .. import notebook
 from ..config import TLB, Features, Native, Shadow, check_int
+from ..engine.audits import Audits
 from ..engine.machine import VM
 from ..engine.windows import WindowLog, grown
 from ..errors import ConfigError
@@ -25,10 +26,12 @@ from .script import WORKLOADS, Guest, Workload
 class WorkloadResult:
     """What a run came to.
 
-    operations: of the processor, setup left out: accesses of user code and of the kernel, CR3 loads, INVLPGs.
-    counters: of the kernel; stats: of the VM; both without the setup. setup: operations that the setup took.
+    operations: of the processor, setup and warm-up left out: accesses of user code and of the kernel, CR3 loads,
+        INVLPGs.
+    counters: of the kernel; stats: of the VM; both of these operations alone. setup: operations that the setup took.
+    warm_up: those between it and the first that is counted. audits: how many were made.
     history: checksum of all accesses from boot on; the same under every design. frames: at the end.
-    seconds: of the work, the setup left out. recording: all operations from boot on (OP_DTYPE), or None.
+    seconds: of the work that is counted. recording: all operations from boot on (OP_DTYPE), or None.
     windows: counters in each window of operations, by name (see `windows.WindowLog`), or None; and if there are,
     pages_mean, pages_max: shadow pages in use, sampled.
     """
@@ -48,6 +51,8 @@ class WorkloadResult:
     windows: dict[str, NDArray[np.uint64]] | None = dataclasses.field(default=None, compare=False, repr=False)
     pages_mean: float | None = None
     pages_max: int | None = None
+    warm_up: int = 0
+    audits: int = 0
 
     def _repr_html_(self) -> str:
         title = f"{self.workload} under {self.design}: {self.operations:,} operations"
@@ -65,19 +70,30 @@ class WorkloadResult:
         return plain | {"operations_per_second": self.operations_per_second}
 
 
+WINDOWS = 200
+"""Parts in which a run is looked at for the end of its warm-up, where there are no windows."""
+
+
 class _Meter:
     """Carries operations out in parts, so that counters can be read in between: a round may be longer than a window.
 
-    Windows end at the first look after their last operation. Pages in use are those at each look, eight a window.
+    Windows end at the first look after their last operation. Pages in use are those at each look, eight a window. The
+    warm-up ends at the first look after its last operation; what is counted begins there.
     """
 
-    def __init__(self, kernel: Kernel, vm: VM, window: int) -> None:
+    def __init__(self, kernel: Kernel, vm: VM, window: int, warm_up: int = 0) -> None:
         self._kernel, self._stats, self._window = kernel, vm.stats, window
-        self._start = self._seen = _operations(kernel.counters)
-        self._kernel_before = kernel.counters
-        self._end = window
+        self._warm_up = warm_up
         self._calls = 1
-        self._log = WindowLog(vm.stats)
+        self._begin()
+
+    def _begin(self) -> None:
+        self.counters, self.stats = self._kernel.counters, self._stats.as_dict()
+        self.clock = time.perf_counter()
+        self._kernel_before = self.counters
+        self.start = self._seen = _operations(self.counters)
+        self._end = self._window
+        self._log = WindowLog(self._stats)
 
     def run(self, calls: NDArray[Any]) -> NDArray[np.uint64]:
         results, first = [], 0
@@ -91,16 +107,20 @@ class _Meter:
     def _look(self, calls: int) -> None:
         counters = self._kernel.counters
         seen = _operations(counters)
+        if self._warm_up and seen - self.start >= self._warm_up:
+            self._warm_up = 0
+            self._begin()
+            return
         pages = self._stats.mmu_cache_miss - self._stats.page_frees
         self._log.pages(1, pages, pages)
         each = (seen - self._seen) / calls
         self._calls = max(1, min(int(self._window / 8 / each), 2 * self._calls) if each else 2 * self._calls)
         self._seen = seen
-        if seen - self._start >= self._end:
+        if seen - self.start >= self._end:
             self._close(counters)
 
     def _close(self, counters: dict[str, int]) -> None:
-        done = self._seen - self._start
+        done = self._seen - self.start
         before = self._kernel_before
         grown = {name: counters[name] - before[name] for name in ("faults", "table_stores", "switches", "cr3_loads")}
         self._log.count(guest_cr3_loads=grown.pop("cr3_loads"), **grown)
@@ -112,7 +132,7 @@ class _Meter:
         """What a WorkloadResult has of it."""
         if self._log.open:
             self._close(self._kernel.counters)
-        windows = self._log.arrays(self._seen - self._start)
+        windows = self._log.arrays(self._seen - self.start)
         most = int(windows["pages_max"].max(initial=0))
         return {"windows": windows, "pages_mean": self._log.pages_mean, "pages_max": most}
 
@@ -140,6 +160,7 @@ def run(
     tlb: TLB | None = None,
     vcpus: int | None = None,
     host_page_size: int | str | None = None,
+    warm_up: int = 0,
     **parameters: Any,
 ) -> WorkloadResult:
     """Run a workload until the processor has done `operations`, setup left out; the round in hand is finished.
@@ -150,6 +171,7 @@ def run(
         operations, and at the end (0: never). progress: called with operations done, and all.
     window: count by windows of this many operations (0: do not). tlb: a TLB to model, vcpus: processors (1), and
         host_page_size: of the host's pages under the guest's memory (4096 bytes), where the VM is made here.
+    warm_up: of the operations, those that come first and are not counted; they warm tables, shadow and TLB.
     parameters: see WORKLOADS[name].parameters. ConfigError for what cannot be.
     """
     workload = find(name)
@@ -164,6 +186,7 @@ def run(
     needed = {key: max(value, getattr(options, key)) for key, value in workload.options.items()}
     options = dataclasses.replace(options, seed=seed, **needed)
     step = check_int("window", window, 0, 1 << 62)
+    warm = check_int("warm_up", warm_up, 0, max(wanted - 1, 0))
     if not isinstance(vm, VM):
         count = 1 if vcpus is None else vcpus
         vm = VM(workload.memory, vm, count, tlb, features=Features(), host_page_size=host_page_size)
@@ -177,38 +200,42 @@ def run(
     guest = Guest(kernel, np.random.default_rng(seed))
     steps = workload.function(guest, **checked)
     next(steps)
-    counters, stats = kernel.counters, vm.stats.as_dict()
-    setup = _operations(counters)
-    meter = _Meter(kernel, vm, step) if step else None
-    if meter is not None:
+    setup = _operations(kernel.counters)
+    # Without windows or a warm-up nothing is looked at in between.
+    meter = _Meter(kernel, vm, step or (max(1, (wanted - warm) // WINDOWS) if warm else 0), warm)
+    if step or warm:
         guest.carry_out = meter.run
-    done, seconds, audited = 0, 0.0, 0
-    while done < wanted:
-        clock = time.perf_counter()
-        next(steps)
-        seconds += time.perf_counter() - clock
-        done = _operations(kernel.counters) - setup
-        if every and done - audited >= every:
-            audited = done
-            vm.audit(strict=True)
-        if progress is not None:
-            progress(min(done, wanted), wanted)
-    if every:
-        vm.audit(strict=True)
+    done, seconds, began = 0, 0.0, meter.clock
+    audits = Audits(vm, every)
+    with audits.told(lambda: done):
+        while done < wanted or (warm and done == meter.start - setup):
+            clock = time.perf_counter()
+            next(steps)
+            if meter.clock > began:
+                seconds, clock, began = 0.0, meter.clock, meter.clock
+            seconds += time.perf_counter() - clock
+            done = _operations(kernel.counters) - setup
+            if audits.due(done):
+                audits.look(done)
+            if progress is not None:
+                progress(min(done, wanted), wanted)
+        audits.look(done)
     return WorkloadResult(
         workload=name,
         design=vm.mmu.design.name,
         seed=seed,
         parameters=checked,
-        operations=done,
+        operations=done - (meter.start - setup),
         setup=setup,
-        counters=_since(kernel.counters, counters),
-        stats=grown(vm.stats.as_dict(), stats),
+        counters=_since(kernel.counters, meter.counters),
+        stats=grown(vm.stats.as_dict(), meter.stats),
         frames=kernel.frames,
         history=kernel.history,
         seconds=seconds,
         recording=kernel.recording if record else None,
-        **({} if meter is None else meter.results()),
+        warm_up=meter.start - setup,
+        audits=audits.made,
+        **(meter.results() if step else {}),
     )
 
 

@@ -21,7 +21,8 @@ FLOORS = (
     ("engine",),
     ("_capi", "guest", "pagetables", "recording", "unicorn"),
     ("embed", "workload"),
-    ("programs", "studies"),
+    ("programs",),
+    ("studies",),
     ("report",),
     ("cli", "heat", "html", "importers", "recordings", "steps", "timeline", "trace"),
 )
@@ -31,7 +32,7 @@ itself, the table of contents, may import all, and nobody imports it."""
 ENGINE = (
     "types check held designs policies unsync",
     "bits counters gmode tlb memo watch backing slots levels presets",
-    "memory results windows prices costs reported shown",
+    "memory results windows prices costs reported shown audits",
     "walker features page quirks role",
     "state",
     "hooks record",

@@ -14,16 +14,19 @@ import numpy as np
 import pytest
 from operations import operations
 from places import DATA
+from sources import operations as made_operations
 
 import shadowcore as sc
 from shadowcore.engine.audit import AuditReport, Violation
 from shadowcore.engine.presets import PRESETS
 from shadowcore.guest import process
 from shadowcore.programs.survey import Fold
+from shadowcore.recording import operations as replayed
 from shadowcore.recording import replay as trace
 from shadowcore.recording.guest import RecordingFile
 from shadowcore.recordings import Event, Writer
 from shadowcore.studies import evolution, explain, host, images, reproduction
+from shadowcore.studies import study as studies
 from shadowcore.studies.validity import Row, Validity
 
 PROTOCOLS = range(pickle.HIGHEST_PROTOCOL + 1)
@@ -244,6 +247,9 @@ RESULTS = {
     "Sweep": lambda _: sc.sweep(sources=trace.load().head(2000), designs="cached", operations=500, jobs=1),
     "Study, RecordingFile": lambda path: sc.study(saved(path), ["cached"]),
     "WorkloadResult, recorded": lambda _: sc.workload.run("idle", "cached", operations=2000, record=True),
+    "OperationsResult": lambda path: replayed.run(made_operations(path / "a.screc"), "cached"),
+    "Swept": lambda _: sc.compare("idle", ["cached"], over={"pcid": [False, True]}, operations=2000),
+    "Audited": lambda _: studies.audit("idle", operations=2000, every=1000),
     "ProgramResult": lambda path: sc.programs.run(a_program(path), "cached"),
     "Survey, Region": lambda path: sc.programs.survey([a_program(path)]),
     "Fold": lambda _: Fold(*np.arange(9, dtype=np.uint64).reshape(3, 3)),
@@ -286,6 +292,7 @@ def test_all_results_are_among_them():
     named |= {"Native", "Shadow", "TLB", "Features", "MemorySlot", "KernelOptions", "File"}
     # Work under way, and what is made anew rather than sent.
     named |= {"Program", "Area", "Life", "Format", "Row", "Event", "Block", "Source", "Split", "Parameter", "Workload"}
+    named |= {"Setup", "Outcome"}
     named |= {"BackEnd", "Emulator"}
     # What a sweep sends, which its tests send.
     named |= {"Plan", "Point", "Run", "Shared", "Task", "Done", "Change", "Difference"}

@@ -164,7 +164,9 @@ def test_compare_refuses(recording, tmp_path):
     assert "--pool" in refused("compare", recording, "--pool", "3")
     assert "--pool" in refused("compare", recording, "--pool", "many")
     assert "array 'kind' expected" in refused("compare", IMAGE)
-    assert "unexpected extra argument" in refused("compare", recording, "another")
+    assert "recordings of programs run side by side, nothing else; boot is a recording of guest" in refused(
+        "compare", recording, "another"
+    )
     broken = tmp_path / "broken.npz"
     with np.load(recording) as file:
         arrays = dict(file.items())

@@ -98,7 +98,7 @@ def test_refusals(recording, tmp_path):
     assert "did you mean 'groups'" in refused("compare", "hackbench", "--set", "group=2")
     assert "is not NAME=VALUE" in refused("compare", "hackbench", "--set", "groups")
     assert "set twice" in refused("compare", "hackbench", "--set", "groups=1", "--set", "groups=2")
-    assert "set by --set or --pool as well" in refused("compare", "--pool", 9, "--over", "pool=8,9")
+    assert "pool is set to one value as well" in refused("compare", "--pool", 9, "--over", "pool=8,9")
     assert "is not NAME=VALUE,VALUE" in refused("compare", "--over", "pool")
     assert "pool_pages: an integer is needed, not 'many'" in refused("compare", recording, "--over", "pool=16,many")
     assert "cannot be written" in refused("compare", "idle", *SHORT, "--csv", tmp_path / "none" / "a.csv")

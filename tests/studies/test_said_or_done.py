@@ -181,7 +181,7 @@ def test_programs_of_an_incomplete_recording_say_so(tmp_path):
     (tmp_path / "text").write_text("I  00401000,3\n S 0042f000,8\nnonsense\n")
     refused("import", tmp_path / "text", "-o", tmp_path / "cut.screc")
     assert INCOMPLETE in run("programs", tmp_path / "cut.screc")
-    assert json.loads(run("programs", tmp_path / "cut.screc", "--json"))[0]["recording_complete"] is False
+    assert json.loads(run("programs", tmp_path / "cut.screc", "--json"))["recording_complete"] is False
     (tmp_path / "text").write_text("I  00401000,3\n S 0042f000,8\n")
     run("import", tmp_path / "text", "-o", tmp_path / "all.screc")
     assert INCOMPLETE not in run("programs", tmp_path / "all.screc")

@@ -33,7 +33,7 @@
 
     const show = () => {
       const from = chosen ? ends[chosen - 1] : 0;
-      const lines = [`operations ${number(from)} to ${number(ends[chosen])}`];
+      const lines = [`${study.unit} ${number(from)} to ${number(ends[chosen])}`];
       if (what.rows) {
         const name = what.rows[row];
         lines.push(`${name}: ${number(at(what.counts)[row][chosen])} ${what.unit}`);
