@@ -226,13 +226,15 @@ def _kdump(path: str, head: bytes) -> Dump | None:
     """Compressed by makedumpfile's formats, which are not read: no tool turns a compressed one into an ELF core
     (makedumpfile refuses -E for it), and libkdumpfile, which reads it, is no package that pip alone can install."""
     if head.startswith(b"KDUMP   "):
-        what = "kdump-compressed"
-        how = "an ELF core is read, as QEMU's dump-guest-memory without -z, -l or -s, and makedumpfile -E, write it"
+        what, more = "kdump-compressed", ""
     elif head.startswith(b"makedumpfile\0"):
-        what = "a flattened one of makedumpfile"
-        how = "makedumpfile -R OUT < FILE writes what is in it; if that is an ELF core (makedumpfile -E), it is read"
+        what, more = (
+            "flattened (of QEMU, or makedumpfile -F)",
+            "; makedumpfile -R OUT < FILE takes out one that is inside",
+        )
     else:
         return None
+    how = f"an ELF core is read, as QEMU's dump-guest-memory without -z, -l or -s, and makedumpfile -E, write it{more}"
     raise TraceError(path, None, f"a memory image that is not compressed expected, this is {what}: {how}")
 
 

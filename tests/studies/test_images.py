@@ -185,7 +185,7 @@ def test_what_walk_refuses(tmp_path):
     assert "not 3 arguments" in refused("walk", core, 0, 1)
     assert "not a number" in refused("walk", core, "here")
     assert "No such file" in refused("walk", tmp_path / "none", 0)
-    assert "dump-guest-memory without -z" in refused("walk", unpacked("64", "kdump", tmp_path), 0)
+    assert "QEMU's dump-guest-memory without -z" in refused("walk", unpacked("64", "kdump", tmp_path), 0)
     (tmp_path / "raw-kdump").write_bytes(b"KDUMP   " + bytes(8184))
     assert "kdump-compressed" in refused("walk", tmp_path / "raw-kdump", 0)
     assert "makedumpfile -E" in refused("walk", tmp_path / "raw-kdump", 0)
