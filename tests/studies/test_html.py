@@ -5,14 +5,12 @@ import itertools
 import json
 import os
 import re
-import shutil
-import subprocess
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import studies
+from browsers import rendered
 from samples import sampled
 
 import shadowcore as sc
@@ -292,31 +290,6 @@ def test_many_address_spaces_are_gathered(study):
 
 
 # In a browser.
-
-
-def browser():
-    for name in ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome"):
-        if found := shutil.which(name):
-            return found
-    return None
-
-
-def rendered(path):
-    """The document after its scripts have run, as a browser writes it."""
-    found = browser()
-    if found is None:
-        pytest.skip("no Chromium or Chrome on PATH")
-    profile = Path(path).parent / "profile"
-    command = [found, "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run"]
-    command += [f"--user-data-dir={profile}", "--virtual-time-budget=10000", "--dump-dom", Path(path).as_uri()]
-    try:
-        done = subprocess.run(command, capture_output=True, timeout=120, check=False)
-    except subprocess.TimeoutExpired:
-        pytest.skip(f"{found} does not come to an end here")
-    if done.returncode or b"<html" not in done.stdout:
-        pytest.skip(f"{found} does not run here: exit status {done.returncode}")
-    return done.stdout.decode("utf-8")
-
 
 PROBE = """
 <script>
