@@ -117,6 +117,8 @@
       element(group, "text", { x: at, y: box.bottom + 13, "text-anchor": "middle", fill: "var(--ink)" }, text);
     }
     element(group, "text", { x: (box.left + box.right) / 2, y: view.height - 3, "text-anchor": "middle", fill: "var(--ink)" }, panel.axis);
+    const side = { x: 9, y: (box.top + box.bottom) / 2, "text-anchor": "middle", fill: "var(--ink)" };
+    element(group, "text", { ...side, transform: `rotate(-90 ${side.x} ${side.y})` }, panel.unit);
     element(group, "path", { d: `M${box.left} ${box.top}V${box.bottom}H${box.right}`, fill: "none", stroke: "var(--ink)", "stroke-width": 0.6 });
     const inside = element(group, "g", { "clip-path": `url(#${clip})` });
     panel.series.forEach((series, place) => {
@@ -213,7 +215,7 @@
       const place = Number(button.dataset.series);
       if (hidden.has(place)) hidden.delete(place); else hidden.add(place);
       button.setAttribute("aria-pressed", String(!hidden.has(place)));
-      views.forEach(draw);
+      for (const view of views) { draw(view); show(view); }
     });
 
   // A picture that stands alone: colours instead of variables, a ground, a font.
