@@ -52,11 +52,11 @@
     return {
       x: (value) => box.left + ((warp(value) - a) / (b - a)) * (box.right - box.left),
       y: (value) => box.bottom - ((value - c) / (d - c)) * (box.bottom - box.top),
-      unx: (at) => {
+      fromX: (at) => {
         const value = a + ((at - box.left) / (box.right - box.left)) * (b - a);
         return panel.log ? 2 ** value : value;
       },
-      uny: (at) => c + ((box.bottom - at) / (box.bottom - box.top)) * (d - c),
+      fromY: (at) => c + ((box.bottom - at) / (box.bottom - box.top)) * (d - c),
     };
   };
 
@@ -191,8 +191,8 @@
       frame?.remove();
       frame = null;
       if (xs[1] - xs[0] < 5 || ys[0] - ys[1] < 5) return;
-      view.x = xs.map(scales.unx);
-      view.y = ys.map(scales.uny);
+      view.x = xs.map(scales.fromX);
+      view.y = ys.map(scales.fromY);
       draw(view);
     });
     svg.addEventListener("dblclick", () => reset(view));
