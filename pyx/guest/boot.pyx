@@ -3,7 +3,7 @@ from libc.string cimport memset
 
 from shadowcore.engine.bits cimport (
     CR0_PE, CR0_WP, CR4_LA57, CR4_PAE, CR4_PCIDE, CR4_PGE, CR4_PSE, EFER_LME, EFER_NXE, PTE_A, PTE_D, PTE_G, PTE_P,
-    PTE_PS, PTE_W, cr0_pg,
+    PTE_PS, PTE_W, cr0_pg, pte_nx,
 )
 from shadowcore.engine.emulate cimport device_store
 from shadowcore.engine.registers cimport load_cr0, load_cr3, load_cr4, load_efer
@@ -48,6 +48,18 @@ cdef int _map(sc_guest *g, u64 root, u64 va, u64 gpa, int leaf, u64 flags) noexc
         table = entry_frame(entry) << 12
         level -= 1
     _set(g, table, guest_index(g, va, leaf), gpa | flags | (PTE_PS if leaf > 1 else 0))
+    return RC_OK
+
+
+cdef int _top(sc_guest *g, u64 va) noexcept nogil:
+    """The kernel's top entry for `va`, with an empty table: every root has it from the beginning."""
+    cdef u64 frame
+    if entry_read(g, g.kernel_root, guest_index(g, va, g.levels)) & PTE_P:
+        return RC_OK
+    frame = _frame(g)
+    if frame == 0:
+        return RC_NOMEM
+    _set(g, g.kernel_root, guest_index(g, va, g.levels), frame << 12 | PTE_P | PTE_W | PTE_A)
     return RC_OK
 
 
@@ -109,6 +121,10 @@ cdef int boot_tables(sc_guest *g, int large_level, bint global_) noexcept nogil:
             table = entry_frame(g.entry_link) << 12
             _set(g, top << 12, guest_index(g, g.entry_va, 2), entry_read(g, table, guest_index(g, g.entry_va, 2)))
             g.entry_link = top << 12 | PTE_P
+    if g.vmap_stacks:
+        g.stack_bits = flags | (pte_nx() if g.nx else 0)
+        if _top(g, g.stack_area) != RC_OK:
+            return RC_NOMEM
     g.data_first = g.fresh
     while g.fresh < g.data_first + g.data_frames:
         if _frame(g) == 0:

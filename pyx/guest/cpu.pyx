@@ -6,8 +6,9 @@ from libc.stdlib cimport realloc
 from libc.string cimport memcpy, memset
 
 from shadowcore.engine.access cimport (
-    OP_CR3, OP_FETCH, OP_INVLPG, OP_READ, OP_WRITE, access_do, sc_op, sc_result, vcpu_op,
+    OP_CR3, OP_CR4, OP_FETCH, OP_INVLPG, OP_READ, OP_WRITE, access_do, sc_op, sc_result, vcpu_op,
 )
+from shadowcore.engine.bits cimport CR4_PGE
 from shadowcore.engine.types cimport RC_OK, u8, u32, u64
 from shadowcore.guest.state cimport (
     NO_PROCESS, RC_NOLOG, RC_PANIC, USER_PCID, guest_mix, history_add, sc_gcpu, sc_glog, sc_guest,
@@ -41,12 +42,14 @@ cdef void cpu_go(sc_guest *g, u32 number) noexcept nogil:
         cpu.current, cpu.idle, cpu.in_user = g.current, g.idle, g.in_user
         cpu.asid, cpu.asid_next = g.asid, g.asid_next
         memcpy(cpu.asids, g.asids, sizeof(g.asids))
+        memcpy(cpu.spare_stacks, g.spare_stacks, sizeof(g.spare_stacks))
     g.cpu = number
     cpu = &g.cpus[number]
     g.v = cpu.v
     g.current, g.idle, g.in_user = cpu.current, cpu.idle, cpu.in_user
     g.asid, g.asid_next = cpu.asid, cpu.asid_next
     memcpy(g.asids, cpu.asids, sizeof(g.asids))
+    memcpy(g.spare_stacks, cpu.spare_stacks, sizeof(g.spare_stacks))
 
 
 cdef int cpu_access(sc_guest *g, u32 op, u32 size, u64 va, u64 value, sc_result *r) noexcept nogil:
@@ -167,6 +170,38 @@ cdef int cpu_flush_all(sc_guest *g) noexcept nogil:
     return cpu_load_root(g, g.current, False)
 
 
+cdef int _load_cr4(sc_guest *g, u64 value) noexcept nogil:
+    cdef sc_op o
+    cdef sc_result r
+    cdef int rc
+    if g.recording:
+        rc = cpu_log(g, OP_CR4, False, 8, 0, value)
+        if rc != RC_OK:
+            return rc
+    memset(&o, 0, sizeof(o))
+    o.op = OP_CR4
+    o.value[0] = value
+    rc = vcpu_op(g.mmu, g.v, &o, True, &r)
+    return RC_PANIC if rc > 0 else rc
+
+
+cdef int cpu_flush_global(sc_guest *g) noexcept nogil:
+    """Flush every translation on every processor, global ones too: CR4.PGE changes and changes back."""
+    cdef u32 here = g.cpu
+    cdef u32 i
+    cdef int rc = RC_OK
+    for i in range(g.n_cpus):
+        if rc == RC_OK:
+            cpu_go(g, i)
+            g.n.full_flushes += 1
+            g.n.shootdowns += i != here
+            rc = _load_cr4(g, g.v.cr4 ^ CR4_PGE)
+        if rc == RC_OK:
+            rc = _load_cr4(g, g.v.cr4 ^ CR4_PGE)
+    cpu_go(g, here)
+    return rc
+
+
 cdef int cpu_enter(sc_guest *g) noexcept nogil:
     """From user code into the kernel. With isolation: push the frame on the entry page, then load the kernel's root."""
     cdef sc_result r
@@ -225,8 +260,9 @@ cdef int cpu_work(sc_guest *g, u32 p, u32 accesses) noexcept nogil:
             rc = cpu_access(g, OP_READ if i & 2 else OP_WRITE, 8, g.image + gpa, g.sequence, &r)
             gpa += g.data_first << 12
         else:
-            gpa = (g.procs[p].stack << 12) + (0xFF8 - 8 * i & 0xFF8)
-            rc = cpu_access(g, OP_WRITE, 8, g.direct_map + gpa, g.sequence, &r)
+            gpa = 0xFF8 - 8 * i & 0xFF8
+            rc = cpu_access(g, OP_WRITE, 8, g.procs[p].stack_at + gpa, g.sequence, &r)
+            gpa += g.procs[p].stack << 12
         if rc != RC_OK:
             return rc
         if r.gpa != gpa:

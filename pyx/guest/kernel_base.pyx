@@ -11,6 +11,7 @@ from shadowcore.engine.types cimport (
 from shadowcore.engine.vcpu cimport VCpu
 from shadowcore.guest.boot cimport boot_registers, boot_tables
 from shadowcore.guest.cpu cimport cpu_go
+from shadowcore.guest.stacks cimport stack_places
 from shadowcore.guest.state cimport (
     FRAME_WAS_TABLE, RC_NOLOG, RC_NOMEM, RC_NOROOM, RC_PANIC, RC_SEGV, guest_mix, guest_span, sc_gcount, sc_gcpu,
     sc_glog, sc_gpipe, sc_gproc, sc_gprogram, sc_gvma,
@@ -114,6 +115,8 @@ cdef class KernelBase:
         self.g.gather_room = options.flush_gather
         self.g.grouped = options.grouped
         self.g.regions = options.regions
+        self.g.vmap_stacks = options.vmap_stacks
+        self.g.heap_gap = options.heap_gap
         self.g.kernel_work = options.kernel_work
         self.g.age_flush = options.age_flush
         self.g.data_frames = options.kernel_data
@@ -133,6 +136,7 @@ cdef class KernelBase:
             self.g.text = 0xFFFFFFFF81000000
             self.g.image = 0xFFFFFFFF82000000
             self.g.page_structs = 0xFFFFEA0000000000 if self.g.mode == MODE_64 else 0xFFD4000000000000
+            self.g.stack_area = 0xFFFFC90000000000 if self.g.mode == MODE_64 else 0xFFA0000000000000
         else:
             self.g.direct_map = 0xC0000000
             self.g.task_size = 0xC0000000
@@ -154,6 +158,9 @@ cdef class KernelBase:
         self.g.kind = <u8 *>self._array(self.g.all_frames, 1)
         self.g.gather = <u64 *>self._array(self.g.gather_room, sizeof(u64))
         self.g.procs = <sc_gproc *>self._array(self.g.max_procs + 1, sizeof(sc_gproc))
+        if options.vmap_stacks:
+            self.g.stack_places = stack_places(&self.g)
+            self.g.stack_state = <u8 *>self._array(self.g.stack_places, 1)
         self.g.vmas = <sc_gvma *>self._array((<u64>self.g.max_procs + 1) * self.g.max_vmas, sizeof(sc_gvma))
         self.g.file_first = <u64 *>self._array(self.g.max_files, sizeof(u64))
         self.g.file_pages = <u64 *>self._array(self.g.max_files, sizeof(u64))

@@ -6,10 +6,11 @@ from shadowcore.engine.bits cimport PTE_A, PTE_D, PTE_P, PTE_W
 from shadowcore.engine.types cimport MODE_64, RC_OK, u32, u64
 from shadowcore.guest.cpu cimport cpu_access, cpu_enter, cpu_go, cpu_load_cr3, cpu_load_root, cpu_work
 from shadowcore.guest.fault cimport leaf_install
-from shadowcore.guest.frames cimport frame_is_page, frame_known, frame_put, frame_take, frame_zeroed
+from shadowcore.guest.frames cimport frame_is_page, frame_known, frame_zeroed
 from shadowcore.guest.mappings cimport leaf_bits, memory_map, memory_next, memory_zap
+from shadowcore.guest.stacks cimport stack_check, stack_give, stack_take
 from shadowcore.guest.state cimport (
-    ASIDS, FRAME_ANON, FRAME_CACHE, FRAME_KERNEL, MAP_ANON, MAP_GROWS, MAP_LARGE, MAP_SHARED, NO_PROCESS, PROCESS_ALIVE,
+    ASIDS, FRAME_ANON, FRAME_CACHE, MAP_ANON, MAP_GROWS, MAP_LARGE, MAP_SHARED, NO_PROCESS, PROCESS_ALIVE,
     PROCESS_ENDED, PROCESS_NONE, PROT_EXEC, PROT_READ, PROT_WRITE, RC_NOMEM, RC_NOROOM, RC_PANIC, SLOPPY_AGE,
     SLOPPY_FORK, SLOPPY_SWAP, guest_index, guest_span, sc_gproc, sc_gprogram, sc_guest, sc_gvma, vmas_of,
 )
@@ -60,6 +61,13 @@ cdef int _free_roots(sc_guest *g, u32 p) noexcept nogil:
     return rc
 
 
+cdef int _gone(sc_guest *g, u32 p) noexcept nogil:
+    """`p` has ended, and no processor is on its stack or its roots any more."""
+    cdef int rc = _free_roots(g, p)
+    g.procs[p].state = PROCESS_NONE
+    return stack_give(g, p) if rc == RC_OK else rc
+
+
 cdef int _undo(sc_guest *g, u32 p, int why) noexcept nogil:
     """A process that was being made, and never ran, goes; `why` is what came in between."""
     cdef int rc
@@ -68,8 +76,8 @@ cdef int _undo(sc_guest *g, u32 p, int why) noexcept nogil:
     rc = _empty(g, p)
     if rc == RC_OK:
         rc = _free_roots(g, p)
-    if g.procs[p].stack:
-        frame_put(g, g.procs[p].stack)
+    if rc == RC_OK:
+        rc = stack_give(g, p)
     g.procs[p].state = PROCESS_NONE
     return rc if rc != RC_OK else why
 
@@ -104,7 +112,7 @@ cdef int _load(sc_guest *g, u32 p, u32 number, bint bare, u64 heap) noexcept nog
         if rc == RC_OK and program.bss_pages:
             rc = memory_map(g, p, at, program.bss_pages << 12, PROT_READ | PROT_WRITE, 0, 0, 0, &where)
         at += program.bss_pages << 12
-        g.procs[p].brk_start = g.procs[p].brk = at + 0x1000
+        g.procs[p].brk_start = g.procs[p].brk = at + 0x1000 + (g.heap_gap << 12)
         if rc == RC_OK and program.library:
             # One piece of the address space, its second part writable.
             rc = _map_file(g, p, 0, program.library_pages + program.library_data, PROT_READ | PROT_EXEC,
@@ -164,8 +172,7 @@ cdef int _reap(sc_guest *g) noexcept nogil:
     g.in_user = False
     rc = cpu_load_cr3(g, g.kernel_root)
     if rc == RC_OK:
-        rc = _free_roots(g, p)
-    g.procs[p].state = PROCESS_NONE
+        rc = _gone(g, p)
     return rc
 
 
@@ -177,8 +184,7 @@ cdef int process_spawn(sc_guest *g, u32 p, u32 program, bint bare, u64 heap) noe
     rc = _begin(g, p)
     g.procs[p].generation += 1
     if rc == RC_OK:
-        g.procs[p].stack = frame_take(g, FRAME_KERNEL)
-        rc = RC_OK if g.procs[p].stack else RC_NOMEM
+        rc = stack_take(g, p)
     if rc == RC_OK:
         rc = _load(g, p, program, bare, heap)
     if rc != RC_OK:
@@ -200,6 +206,8 @@ cdef int process_switch(sc_guest *g, u32 p) noexcept nogil:
     rc = cpu_enter(g)
     if rc == RC_OK and before != NO_PROCESS and g.procs[before].state == PROCESS_ALIVE:
         rc = cpu_work(g, before, g.kernel_work // 2)
+    if rc == RC_OK and before != NO_PROCESS:
+        rc = stack_check(g, before)
     if rc != RC_OK:
         return rc
     g.n.switches += 1
@@ -215,8 +223,7 @@ cdef int process_switch(sc_guest *g, u32 p) noexcept nogil:
             g.asids[g.asid].mm = process.mm
     rc = cpu_load_root(g, p, keep)
     if rc == RC_OK and before != NO_PROCESS and g.procs[before].state == PROCESS_ENDED:
-        rc = _free_roots(g, before)
-        g.procs[before].state = PROCESS_NONE
+        rc = _gone(g, before)
     return cpu_work(g, p, g.kernel_work // 2) if rc == RC_OK else rc
 
 
@@ -287,8 +294,7 @@ cdef int process_fork(sc_guest *g, u32 p, u32 child) noexcept nogil:
     cdef int rc = _begin(g, child)
     g.procs[child].generation += 1
     if rc == RC_OK:
-        g.procs[child].stack = frame_take(g, FRAME_KERNEL)
-        rc = RC_OK if g.procs[child].stack else RC_NOMEM
+        rc = stack_take(g, child)
     g.procs[child].brk_start = g.procs[p].brk_start
     g.procs[child].brk = g.procs[p].brk
     memcpy(vmas_of(g, child), m, g.procs[p].nvmas * sizeof(sc_gvma))
@@ -327,8 +333,8 @@ cdef int process_exec(sc_guest *g, u32 p, u32 program, bint bare, u64 heap) noex
     old[0] = process[0]
     process[0] = new
     process.generation = old.generation
-    process.stack = old.stack
-    old.stack = 0
+    process.stack, process.stack_at = old.stack, old.stack_at
+    old.stack = old.stack_at = 0
     for i in range(max(process.nvmas, old.nvmas)):
         swapped = vmas_of(g, p)[i]
         vmas_of(g, p)[i] = vmas_of(g, spare)[i]
@@ -355,8 +361,10 @@ cdef int process_exit(sc_guest *g, u32 p) noexcept nogil:
         rc = _empty(g, p)
     if rc != RC_OK:
         return rc
-    frame_put(g, g.procs[p].stack)
-    g.procs[p].stack = 0
+    if not g.vmap_stacks:
+        rc = stack_give(g, p)       # that of a process which is left later is a stack of the kernel's area
+        if rc != RC_OK:
+            return rc
     g.procs[p].generation += 1
     g.procs[p].state = PROCESS_ENDED
     g.n.exits += 1

@@ -14,4 +14,5 @@ cdef int cpu_enter(sc_guest *g) noexcept nogil
 cdef int cpu_leave(sc_guest *g) noexcept nogil
 cdef int cpu_load_root(sc_guest *g, u32 p, bint keep) noexcept nogil
 cdef int cpu_flush_all(sc_guest *g) noexcept nogil
+cdef int cpu_flush_global(sc_guest *g) noexcept nogil
 cdef int cpu_work(sc_guest *g, u32 p, u32 accesses) noexcept nogil

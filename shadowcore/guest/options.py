@@ -82,6 +82,7 @@ _LIMITS = {
     "fault_around": (1, 512),
     "flush_ceiling": (0, 1 << 20),
     "flush_gather": (1, 1 << 20),
+    "heap_gap": (0, 8191),
     "kernel_work": (0, 1 << 16),
     "kernel_data": (1, 1 << 20),
     "swap_pages": (0, (1 << 20) - 2),
@@ -118,6 +119,11 @@ class KernelOptions:
     regions: the kernel half has what Linux has there beside the direct map, under root entries of its own: the kernel's
         image (its data), the structs of pages, the entry area of the processor. Each new root is used in all of them.
         Modes "64" and "la57".
+    vmap_stacks: a kernel stack is four pages in an area of the kernel's own, mapped when a process is made; when it has
+        ended they are kept for the next one, or unmapped without a flush (Linux since 4.9: CONFIG_VMAP_STACK). Else it
+        is a frame, used through the direct map. Modes "64" and "la57".
+    heap_gap: pages between a program and its heap (Linux since 2.6.25: a random number up to 8,191). From about 512 on
+        the heap has leaf tables of its own.
     kernel_work: the kernel's accesses to its own data at a system call; half of them at a switch, a quarter at a fault.
     kernel_data: pages of that data.
     age_flush: clearing an accessed bit is followed by a flush (Linux until 2014; without one, TLBs hide accesses).
@@ -139,6 +145,8 @@ class KernelOptions:
     flush_gather: int = 512
     grouped: bool = False
     regions: bool = False
+    vmap_stacks: bool = False
+    heap_gap: int = 0
     kernel_work: int = 8
     kernel_data: int = 64
     age_flush: bool = True
@@ -155,7 +163,7 @@ class KernelOptions:
             value = getattr(self, name)
             if not isinstance(value, str) or value not in names:
                 raise ConfigError(f"{name}: {value!r} is not one of {', '.join(names)}")
-        for name in ("global_", "isolation", "pcid", "grouped", "regions", "age_flush"):
+        for name in ("global_", "isolation", "pcid", "grouped", "regions", "vmap_stacks", "age_flush"):
             object.__setattr__(self, name, check_bool(name, getattr(self, name)))
         for name, (low, high) in _LIMITS.items():
             object.__setattr__(self, name, check_int(name, getattr(self, name), low, high))
@@ -165,8 +173,9 @@ class KernelOptions:
             raise ConfigError("isolation: mode 'pae', '64' or 'la57' is needed, not '32'")
         if self.pcid and self.mode not in ("64", "la57"):
             raise ConfigError(f"pcid: mode '64' or 'la57' is needed, not {self.mode!r}")
-        if self.regions and self.mode not in ("64", "la57"):
-            raise ConfigError(f"regions: mode '64' or 'la57' is needed, not {self.mode!r}")
+        for name in ("regions", "vmap_stacks"):
+            if getattr(self, name) and self.mode not in ("64", "la57"):
+                raise ConfigError(f"{name}: mode '64' or 'la57' is needed, not {self.mode!r}")
         sloppy = tuple(self.sloppy)
         for name in sloppy:
             if name not in SLOPPY:

@@ -10,6 +10,7 @@ cdef enum:
     NO_PROCESS = 0xFFFFFFFF
     PIPE_BUFFERS = 16               # pages of a pipe (PIPE_DEF_BUFFERS)
     ASIDS = 6                       # PCIDs that one processor keeps in use (TLB_NR_DYN_ASIDS)
+    SPARE_STACKS = 2                # kernel stacks of the dead that one processor keeps (NR_CACHED_STACKS)
     USER_PCID = 1 << 11             # of the PCID that goes with the user's root (X86_CR3_PTI_PCID_USER_BIT)
     PTE_NONE = 1 << 8               # entry that is not present: it keeps its frame (PROT_NONE), else a swap slot
     MAX_AROUND = 512
@@ -28,7 +29,7 @@ cdef enum:
     FRAME_TABLE = 1
     FRAME_ANON = 2
     FRAME_CACHE = 3                 # a page of a file; the page cache holds one count
-    FRAME_KERNEL = 4                # stacks, pipe buffers
+    FRAME_KERNEL = 4                # stacks, the tables that map them, pipe buffers
     FRAME_BOOT = 5                  # made at boot, never freed
     FRAME_LARGE = 6                 # first frame of a large page, which counts for all
     FRAME_DYING = 7                 # a table that waits for the flush after which it is freed
@@ -56,6 +57,12 @@ cdef enum:
     PROCESS_ALIVE = 1
     PROCESS_ENDED = 2               # only its root is left, still loaded (lazy TLB): freed at the next switch
 
+# Addresses of a kernel stack.
+cdef enum:
+    STACK_FREE = 0
+    STACK_USED = 1                  # mapped
+    STACK_LOST = 2                  # unmapped, but a TLB may not know yet
+
 # Flushes that a sloppy kernel forgets.
 cdef enum:
     SLOPPY_MUNMAP = 1
@@ -78,7 +85,8 @@ cdef struct sc_gproc:
     u64 user_root                   # with isolation: of the one that user code runs on; else the same
     u64 brk_start
     u64 brk
-    u64 stack                       # frame of its kernel stack
+    u64 stack                       # frame of its kernel stack; of several the uppermost, which is used first
+    u64 stack_at                    # linear address of that frame
     u64 resident                    # leaf entries with a frame
     u64 swapped                     # leaf entries with a swap slot
     u64 tables                      # frames of its tables
@@ -118,6 +126,7 @@ cdef struct sc_gcpu:                # a processor, while another one is at work:
     sc_gasid asids[ASIDS]
     u32 asid
     u32 asid_next
+    u64 spare_stacks[SPARE_STACKS]
 
 cdef struct sc_gcount:              # u64s; kernel_base.COUNTERS are their names
     u64 accesses                    # of user code
@@ -160,6 +169,8 @@ cdef struct sc_gcount:              # u64s; kernel_base.COUNTERS are their names
     u64 pipe_writes
     u64 pipe_reads
     u64 pipe_blocked                # writes to a full pipe, reads of an empty one
+    u64 stacks_mapped               # kernel stacks, in an area of their own
+    u64 stacks_unmapped
 
 cdef packed struct sc_glog:         # one operation of a recording; the layout of OP_DTYPE
     u8 op
@@ -197,6 +208,14 @@ cdef struct sc_guest:
     u64 text                        # ... a page of its text
     u64 idt                         # ... the gates, a page of the entry area
     u64 page_structs                # ... 64 bytes for each frame of RAM
+    bint vmap_stacks                # kernel stacks are mapped in an area of their own, and not used by the direct map
+    u64 stack_area                  # ... its linear address
+    u64 stack_bits                  # ... flags of its leaf entries
+    u8 *stack_state                 # ... STACK_* of each place in it
+    u64 stack_places
+    u64 stack_next                  # ... no place below is free
+    u64 stacks_lost                 # ... places that are STACK_LOST
+    u64 heap_gap                    # pages between a program and its heap
     u64 task_size                   # end of the user half
     u64 mmap_base                   # mappings are placed below, top down
     u64 stack_top
@@ -237,6 +256,7 @@ cdef struct sc_guest:
     sc_gasid asids[ASIDS]
     u32 asid                        # of `current`
     u32 asid_next                   # taken next
+    u64 spare_stacks[SPARE_STACKS]  # linear addresses of kernel stacks that are kept, or 0
     # Files and programs
     u64 *file_first                 # index in cache of a file's page 0
     u64 *file_pages

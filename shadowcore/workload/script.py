@@ -204,4 +204,4 @@ class Guest:
 
     def heap_of(self, program: Program) -> int:
         """Where the heap of a program begins."""
-        return self.text + (program.text + program.data + program.bss << 12) + 4096
+        return self.text + (program.text + program.data + program.bss + 1 + self.kernel.options.heap_gap << 12)
