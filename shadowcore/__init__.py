@@ -1,6 +1,10 @@
 """Exact, fast, embeddable models of memory virtualization: an x86 shadow paging engine over flat arrays."""
 
-from . import embed, importers, pagetables, programs, recordings, trace, workload
+import sys
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from . import pagetables
 from ._capi.table import get_include
 from ._version import __version__
 from .config import TLB, Features, MemorySlot, Native, Op, Quirk, Shadow
@@ -31,17 +35,20 @@ from .errors import (
     SnapshotError,
     TraceError,
 )
-from .guest.kernel import CALL_DTYPE, Kernel
-from .guest.options import Call, File, KernelOptions, Program, Prot, Touch
-from .guest.process import Process
 from .pagetables import PageTables
-from .studies.access import AccessExplanation, explain
-from .studies.collect import Sweep, collect
-from .studies.results import Study, StudyDesign, Swept
-from .studies.spread import SweepError
-from .studies.store import StoreError
-from .studies.study import StudyInterrupted, compare, study
-from .studies.sweep import SweepInterrupted, sweep
+
+if TYPE_CHECKING:
+    from . import embed, importers, programs, recordings, trace, workload
+    from .guest.kernel import CALL_DTYPE, Kernel
+    from .guest.options import Call, File, KernelOptions, Program, Prot, Touch
+    from .guest.process import Process
+    from .studies.access import AccessExplanation, explain
+    from .studies.collect import Sweep, collect
+    from .studies.results import Study, StudyDesign, Swept
+    from .studies.spread import SweepError
+    from .studies.store import StoreError
+    from .studies.study import StudyInterrupted, compare, study
+    from .studies.sweep import SweepInterrupted, sweep
 
 __all__ = [
     "CALL_DTYPE",
@@ -112,6 +119,32 @@ __all__ = [
     "trace",
     "workload",
 ]
+
+
+_LATER = {
+    **dict.fromkeys(("embed", "importers", "programs", "recordings", "trace", "workload"), ""),
+    **dict.fromkeys(("CALL_DTYPE", "Kernel"), ".guest.kernel"),
+    **dict.fromkeys(("Call", "File", "KernelOptions", "Program", "Prot", "Touch"), ".guest.options"),
+    "Process": ".guest.process",
+    **dict.fromkeys(("AccessExplanation", "explain"), ".studies.access"),
+    **dict.fromkeys(("Study", "StudyDesign", "Swept"), ".studies.results"),
+    **dict.fromkeys(("StudyInterrupted", "compare", "study"), ".studies.study"),
+    **dict.fromkeys(("Sweep", "collect"), ".studies.collect"),
+    "SweepError": ".studies.spread",
+    "StoreError": ".studies.store",
+    **dict.fromkeys(("SweepInterrupted", "sweep"), ".studies.sweep"),
+}
+"""What is imported at its first use (a machine needs none of it): the module that has it, or "" for a module."""
+
+
+def __getattr__(name: str) -> Any:
+    """A name of _LATER: imported, and from then on found here (PEP 562)."""
+    if name not in _LATER:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}", name=name, obj=sys.modules[__name__])
+    where = _LATER[name]
+    found = getattr(import_module(where, __name__), name) if where else import_module(f".{name}", __name__)
+    globals()[name] = found
+    return found
 
 
 def __dir__() -> list[str]:

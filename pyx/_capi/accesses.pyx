@@ -19,7 +19,7 @@ from shadowcore.engine.emulate cimport device_store
 from shadowcore.engine.memo cimport (
     KIND_USER, memo_allows, memo_context, memo_entry, memo_is, memo_mask, memo_put, memo_spill, memo_tag, sc_memo_entry,
 )
-from shadowcore.engine.memory cimport mem_frame, mem_frame_hpa, mem_gfn, mem_is_device, sc_mem, sc_no_frame
+from shadowcore.engine.memory cimport mem_frame, mem_frame_hpa, mem_gfn, mem_is_device, mem_is_rom, sc_mem, sc_no_frame
 from shadowcore.engine.mmu cimport mmu_resolve
 from shadowcore.engine.prices cimport prices_cycles, prices_translation, sc_prices
 from shadowcore.engine.state cimport linear_address, linear_exists, sc_mmu, sc_vcpu
@@ -391,8 +391,8 @@ cdef int api_access_many(sc_vm vm, sc_accesses *given) noexcept nogil:
 
 # Guest memory
 
-cdef int _outside(const sc_mem *m, u64 gpa, u64 size) noexcept nogil:
-    """Not all of it lies in memory slots."""
+cdef int _outside(const sc_mem *m, u64 gpa, u64 size, bint store) noexcept nogil:
+    """Not all of it lies in memory slots; store: in such that may be written."""
     cdef u64 gfn
     if gpa >> 52 or size > (<u64>1 << 52) - gpa:
         return fail(SC_E_ARGUMENT, "gpa, size: beyond 52 address bits")
@@ -401,6 +401,8 @@ cdef int _outside(const sc_mem *m, u64 gpa, u64 size) noexcept nogil:
     for gfn in range(gpa >> 12, (gpa + size - 1 >> 12) + 1):
         if mem_frame(m, gfn) == sc_no_frame():
             return fail(SC_E_ARGUMENT, "gpa, size: not all of it lies in memory slots")
+        if store and mem_is_rom(m, gfn):
+            return fail(SC_E_ARGUMENT, "gpa, size: not all of it lies in memory slots that may be written")
     return RC_OK
 
 
@@ -412,7 +414,7 @@ cdef int _device(sc_vm vm, u64 gpa, const u8 *data, u64 size, bint there) noexce
     cdef int rc
     if p == NULL:
         return refused(vm)
-    rc = _outside(p.mmu.mem, gpa, size)
+    rc = _outside(p.mmu.mem, gpa, size, not there)
     if rc == RC_OK:
         while size:
             part = <u32>min(size, 4096 - (gpa & 4095))

@@ -14,6 +14,9 @@ from shadowcore._capi.look cimport (
     api_audit, api_counters, api_cycles, api_invlpg, api_on_event, api_prices, api_register_load, api_register_read,
     api_set_prices,
 )
+from shadowcore._capi.slots cimport (
+    api_host_collapse, api_host_touch, api_host_unmap, api_slot_add, api_slot_move, api_slot_remove,
+)
 from shadowcore.engine.types cimport u64
 
 from shadowcore._version import __version__
@@ -47,6 +50,12 @@ _api.vm_adopt = api_vm_adopt
 _api.prices = api_prices
 _api.set_prices = api_set_prices
 _api.cycles = api_cycles
+_api.slot_add = api_slot_add
+_api.slot_remove = api_slot_remove
+_api.slot_move = api_slot_move
+_api.host_unmap = api_host_unmap
+_api.host_touch = api_host_touch
+_api.host_collapse = api_host_collapse
 _C_API = PyCapsule_New(&_api, SC_CAPSULE, NULL)
 
 

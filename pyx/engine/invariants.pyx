@@ -41,7 +41,7 @@ from shadowcore.engine.role cimport (
     role_invalid, role_level, role_pte_size,
 )
 from shadowcore.engine.roots cimport root_fits, root_slots
-from shadowcore.engine.spte cimport nonleaf_spte, spte_is_writable
+from shadowcore.engine.spte cimport nonleaf_spte, spte_is_writable, spte_maps
 from shadowcore.engine.state cimport REQUEST_OBSOLETE, memo_drop, page_is_dying, sc_mmu, sc_vcpu
 from shadowcore.engine.tlb cimport TLB_SIZES, sc_tlb, sc_tlb_entry, tlb_overdue, tlb_valid
 from shadowcore.engine.types cimport (
@@ -318,7 +318,7 @@ cdef void check_backing(sc_mmu *mmu, sc_audit *a) noexcept nogil:
             continue
         for index in range(512):
             value = mmu.table[number * 512 + index]
-            if not value & PTE_P or not (level == 1 or (mmu.lists_all and level <= 3 and value & PTE_PS)):
+            if not spte_maps(value, level):
                 continue
             frame = mem_leaf_frame(mmu.mem, value)
             if frame >= mmu.mem.nframes or mem_gfn(mmu.mem, frame) == sc_no_frame():

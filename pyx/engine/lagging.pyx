@@ -23,15 +23,10 @@ from shadowcore.engine.role cimport (
     ROLE_GLEVELS, ROLE_INVALID, ROLE_PKEY, ROLE_PSE, ROLE_WP0, role_access, role_direct, role_field,
     role_level, role_pte_size,
 )
-from shadowcore.engine.spte cimport spte_is_writable
+from shadowcore.engine.spte cimport spte_is_writable, spte_maps
 from shadowcore.engine.state cimport REQUEST_OBSOLETE, SC_MAX_PREV, page_is_dying, sc_mmu, sc_prev, sc_vcpu
 from shadowcore.engine.sync cimport device_is_stale, device_rights, direct_page_gfn
 from shadowcore.engine.types cimport ACC_U, ACC_W, MODE_32, MODE_64, SC_NONE, u32, u64
-
-
-cdef inline bint _is_leaf(u64 value, int level) noexcept nogil:
-    """A present entry of a page of `level` maps memory; above level 3 none does (I4)."""
-    return value & PTE_P and (level == 1 or (value & PTE_PS and level <= 3))
 
 
 cdef inline bint _has_keys(const sc_mmu *mmu, const sc_page *page) noexcept nogil:
@@ -175,7 +170,7 @@ cdef void check_synced_mappings(sc_mmu *mmu, sc_audit *a) noexcept nogil:
             value = mmu.table[number * 512 + index]
             if value == 0:
                 continue
-            if _is_leaf(value, role_level(mmu.pages[number].role)):
+            if spte_maps(value, role_level(mmu.pages[number].role)):
                 _check_leaf(mmu, number, index, a)
             elif value & PTE_P:
                 _check_link(mmu, number, index, a)
@@ -199,7 +194,7 @@ cdef void check_synced_protection(sc_mmu *mmu, sc_audit *a) noexcept nogil:
             continue
         for index in range(512):
             value = mmu.table[number * 512 + index]
-            if not _is_leaf(value, level) or not (spte_is_writable(value) or value & SPTE_MMU_W):
+            if not spte_maps(value, level) or not (spte_is_writable(value) or value & SPTE_MMU_W):
                 continue
             frame = mem_leaf_frame(mmu.mem, value)
             n = <u64>1 << 9 * (level - 1)
@@ -222,7 +217,7 @@ cdef u32 _check_list(sc_mmu *mmu, u32 head, int level, u64 block, u64 most, u64 
         value = 0
         if member <= mmu.pool_pages * 512:
             value = mmu.table[member - 1]
-        if (not _is_leaf(value, level) or role_level(mmu.pages[(member - 1) >> 9].role) != level
+        if (not spte_maps(value, level) or role_level(mmu.pages[(member - 1) >> 9].role) != level
                 or mem_leaf_frame(mmu.mem, value) >> 9 * (level - 1) != block or listed[0] >= most):
             audit_report(a, 11, S_LEAF_FOREIGN, (member - 1) >> 9, (member - 1) & 511,
                          mem_gfn(mmu.mem, block << 9 * (level - 1)))
@@ -257,7 +252,7 @@ cdef void check_leaves(sc_mmu *mmu, sc_audit *a) noexcept nogil:
         for index in range(512):
             spte = number * 512 + index
             value = mmu.table[spte]
-            if not _is_leaf(value, level):
+            if not spte_maps(value, level):
                 continue
             leaves[level - 1] += 1
             frame = mem_leaf_frame(mmu.mem, value)

@@ -101,6 +101,12 @@ cdef extern from "shadowcore.h" nogil:
         uint32_t invariant, page, index, reserved
         uint64_t gfn
 
+    ctypedef struct sc_new_slot:
+        uint32_t struct_size, number
+        uint64_t gpa, size, offset, host_page_size
+        uint8_t dirty_log, read_only, backing
+        uint8_t reserved[5]
+
     ctypedef struct sc_api:
         uint32_t abi_version, struct_size
         const char *version
@@ -125,3 +131,9 @@ cdef extern from "shadowcore.h" nogil:
         int (*prices)(const char *, sc_prices *) noexcept nogil
         int (*set_prices)(sc_vm, const sc_prices *) noexcept nogil
         int (*cycles)(sc_vm, double *) noexcept nogil
+        int (*slot_add)(sc_vm, const sc_new_slot *, uint32_t *) noexcept nogil
+        int (*slot_remove)(sc_vm, uint32_t) noexcept nogil
+        int (*slot_move)(sc_vm, uint32_t, uint64_t) noexcept nogil
+        int (*host_unmap)(sc_vm, uint64_t, uint64_t, uint32_t) noexcept nogil
+        int (*host_touch)(sc_vm, uint64_t, uint64_t, uint32_t) noexcept nogil
+        int (*host_collapse)(sc_vm, uint64_t, uint64_t) noexcept nogil

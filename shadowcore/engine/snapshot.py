@@ -49,7 +49,7 @@ M = TypeVar("M", bound="Machine")
 T = TypeVar("T")
 
 FORMAT = "shadowcore VM"
-VERSION = 1
+VERSION = 2
 """Of the format; a file of another one is refused."""
 SC_NONE = 0xFFFFFFFF
 LIST_MANY = 0x80000000
@@ -205,6 +205,18 @@ def _digest(text: str, members: dict[str, NDArray[Any]]) -> str:
     return digest.hexdigest()
 
 
+def _of_another_version(version: Any) -> str:
+    """Why a file of that version is not loaded."""
+    if isinstance(version, int) and 0 < version < VERSION:
+        return (
+            f"a file of version {version}, by an older shadowcore, lacks state that machines have now: only the "
+            f"release that wrote it can go on from there (version {VERSION} is needed)"
+        )
+    if isinstance(version, int) and version > VERSION:
+        return f"a file of version {version}, by a newer shadowcore; this one knows version {VERSION}"
+    return f"version {VERSION} of the format expected, not {version!r}"
+
+
 def _read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, NDArray[Any]]]:
     """The state, and the arrays that it asks for. Types and sizes are compared before an array is read: no file makes
     more memory needed than its own bytes can unpack to."""
@@ -220,7 +232,7 @@ def _read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, NDArr
             if not isinstance(state, dict) or state.get("format") != FORMAT:
                 raise SnapshotError(path, "a saved VM expected, this is something else")
             if state.get("version") != VERSION:
-                raise SnapshotError(path, f"version {VERSION} of the format expected, not {state.get('version')!r}")
+                raise SnapshotError(path, _of_another_version(state.get("version")))
             expected = _expected(state)
             if set(infos) != set(expected):
                 raise SnapshotError(path, f"arrays {sorted(expected)} expected, not {sorted(infos)}")

@@ -1,5 +1,5 @@
 """One shadow entry: how its value is made, and how it comes and goes with the books kept right."""
-from shadowcore.engine.bits cimport PTE_A, PTE_P, PTE_U, PTE_W, SPTE_GUEST_U, SPTE_GUEST_W, pte_nx
+from shadowcore.engine.bits cimport PTE_A, PTE_P, PTE_PS, PTE_U, PTE_W, SPTE_GUEST_U, SPTE_GUEST_W, pte_nx
 from shadowcore.engine.memory cimport mem_guest_frame, mem_pool_hpa, mem_pool_page
 from shadowcore.engine.page cimport sc_page
 from shadowcore.engine.rmap cimport list_add, list_remove, rmap_add, rmap_remove
@@ -54,6 +54,10 @@ cdef inline void spte_wipe(sc_mmu *mmu, u32 spte) noexcept nogil:
     mmu.table[spte] = 0
     page.used[(spte & 511) >> 6] &= ~(<u64>1 << (spte & 63))
     page.present -= 1
+
+cdef inline bint spte_maps(u64 value, int level) noexcept nogil:
+    """An entry of a page of `level` maps memory; above level 3 none does (I4)."""
+    return value & PTE_P and (level == 1 or (value & PTE_PS and level <= 3))
 
 cdef inline bint spte_is_writable(u64 value) noexcept nogil:
     return value & (PTE_P | PTE_W) == (PTE_P | PTE_W)

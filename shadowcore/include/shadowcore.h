@@ -57,6 +57,16 @@ enum {
     SC_E_ENGINE = -12          /* a defect of the engine, or a store that cannot be emulated */
 };
 
+/* Of sc_new_slot. */
+#define SC_ANY 0xFFFFFFFFu
+#define SC_ANYWHERE 0xFFFFFFFFFFFFFFFFu
+enum {
+    SC_BACKING_ANY = 0,     /* as the VM's; without account of the host: all it needs */
+    SC_BACKING_COLD = 1,    /* nothing, small pages at first touches */
+    SC_BACKING_WARM = 2,    /* everything, in pages of host_page_size */
+    SC_BACKING_THP = 3      /* nothing, pages of 2 MiB at first touches where they fit */
+};
+
 /* Designs. */
 enum {
     SC_NATIVE = 0,
@@ -332,6 +342,20 @@ typedef struct sc_audit_result {
     uint64_t gfn;          /* ... the guest frame concerned */
 } sc_audit_result;
 
+/* A memory slot that comes while the guest runs. */
+typedef struct sc_new_slot {
+    uint32_t struct_size;
+    uint32_t number;         /* 0 to 31; SC_ANY: the lowest that is free */
+    uint64_t gpa;
+    uint64_t size;           /* bytes, a multiple of 4096 */
+    uint64_t offset;         /* where in guest RAM its frames begin, in bytes; SC_ANYWHERE: where there is room */
+    uint64_t host_page_size; /* bytes of the host's pages under it; 0: 4096 */
+    uint8_t dirty_log;       /* 1: with a log of the frames that are stored to */
+    uint8_t read_only;       /* 1: stores are the caller's, as those to a device */
+    uint8_t backing;         /* SC_BACKING_*: what the host has under it */
+    uint8_t reserved[5];     /* 0 */
+} sc_new_slot;
+
 /* What memory virtualization costs, in cycles: a price for each count, as in shadowcore.Costs, which says where the
  * numbers come from. What the guest's own instructions take is not in it. */
 typedef struct sc_prices {
@@ -380,7 +404,8 @@ typedef struct sc_api {
      * Signals are not looked for, as that would take the GIL: `count` is how long the call may take. */
     int (*access_many)(sc_vm vm, sc_accesses *accesses);
 
-    /* A device's store of `size` bytes to guest RAM, which the shadow follows. */
+    /* A device's store of `size` bytes to guest RAM, which the shadow follows. SC_E_ARGUMENT, and nothing stored, where
+     * not all of it lies in memory slots, or one of them is read-only. */
     int (*store)(sc_vm vm, uint64_t gpa, const void *data, uint64_t size);
     /* The caller has stored there itself, through a host pointer: the shadow follows. */
     int (*stored)(sc_vm vm, uint64_t gpa, uint64_t size);
@@ -411,6 +436,23 @@ typedef struct sc_api {
     /* What all counters of the VM come to, at the prices of the handle. While paging is on, a difference is what came
      * between; of all entries read, as many as there were misses count as the last ones of their walks. */
     int (*cycles)(sc_vm vm, double *cycles);
+
+    /* Memory slots that change while the guest runs. All of these, and those below, take the GIL; SC_E_ARGUMENT, and
+     * nothing is changed, for what cannot be.
+     * A slot comes, over frames of guest RAM that no slot has; *number is its number. */
+    int (*slot_add)(sc_vm vm, const sc_new_slot *slot, uint32_t *number);
+    /* It goes; its addresses are a device's, its frames are free. */
+    int (*slot_remove)(sc_vm vm, uint32_t number);
+    /* It is mapped at gpa, with its frames and its dirty log. */
+    int (*slot_move)(sc_vm vm, uint32_t number, uint64_t gpa);
+
+    /* What the host has under guest RAM, n frames from gfn on. It takes them back, as a call of KVM's MMU notifier;
+     * discard: what is in them is gone. */
+    int (*host_unmap)(sc_vm vm, uint64_t gfn, uint64_t n, uint32_t discard);
+    /* A program on the host accesses them; write: stores. */
+    int (*host_touch)(sc_vm vm, uint64_t gfn, uint64_t n, uint32_t write);
+    /* The host makes pages of 2 MiB of them. */
+    int (*host_collapse)(sc_vm vm, uint64_t gfn, uint64_t n);
 } sc_api;
 
 /* 1 if the table has all that this header declares. */

@@ -7,7 +7,8 @@ import broken_unsync
 import numpy as np
 import pytest
 from guest2007 import MODES, PAGE, TABLES, USER, Guest
-from kvm_streams import POKE, replay
+from kvm_files import POKE
+from kvm_streams import replay
 
 import shadowcore as sc
 

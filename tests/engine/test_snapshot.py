@@ -123,7 +123,9 @@ def set_in(array, value):
 
 
 CHANGES = {
-    "version": lambda state, arrays: state.update(version=2),
+    "version": lambda state, arrays: state.update(version=3),
+    "an older version": lambda state, arrays: state.update(version=1),
+    "a version that is no number": lambda state, arrays: state.update(version="2"),
     "format": lambda state, arrays: state.update(format="else"),
     "no registers": lambda state, arrays: state["vcpus"][0].pop("cr3"),
     "more vcpus": lambda state, arrays: state["vcpus"].append(state["vcpus"][0]),
@@ -152,6 +154,18 @@ def test_a_state_that_cannot_be(tmp_path, what):
     vm.save(tmp_path / "vm")
     with pytest.raises(sc.SnapshotError):
         sc.VM.load(rewritten(tmp_path / "vm", CHANGES[what]))
+
+
+@pytest.mark.parametrize(
+    ("version", "message"),
+    [(1, "version 1, by an older shadowcore"), (3, "version 3, by a newer shadowcore"), (None, "expected, not None")],
+)
+def test_a_file_of_another_version(tmp_path, version, message):
+    """It says whose file it is, and what knows it."""
+    vm, _ = half_way("fuzz_64_s6", "cached")
+    vm.save(tmp_path / "vm")
+    with pytest.raises(sc.SnapshotError, match=message):
+        sc.VM.load(rewritten(tmp_path / "vm", lambda state, arrays: state.update(version=version)))
 
 
 def test_other_files_are_refused_by_name(tmp_path):

@@ -49,8 +49,8 @@ def structure(name):
 
 
 STRUCTS = ("sc_memory_slot", "sc_config", "sc_access", "sc_outcome", "sc_accesses", "sc_counters", "sc_event")
-STRUCTS += ("sc_audit_result", "sc_prices")
-MemorySlot, Config, Access, Outcome, Accesses, Counters, Event, AuditResult, Prices = map(structure, STRUCTS)
+STRUCTS += ("sc_audit_result", "sc_prices", "sc_new_slot")
+MemorySlot, Config, Access, Outcome, Accesses, Counters, Event, AuditResult, Prices, NewSlot = map(structure, STRUCTS)
 EVENT = ctypes.CFUNCTYPE(None, c_void_p, POINTER(Event))
 PROTOTYPES = {
     "vm_create": (POINTER(Config), POINTER(c_uint64)),
@@ -74,6 +74,12 @@ PROTOTYPES = {
     "prices": (c_char_p, POINTER(Prices)),
     "set_prices": (c_uint64, POINTER(Prices)),
     "cycles": (c_uint64, POINTER(c_double)),
+    "slot_add": (c_uint64, POINTER(NewSlot), POINTER(c_uint32)),
+    "slot_remove": (c_uint64, c_uint32),
+    "slot_move": (c_uint64, c_uint32, c_uint64),
+    "host_unmap": (c_uint64, c_uint64, c_uint64, c_uint32),
+    "host_touch": (c_uint64, c_uint64, c_uint64, c_uint32),
+    "host_collapse": (c_uint64, c_uint64, c_uint64),
 }
 
 

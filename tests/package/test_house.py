@@ -58,7 +58,7 @@ ENGINE = (
 )
 """The modules of shadowcore.engine in the same way."""
 
-CAPI = ("header", "handles", "accesses lifecycle look", "table")
+CAPI = ("header", "handles", "accesses lifecycle look slots", "table")
 """Those of shadowcore._capi."""
 
 PYTHON = re.compile(r"^[ \t]*((?:from[ \t]+[\w.]+[ \t]+)?import[ \t]+(?:\([^)]*\)|[^\n#]*))", re.M)

@@ -6,7 +6,7 @@ import json
 
 import numpy as np
 import pytest
-from kvm_streams import FEATURES, POKE, kvm_role
+from kvm_files import FEATURES, POKE, kvm_role
 from places import LINUX_FORK, ROOT
 
 import shadowcore as sc

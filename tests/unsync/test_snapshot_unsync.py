@@ -4,7 +4,8 @@ import pathlib
 
 import numpy as np
 import pytest
-from kvm_streams import Replay, load
+from kvm_files import load
+from kvm_streams import Replay
 
 import shadowcore as sc
 

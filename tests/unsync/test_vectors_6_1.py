@@ -5,7 +5,8 @@ import pathlib
 
 import numpy as np
 import pytest
-from kvm_streams import KINDS, MODE, POKE, replay
+from kvm_files import KINDS, MODE, POKE
+from kvm_streams import replay
 
 DATA = pathlib.Path(__file__).parents[1] / "data"
 FILES = (
