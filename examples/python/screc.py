@@ -13,6 +13,7 @@ import json
 import re
 import sys
 import zipfile
+import zlib
 from collections.abc import Iterator
 
 COLUMNS = ("vcpu", "kind", "flags", "insns", "addr", "value")
@@ -77,8 +78,15 @@ def read(path: str) -> Iterator[Record]:
 
 
 def main() -> None:
-    for record in read(sys.argv[1]):
-        print(*(f"{number:x}" for number in record))
+    if len(sys.argv) != 2:
+        sys.exit("screc.py: the name of a recording is needed")
+    try:
+        for record in read(sys.argv[1]):
+            print(*(f"{number:x}" for number in record))
+    except (ValueError, LookupError, EOFError, zlib.error, zipfile.BadZipFile) as error:  # cut short, or damaged
+        sys.exit(f"screc.py: {sys.argv[1]}: a whole recording expected: {error}")
+    except OSError as error:
+        sys.exit(f"screc.py: {sys.argv[1]}: {error.strerror or error}")
 
 
 if __name__ == "__main__":

@@ -247,7 +247,7 @@ def _memory(arguments: list[str]) -> int:
 def _size(value: str) -> int:
     fields = dict(part.partition("=")[::2] for part in value.split(",") if "=" in part)
     text = fields.get("size", value.split(",")[0])
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)([KMGT]?)B?", text.upper())
+    found = re.fullmatch(r"([0-9]{1,18}(?:\.[0-9]{1,18})?)([KMGT]?)B?", text.upper())
     if found is None or fields.keys() & {"slots", "maxmem"}:
         raise ConfigError(f"command: -m: a size that stays is needed, as 512M, not {value!r}")
     size = int(float(found[1]) * (1 << _UNITS[found[2]]))

@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -84,12 +85,14 @@ def source_folder() -> Path:
     """Where the plug-in's source is; ConfigError if nowhere."""
     given = os.environ.get(SOURCE)
     folder = Path(given) if given else Path(__file__).parents[2] / "recorder"
-    if all((folder / name).is_file() for name in (*COMMON, *HEADERS)):
-        return folder
+    needed = (*COMMON, *HEADERS, *(made.source for made in BACK_ENDS))
+    with suppress(OSError):  # what cannot be the name of a folder
+        if all((folder / name).is_file() for name in needed):
+            return folder
     expected = (
         "the plug-in's source is no part of the installed package: the folder `recorder` of the source archive is"
     )
-    raise ConfigError(f"recorder: {expected} needed, named by {SOURCE}; it is not in {folder}")
+    raise ConfigError(f"recorder: {expected} needed, named by {SOURCE}; it is not in {folder!s:.200}")
 
 
 def build(made: BackEnd) -> Path:

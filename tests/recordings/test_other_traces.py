@@ -64,6 +64,17 @@ def test_a_trace_that_dynamorio_wrote(tmp_path):
         assert writer.skipped == {}
 
 
+def test_progress_of_a_compressed_trace_ends_at_its_size(tmp_path):
+    """Bytes of the file are told, not what they are inflated to."""
+    path = tmp_path / "trace.gz"
+    path.write_bytes(gzip.compress(trace(7, 70, *[(10, 1, 4 * n) for n in range(200_000)])))
+    told = []
+    importers.convert([path], tmp_path / "out.screc", progress=lambda *at: told.append(at))
+    assert {total for _, total in told} == {path.stat().st_size}
+    assert sorted(told) == told
+    assert told[-1][0] == path.stat().st_size
+
+
 @pytest.mark.parametrize("code", ["<HHQ", "<HHI"])
 def test_accesses_of_every_kind(tmp_path, code):
     rows = [
@@ -326,6 +337,11 @@ def test_the_layouts_are_told_apart(tmp_path, seed):
             rows[name] = (rng.random(shape) < 0.6) * rng.integers(1 << 12, 1 << 47, shape)
         (tmp_path / "trace").write_bytes(rows.tobytes())
         assert importers.guess(tmp_path / "trace") == form
+
+
+def test_guess_leaves_standard_input_alone():
+    with pytest.raises(sc.ConfigError, match="standard input"):
+        importers.guess("-")
 
 
 # -- compressed, and by a pipe -------------------------------------------------------------------------------

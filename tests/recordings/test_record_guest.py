@@ -272,6 +272,8 @@ def qemu_like(folder, version, plugins=True):
         (["-plugin", "other.so"], "-plugin"),
         (["-m", "4G"], "2816 MiB"),
         (["-m", "some"], "'some'"),
+        (["-m", "9" * 400], "a size that stays"),
+        (["-m", "9" * 18 + "T"], "2816 MiB"),
         (["-m", "size=128M,slots=2,maxmem=1G"], "slots"),
     ],
 )
@@ -295,6 +297,11 @@ def test_what_is_missing_is_named(tmp_path, monkeypatch):
     qemu = qemu_like(tmp_path, "10.0.2")
     monkeypatch.setenv(plugin.SOURCE, str(tmp_path))
     assert plugin.SOURCE in refused("record-guest", "-o", out, "--", qemu)
+    for name in (*plugin.COMMON, *plugin.HEADERS):  # all but the back ends
+        (tmp_path / name).touch()
+    assert plugin.SOURCE in refused("record-guest", "-o", out, "--", qemu)
+    monkeypatch.setenv(plugin.SOURCE, "a" * 5000)
+    assert len(refused("record-guest", "-o", out, "--", qemu)) < 500
     monkeypatch.delenv(plugin.SOURCE)
     if not plugin.source_folder().is_dir():
         pytest.skip("the source of the recorder's plug-in is not here")

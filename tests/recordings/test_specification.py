@@ -112,6 +112,20 @@ def test_readers_refuse_damage(example, tmp_path, reader):
     assert subprocess.run([*command, str(broken)], capture_output=True, check=False).returncode != 0
 
 
+def test_the_reader_in_python_says_what_is_wrong_in_a_line(example, tmp_path):
+    data = example.read_bytes()
+    made = {"cut": data[:-40], "short": data[: len(data) // 2], "empty": b"", "text": b"nothing of the kind\n"}
+    made["broken"] = data.replace(b"blocks/000000-8/addr", b"blocks/000000-8/addx")
+    for name, contents in made.items():
+        (tmp_path / name).write_bytes(contents)
+    for path in (*(tmp_path / name for name in made), tmp_path / "none", tmp_path):
+        done = subprocess.run([*python_reader(tmp_path), str(path)], capture_output=True, text=True, check=False)
+        assert done.returncode == 1
+        assert done.stderr.count("\n") == 1
+        assert done.stderr.startswith(f"screc.py: {path}: ")
+    assert subprocess.run(python_reader(tmp_path), capture_output=True, text=True, check=False).stderr.count("\n") == 1
+
+
 def test_files_of_version_1_are_read(several, tmp_path):
     """A recording as it was written before: no processors in the header, and kinds up to 7."""
     old = tmp_path / "old.screc"

@@ -258,8 +258,11 @@ def test_zeros_and_small_numbers_are_no_champsim(data, tmp_path):
 def test_inputs_without_anything_in_them_are_refused(tmp_path):
     (tmp_path / "memcheck").write_text("==5== Memcheck, a memory error detector\n==5== Command: ls\n==5== \n")
     (tmp_path / "head.csv").write_text("kind,addr\n")
+    (tmp_path / "blank.csv").write_text("kind,addr\n\n\n")
     assert "--trace-mem=yes" in refused("import", tmp_path / "memcheck", "-o", tmp_path / "out.screc")
-    assert "line 2" in refused("import", tmp_path / "head.csv", "-o", tmp_path / "out2.screc")
+    for name in ("head.csv", "blank.csv"):
+        assert "line 2" in refused("import", tmp_path / name, "-o", tmp_path / "out2.screc")
+        assert not (tmp_path / "out2.screc").exists()
     with pytest.raises(sc.ConfigError, match="paths"):
         importers.convert(tmp_path / "head.csv", tmp_path / "out3.screc")
 

@@ -7,8 +7,8 @@ NAME: what the command line calls the format; the first line of the docstring sa
 matches(head): whether a file that begins with these bytes, inflated, is of this format;
 read(paths, writer, progress): all that is in the files goes to the Writer. progress: a `Progress`, or None. TraceError
     says what cannot be read, and where;
-lenient(paths, writer, progress): only if lines of others may stand between the format's own: as `read`, but those are
-    skipped, and counted in `writer.skipped`;
+LENIENT: only, and True, if lines of others may stand between the format's own: `read` then has one more argument,
+    lenient, with which those are skipped, and counted in `writer.skipped`;
 guest(paths): only if the files are recordings of guests: registers and frames that such a Writer is made with. Others
     are recordings of programs.
 """
@@ -57,7 +57,10 @@ FORMATS: tuple[str, ...] = tuple(importer.NAME for importer in IMPORTERS)
 
 
 def guess(path: str | os.PathLike[str]) -> str:
-    """The format of a file, by its contents; TraceError if it has none of those that are known."""
+    """The format of a file, by its contents; TraceError if it has none of those that are known. ConfigError for
+    standard input, of which what is looked at would be gone: `convert` tells the format of that by itself."""
+    if path == STDIN:
+        raise ConfigError("path: a file is needed; what is read of standard input to tell its format would be lost")
     with Source(path, keep=True) as source:
         head = source.head()
     for importer in IMPORTERS:
@@ -104,16 +107,15 @@ def convert(
     inputs = [opened(path) for path in names]
     kind = guess(inputs[0]) if format == "auto" else format
     importer = IMPORTERS[FORMATS.index(kind)]
-    read = getattr(importer, "lenient", None) if lenient else importer.read
-    if read is None:
-        others = ", ".join(each.NAME for each in IMPORTERS if hasattr(each, "lenient"))
+    if lenient and not getattr(importer, "LENIENT", False):
+        others = ", ".join(each.NAME for each in IMPORTERS if getattr(each, "LENIENT", False))
         raise ConfigError(f"lenient: it is for the formats {others}; one of them is needed, not {kind}")
     title = Path(inputs[0]).name.split(".")[0] if name is None else name
     source = {"format": kind, "files": [os.fspath(path) for path in inputs]}
     guest = importer.guest(inputs) if hasattr(importer, "guest") else None
     stream = PROGRAM if guest is None else GUEST
     with kept(out), Writer(out, stream, name=title, source=source, guest=guest) as writer:
-        read(inputs, writer, progress)
+        importer.read(inputs, writer, progress, **({"lenient": True} if lenient else {}))
     return writer
 
 

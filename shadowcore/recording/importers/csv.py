@@ -80,7 +80,7 @@ def _read(source: Source, writer: Writer, processes: Processes) -> None:
             raise TraceError(path, record, expected, "line")
         return value
 
-    record = 1
+    record, empty = 1, True
     try:
         names = _names(next(rows, []))
         used = [name for name in names if name]
@@ -93,6 +93,7 @@ def _read(source: Source, writer: Writer, processes: Processes) -> None:
             record = rows.line_num
             if not row:
                 continue
+            empty = False
             if len(row) != len(names):
                 raise TraceError(path, record, f"{len(names)} fields expected, not {len(row)}", "line")
             fields = {name: value.strip() for name, value in zip(names, row, strict=True) if name and value.strip()}
@@ -121,7 +122,7 @@ def _read(source: Source, writer: Writer, processes: Processes) -> None:
             else:
                 known = ", ".join([*_ACCESS, *_EVENT])
                 raise TraceError(path, record, f"a kind of {known} expected, not {kind!r:.40}", "line")
-        if record == 1:
+        if empty:
             raise TraceError(path, 2, "a line for an access or event expected, there is none", "line")
         flush()
     except csv.Error as error:

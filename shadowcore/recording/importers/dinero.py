@@ -12,6 +12,7 @@ from .processes import Processes
 from .source import LINE_MAX, Access, Progress, each_line, sources
 
 NAME = "dinero"
+LENIENT = True
 
 _LINE = re.compile(rb"^[ \t]*([0-4rwi])[ \t]+(?:0[xX])?([0-9a-fA-F]{1,16})(?:[ \t]+([0-9a-fA-F]{1,4}))?[ \t]*$", re.M)
 _KINDS = {b"0": READ, b"1": WRITE, b"2": FETCH, b"r": READ, b"w": WRITE, b"i": FETCH}
@@ -28,17 +29,10 @@ def matches(head: bytes) -> bool:
     return bool(found) and all(match is not None and int(match[2], 16) >= LOWEST for match in found)
 
 
-def read(paths: Sequence[str | os.PathLike[str]], writer: Writer, progress: Progress | None = None) -> None:
+def read(
+    paths: Sequence[str | os.PathLike[str]], writer: Writer, progress: Progress | None = None, lenient: bool = False
+) -> None:
     """Labels 0, 1, 2 (r, w, i) are a read, a write, a fetch, of one byte where the line has no size in hexadecimal."""
-    _all(paths, writer, progress, False)
-
-
-def lenient(paths: Sequence[str | os.PathLike[str]], writer: Writer, progress: Progress | None = None) -> None:
-    """The same; lines of others are skipped."""
-    _all(paths, writer, progress, True)
-
-
-def _all(paths: Sequence[str | os.PathLike[str]], writer: Writer, progress: Progress | None, lenient: bool) -> None:
     processes = Processes(writer)
 
     def access(line: tuple[bytes, ...]) -> list[Access] | None:

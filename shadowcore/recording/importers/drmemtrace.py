@@ -139,9 +139,8 @@ class _Trace:
         with Source(path, keep=isinstance(path, Pipe)) as source:
             zipped = source.read(4) == b"PK\x03\x04"
         if not zipped:
-            with Source(path) as source:
+            with Source(path, self._told) as source:
                 while data := source.read(self._chunk):
-                    self.done += len(data)
                     yield data
             return
         if isinstance(path, Pipe):
@@ -156,6 +155,9 @@ class _Trace:
                     self.done += info.compress_size
         except npy.UNREADABLE as error:
             raise TraceError(self.path, None, f"a whole archive of chunks expected: {error}") from None
+
+    def _told(self, done: int, total: int) -> None:
+        self.done = done  # bytes of the file, which may be compressed
 
     def __iter__(self) -> Iterator[_Part]:
         dtype = self._dtype

@@ -16,6 +16,7 @@ from .processes import Processes
 from .source import CHUNK, LINE_MAX, OTHERS, Progress, Source, sources
 
 NAME = "lackey"
+LENIENT = True
 ROOM = CHUNK // 4
 """Accesses that are parsed at a time."""
 
@@ -332,17 +333,10 @@ def matches(head: bytes) -> bool:
     return _FIRST.match(head) is not None or _LACKEY.search(head) is not None
 
 
-def read(paths: Sequence[str | os.PathLike[str]], writer: Writer, progress: Progress | None = None) -> None:
+def read(
+    paths: Sequence[str | os.PathLike[str]], writer: Writer, progress: Progress | None = None, lenient: bool = False
+) -> None:
     """Each text is a process, or several: their processes follow one another in the recording."""
-    _all(paths, writer, progress, False)
-
-
-def lenient(paths: Sequence[str | os.PathLike[str]], writer: Writer, progress: Progress | None = None) -> None:
-    """The same; lines that are not lackey's are skipped."""
-    _all(paths, writer, progress, True)
-
-
-def _all(paths: Sequence[str | os.PathLike[str]], writer: Writer, progress: Progress | None, lenient: bool) -> None:
     processes = Processes(writer)
     for source in sources(paths, progress):
         with source:

@@ -12,6 +12,7 @@ from .processes import Processes
 from .source import Access, Progress, each_line, sources
 
 NAME = "pinatrace"
+LENIENT = True
 
 _NUMBER = rb"(?:0[xX])?([0-9a-fA-F]{1,16})"
 _LINE = re.compile(rb"^[ \t]*%b: +([RW]) +%b(?:[ \t]+(\d{1,5})(?:[ \t]+\S+)?)?[ \t]*$" % (_NUMBER, _NUMBER), re.M)
@@ -24,20 +25,13 @@ def matches(head: bytes) -> bool:
     return _FIRST.match(head) is not None
 
 
-def read(paths: Sequence[str | os.PathLike[str]], writer: Writer, progress: Progress | None = None) -> None:
+def read(
+    paths: Sequence[str | os.PathLike[str]], writer: Writer, progress: Progress | None = None, lenient: bool = False
+) -> None:
     """An instruction is fetched, of one byte, then it accesses. Lines in a row with its address are taken for the same.
 
     Where a line has no size, one byte is. A text without #eof at its end is incomplete, and the recording says so.
     """
-    _all(paths, writer, progress, False)
-
-
-def lenient(paths: Sequence[str | os.PathLike[str]], writer: Writer, progress: Progress | None = None) -> None:
-    """The same; lines of others are skipped."""
-    _all(paths, writer, progress, True)
-
-
-def _all(paths: Sequence[str | os.PathLike[str]], writer: Writer, progress: Progress | None, lenient: bool) -> None:
     processes, complete = Processes(writer), True
     expected = "an access such as '0x401000: R 0x7ffe0000' expected"
     for source in sources(paths, progress):
