@@ -14,7 +14,7 @@ import click
 from ..config import DESIGNS, POOL_MAX, parse_count
 from ..engine.presets import ALIASES, PRESETS, find_preset
 from ..errors import ConfigError
-from ..studies import settings
+from ..studies import series, settings
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -201,7 +201,7 @@ class Assignment(_Pair):
 
 
 class Series(_Values):
-    """NAME=VALUE,VALUE..."""
+    """NAME=VALUE,VALUE... or NAME=FIRST..LAST, as studies.series has them."""
 
     name = "name=value,value"
 
@@ -214,8 +214,11 @@ class Series(_Values):
         values = text.split(",")
         if not name.strip() or not all(part.strip() for part in values):
             self.fail(f"{value!r} is not NAME=VALUE,VALUE,...", param, ctx)
-        parsed = tuple(dict.fromkeys(settings.parse(part) for part in values))
-        return name.strip().replace("-", "_"), parsed
+        name = name.strip().replace("-", "_")
+        try:
+            return name, series.values(text, name)
+        except ConfigError as error:
+            self.fail(str(error), param, ctx)
 
 
 def together(sets: tuple[tuple[str, Any], ...], pool: int | None) -> dict[str, Any]:

@@ -42,10 +42,12 @@ _COMPARED = (
     SET,
     click.option(
         "--over",
+        "overs",
         type=Series(),
+        multiple=True,
         metavar="NAME=VALUE,...",
-        help="Sweep one setting (or seed, operations, warm_up): all designs with each of these values. One is allowed."
-        "  [default: none]",
+        help="Sweep a setting (or seed, operations, warm_up): all designs with each of these values, or of a range "
+        "such as 16..4096 x2. May be repeated: then with each combination.  [default: none]",
     ),
     click.option(
         "--base",
@@ -182,7 +184,7 @@ def _compare(
     designs: tuple[str, ...],
     pool: int | None,
     sets: tuple[tuple[str, Any], ...],
-    over: tuple[str, tuple[Any, ...]] | None,
+    overs: tuple[tuple[str, tuple[Any, ...]], ...],
     base: str | None,
     html: str | None,
     timeline: str | None,
@@ -198,15 +200,18 @@ def _compare(
     from ..studies.results import Swept
     from ..studies.source import find
 
-    pages = _pages(html, timeline)
-    if over and pages:
-        raise ConfigError("--over: it makes several studies; --html and --timeline show one")
+    over: dict[str, tuple[Any, ...]] = {}
+    for name, values in overs:
+        if name in over:
+            raise ConfigError(f"--over: {name} is given twice, one is allowed")
+        over[name] = values
+    pages = _pages(html, timeline, bool(over))
     writers = [(writer(name, module), file) for name, module, file in pages]
     outputs = (("--html", html), ("--timeline", timeline), ("--csv", csv_file))
     for _, file in outputs:
         if file is not None:
             writable(file)
-    if not writers:
+    if not (timeline if over else writers):  # the page of a sweep has none
         if windows:
             raise ConfigError("--windows: a report or a timeline, which shows them, is needed: --html or --timeline")
         windows = 0
@@ -214,7 +219,7 @@ def _compare(
     opened = find(list(sources) or None)
     apart(outputs, opened.files)
     options = rest | {"windows": windows, "settings": together(sets, pool)}
-    swept = {"over": None if over is None else dict([over]), "base": None if base is None else settings.parse(base)}
+    swept = {"over": over or None, "base": None if base is None else settings.parse(base)}
     interrupted = False
     made: Study | Swept
     try:
@@ -229,7 +234,6 @@ def _compare(
     if interrupted:
         raise KeyboardInterrupt
     for write, file in writers:
-        assert not isinstance(made, Swept)
         to_file(file, partial(write, made))
 
 
@@ -254,8 +258,8 @@ def _show(made: Study | Swept, as_json: bool, detailed: bool) -> None:
         report.print_comparison(studies[0])
 
 
-def _pages(html: str | None, timeline: str | None) -> list[tuple[str, str, str]]:
-    asked = (("--html", "page", html), ("--timeline", "timeline", timeline))
+def _pages(html: str | None, timeline: str | None, several: bool) -> list[tuple[str, str, str]]:
+    asked = (("--html", "sweep" if several else "page", html), ("--timeline", "timeline", timeline))
     return [(option, module, file) for option, module, file in asked if file is not None]
 
 

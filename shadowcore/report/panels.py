@@ -63,6 +63,10 @@ class Map:
     values: tuple[tuple[float | None, ...], ...]
 
 
+NONE = "none"
+"""A setting that is set to nothing; None in a row is one that the design has not."""
+
+
 def number(value: Any) -> float | None:
     """A setting as a number: a size as its bytes."""
     if finite(value):
@@ -79,7 +83,7 @@ class Shown:
     def __init__(self, rows: Sequence[Mapping[str, Any]], axes: Iterable[str]) -> None:
         self.rows = [row for row in rows if row["status"] == "done"]
         varied = [name for name in axes if name not in ("design", "seed")]
-        counts = {name: len({row[name] for row in self.rows if row[name] is not None}) for name in varied}
+        counts = {name: len({row[name] for row in self.rows if row[name] not in (None, NONE)}) for name in varied}
         # Also an axis of one number, where the others have none: its values are then one and "makes no difference".
         numeric = [n for n in varied if counts[n] and all(_numeric(row[n]) for row in self.rows)]
         numeric.sort(key=lambda name: -counts[name])
@@ -194,8 +198,8 @@ class Shown:
             spot = _spot(same, metric, 0, "")
             if spot is not None and x is not None and y is not None:
                 found[x, y] = spot.y
-        columns = sorted({x for x, _ in found}, key=lambda value: number(value) or 0)
-        down = sorted({y for _, y in found}, key=lambda value: number(value) or 0)
+        columns = sorted({x for x, _ in found}, key=_order)
+        down = sorted({y for _, y in found}, key=_order)
         if len(columns) < 2 or len(down) < 2:
             return None
         values = tuple(tuple(found.get((x, y)) for x in columns) for y in down)
@@ -203,7 +207,12 @@ class Shown:
 
 
 def _numeric(value: Any) -> bool:
-    return value is None or number(value) is not None
+    return value in (None, NONE) or number(value) is not None
+
+
+def _order(value: Any) -> float:
+    found = number(value)
+    return math.inf if found is None else found
 
 
 def _covers(names: Sequence[str], general: tuple[Any, ...], special: tuple[Any, ...]) -> bool:

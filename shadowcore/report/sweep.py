@@ -7,10 +7,11 @@ sort, and saving as SVG, PNG and CSV; for that it draws the few marks of a panel
 
 from __future__ import annotations
 
+import dataclasses
 import html
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from typing import Any
 
@@ -20,8 +21,11 @@ from .._version import __version__
 from ..errors import ConfigError
 from ..files import replace
 from ..studies.collect import Sweep
+from ..studies.plan import LABELS
+from ..studies.results import Swept
+from ..studies.settings import effective
 from . import plots
-from .panels import METRICS, PANELS, Map, Panel, Shown, Spot
+from .panels import METRICS, NONE, PANELS, Map, Panel, Shown, Spot
 
 __all__ = ["check", "write"]
 
@@ -30,7 +34,63 @@ TABLE = 3000
 check = plots.check
 
 
-def write(sweep: Sweep, path: str | os.PathLike[str]) -> None:
+@dataclasses.dataclass(frozen=True)
+class _Told:
+    """What a page is made of. fixed: settings that all points have. command: that repeats it, or nothing."""
+
+    name: str
+    axes: tuple[str, ...]
+    rows: list[dict[str, Any]]
+    counts: dict[str, int]
+    errors: list[dict[str, Any]]
+    fixed: dict[str, Any]
+    prices: dict[str, Any]
+    command: str = ""
+
+
+def _told(found: Sweep | Swept) -> _Told:
+    if isinstance(found, Swept):
+        return _told_of_studies(found)
+    rows = []
+    for row, point in zip(found.rows(), found.manifest["points"], strict=True):
+        own = {name: value for name, value in point["labels"].items() if name not in LABELS and name in row}
+        rows.append(row | _said(own))
+    labels = dict.fromkeys(name for point in found.manifest["points"] for name in point["labels"])
+    fixed = {
+        name: rows[0][name]
+        for name in labels
+        if name in rows[0] and name not in ("status", "error") and len({repr(row[name]) for row in rows}) == 1
+    }
+    return _Told(found.name, found.axes, rows, found.counts(), found.errors(), fixed, found.manifest["costs"])
+
+
+def _said(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings of a point, told apart from those that it has not."""
+    return {name: NONE if value is None else value for name, value in settings.items()}
+
+
+def _told_of_studies(found: Swept) -> _Told:
+    """Studies over settings as rows: a setting that a design has not makes no row of its own."""
+    rows: dict[str, dict[str, Any]] = {}
+    first = found.points[0][1]
+    for value, study in found.points:
+        for name, design in study.designs.items():
+            labels = dict.fromkeys(found.names) | _said(effective(found.labels(value), design.design))
+            seed = study.settings.get("seed")
+            row = {"source": study.workload, "design": name, "seed": seed} | labels | {"status": "done"}
+            figures = {metric: getattr(design, metric, None) for metric in METRICS}
+            rows.setdefault(repr(row), row | figures | {"slow_down": design.cost.slow_down})
+    axes = tuple(dict.fromkeys(("design", *found.names)))
+    fixed = {name: value for name, value in first.settings.items() if name not in found.names}
+    title = f"{first.workload}, over {' and '.join(found.names)}"
+    if found.base:
+        title += f", against native with {found.base}"
+    counts = {"done": len(rows), "failed": 0, "missing": 0}
+    prices = {first.costs.name: first.costs.as_dict()}
+    return _Told(title, axes, list(rows.values()), counts, [], fixed, prices, first.command)
+
+
+def write(sweep: Sweep | Swept, path: str | os.PathLike[str]) -> None:
     """Write a sweep to `path` as one HTML file that needs no network; an older file is replaced when all is done.
 
     ConfigError: there is no matplotlib, or no point is done. OSError: the file cannot be written.
@@ -39,9 +99,10 @@ def write(sweep: Sweep, path: str | os.PathLike[str]) -> None:
     replace(path, page(sweep).encode("utf-8"))
 
 
-def page(sweep: Sweep) -> str:
+def page(found: Sweep | Swept) -> str:
     """The file as a text. ConfigError."""
-    shown = Shown(sweep.rows(), sweep.axes)
+    sweep = _told(found)
+    shown = Shown(sweep.rows, sweep.axes)
     if not shown.rows:
         raise ConfigError("html: no point of the sweep is done")
     drawn: list[dict[str, Any]] = []
@@ -60,7 +121,7 @@ def page(sweep: Sweep) -> str:
             body.append(_multiples([_map(f"{metric}-map-{n}", each, unit, drawn) for n, each in _few(maps)], len(maps)))
     body += [_table(shown), _failures(sweep), _settings(sweep)]
     asset = files(__package__) / "data"
-    title = html.escape(f"{sweep.name}: a sweep of {len(sweep.manifest['points']):,} points")
+    title = html.escape(f"{sweep.name}: a sweep of {sum(sweep.counts.values()):,} points")
     policy = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data: blob:"
     style = (asset / "report.css").read_text("utf-8") + (asset / "sweep.css").read_text("utf-8")
     return f"""<!DOCTYPE html>
@@ -97,8 +158,8 @@ def _embedded(plain: Any) -> str:
     return text
 
 
-def _head(sweep: Sweep, shown: Shown) -> str:
-    counted = sweep.counts()
+def _head(sweep: _Told, shown: Shown) -> str:
+    counted = sweep.counts
     told = f"{sum(counted.values()):,} points, {counted['done']:,} done"
     told += "".join(f", {counted[state]:,} {state}" for state in ("failed", "missing") if counted[state])
     axes = ", ".join(sweep.axes) or "nothing"
@@ -334,8 +395,8 @@ def _cell(value: Any) -> str:
     return f"{value:,}" if type(value) is int else str(value)
 
 
-def _failures(sweep: Sweep) -> str:
-    errors = sweep.errors()
+def _failures(sweep: _Told) -> str:
+    errors = sweep.errors
     if not errors:
         return ""
     names = list(dict.fromkeys(("source", "design", *sweep.axes)))
@@ -352,21 +413,15 @@ def _failures(sweep: Sweep) -> str:
     )
 
 
-def _settings(sweep: Sweep) -> str:
+def _settings(sweep: _Told) -> str:
     """What is the same in all points, and the prices."""
-    rows = sweep.rows()
-    figures = {"status", "error"}
-    fixed = {
-        name: rows[0][name]
-        for name in dict.fromkeys(n for point in sweep.manifest["points"] for n in point["labels"])
-        if name in rows[0] and name not in figures and len({repr(row[name]) for row in rows}) == 1
-    }
     lines = "".join(
         f'<tr><th scope="row">{html.escape(name)}</th><td class="text">{html.escape(_cell(value))}</td></tr>'
-        for name, value in fixed.items()
+        for name, value in sweep.fixed.items()
     )
-    prices = html.escape(json.dumps(sweep.manifest["costs"], indent=1))
+    prices = html.escape(json.dumps(sweep.prices, indent=1))
+    command = f"<p>The first of the studies: <code>{html.escape(sweep.command)}</code></p>" if sweep.command else ""
     return (
-        f'<h2>Settings</h2>\n<table id="settings"><tbody>{lines}</tbody></table>\n'
+        f'<h2>Settings</h2>\n{command}<table id="settings"><tbody>{lines}</tbody></table>\n'
         f"<details><summary>Prices, in cycles</summary><pre>{prices}</pre></details>"
     )

@@ -107,8 +107,8 @@ _REBASED: tuple[Column, ...] = (("cycles", lambda d: f"{d.cost.total / (d.work o
 
 
 def sweep(swept: Swept) -> Table:
-    """A row for each design and value of the setting."""
-    from ..studies.settings import written
+    """A row for each design and value of the settings that it has."""
+    from ..studies.settings import effective, written
 
     first = swept.points[0][1]
     prices = escape(first.costs.name)
@@ -121,25 +121,33 @@ def sweep(swept: Swept) -> Table:
             f"cycles: for each access of user code, estimated, by prices of {prices}. slow-down: of the same work, "
             f"against native with {escape(swept.base)}. pages: shadow pages in use, mean."
         )
-    title = escape(f"{first.title}, over {swept.over}")
+    title = escape(f"{first.title}, over {' and '.join(swept.names)}")
     told = "\n".join([caption, *map(escape, swept.notes)])
     table = Table(title=title, caption=told, title_style="bold", caption_justify="left")
     table.add_column("design", no_wrap=True)
-    table.add_column(escape(swept.over), justify="right", no_wrap=True)
+    for name in swept.names:
+        table.add_column(escape(name), justify="right", no_wrap=True)
     for name, _ in columns:
         table.add_column(name, justify="right", no_wrap=True)
     for design in dict.fromkeys(name for _, study in swept.points for name in study.designs):
         table.add_section()
+        told_of = set()
         for value, study in swept.points:
             if design in study.designs:
-                cells = [show(study.designs[design]) for _, show in columns]
-                table.add_row(design, escape(written(value)), *cells)
+                labels = effective(swept.labels(value), study.designs[design].design)
+                texts = tuple("" if name not in labels else escape(written(labels[name])) for name in swept.names)
+                if texts not in told_of:  # a setting that the design has not makes no row of its own
+                    told_of.add(texts)
+                    table.add_row(design, *texts, *(show(study.designs[design]) for _, show in columns))
     return table
 
 
 def print_sweep(swept: Swept) -> None:
-    """Print it."""
-    _console().print(sweep(swept))
+    """Print it, in full width: a number that is cut looks like a number."""
+    console = _console()
+    table = sweep(swept)
+    console.width = max(console.width, Measurement.get(console, console.options.update(width=500), table).maximum)
+    console.print(table)
 
 
 _POINT: tuple[tuple[str, str, float, int], ...] = (

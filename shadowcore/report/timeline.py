@@ -18,6 +18,8 @@ from .._version import __version__
 from ..engine.reported import UNSYNC
 from ..errors import ConfigError
 from ..files import replace
+from ..studies.results import Swept
+from ..studies.settings import written
 from .document import edges
 
 __all__ = [
@@ -35,7 +37,7 @@ _RATES = {
 
 
 def write(study: Any, path: str | os.PathLike[str], time: str = "operations") -> None:
-    """Write a study to `path`; an older file is replaced when all is done.
+    """Write a study, or one over values of settings, to `path`; an older file is replaced when all is done.
 
     time: "operations", or "microseconds": those of the cost model, spread over the windows of a design by the cycles
     that the windows have (`cycles`), or else by their operations.
@@ -51,9 +53,17 @@ def events(study: Any, time: str = "operations") -> dict[str, Any]:
         raise ConfigError(f"time: one of {', '.join(TIMES)} expected, not {time!r}")
     named: list[dict[str, Any]] = []
     counted: list[dict[str, Any]] = []
-    for place, (name, result) in enumerate(study.designs.items()):
+    told: list[tuple[str, str, Any]] = []
+    if not isinstance(study, Swept):
+        told += [(name, f"{name} ({study.workload})", each) for name, each in study.designs.items()]
+    else:
+        for value, one in study.points:
+            labels = ", ".join(f"{name}={written(each)}" for name, each in study.labels(value).items())
+            told += [(name, f"{name}, {labels} ({one.workload})", each) for name, each in one.designs.items()]
+        study = study.points[0][1]
+    for place, (name, title, result) in enumerate(told):
         pid = place + 1
-        named += _names(pid, place, f"{name} ({study.workload})")
+        named += _names(pid, place, title)
         counted += _counters(pid, name, result, time)
     if not counted:
         raise ConfigError("timeline: the study has no windows: counters every N operations are needed")

@@ -41,13 +41,14 @@ KEYS = (
     "seed",
     "operations",
     "skip_boot",
+    "warm_up",
     "settings",
     "prices",
     "points",
     "when",
 )
 """Of a specification."""
-_LABELS = ("source", "design", "seed", "operations", "costs")
+LABELS = ("source", "design", "seed", "operations", "costs")
 """Columns of every point, beside its settings and prices."""
 _OF_A_POINT = {"source": "sources", "design": "designs", "seed": "seed", "operations": "operations", "costs": "costs"}
 _PRICES = tuple(f.name for f in dataclasses.fields(Costs) if f.name not in ("name", "tlb", "levels", "sources"))
@@ -69,6 +70,7 @@ class Run:
     operations: int | None
     seed: int | None
     skip_boot: bool
+    warm_up: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,7 +117,7 @@ def read_spec(path: str | os.PathLike[str]) -> dict[str, Any]:
     if isinstance(listed, list):
         spec["sources"] = [
             each | {"source": _beside(beside, each["source"])}
-            if isinstance(each, dict) and isinstance(each.get("source"), str)
+            if isinstance(each, dict) and "source" in each
             else _beside(beside, each)
             for each in listed
         ]
@@ -125,6 +127,8 @@ def read_spec(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 def _beside(folder: str, source: Any) -> Any:
     """A recording that is named relative to the specification."""
+    if isinstance(source, list):
+        return [_beside(folder, each) for each in source]
     if isinstance(source, str) and folder and not os.path.isabs(source):
         there = os.path.join(folder, source)
         if os.path.isfile(there):
@@ -163,6 +167,7 @@ class _Planner:
         if not isinstance(skip, bool):
             raise ConfigError(f"skip_boot: true or false is needed, not {skip!r:.60}")
         self.skip_boot = skip
+        self.warm_up = spec.get("warm_up", 0)
 
     def _table(self, key: str) -> dict[str, Any]:
         table = self.spec.get(key, {})
@@ -243,7 +248,7 @@ class _Planner:
             raise ConfigError("points: a list of tables is needed, each with settings of its own")
         conditions = self.spec.get("when", ())
         tests = [Condition(text) for text in ([conditions] if isinstance(conditions, str) else conditions)]
-        names: dict[str, None] = dict.fromkeys(_LABELS)
+        names: dict[str, None] = dict.fromkeys(LABELS)
         tables = []
         for place, table in enumerate(listed):
             if not isinstance(table, Mapping):
@@ -300,11 +305,7 @@ class _Planner:
         for which, chosen in itertools.product(designs, _grid(grid)):
             for operations, (name, priced, cost), seed in itertools.product(counts, costs, seeds):
                 # A setting that the design has not makes no difference, and no point of its own.
-                effective = {
-                    key: value
-                    for key, value in chosen.items()
-                    if key not in settings.DESIGN or settings.has(which, key)
-                }
+                effective = settings.effective(chosen, which)
                 self.used |= effective.keys()
                 labels = {"source": label, "design": which.name} | effective
                 labels |= {"seed": seed, "operations": operations, "costs": name} | priced
@@ -355,10 +356,17 @@ class _Planner:
             return self.keys[asked]
         try:
             made = prepared(
-                opened, which, given, costs=cost, operations=operations, seed=seed, skip_boot=self.skip_boot
+                opened,
+                which,
+                given,
+                costs=cost,
+                operations=operations,
+                seed=seed,
+                skip_boot=self.skip_boot,
+                warm_up=self.warm_up,
             )
         except (ConfigError, TraceError) as error:
-            if len(self.points) or len(labels) > len(_LABELS):
+            if len(self.points) or len(labels) > len(LABELS):
                 where = ", ".join(
                     f"{key}={settings.written(value)}" for key, value in labels.items() if value is not None
                 )
@@ -369,7 +377,7 @@ class _Planner:
         self.keys[asked] = key
         if key not in runs:
             with_tlb = dict(given) | {"tlb": made.tlb}
-            runs[key] = Run(key, source, which, with_tlb, operations, seed, self.skip_boot)
+            runs[key] = Run(key, source, which, with_tlb, operations, seed, self.skip_boot, made.warm_up)
         return key
 
 

@@ -280,14 +280,15 @@ class Study:
 
 @dataclasses.dataclass(frozen=True)
 class Swept:
-    """One source at several values of a setting.
+    """One source at several values of a setting, or of several settings.
 
-    over: the setting. points: (value, study), in the order in which they were made. base: of a setting of the guest,
-    the one whose native run slow-downs are against, as "isolation=false"; None: each study's are against its own.
+    over: the setting, or a tuple of several. points: (value, study), in the order in which they were made; of several
+    settings the value is a tuple. base: of a setting of the guest, the one whose native run slow-downs are against, as
+    "isolation=false"; None: each study's are against its own.
     complete: False if it was interrupted; the points are then those that were done.
     """
 
-    over: str
+    over: str | tuple[str, ...]
     points: Sequence[tuple[Any, Study]]
     base: str | None = None
     complete: bool = True
@@ -298,7 +299,7 @@ class Swept:
         return {
             "workload": first.workload,
             "operations": first.operations,
-            "over": self.over,
+            "over": self.over if isinstance(self.over, str) else list(self.over),
             "values": [_plain(value) for value, _ in self.points],
             "base": self.base,
             "complete": self.complete,
@@ -311,9 +312,24 @@ class Swept:
         studies = [study for _, study in self.points]
         return next((study for study in studies if study.cold_start), studies[0]).notes
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The settings."""
+        return (self.over,) if isinstance(self.over, str) else self.over
+
+    def labels(self, value: Any) -> dict[str, Any]:
+        """The settings at a point, by name."""
+        return dict(zip(self.names, (value,) if isinstance(self.over, str) else value, strict=True))
+
     def rows(self) -> list[dict[str, Any]]:
-        """The rows of the studies, each with the setting before it."""
-        return [{self.over: value} | row for value, study in self.points for row in study.rows()]
+        """The rows of the studies, each with the settings before it; one that is called as a column of theirs is
+        `set_NAME`."""
+        found = []
+        for value, study in self.points:
+            for row in study.rows():
+                labels = {f"set_{k}" if k in row and row[k] != v else k: v for k, v in self.labels(value).items()}
+                found.append(labels | row)
+        return found
 
     def to_csv(self, path: str | os.PathLike[str]) -> None:
         """Write the rows to a file. OSError where that cannot be done."""
@@ -321,7 +337,9 @@ class Swept:
 
     def to_pandas(self) -> Any:
         """The rows as a DataFrame with (value, design) as its index. ConfigError where pandas is not installed."""
-        return notebook.pandas().DataFrame(self.rows()).set_index([self.over, "design"])
+        rows = self.rows()
+        names = [name if name in rows[0] else f"set_{name}" for name in self.names]
+        return notebook.pandas().DataFrame(rows).set_index([*names, "design"])
 
     def __repr__(self) -> str:
         return f"Swept({self.over!r}, {len(self.points)} studies of {self.points[0][1].workload!r})"

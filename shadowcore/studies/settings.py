@@ -104,6 +104,11 @@ def has(which: Native | Shadow, name: str) -> bool:
     return which.lagging if name in UNSYNC else not (which.lagging and name == "flood_reset")
 
 
+def effective(labels: Mapping[str, Any], which: Native | Shadow) -> dict[str, Any]:
+    """Settings without those of shadow MMUs that a design has not."""
+    return {name: value for name, value in labels.items() if name not in DESIGN or has(which, name)}
+
+
 def split(settings: Mapping[str, Any], source: Takes) -> Split:
     """Sort settings; ConfigError for one that the source does not take, with the nearest."""
     found = Split({}, {}, {}, {})

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import itertools
 import os
 import shlex
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -93,7 +94,8 @@ def compare(
 ) -> Study | Swept:
     """What `shadowcore compare` does: a study, or with `over` one at each value of a setting.
 
-    source, designs, options: as of `study`. over: one setting (or seed, operations, warm_up) and its values.
+    source, designs, options: as of `study`. over: settings (or seed, operations, warm_up), each with its values; of
+        several every combination is run.
     base: of a setting of the guest kernel (isolation, mode, ...) the value, one of those, whose native run all
         slow-downs are against (None: the first). Of other settings each study's are against native of its own.
     ConfigError, TraceError. Ctrl-C raises StudyInterrupted.
@@ -102,10 +104,10 @@ def compare(
         if base is not None:
             raise ConfigError("base: values to compare with it are needed: over")
         return study(source, designs, progress=progress, **options)
-    if not isinstance(over, Mapping) or len(over) != 1:
-        raise ConfigError("over: one setting with its values is needed")
-    name, values = next(iter(over.items()))
-    return _sweep(find(source), list(designs), name, list(values), base, progress, options)
+    if not isinstance(over, Mapping) or not over:
+        raise ConfigError("over: settings with their values are needed")
+    series = {str(name): list(values) for name, values in over.items()}
+    return _sweep(find(source), list(designs), series, base, progress, options)
 
 
 DIRECT = ("seed", "operations", "warm_up")
@@ -115,61 +117,68 @@ DIRECT = ("seed", "operations", "warm_up")
 def _sweep(
     source: Source,
     designs: list[str | Native | Shadow],
-    name: str,
-    values: list[Any],
+    series: dict[str, list[Any]],
     base: Any,
     progress: Progress | None,
     options: dict[str, Any],
 ) -> Swept:
-    if not values:
-        raise ConfigError(f"over: at least one value of {name} is needed")
+    names = tuple(series)
     fixed = dict(options.pop("settings", None) or {})
-    if name in fixed or (name in options and options[name] not in (None, 0)):
-        raise ConfigError(f"over: {name} is set to one value as well")
-    ofguest = source.guest and name in settings.GUEST
-    if base is not None and not ofguest:
-        raise ConfigError(f"base: it is for a setting of the guest kernel; {name} of {source.called} is none")
-    if base is not None and base not in values:
-        known = ", ".join(map(settings.written, values))
-        raise ConfigError(f"base: one of the values of {name} is needed, {known}, not {settings.written(base)}")
-    done: list[tuple[Any, Study]] = []
+    for name, values in series.items():
+        if not values:
+            raise ConfigError(f"over: at least one value of {name} is needed")
+        if name in fixed or (name in options and options[name] not in (None, 0)):
+            raise ConfigError(f"over: {name} is set to one value as well")
+    ofguest = [name for name in names if source.guest and name in settings.GUEST]
+    if base is not None and len(ofguest) != 1:
+        which = f"one is needed, not {' and '.join(ofguest)}" if ofguest else f"{names[0]} of {source.called} is none"
+        raise ConfigError(f"base: it is for a setting of the guest kernel; {which}")
+    if base is not None and base not in series[ofguest[0]]:
+        known = ", ".join(map(settings.written, series[ofguest[0]]))
+        raise ConfigError(f"base: one of the values of {ofguest[0]} is needed, {known}, not {settings.written(base)}")
+    bases = {name: series[name][0] if base is None else base for name in ofguest}
+    done: list[tuple[dict[str, Any], Study]] = []
 
-    def labelled(value: Any) -> Progress | None:
-        return None if progress is None else lambda design: progress(f"{name}={settings.written(value)} {design}")
+    def told(chosen: Mapping[str, Any]) -> str:
+        return ", ".join(f"{name}={settings.written(value)}" for name, value in chosen.items())
+
+    def labelled(chosen: Mapping[str, Any]) -> Progress | None:
+        return None if progress is None else lambda design: progress(f"{told(chosen)} {design}")
 
     def swept(complete: bool) -> Swept:
-        if not ofguest:
-            return Swept(name, done, None, complete)
-        chosen = done[0][0] if base is None else base
-        label = f"{name}={settings.written(chosen)}"
-        against = next((study for value, study in done if value == chosen), None)
-        points = [(value, study.against(against, label) if against else study) for value, study in done]
-        return Swept(name, points, label, complete)
+        points = []
+        for chosen, made in done:
+            against = next((each for other, each in done if other == chosen | bases), None) if ofguest else None
+            value = tuple(chosen.values()) if len(names) > 1 else chosen[names[0]]
+            points.append((value, made.against(against, told(bases)) if against else made))
+        return Swept(names if len(names) > 1 else names[0], points, told(bases) if ofguest else None, complete)
 
     # Nothing is run before all of it can be.
     plain = {key: value for key, value in options.items() if key not in ("windows", "costs", "skip_boot", *DIRECT)}
     points = []
-    for value in values:
-        direct, more = ({name: value}, {}) if name in DIRECT else ({}, {name: value})
-        chosen = options | direct
+    for each in itertools.product(*series.values()):
+        chosen = dict(zip(names, each, strict=True))
+        direct = {name: value for name, value in chosen.items() if name in DIRECT}
+        more = {name: value for name, value in chosen.items() if name not in DIRECT}
+        asked = options | direct
         job = _Job(
             source,
             designs,
-            find_costs(chosen.get("costs", "modern")),
-            {key: value for key, value in plain.items()} | fixed | more,
-            chosen.get("operations"),
-            chosen.get("seed"),
-            chosen.get("skip_boot", False),
-            chosen.get("warm_up", 0),
-            chosen.get("windows"),
+            find_costs(asked.get("costs", "modern")),
+            plain | fixed | more,
+            asked.get("operations"),
+            asked.get("seed"),
+            asked.get("skip_boot", False),
+            asked.get("warm_up", 0),
+            asked.get("windows"),
         )
-        points.append((value, job))
+        points.append((chosen, job))
     try:
-        for value, job in points:
-            done.append((value, job.run(labelled(value) or (lambda _: nullcontext()))))
+        for chosen, job in points:
+            done.append((chosen, job.run(labelled(chosen) or (lambda _: nullcontext()))))
     except StudyInterrupted as stop:
         if isinstance(stop.study, Study) and stop.study.designs:
-            done.append((value, stop.study))
+            done.append((chosen, stop.study))
         if not done:
             raise
         raise StudyInterrupted(swept(complete=False)) from None
@@ -235,9 +244,10 @@ def prepared(
     operations: int | None = None,
     seed: int | None = None,
     skip_boot: bool = False,
+    warm_up: int | str = 0,
 ) -> Prepared:
     """One design alone, without one to be measured against: everything checked, nothing run. Errors as of `study`."""
-    return Prepared(_Job(source, (which,), costs, given, operations, seed, skip_boot, 0, 0))
+    return Prepared(_Job(source, (which,), costs, given, operations, seed, skip_boot, warm_up, 0))
 
 
 class _Job:
@@ -455,6 +465,11 @@ class Prepared:
         return self._job.setup.tlb
 
     @property
+    def warm_up(self) -> int:
+        """Operations that are not counted."""
+        return self._job.setup.warm_up
+
+    @property
     def costs(self) -> Costs:
         """The prices, with the levels that are asked for."""
         return self._job.costs
@@ -465,6 +480,8 @@ class Prepared:
         design = dataclasses.asdict(self._made)
         del design["name"]
         found: dict[str, Any] = {"design": design, "start": setup.start, "operations": setup.total, "tlb": setup.tlb}
+        if setup.warm_up:
+            found["warm_up"] = setup.warm_up
         if source.guest:
             memory = source.shown(setup).get("memory")
             machine = {name: value for name, value in setup.machine.items() if name != "memory"}

@@ -57,7 +57,7 @@ def sweep(
     points: a list instead of, or besides, the grid: tables of settings (and source, design, seed, operations, costs),
         each of which is combined with all of `settings`.
     when: a condition, or several, that points fulfil, such as "pool >= 64 or design == 'native'".
-    skip_boot: as of `study`. name: what it is called.
+    skip_boot, warm_up: as of `study`. name: what it is called.
 
     store: a folder in which each result is kept as soon as it is there. resume: go on with the sweep in it: what is
         done is not done again. retry: but for what failed. shard: (i, n): the i-th of n shares alone, 1 to n.

@@ -65,6 +65,7 @@ def _result(run: Run, source: shared.Shared) -> dict[str, Any]:
         operations=run.operations,
         seed=run.seed,
         skip_boot=run.skip_boot,
+        warm_up=run.warm_up,
     ).run()
     return _head(run.key) | {"error": None} | _figures(made)
 

@@ -104,7 +104,7 @@ def test_refusals(recording, tmp_path):
     assert "cannot be written" in refused("compare", "idle", *SHORT, "--csv", tmp_path / "none" / "a.csv")
     assert "'gold' is not one of" in refused("compare", "--costs", "gold")
     assert "groups: 90 is not within 1 to 20" in refused("run", "hackbench", "--set", "groups=90")
-    assert "--html and --timeline show one" in refused("compare", "--over", "pool=8,9", "--html", tmp_path / "a")
+    assert "there is no directory nosuch" in refused("compare", "--over", "pool=8,9", "--html", "nosuch/a")
 
 
 @pytest.mark.parametrize(("option", "module"), [("--html", "page"), ("--timeline", "timeline")])

@@ -34,7 +34,7 @@ def guest(tmp_path_factory):
 @pytest.mark.parametrize(
     "arguments",
     [
-        ("compare", "pingpong", *SHORT, "--over", "pool=16,32", "--over", "min_free=5,6"),
+        ("compare", "pingpong", *SHORT, "--over", "pool=16,32", "--over", "pool=64"),
         ("compare", "pingpong", *SHORT, "--seed", 1, "--seed", 2),
         ("compare", "pingpong", *SHORT, "--pool", 16, "--pool", 32),
         ("compare", "pingpong", *SHORT, "--csv", "a.csv", "--csv", "b.csv"),

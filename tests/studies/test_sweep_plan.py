@@ -130,6 +130,19 @@ def test_a_recording_is_told_by_its_bytes(tmp_path):
     assert plan(sources=dataclasses.replace(recording, value=value), designs="cached").points[0].run not in (key, file)
 
 
+def test_a_warm_up_is_part_of_keys():
+    keys = {plan(sources="pingpong", designs="cached", warm_up=n).points[0].run for n in (0, 100, 200)}
+    assert len(keys) == 3
+    recording = trace.load()
+    by_name = plan(sources=recording, designs="cached", operations=10**6, warm_up="boot")
+    count = recording.phases["boot"]
+    assert plan(sources=recording, designs="cached", operations=10**6, warm_up=count).points[0].run == (
+        by_name.points[0].run
+    )
+    (run,) = (run for run in by_name.runs.values() if run.design.name == "cached")
+    assert run.warm_up == count
+
+
 def test_the_version_of_results_is_part_of_keys(monkeypatch):
     before = plan(**BASE).points[0].run
     monkeypatch.setattr("shadowcore.studies.plan.RESULTS", 10**6)
