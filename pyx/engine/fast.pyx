@@ -146,19 +146,6 @@ cdef inline int _guest_walk(const sc_mmu *mmu, const sc_vcpu *v, sc_fault *f, sc
     return _stopped(leaf, entry, g.top) if step == STEP_FAULT else _ended(leaf, entry, 1)
 
 
-cdef inline u64 _top_table(const sc_vcpu *v, u64 va, int hw_top) noexcept nogil:
-    """hpa of the shadow table that the processor's walk begins in."""
-    return v.hw.root if hw_top > 2 else v.hw.pdpte[(va >> 30) & 3] & pte_addr()
-
-
-cdef inline const u64 *_read_entry(const sc_mem *m, u64 table, u64 va, int level) noexcept nogil:
-    """The entry for `va` in the shadow table at hpa `table`; NULL where no root is in place."""
-    table -= <u64>SC_POOL_HFN << 12
-    if table >= m.pool_pages << 12:
-        return NULL
-    return <const u64 *>(<const u8 *>m.pool + table) + level_index(va, level)
-
-
 cdef inline bint _shadow_walk(const sc_mmu *mmu, const sc_vcpu *v, sc_fault *f, sc_tables *t, const sc_leaf *leaf,
                               int hw_top, bint large, bint lagging, sc_gmode g) noexcept nogil:
     """The guest's walk lets the access pass, with nothing to set but D; and the processor's, to an entry of a leaf
@@ -176,11 +163,12 @@ cdef inline bint _shadow_walk(const sc_mmu *mmu, const sc_vcpu *v, sc_fault *f, 
     if rights_fault(&v.guest, f.rights, f.pkey, f.access):
         return False                # the guest's own fault
     f.linked = False
-    base = _top_table(v, f.va, hw_top)
+    base = v.hw.root if hw_top > 2 else v.hw.pdpte[(f.va >> 30) & 3] & pte_addr()
     for level in range(hw_top, 0, -1):
-        spte = _read_entry(m, base, f.va, level)
-        if spte == NULL:
-            return False
+        base -= <u64>SC_POOL_HFN << 12
+        if base >= m.pool_pages << 12:
+            return False            # no root is in place
+        spte = <const u64 *>(<const u8 *>m.pool + base) + level_index(f.va, level)
         base = spte[0] & pte_addr()
         if level == 3 and large:
             t.at3 = spte
@@ -323,18 +311,17 @@ cdef inline u64 _lagging(sc_mmu *mmu, sc_vcpu *v, sc_fault *f, const sc_leaf *le
 cdef inline void _reflected(sc_mmu *mmu, sc_vcpu *v, u64 va, u32 access, const sc_leaf *leaf, u32 *told,
                             int hw_top) noexcept nogil:
     """Design unsync: the guest's own fault, at an entry that is not present where the shadow has none either."""
-    cdef u64 base = _top_table(v, va, hw_top)
-    cdef const u64 *spte
+    cdef u64 base = v.hw.root if hw_top > 2 else v.hw.pdpte[(va >> 30) & 3] & pte_addr()
     cdef u64 entry = 0
     cdef u32 read = 0
     cdef int level
     if leaf.entry & PTE_P or v.device_va == va & ~<u64>4095 or mmu.absent:
         return                      # another fault; a device that is to be forgotten; or the entry is to be marked
     for level in range(hw_top, 0, -1):
-        spte = _read_entry(mmu.mem, base, va, level)
-        if spte == NULL:
-            return
-        entry = spte[0]
+        base -= <u64>SC_POOL_HFN << 12
+        if base >= mmu.mem.pool_pages << 12:
+            return                  # no root is in place
+        entry = (<const u64 *>(<const u8 *>mmu.mem.pool + base))[level_index(va, level)]
         read += 1
         if not entry & PTE_P:
             break

@@ -66,6 +66,28 @@ def page_fault(guest: Guest, pages: int) -> Iterator[None]:
     yield from guest.repeat()
 
 
+def _drifting(guest: Guest, process: int, areas: list[int], pages: int, chunk: int) -> Iterator[None]:
+    """Rounds of parallel-fault by threads that drift apart; one is over when each has had as many pages in the mean."""
+    stored = [0] * len(areas)
+    _map_all(guest, process, areas, pages)
+    while True:
+        left = pages * len(areas)
+        while left > 0:
+            processor = int(guest.rng.integers(len(areas)))
+            at = stored[processor]
+            turn = min(1 + int(guest.rng.exponential(max(chunk - 1, 0))), pages - at)
+            guest.on(processor)
+            guest.sweep(process, areas[processor] + (at << 12), turn, write=True)
+            left -= turn
+            stored[processor] = (at + turn) % pages
+            if at + turn == pages:  # without exits the rest takes no time
+                guest.sweep(process, areas[processor], pages)
+                guest.unmap(process, areas[processor], pages)
+                guest.map(process, areas[processor], pages)
+        guest.go()
+        yield
+
+
 @workload(
     "parallel-fault",
     "512MiB",
@@ -73,13 +95,16 @@ def page_fault(guest: Guest, pages: int) -> Iterator[None]:
     pages=(4096, 1, 1 << 20, "pages that each thread maps, stores to, reads and unmaps in a round"),
     **THREADS,
     ahead=(0, 0, 1 << 20, "pages by which a thread is ahead of the one before it"),
+    drift=(0, 0, 1, "1: threads take turns at random, each of random length, `chunk` pages in the mean"),
 )
-def parallel_fault(guest: Guest, pages: int, chunk: int, ahead: int) -> Iterator[None]:
+def parallel_fault(guest: Guest, pages: int, chunk: int, ahead: int, drift: int) -> Iterator[None]:
     """A thread on each processor maps memory, stores to its pages, reads them back and unmaps it, again and again."""
     process = _threads(guest)
     areas = _areas(guest, pages)
     guest.go()
     yield
+    if drift:
+        yield from _drifting(guest, process, areas, pages, chunk)
     if ahead == 0:
         _map_all(guest, process, areas, pages)
         _in_turns(guest, process, areas, pages, chunk, write=True)
