@@ -58,7 +58,8 @@ def workloads(name: str | None, as_json: bool) -> None:
 @click.option(
     "--live",
     is_flag=True,
-    help="Beside counters that KVM 6.1 and 6.12 had under a live guest, by pipeline; so it is without a RECORDING.",
+    help="Beside counters that KVM 6.1 and 6.12 had under a live guest, by pipeline; so it is without a RECORDING.  "
+    "[default: off]",
 )
 @JSON
 def calibration(recordings: tuple[str, ...], spaces: int, seed: int, live: bool, as_json: bool) -> None:

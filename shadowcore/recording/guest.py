@@ -270,8 +270,7 @@ class Recording:
     def phases(self) -> dict[str, int]:
         """By name, the record at which a phase begins; `boot`: at which it ends.
 
-        Each mark begins a phase, called mark-NUMBER unless the file names it. Boot ends at the first, and without any
-        at the first user-mode access.
+        Boot ends at the first user-mode access. Each mark begins a phase, called mark-NUMBER unless the file names it.
         """
         return _phases(self, {})
 
@@ -420,8 +419,7 @@ class RecordingFile:
 
 def _phases(recording: Recording | RecordingFile, names: dict[str, str]) -> dict[str, int]:
     marks = recording._survey.marks
-    ends = marks[0][0] if marks else recording.first_user
-    found = {} if ends is None else {"boot": ends}
+    found = {} if recording.first_user is None else {"boot": recording.first_user}
     for record, number in marks:
         found.setdefault(names.get(str(number), f"mark-{number}"), record)
     return found

@@ -47,7 +47,7 @@ def operations(path, count=4000, complete=True):
 
 
 def marked(path, names=True):
-    """A guest whose boot ends at its first mark; a loop of accesses to 128 pages, in three phases."""
+    """A guest whose boot ends behind its first mark; a loop of accesses to 128 pages, in three phases."""
     rows = [
         (TABLE, 0x1000, 0, 4),
         (STORE, 0x1000, 0x2027, 4 | 128),

@@ -103,7 +103,7 @@ def test_replays_are_split_where_boot_ends():
 
 def test_phases(marked):
     path, places = marked
-    names = {"boot": places[0], "loop": places[0], "again": places[1], "last": places[2]}
+    names = {"boot": places[0] + 1, "loop": places[0], "again": places[1], "last": places[2]}
     assert sc.trace.open_recording(path).phases == names
     for name, place in names.items():
         plain = json.loads(run("compare", path, "--mmu", "cached", "--warm-up", name, "--json"))
@@ -118,7 +118,7 @@ def test_phases(marked):
 def test_marks_without_names(folder):
     path, places = sources.marked(folder / "nameless.screc", names=False)
     found = sc.trace.open_recording(path).phases
-    assert found == {"boot": places[0], "mark-1": places[0], "mark-2": places[1], "mark-3": places[2]}
+    assert found == {"boot": places[0] + 1, "mark-1": places[0], "mark-2": places[1], "mark-3": places[2]}
     assert sc.trace.load(path).phases == found
 
 
