@@ -21,6 +21,7 @@ struct block {              /* of translated code: what its execution needs, in 
     struct block *next;
     uint32_t insns;
     uint8_t cpl, low;       /* low: bits of tags that say whether it is user code */
+    bool odd;               /* one of: not seen, check, marks, in two pages */
     bool seen;              /* it was executed before */
     bool check;             /* it may be reached by a change of registers that no instruction made */
     bool marks;             /* it begins with CPUID */
@@ -40,6 +41,7 @@ unsigned vcpu_count;
 bool recording, tells_delivery;
 
 static struct vcpu *running;    /* the processor whose block it is */
+static struct vcpu *alone;      /* the only processor; NULL: there are several */
 static void finish_op(struct vcpu *v, uint64_t now);
 static const char *ram_path;
 static struct block *blocks;
@@ -119,10 +121,18 @@ static void access_page(struct vcpu *v, uint64_t now, qemu_plugin_meminfo_t info
         emit(v, now, ACCESS, flags | (is_store ? ACCESS_WRITE : 0), va, gpa);
 }
 
-static __attribute__((noinline, cold)) void access_slow(struct vcpu *v, qemu_plugin_meminfo_t info, uint64_t va,
-                                                        void *number, bool is_store)
+/* What is at hand is the page used last in its set, so that the filter need not know of this use. */
+static inline bool at_hand(const struct vcpu *v, uint64_t va, bool is_store)
 {
-    if (!recording)
+    return v->hand[is_store][va >> 12 & (filter_sets - 1)] == tag_of(v, va) && (va & 4095) <= 4096 - 64;
+}
+
+/* Takes what a callback is given, so that the callback ends with a jump to it and keeps no registers. */
+static __attribute__((noinline)) void access_other(unsigned vcpu, qemu_plugin_meminfo_t info, uint64_t va, void *number,
+                                                   bool is_store)
+{
+    struct vcpu *v = that_runs(vcpu);
+    if (!recording || (!alone && at_hand(v, va, is_store)))
         return;
     uint64_t now = v->begun + (uintptr_t)number;
     /* An access of the emulator's own, when it delivers an interrupt: it comes before the next block, and perhaps on a
@@ -138,12 +148,10 @@ static __attribute__((noinline, cold)) void access_slow(struct vcpu *v, qemu_plu
     access_page(v, now, info, va + here, size - here, shift, is_store, false);
 }
 
-/* What is at hand is the page used last in its set, so that the filter need not know of this use. */
 static inline void access_at(unsigned vcpu, qemu_plugin_meminfo_t info, uint64_t va, void *number, bool is_store)
 {
-    struct vcpu *v = that_runs(vcpu);
-    if (UNLIKELY(v->hand[is_store][va >> 12 & (filter_sets - 1)] != tag_of(v, va) || (va & 4095) > 4096 - 64))
-        access_slow(v, info, va, number, is_store);
+    if (UNLIKELY(!alone || !at_hand(alone, va, is_store)))
+        access_other(vcpu, info, va, number, is_store);
 }
 
 #if INTERFACE < 4
@@ -323,26 +331,49 @@ static __attribute__((noinline, cold)) void block_slow(struct vcpu *v, uint64_t 
         b->low = b->cpl == 3 ? 3 : 1;
         /* The emulator keeps blocks of other privilege and of system management apart, but not those of paging. */
         b->check |= v->mode == MODE_OFF;
+        b->odd = b->check || b->marks || b->tag[1];
     }
     if (b->marks && recording && (uint32_t)backend_register(v->number, RAX) == MAGIC_MARK)
         emit(v, now, MARK, 0, (uint32_t)backend_register(v->number, RCX), 0);
 }
 
-static void on_block(unsigned vcpu, void *data)
+static __attribute__((noinline)) void block_other(struct vcpu *v, struct block *b, uint64_t now)
 {
-    struct block *b = data;
-    struct vcpu *v = that_runs(vcpu);
-    running = v;
+    if (v->pending || !b->seen || b->check || b->marks || now >= stream_limit)
+        block_slow(v, now, b);
+    v->cpl = b->cpl;
+    v->low = b->low;
+    if (((b->tag[0] | b->low) != v->fetch || b->tag[1]) && recording)
+        fetch_slow(v, now, b);
+}
+
+/* What most blocks need, without a call: the rest is jumped to. */
+static inline void block_begins(struct vcpu *v, struct block *b)
+{
     uint64_t now = stream_clock;
     stream_clock = now + b->insns;
     v->begun = now;
     v->block = b;
-    if (UNLIKELY(v->pending || !b->seen || b->check || b->marks || now >= stream_limit))
-        block_slow(v, now, b);
+    if (UNLIKELY(v->pending || b->odd || now >= stream_limit || (b->tag[0] | b->low) != v->fetch)) {
+        block_other(v, b, now);
+        return;
+    }
     v->cpl = b->cpl;
     v->low = b->low;
-    if (UNLIKELY((b->tag[0] | b->low) != v->fetch || b->tag[1]) && recording)
-        fetch_slow(v, now, b);
+}
+
+static __attribute__((noinline)) void block_of_several(unsigned vcpu, struct block *b)
+{
+    running = that_runs(vcpu);
+    block_begins(running, b);
+}
+
+static void on_block(unsigned vcpu, void *data)
+{
+    if (UNLIKELY(!alone))
+        block_of_several(vcpu, data);
+    else
+        block_begins(alone, data);
 }
 
 static uint64_t code_gpa(const struct qemu_plugin_insn *insn)
@@ -379,6 +410,7 @@ void core_translated(struct qemu_plugin_tb *tb)
     b->next = blocks;
     blocks = b;
     b->insns = count;
+    b->odd = true;
     b->gpa[1] = NOWHERE;
     for (size_t n = 0; n < count; n++) {
         struct qemu_plugin_insn *insn = qemu_plugin_tb_get_insn(tb, n);
@@ -478,6 +510,8 @@ int core_install(qemu_plugin_id_t id, const qemu_info_t *info, int argc, char **
     }
     if (!vcpus)
         fatal("no memory", "");
+    if (vcpu_count == 1)
+        alone = running = vcpus;
     filter_install(pages);
     tables_install();
     backend_install(info);

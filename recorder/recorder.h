@@ -78,6 +78,8 @@ struct vcpu {
     struct set *filter[FILTERS];
 };
 
+#pragma GCC visibility push(hidden)     /* what follows is of this library: reached without a table of addresses */
+
 /* core.c */
 extern uint64_t nframes;            /* guest RAM, in frames of 4096 bytes */
 extern uint8_t *ram;                /* the same, in this process */
@@ -144,5 +146,7 @@ size_t backend_bytes(const struct qemu_plugin_insn *insn, uint8_t bytes[16]);
 uint64_t backend_register(unsigned vcpu, int number);
 unsigned backend_vcpu(unsigned told);            /* the processor that runs, where it was told this one */
 uint64_t backend_gpa(qemu_plugin_meminfo_t info, uint64_t va);  /* where an access led; NOWHERE if it cannot be told */
+
+#pragma GCC visibility pop
 
 #endif
