@@ -324,12 +324,14 @@ static __attribute__((noinline, cold)) void block_slow(struct vcpu *v, uint64_t 
     }
     if (v->pending)
         finish_op(v, now);
-    if (!b->seen || b->check || !v->seen) {
+    if (!b->seen || (b->check && v->mode != MODE_OFF) || !v->seen) {
         read_registers(v, now, false);
         v->seen = b->seen = true;
         b->cpl = read_cpl(v);
         b->low = b->cpl == 3 ? 3 : 1;
-        /* The emulator keeps blocks of other privilege and of system management apart, but not those of paging. */
+        /* The emulator keeps blocks of other privilege and of system management apart, but not those of paging. Paging
+         * goes off without an instruction at an interrupt of system management; what turns it on are instructions that
+         * `decode` knows, so that code before paging, a kernel that unpacks itself, is not looked at each time. */
         b->check |= v->mode == MODE_OFF;
         b->odd = b->check || b->marks || b->tag[1];
     }
@@ -339,7 +341,7 @@ static __attribute__((noinline, cold)) void block_slow(struct vcpu *v, uint64_t 
 
 static __attribute__((noinline)) void block_other(struct vcpu *v, struct block *b, uint64_t now)
 {
-    if (v->pending || !b->seen || b->check || b->marks || now >= stream_limit)
+    if (v->pending || !b->seen || !v->seen || (b->check && v->mode != MODE_OFF) || b->marks || now >= stream_limit)
         block_slow(v, now, b);
     v->cpl = b->cpl;
     v->low = b->low;
