@@ -12,6 +12,24 @@ cdef inline void _map(sc_backing *h, u64 block, u8 how) noexcept nogil:
     h.block[block] = (h.block[block] & BLOCK_HUGE) | how
 
 
+cdef void _outer_touch(sc_backing *h, u64 first, u64 n) noexcept nogil:
+    """The host clears n frames from `first` on, or reads them in: where it is a guest, the outer host finds what it
+    lacks. What the host takes from its guest later, it keeps: the outer host hears nothing of it."""
+    cdef u64 frame, block
+    if h.outer == NULL:
+        return
+    for frame in range(first, first + n):
+        if h.outer[frame]:
+            continue
+        h.outer_faults[0] += 1
+        block = frame & ~<u64>511
+        if h.outer_huge and block + 512 <= h.nframes:
+            h.outer_large[0] += 1
+            memset(h.outer + block, 1, 512)
+        else:
+            h.outer[frame] = 1
+
+
 cdef void _split(sc_backing *h, u64 block) noexcept nogil:
     """A large entry becomes small ones: those of the huge zero page are zero pages."""
     h.withdrawn(h.context, block << 9, 512)
@@ -26,7 +44,10 @@ cdef void host_touch(sc_backing *h, u64 frame, bint write) noexcept nogil:
     h.faults[0] += 1
     if h.block[block] == BLOCK_HUGE | BLOCK_NOTHING:
         _map(h, block, BLOCK_LARGE)
+        h.faults_large[0] += 1
         memset(h.frame + (block << 9), HOST_OWN if write else HOST_ZERO, 512)
+        if write:
+            _outer_touch(h, block << 9, 512)
         return
     if h.block[block] & BLOCK_MAP == BLOCK_LARGE:
         _split(h, block)
@@ -34,6 +55,8 @@ cdef void host_touch(sc_backing *h, u64 frame, bint write) noexcept nogil:
         h.withdrawn(h.context, frame, 1)
     _map(h, block, BLOCK_TABLE)
     h.frame[frame] = HOST_OWN if write or h.frame[frame] == HOST_AWAY else HOST_ZERO
+    if h.frame[frame] == HOST_OWN:
+        _outer_touch(h, frame, 1)
 
 
 cdef void host_unmap(sc_backing *h, u64 first, u64 n, bint keep) noexcept nogil:

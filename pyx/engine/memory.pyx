@@ -130,12 +130,14 @@ cdef class Memory:
         number free. What none of them maps is free for slots that are added later.
     host_page_size: of that one slot.
     backing: of the slots that do not say it for themselves, and of what is free.
+    outer_backing: what an outer host has, where the host is a guest itself.
     """
 
-    def __cinit__(self, memory, slots=None, host_page_size=None, backing="warm"):
+    def __cinit__(self, memory, slots=None, host_page_size=None, backing="warm", outer_backing="warm"):
         memset(&self.mem, 0, sizeof(self.mem))
         memset(&self.backing, 0, sizeof(self.backing))
         backing = check_backing("backing", backing)
+        outer_backing = check_backing("outer_backing", outer_backing)
         if isinstance(memory, (list, tuple)):
             if slots is not None:
                 raise ConfigError("slots: given twice, in memory and in slots")
@@ -169,7 +171,7 @@ cdef class Memory:
         self.tables = None
         self.slots = ()
         self.on_log = self.on_slots = self.on_backing = None
-        self._backed = None
+        self._backed = self._outer = None
         self.mem.ram = _pointer(ram)
         self.mem.nframes = ram.size >> 12
         self.mem.ram_hfn = SC_RAM_ALIGN
@@ -178,6 +180,11 @@ cdef class Memory:
                 self._place(number, slot, places[number] >> 12)
         if backing != "warm" or any(slot and slot.backing not in (None, "warm") for slot in slots):
             self._back(backing, given)
+        if outer_backing != "warm":
+            if self._backed is None:
+                raise ConfigError(f"outer_backing: {outer_backing!r} contradicts backing: {backing!r}: what the host has "
+                                  "it has touched, so that the outer host has it too")
+            self._back_outer((self._backed[0] != HOST_ABSENT).view(np.uint8), outer_backing == "thp")
         for number, slot in enumerate(slots):
             if slot and slot.dirty_log:
                 self.start_dirty_log(number)
@@ -226,7 +233,8 @@ cdef class Memory:
         self.backing.block = _pointer(blocks)
         self.backing.nframes = self.mem.nframes
         self.backing.withdrawn = _nobody
-        self.backing.faults = &_uncounted
+        self.backing.faults = self.backing.faults_large = &_uncounted
+        self.backing.outer_faults = self.backing.outer_large = &_uncounted
         self._fill(0, self.mem.nframes, kind, 1, given)
         for number, slot in enumerate(self.slots):
             if slot:
@@ -237,6 +245,14 @@ cdef class Memory:
         if self.on_backing is not None:
             self.on_backing()
 
+    cdef int _back_outer(self, has, bint huge) except -1:
+        """From now on it is known which frames the outer host has: those where `has` is 1."""
+        self._outer = allocate(self.mem.nframes)
+        self._outer[:] = has
+        self.backing.outer = _pointer(self._outer)
+        self.backing.outer_huge = huge
+        return 0
+
     cdef int _fill(self, u64 first, u64 n, kind, int level, bint given) except -1:
         """n frames from `first` on are backed as `kind` says, by host pages of `level` where that is "warm"."""
         cdef bint huge = kind == "thp" or (kind == "warm" and level > 1)
@@ -245,6 +261,8 @@ cdef class Memory:
         end = first + n
         if kind == "warm":
             frames[first:end] = HOST_OWN
+            if self._outer is not None:
+                self._outer[first:end] = 1
         else:
             frames[first:end] = HOST_ABSENT
             if given:
@@ -266,23 +284,38 @@ cdef class Memory:
         """(uint8 per frame of RAM, uint8 per 512 frames): what the host has, read-only; empty while that is all.
 
         Of a frame: 0 absent, 1 elsewhere, 2 the zero page, 3 a page of its own. Of a block: 0 no page table, 1 small
-        entries, 2 a large one; beside that 4, where a first touch of nothing makes 2 MiB.
+        entries, 2 a large one; beside that 4, where a first touch of nothing makes 2 MiB. Where there is an outer host:
+        of a frame beside that 4, and 8 if that host has it; of a block 8, where a first touch makes 2 MiB there.
         """
-        return () if self._backed is None else tuple(window(array) for array in self._backed)
+        if self._backed is None:
+            return ()
+        if self._outer is None:
+            return tuple(window(array) for array in self._backed)
+        frames, blocks = self._backed
+        return frames | 4 | self._outer << 3, blocks | (8 if self.backing.outer_huge else 0)
 
     def import_backing(self, arrays) -> None:
         """Put back what backing_arrays gave. ConfigError, and nothing changed, where that is no state of a host."""
         cdef sc_backing trial
         self._idle()
-        frames, blocks = [np.ascontiguousarray(array, dtype=np.uint8) for array in arrays]
+        frames, blocks = [np.array(array, dtype=np.uint8) for array in arrays]
         if frames.shape != (self.mem.nframes,) or blocks.shape != ((self.mem.nframes + 511) >> 9,):
             raise ConfigError("backing: a number for each frame and for each block of RAM is needed")
+        outer, has, huge = frames & 4, frames >> 3, blocks >> 3
+        frames &= 3
+        blocks &= 7
+        if np.any(outer != outer[0]) or np.any(huge != huge[0]) or has.max() > 1 or huge[0] > 1:
+            raise ConfigError("backing: an outer host of all frames, or of none, is needed")
+        if np.any(has < (frames == HOST_OWN)) if outer[0] else has.any() or huge[0]:
+            raise ConfigError("backing: an outer host that has what the inner one has is needed")
         trial.frame, trial.block, trial.nframes = _pointer(frames), _pointer(blocks), self.mem.nframes
         if not host_is_sound(&trial):
             raise ConfigError("backing: frames and blocks that a host can have are needed")
         self.back()
         self._backed[0][:] = frames
         self._backed[1][:] = blocks
+        if outer[0]:
+            self._back_outer(has, huge[0])
 
     def add_slot(self, slot, number=None) -> int:
         """Map free frames of guest RAM, from now on, as `slot` (MemorySlot) says; its number, the lowest that is free

@@ -223,6 +223,9 @@ cdef class Mmu:
             host.withdrawn = _host_withdrawn
             host.context = self.c
             host.faults = &self.counters.host_faults
+            host.faults_large = &self.counters.host_faults_large
+            host.outer_faults = &self.counters.outer_faults
+            host.outer_large = &self.counters.outer_faults_large
         self._slots_settled()
 
     def _slots_settled(self):

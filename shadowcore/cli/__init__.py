@@ -19,6 +19,7 @@ from ..errors import ShadowcoreError
 from . import about as cli_about
 from . import check as cli_check
 from . import costs as cli_costs
+from . import designs as cli_designs
 from . import diff as cli_diff
 from . import evolution as cli_evolution
 from . import explain as cli_explain
@@ -108,6 +109,7 @@ for _module in (
     cli_reproduce,
     cli_show,
     cli_costs,
+    cli_designs,
     cli_evolution,
     cli_about,
 ):

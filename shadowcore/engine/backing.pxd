@@ -1,4 +1,5 @@
-"""Host backing: which frames of guest RAM the host has pages for, and how it maps them.
+"""Host backing: which frames of guest RAM the host has pages for, and how it maps them; and where that host is a guest
+itself, which of these the outer host has found pages for.
 
 What a touch, a discard or a collapse does is what Linux 6.1 does for anonymous memory. Nothing here knows of guests.
 """
@@ -28,6 +29,11 @@ cdef struct sc_backing:
     u64 nframes                     # frames of RAM
     u64 changes                     # times that a mapping of frames in memory slots was taken away
     u64 *faults                     # counter: frames or blocks that a touch made
+    u64 *faults_large               # counter: of these, blocks
+    u8 *outer                       # per frame of RAM: the outer host has it (1); NULL: all of them, for good
+    bint outer_huge                 # a first touch makes 2 MiB there
+    u64 *outer_faults               # counter: frames or blocks that the outer host found
+    u64 *outer_large                # counter: of these, blocks
     sc_withdrawn withdrawn
     void *context                   # its first argument
 

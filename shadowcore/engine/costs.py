@@ -66,7 +66,9 @@ class Costs:
     mmio: a device access handed out. emulate: a store decoded and carried out. register: a load of a control register
     (roots looked up). flush_page: INVLPG. guest_reference: a guest entry read on the way. page_new, page_zap: a shadow
     page made (cleared), zapped. entry: a shadow entry linked or unlinked (reverse map). violation: an EPT violation,
-    whose entry is made. first_touch: a page that the host has to find first, beside the handler.
+    whose entry is made. first_touch, first_touch_large: a page of 4 KiB, of 2 MiB, that a host has to find first,
+    beside the handler. Where that host is a guest, an outer one that has to find its pages takes an exit and
+    `violation` more.
 
     Nobody has published what the steps of design `unsync` cost one by one, so they have no prices of their own. A
     leaf table goes unsync within the exit of the first store to it (`rights` or `fill`); the marks in the tables above
@@ -105,6 +107,7 @@ class Costs:
     outer_exit: float = 0.0
     violation: float = 0.0
     first_touch: float = 0.0
+    first_touch_large: float = 0.0
     levels: Levels = LEVELS["shadow"]
     tlb: TLB = dataclasses.field(default_factory=TLB)
     sources: dict[str, str] = dataclasses.field(default_factory=dict, compare=False, repr=False)
@@ -146,6 +149,15 @@ class Costs:
     def carried(self) -> float:
         """Cycles of an exit that an outer hypervisor takes."""
         return self.levels.counts(exits=1)[1] * self.outer_exit
+
+    @property
+    def backed(self) -> float:
+        """Cycles of an exit to an outer host for a page that it has to find, but for the page itself."""
+        return self.levels.counts(backed=1)[0] / 2 * self.exit_fault + self.dispatch + self.violation
+
+    def _found(self, pages: int, large: int) -> float:
+        """Pages that a host found; large: of these, those of 2 MiB."""
+        return (pages - min(large, pages)) * self.first_touch + min(large, pages) * self.first_touch_large
 
     def violations(self, count: int, tables: int = 0) -> dict[str, float]:
         """Cycles of so many EPT violations, for which the hypervisor made so many tables, by component.
@@ -260,7 +272,9 @@ class Costs:
             + (n("exits_mmio") + devices) * self.mmio
             + second["faults"]
             + n("guest_walk_references") * self.guest_reference,
-            "backing": n("host_faults") * self.first_touch,
+            "backing": self._found(n("host_faults"), n("host_faults_large"))
+            + self._found(n("outer_faults"), n("outer_faults_large"))
+            + n("outer_faults") * self.backed,
             "emulation": n("pf_emulate") * self.emulate,
             "registers": registers * self.register + invlpg_exits * self.flush_page,
             "pages": n("mmu_cache_miss") * self.page_new

@@ -66,6 +66,9 @@ cdef struct sc_stats:
     u64 markers_made                # entries marked as not present in the guest's tables either
     u64 marker_hits                 # page faults of the guest that a marker let the processor deliver, without an exit
     u64 markers_stale               # markers met where the guest's entry was present by then
+    u64 host_faults_large           # of host_faults, blocks of 2 MiB
+    u64 outer_faults                # frames, or blocks of 2 MiB, that an outer host had to find for that
+    u64 outer_faults_large          # of these, blocks
 
 cdef class Stats:
     cdef sc_stats *c                # counters of a VM, or `own`

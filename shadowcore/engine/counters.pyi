@@ -70,6 +70,9 @@ class Stats:
     markers_made: Final[int]
     marker_hits: Final[int]
     markers_stale: Final[int]
+    host_faults_large: Final[int]
+    outer_faults: Final[int]
+    outer_faults_large: Final[int]
 
     @property
     def exits(self) -> dict[str, int]: ...

@@ -148,6 +148,14 @@ LEVELS = {
 """By name."""
 
 
+def of_design(levels: Levels, engine: str) -> Levels:
+    """What lies below where the design is made in engine/designs/`engine`: `levels`, or, for nested paging, as many
+    hypervisors with EPT in the place of shadow tables."""
+    if engine != "nested" or levels.paging == "ept":
+        return levels
+    return LEVELS["ept-on-ept" if levels.nested else "ept"]
+
+
 def find_levels(levels: Levels | str) -> Levels:
     """The preset of that name, or the given Levels. ConfigError, with the nearest name, for another."""
     if isinstance(levels, Levels):

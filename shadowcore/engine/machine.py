@@ -56,6 +56,8 @@ class VM:
     slots: with bytes or an array, the MemorySlots that map it one after the other. What they leave is free for
         `add_slot`; there is never more guest RAM than at first.
     backing: what the host has of guest RAM at first, where a MemorySlot does not say it: "warm", "cold" or "thp".
+    outer_backing: the same of an outer host, where the host is a guest itself: what of the host's own pages it has.
+        It is asked when the host first touches one, and keeps it. Other than "warm" it needs a backing that is, too.
     features: of the processors. Raises ConfigError, and MemoryError where the host has no room.
     """
 
@@ -70,6 +72,7 @@ class VM:
         slots: Sequence[MemorySlot | None] | None = None,
         host_page_size: int | str | None = None,
         backing: str = "warm",
+        outer_backing: str = "warm",
     ) -> None:
         chosen = design(mmu)
         count = check_int("vcpus", vcpus, 1, 64)
@@ -78,7 +81,7 @@ class VM:
             tlb = taken(TLB, tlb, "tlb")
         self.features = features
         self.tlb = tlb
-        self.memory = Memory(memory, slots, host_page_size, backing)
+        self.memory = Memory(memory, slots, host_page_size, backing, outer_backing)
         self.mmu = Mmu(self.memory, chosen)
         self.memory.on_log = self.mmu.slot_logged
         self.memory.on_slots = self.mmu.slots_changed

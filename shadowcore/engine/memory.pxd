@@ -163,9 +163,11 @@ cdef class Memory:
     cdef public object on_backing   # called when `backing` came to be
     cdef sc_backing backing         # behind mem.host
     cdef tuple _backed              # the arrays that it points into
+    cdef object _outer              # ... and that of the outer host, or None
 
     cdef int _place(self, int number, slot, u64 frame) except -1
     cdef int _settled(self, int number, slot) except -1
+    cdef int _back_outer(self, has, bint huge) except -1
     cdef int _fill(self, u64 first, u64 n, kind, int level, bint given) except -1
     cdef int _log(self, int index, initially_set) except -1
     cdef bint _has(self, int number)

@@ -22,6 +22,7 @@ class Memory:
         slots: Sequence[MemorySlot | None] | None = None,
         host_page_size: int | str | None = None,
         backing: str = "warm",
+        outer_backing: str = "warm",
     ) -> Self: ...
     @property
     def bytes(self) -> NDArray[np.uint8]: ...

@@ -316,6 +316,9 @@ typedef struct sc_counters {
     uint64_t markers_made;
     uint64_t marker_hits;
     uint64_t markers_stale;
+    uint64_t host_faults_large;
+    uint64_t outer_faults;
+    uint64_t outer_faults_large;
 } sc_counters;
 
 typedef struct sc_event {

@@ -15,6 +15,7 @@ from ..engine.costs import COMPONENTS, Costs, left_out
 from ..engine.levels import Levels
 from ..engine.presets import Preset
 from ..engine.windows import NAMES as ENGINE
+from ..studies.choice import Choice
 from ..studies.collect import Sweep
 from ..studies.difference import Change, Difference
 from ..studies.evolution import RELEASES, Evolution
@@ -349,6 +350,32 @@ def print_validity(found: Validity) -> None:
                 style = "" if row.kind == "predicted" else "dim"
                 table.add_row(escape(row.test), row.column, *cells, validity.counted(row), style=style)
     _console().print(table)
+
+
+def print_choice(found: Choice) -> None:
+    """Slow-downs by preset, the best of each source bold."""
+    table = Table(
+        title="Slow-down against native, estimated, by prices and design",
+        caption="Bold: the best, and what is within 2 percent of it.",
+        title_style="bold",
+        title_justify="left",
+        caption_justify="left",
+        box=SIMPLE_HEAD,
+        pad_edge=False,
+    )
+    table.add_column("", no_wrap=True)
+    for preset in found.slow:
+        for place, name in enumerate(found.designs):
+            table.add_column(f"{'' if place else preset}\n{name}", justify="right", no_wrap=True)
+    for source in found.exits:
+        cells = []
+        for preset, by_source in found.slow.items():
+            best = found.best(preset, source)
+            cells += [f"[bold]{v:.2f}[/]" if n in best else f"{v:.2f}" for n, v in by_source[source].items()]
+        table.add_row(escape(source), *cells)
+    console = _console()
+    console.width = max(console.width, Measurement.get(console, console.options.update(width=200), table).maximum)
+    console.print(table)
 
 
 def print_price_lists(presets: Mapping[str, Preset], aliases: Mapping[str, str], levels: Mapping[str, Levels]) -> None:

@@ -36,6 +36,7 @@ MACHINE = {
     "vcpus": "processors of the guest (workloads only)",
     "host_page_size": "of the host's pages under guest RAM, such as 2MiB (workloads only)",
     "backing": "what the host has of guest RAM at first: warm, cold or thp (workloads only)",
+    "outer_backing": "what an outer host has of that: warm, cold or thp (workloads only)",
 }
 GUEST = tuple(field.name for field in dataclasses.fields(KernelOptions) if field.name != "seed")
 """Settings of the guest kernel (workloads and programs)."""
@@ -73,6 +74,9 @@ class Split:
 
     def check_levels(self, levels: Levels, designs: Iterable[Native | Shadow]) -> None:
         """ConfigError for a design that these levels have no place for; `native` is the yardstick of the others."""
+        outer = self.machine.get("outer_backing", "warm")
+        if outer != "warm" and not levels.nested:
+            raise ConfigError(f"levels: {levels.name!r} has no outer hypervisor, and outer_backing is {outer!r}")
         for which in designs:
             if isinstance(which, Shadow) and levels.paging != "shadow":
                 what = "no hypervisor" if levels.paging == "none" else "EPT"
@@ -133,8 +137,9 @@ def split(settings: Mapping[str, Any], source: Takes) -> Split:
             raise ConfigError(f"{name}: true or false is needed, not {value!r}")
     if "levels" in found.machine:
         find_levels(found.machine["levels"])
-    if "backing" in found.machine:
-        check_backing("backing", found.machine["backing"])
+    for name in ("backing", "outer_backing"):
+        if name in found.machine:
+            check_backing(name, found.machine[name])
     for name in _SIZES:
         if name in found.machine:
             parse_size(found.machine[name], name)

@@ -185,7 +185,7 @@ class WorkloadSource(Source):
 
     kind = "workload"
     seeded = guest = True
-    machine = ("levels", "tlb", "memory", "vcpus", "host_page_size", "backing")
+    machine = ("levels", "tlb", "memory", "vcpus", "host_page_size", "backing", "outer_backing")
     tlb = "costs"
 
     def __init__(self, found: workload.Workload) -> None:

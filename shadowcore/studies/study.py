@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from ..config import DEFAULT_DESIGNS, TLB, Native, Shadow, check_int, design, parse_count, parse_size
 from ..engine.costs import Costs
 from ..engine.costs import find as find_costs
+from ..engine.levels import of_design
 from ..errors import AuditError, ConfigError, ShadowcoreError
 from ..recording.guest import Recording, RecordingFile
 from . import settings
@@ -69,10 +70,10 @@ def study(
         on. Or the name of a phase of the recording, which begins there; `boot` ends there.
     parameters, settings: of the workload (WORKLOADS[name].parameters) or of programs (turn, fold), of the guest kernel
         (KernelOptions), of shadow MMUs (pool, min_free, refill, flood_threshold, flood_reset), and of the machine:
-        memory, vcpus, host_page_size, backing, levels (Levels, or the name of one: what lies below the guest), tlb
-        (entries for small pages, a TLB, or None; a guest kernel has the TLB of the costs unless told otherwise, a
-        recording of a guest none, for what it holds are the accesses that missed one). Settings win; they can have any
-        name. One that nothing here uses is an error.
+        memory, vcpus, host_page_size, backing, outer_backing, levels (Levels, or the name of one: what lies below the
+        guest), tlb (entries for small pages, a TLB, or None; a guest kernel has the TLB of the costs unless told
+        otherwise, a recording of a guest none, for what it holds are the accesses that missed one). Settings win; they
+        can have any name. One that nothing here uses is an error.
     progress: called with the name of each design, gives a context manager whose value, unless None, is called with
         operations done, and all.
 
@@ -424,10 +425,10 @@ class _Job:
             name=name,
             design=made,
             counters=outcome.counters,
-            cost=self.costs.of(outcome.counters, native),
+            cost=self._costs(made).of(outcome.counters, native),
             seconds=outcome.seconds,
             operations=outcome.operations,
-            windows=self._windows(outcome) if self.window else {},
+            windows=self._windows(outcome, self._costs(made)) if self.window else {},
             pages_mean=outcome.pages_mean,
             pages_max=outcome.pages_max,
             gpa_mismatches=outcome.gpa_mismatches if history is None else 0 if equal else None,
@@ -440,7 +441,13 @@ class _Job:
             work=outcome.work,
         )
 
-    def _windows(self, outcome: Outcome) -> dict[str, NDArray[np.uint64]]:
+    def _costs(self, made: Native | Shadow) -> Costs:
+        """Prices, with levels that have a place for the design where nobody said which."""
+        if "levels" in self.split.machine:
+            return self.costs
+        return self.costs.replace(levels=of_design(self.costs.levels, made.engine), sources=self.costs.sources)
+
+    def _windows(self, outcome: Outcome, costs: Costs) -> dict[str, NDArray[np.uint64]]:
         """Those of the outcome, with `cycles`."""
         windows = dict(outcome.windows)
         operations = np.diff(windows["operation"], prepend=np.uint64(0))
@@ -448,7 +455,7 @@ class _Job:
         known = {"operations": operations.tolist()} | known
         known |= {"guest_faults": known["faults"], "guest_invlpg": known["invlpg"]}
         rows = [dict(zip(known, row, strict=True)) for row in zip(*known.values(), strict=True)]
-        windows["cycles"] = np.array([round(self.costs.of(row).total) for row in rows], dtype=np.uint64)
+        windows["cycles"] = np.array([round(costs.of(row).total) for row in rows], dtype=np.uint64)
         return windows
 
 

@@ -291,7 +291,7 @@ def test_bad_backing_at_first():
     for change in (
         lambda f, b: (f[:-1], b),
         lambda f, b: (f, b[:-1]),
-        lambda f, b: (np.full_like(f, 4), b),
+        lambda f, b: (np.full_like(f, 16), b),
         lambda f, b: (f, np.full_like(b, 3)),
         lambda f, b: (f, np.full_like(b, 8)),
         lambda f, b: (np.full_like(f, OWN), b),  # no table

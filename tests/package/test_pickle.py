@@ -27,6 +27,7 @@ from shadowcore.recording.guest import RecordingFile
 from shadowcore.recordings import Event, Writer
 from shadowcore.studies import evolution, explain, host, images, reproduction
 from shadowcore.studies import study as studies
+from shadowcore.studies.choice import Choice
 from shadowcore.studies.validity import Row, Validity
 
 PROTOCOLS = range(pickle.HIGHEST_PROTOCOL + 1)
@@ -240,6 +241,7 @@ RESULTS = {
     "Dump": lambda _: images.Dump("a", "a raw memory image", ((0, 4096, 0),), {"cr3": 4096}),
     "Image": lambda _: explain.Image("a", "64", 9, 1, 2, 3, 4, np.arange(2, dtype="<u4"), np.zeros((2, 8)), (1,)),
     "CostBreakdown, Costs": lambda _: (sc.Costs.modern().of(machine().stats.as_dict()), sc.Costs.modern()),
+    "Choice": lambda _: Choice({"modern": {"a": {"cached": 1.5}}}, {"a": {"cached": 2.0}}, {"a": 3.0}, 4),
     "Validity": lambda _: Validity("pvm-2023", (Row("a", "b", "c", "s", 1.0, 2.0),)),
     "Levels, Preset": lambda _: (sc.Costs.nested().levels, PRESETS["core2007"]),
     "Study, StudyDesign, WorkloadResult": lambda _: some_study(windows=1000),

@@ -31,7 +31,8 @@ COUNTERS = {
     "mmu_shadow_zapped": 2,
     "spte_installed": 30,
     "spte_removed": 10,
-    "host_faults": 3,
+    "host_faults": 5,
+    "host_faults_large": 2,
 }
 
 
@@ -71,6 +72,7 @@ def plain(**changes):
         ("page_zap", "pages", 2),
         ("entry", "pages", 40),
         ("first_touch", "backing", 3),
+        ("first_touch_large", "backing", 2),
     ],
 )
 def test_each_price_is_paid_as_often_as_it_should(price, component, count):
@@ -151,6 +153,22 @@ def test_levels_of_a_study():
             sc.study("demand", ("unsync",), operations=5_000, windows=0, levels=bad)
     with pytest.raises(sc.ConfigError, match="levels"):
         sc.study("demand", ("unsync",), operations=5_000, windows=0, levels=7)
+
+
+def test_an_outer_host_that_finds_a_page_takes_an_exit():
+    costs = plain(
+        exit_fault=10, dispatch=5, violation=3, first_touch=100, first_touch_large=1000, levels="shadow-on-ept"
+    )
+    counters = {"accesses": 1, "outer_faults": 7, "outer_faults_large": 2}
+    assert costs.of(counters).components["backing"] == 7 * 18 + 5 * 100 + 2 * 1000
+    study = sc.study(
+        "demand", ["unsync"], operations=5_000, windows=0, costs="nested", backing="thp", outer_backing="cold"
+    )
+    found = study.designs["unsync"]
+    assert found.counters["outer_faults"] == 512 * found.counters["host_faults"]
+    assert "--set outer_backing=cold" in study.command
+    with pytest.raises(sc.ConfigError, match="levels: 'shadow' has no outer hypervisor, and outer_backing is 'cold'"):
+        sc.study("demand", ["unsync"], operations=5_000, backing="thp", outer_backing="cold")
 
 
 def test_a_cold_host_costs_something():
