@@ -73,7 +73,7 @@ def choice(
         opened = find(source)
         counted: dict[str, Any] = {}
         if opened.kind == "workload":
-            counted = {"operations": operations, "warm_up": operations}
+            counted = {"operations": 2 * operations, "warm_up": operations}
         found = study(opened, names, windows=0, **counted)
         native = found.designs["native"]
         others = {name: made for name, made in found.designs.items() if name != "native"}
@@ -142,17 +142,19 @@ _HEAD = """\
 
 <!-- Made by: {command} -->
 
-Every design over every workload and the recording of the package: {operations} operations of a workload after its
-setup and as many that warm it up, the recording from end to end. Slow-downs are against `native`, which has no hypervisor, and estimated: counts
-times prices, of which [validity.md](validity.md) says how far they carry. [workloads.md](workloads.md) has the
-workloads, [studies.md](studies.md#prices-with-sources) the prices. Made by `{command}`.
+Every design over every workload and the recording of the package: {operations} operations of a workload, after its
+setup and as many that warm it up; the recording from end to end. Slow-downs are against `native`, which has no
+hypervisor, and estimated: counts times prices, of which [validity.md](validity.md) says how far they carry.
+[workloads.md](workloads.md) has the workloads, [studies.md](studies.md#prices-with-sources) the prices. Made by
+`{command}`.
 
 Three rules come out of it:
 
 - **Who loads CR3 often** (switches between processes, system calls under isolation) must not lose the shadow for it:
   `flush` is the worst there by far.
 - **Who edits page tables often** (demand paging, fork and exec, unmapping) is what shadow paging pays for: twice for
-  each page under `unsync`, three times under `cached`, whose tables stay write-protected.
+  each page under `unsync`, three times under `cached`, whose tables stay write-protected. A process that runs alone is as
+  well off under `flush`, which protects none.
 - **Who does neither** (a database, a scan, idle time) does not care: what is left is TLB misses, which shadow tables do
   not make dearer.
 

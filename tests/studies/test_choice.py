@@ -27,7 +27,7 @@ def test_slow_downs_are_those_of_studies(found):
     assert found.designs == tuple(name for name in DESIGNS if name not in (*choice.LEFT_OUT, "native"))
     for preset in choice.PRESETS:
         for source in SOURCES:
-            study = sc.study(source, ["native", *found.designs], operations=5_000, windows=0)
+            study = sc.study(source, ["native", *found.designs], operations=10_000, warm_up=5_000, windows=0)
             native = study.designs["native"].counters
             for name in found.designs:
                 made = study.designs[name]
