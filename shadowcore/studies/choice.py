@@ -153,8 +153,8 @@ Three rules come out of it:
 - **Who loads CR3 often** (switches between processes, system calls under isolation) must not lose the shadow for it:
   `flush` is the worst there by far.
 - **Who edits page tables often** (demand paging, fork and exec, unmapping) is what shadow paging pays for: twice for
-  each page under `unsync`, three times under `cached`, whose tables stay write-protected. A process that runs alone is as
-  well off under `flush`, which protects none.
+  each page under `unsync`, three times under `cached`, whose tables stay write-protected. A process that runs alone is
+  as well off under `flush`, which protects none.
 - **Who does neither** (a database, a scan, idle time) does not care: what is left is TLB misses, which shadow tables do
   not make dearer.
 
