@@ -182,8 +182,8 @@ cdef class Memory:
             self._back(backing, given)
         if outer_backing != "warm":
             if self._backed is None:
-                raise ConfigError(f"outer_backing: {outer_backing!r} contradicts backing: {backing!r}: what the host has "
-                                  "it has touched, so that the outer host has it too")
+                raise ConfigError(f"outer_backing: {outer_backing!r} contradicts backing: {backing!r}: what the host "
+                                  "has it has touched, so that the outer host has it too")
             self._back_outer((self._backed[0] != HOST_ABSENT).view(np.uint8), outer_backing == "thp")
         for number, slot in enumerate(slots):
             if slot and slot.dirty_log:
