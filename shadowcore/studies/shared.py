@@ -18,6 +18,7 @@ from ..errors import TraceError
 from ..recording.guest import Recording, RecordingFile, load
 from . import source as sources
 from .source import GuestSource, Source
+from .store import StoreError
 
 UNPACKED = 20_000_000
 """Records of a recording in blocks, at most, that are unpacked: 24 bytes each."""
@@ -43,7 +44,7 @@ _opened: dict[Shared, Source] = {}
 
 
 def share(source: Source, folder: Path) -> Shared:
-    """Make a source ready for other processes. folder: where its arrays may be put. OSError."""
+    """Make a source ready for other processes. folder: where its arrays may be put. StoreError."""
     recording = source.recording
     if recording is None and not source.files:
         made = Shared(source.words)
@@ -53,9 +54,13 @@ def share(source: Source, folder: Path) -> Shared:
     else:
         if isinstance(recording, RecordingFile):
             recording = load(recording.path)
-        folder.mkdir(parents=True, exist_ok=True)
-        for name, array in recording.arrays.items():
-            np.save(folder / f"{name}.npy", array)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            for name, array in recording.arrays.items():
+                np.save(folder / f"{name}.npy", array)
+        except OSError as error:
+            reason = error.strerror or error
+            raise StoreError(f"{folder}: arrays of {recording.name} cannot be written: {reason}") from None
         scalars = tuple((name, int(getattr(recording, name))) for name in _SCALARS)
         made = Shared(source.words, (), str(folder.absolute()), recording.name, scalars)
         source = GuestSource(_mapped(made), source.words)

@@ -196,9 +196,9 @@ class _Spread:
             done = self._result(number)
             self.done += len(done)
             self.seconds += sum(each.seconds for each in done)
+            yield done  # before anything that may fail: they are done
             if not self.stop.asked:
                 self._fill()
-            yield done
 
     def _chunk(self) -> int:
         if self.together is not None:

@@ -90,7 +90,7 @@ def test_processes_come_to_the_same(serial):
     assert told(sc.sweep(SPEC, jobs=2)) == told(serial)
 
 
-@pytest.mark.parametrize("together", [None, 1, 7])
+@pytest.mark.parametrize("together", [None, 7])
 def test_an_executor_comes_to_the_same(serial, together):
     with concurrent.futures.ThreadPoolExecutor(2) as executor:
         assert told(sc.sweep(SPEC, executor=executor, together=together)) == told(serial)
@@ -291,6 +291,7 @@ def test_arguments_that_cannot_be(given, message):
         sc.sweep({"sources": "pingpong", "operations": 100}, **given)
 
 
+@pytest.mark.slow
 def test_threads_besides_do_not_matter(serial):
     """With another thread about, processes are not forked."""
     ended = threading.Event()

@@ -13,6 +13,8 @@ import shadowcore as sc
 from shadowcore.recording import replay as trace
 from shadowcore.studies.executors import named
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(autouse=True)
 def pickling():

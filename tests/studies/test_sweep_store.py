@@ -213,6 +213,7 @@ def alive(pid):
         return False
 
 
+@pytest.mark.slow
 def test_a_sweep_that_is_killed_loses_only_what_ran(file):
     process = started(file)
     some_results(file.parent / "s", process)
@@ -235,7 +236,7 @@ def test_a_sweep_that_is_killed_loses_only_what_ran(file):
     assert sc.collect(file.parent / "s").counts()["done"] >= done + 15
 
 
-@pytest.mark.parametrize("times", [1, 2])
+@pytest.mark.parametrize("times", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_ctrl_c(file, times):
     process = started(file)
     some_results(file.parent / "s", process)
@@ -253,11 +254,13 @@ def test_ctrl_c(file, times):
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="there are no limits")
-def test_a_disk_that_is_full(file, tmp_path):
+@pytest.mark.parametrize(("unpacked", "what"), [(0, "it cannot be written"), (1 << 20, "arrays of")])
+def test_a_disk_that_is_full(file, unpacked, what):
     """A limit of the size of files stands for it: writes fail as they do then."""
     limited = (
         "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100));"
-        "from shadowcore.studies import store; store.replace = lambda path, data: None;"
+        f"from shadowcore.studies import shared, store; shared.UNPACKED = {unpacked};"
+        "store.replace = lambda path, data: None;"
         "from shadowcore.cli import main; main()"
     )
     (file.parent / "s").mkdir()
@@ -267,7 +270,8 @@ def test_a_disk_that_is_full(file, tmp_path):
     )  # fmt: skip
     assert done.returncode == 2
     assert done.stderr.count("\n") == 1
-    assert "it cannot be written: File too large" in done.stderr
+    assert what in done.stderr
+    assert done.stderr.endswith("cannot be written: File too large\n")
     assert not files(file.parent / "s")
     assert not list((file.parent / "s").glob("**/*.partial"))
     assert multiprocessing.active_children() == []
