@@ -34,6 +34,7 @@ from .errors import (
     ShadowcoreError,
     SnapshotError,
     TraceError,
+    UndefinedInstruction,
 )
 from .pagetables import PageTables
 
@@ -102,6 +103,7 @@ __all__ = [
     "Touch",
     "TraceError",
     "Translation",
+    "UndefinedInstruction",
     "VCpu",
     "Violation",
     "__version__",

@@ -20,6 +20,8 @@ BACKINGS = ("warm", "cold", "thp")
 """What `MemorySlot.backing` can be."""
 RELEASES = ("6.1", "6.12", "2.6.28")
 """Releases of Linux whose ways `Shadow.release` can name."""
+VENDORS = ("intel", "amd")
+"""What `Features.vendor` can be."""
 MARKERS = ("never", "page", "synced", "walk")
 """When `Shadow.notpresent_marker` marks an entry."""
 POOL_MAX = (1 << 22) - 1
@@ -43,8 +45,7 @@ class Op(IntEnum):
     PKRU = 8
     """Load PKRU with the low 32 bits of `value`."""
     AC = 9
-    """Set EFLAGS.AC to bit 0 of `value` (SMAP). Implicit supervisor accesses, to descriptors and the TSS, are made with
-    AC clear (SDM volume 3, 4.6.1)."""
+    """Set EFLAGS.AC to bit 0 of `value` (SMAP). It does not count for those with `implicit` (SDM volume 3, 4.6.1)."""
     CMPXCHG = 10
     """Store `value` if `expected` is there; the result's value is what was there."""
     XCHG = 11
@@ -52,6 +53,9 @@ class Op(IntEnum):
     AND = 13
     OR = 14
     XOR = 15
+    INVPCID = 16
+    """INVPCID of the type in `size` (0 an address, 1 a PCID, 2 all, 3 all that is not global): `value` and `addr` are
+    the descriptor's words, the PCID and the linear address. #UD, #GP: SDM volume 2."""
 
 
 class Quirk(IntFlag):
@@ -129,7 +133,11 @@ class Features:
     """What the virtual processor has.
 
     maxphyaddr: physical address bits, 32 to 52. The others are CPUID features; loading a register bit of an absent
-    feature is #GP.
+    feature is #GP, and INVPCID #UD.
+    vendor: whose rules hold where manuals differ. "amd": bit 8 of entries at levels 4 and 5 must be 0 (APM volume 2,
+    5.3.3; ignored by Intel's: SDM volume 3, table 4-15); a load of EFER has to leave LMA as it is (APM volume 2, 3.1.7;
+    Intel's ignore what is written to it), and may set FFXSR and TCE; with TCE INVLPG leaves paging-structure caches of
+    other addresses alone (APM volume 2, 3.1.7). What else is built here is the same for both.
     """
 
     maxphyaddr: int = 46
@@ -144,14 +152,18 @@ class Features:
     umip: bool = True
     fsgsbase: bool = True
     xsave: bool = True
+    invpcid: bool = True
+    vendor: str = "intel"
 
     def __post_init__(self) -> None:
         _put(self, maxphyaddr=check_int("features.maxphyaddr", self.maxphyaddr, 32, 52))
         for name in FEATURES:
             _put(self, **{name: check_bool(f"features.{name}", getattr(self, name))})
+        if _check_text("features.vendor", self.vendor) not in VENDORS:
+            raise ConfigError(f"features.vendor: {self.vendor!r} is not one of {', '.join(VENDORS)}")
 
 
-FEATURES = tuple(each.name for each in fields(Features) if each.name != "maxphyaddr")
+FEATURES = tuple(each.name for each in fields(Features) if each.name not in ("maxphyaddr", "vendor"))
 """Names of the features. Their bits, in the engine and in shadowcore.h, are numbered in this order."""
 
 

@@ -130,6 +130,13 @@ class GeneralProtection(GuestFault):
         super().__init__(f"#GP, error code {error_code:#x}")
 
 
+class UndefinedInstruction(GuestFault):
+    """Guest #UD: the processor has no such instruction."""
+
+    def __init__(self) -> None:
+        super().__init__("#UD")
+
+
 class MMIOAccess(GuestFault):
     """The access reaches `gpa`, which is in no memory slot: the embedder's device model has to serve it.
 

@@ -5,10 +5,11 @@ from shadowcore._capi.handles cimport (
     enter, fail, fail_element, fail_rc, fail_struct, leave, refused, sc_place, sc_unlikely, vcpu_of,
 )
 from shadowcore._capi.header cimport (
-    SC_BRIEF, SC_DATA, SC_E_ARGUMENT, SC_E_NULL, sc_access, sc_accesses, sc_outcome, sc_vm,
+    SC_BRIEF, SC_DATA, SC_E_ARGUMENT, SC_E_NULL, SC_IMPLICIT, sc_access, sc_accesses, sc_outcome, sc_vm,
 )
 from shadowcore.engine.access cimport (
-    OP_CMPXCHG, OP_COUNT, OP_FETCH, OP_READ, OP_WRITE, access_do, op_is_access, sc_op, sc_result,
+    OP_CMPXCHG, OP_COUNT, OP_FETCH, OP_READ, OP_WRITE, access_do, access_implicit, op_is_access, sc_op,
+    sc_result,
 )
 from shadowcore.engine.batch cimport columns_check, columns_run, sc_columns, sc_columns_out
 from shadowcore.engine.bits cimport pte_addr
@@ -43,7 +44,7 @@ _shifts[0], _shifts[1], _shifts[2], _shifts[3] = 12, 21, 22, 30
 
 
 cdef inline u32 _access_bits(const sc_access *a) noexcept nogil:
-    return ((PF_U if a.user else 0)
+    return ((PF_U if a.user and not a.flags & SC_IMPLICIT else 0)
             | (PF_I if a.kind == OP_FETCH else 0 if a.kind == OP_READ else PF_W))
 
 
@@ -107,7 +108,7 @@ cdef int _slow(sc_mmu *mmu, sc_vcpu *v, const sc_access *a, sc_outcome *o) noexc
     op.addr = a.gva
     op.value[0], op.value[1] = a.value[0], a.value[1]
     op.expected[0], op.expected[1] = a.expected[0], a.expected[1]
-    rc = access_do(mmu, v, &op, (a.flags & SC_DATA) != 0, &r)
+    rc = (access_implicit if a.flags & SC_IMPLICIT else access_do)(mmu, v, &op, (a.flags & SC_DATA) != 0, &r)
     if rc >= 0 and mmu.audit_found:
         rc = RC_AUDIT
     if rc < 0:
@@ -231,9 +232,26 @@ cdef int _bad_access(const sc_access *a, const sc_outcome *o) noexcept nogil:
     if a.kind != OP_FETCH and (a.size == 0 or a.size & (a.size - 1) or a.size > 16
                                or (a.size == 16 and a.kind > OP_CMPXCHG)):
         return fail(SC_E_ARGUMENT, "access->size is not 1, 2, 4 or 8 (or 16, for loads, stores and CMPXCHG)")
-    if a.reserved or a.flags & ~(SC_DATA | SC_BRIEF):
-        return fail(SC_E_ARGUMENT, "access->reserved is not 0, or flags has bits that are none")
+    if a.reserved or a.flags & ~(SC_DATA | SC_BRIEF | SC_IMPLICIT) or (a.flags & SC_IMPLICIT and a.kind == OP_FETCH):
+        return fail(SC_E_ARGUMENT, "access->reserved is not 0, or flags has bits that are none, or SC_IMPLICIT for a "
+                    "fetch")
     return RC_OK
+
+
+cdef int _implicit(sc_vm vm, const sc_access *a, sc_outcome *o) noexcept nogil:
+    cdef sc_place *p = enter(vm)
+    cdef sc_vcpu *v
+    cdef int rc = SC_E_ARGUMENT
+    if p == NULL:
+        return refused(vm)
+    v = vcpu_of(p.mmu, a.vcpu)
+    if v != NULL and p.prices != NULL:
+        rc = _priced(p, v, a, o)
+    elif v != NULL:
+        _nothing_yet(o)
+        rc = _slow(p.mmu, v, a, o)
+    leave(p)
+    return rc
 
 
 cdef int api_access(sc_vm vm, const sc_access *given, sc_outcome *o) noexcept nogil:
@@ -256,6 +274,8 @@ cdef int api_access(sc_vm vm, const sc_access *given, sc_outcome *o) noexcept no
         rc = _bad_access(a, o)      # or one of the rarer kinds
         if rc != RC_OK:
             return rc
+        if a.flags & SC_IMPLICIT:
+            return _implicit(vm, a, o)
     p = enter(vm)
     if sc_unlikely(p == NULL):
         return refused(vm)

@@ -10,11 +10,12 @@ from shadowcore._capi.handles cimport (
     enter, fail, fail_python, fail_struct, handle_new, leave, refused, sc_place, with_python,
 )
 from shadowcore._capi.header cimport (
-    SC_E_ALIGNMENT, SC_E_ARGUMENT, SC_E_FILE, SC_E_NULL, SC_E_PYTHON, SC_SETTING_ZERO, SC_UNSYNC, sc_config, sc_vm,
+    SC_AMD, SC_E_ALIGNMENT, SC_E_ARGUMENT, SC_E_FILE, SC_E_NULL, SC_E_PYTHON, SC_SETTING_ZERO, SC_UNSYNC,
+    sc_config, sc_vm,
 )
 from shadowcore.engine.types cimport RC_OK, u32, u64
 
-from shadowcore.config import FEATURES as _FEATURES, TLB, Features, MemorySlot, Quirk
+from shadowcore.config import FEATURES as _FEATURES, TLB, VENDORS as _VENDORS, Features, MemorySlot, Quirk
 from shadowcore.config import design as named_design
 from shadowcore.engine.machine import VM
 from shadowcore.errors import ConfigError
@@ -56,7 +57,10 @@ cdef object _make(const sc_config *c):
     has = _setting(c.features) if c.features else (1 << len(_FEATURES)) - 1
     if has >> len(_FEATURES):
         raise ConfigError(f"features: {has:#x} has bits that are no SC_FEATURE_*")
-    made = Features(maxphyaddr=c.maxphyaddr or 46, **{name: bool(has >> bit & 1) for bit, name in enumerate(_FEATURES)})
+    if c.vendor > SC_AMD:
+        raise ConfigError(f"vendor: {c.vendor} is not SC_INTEL or SC_AMD")
+    made = Features(maxphyaddr=c.maxphyaddr or 46, vendor=_VENDORS[c.vendor],
+                    **{name: bool(has >> bit & 1) for bit, name in enumerate(_FEATURES)})
     tlb = None
     if c.tlb_entries[0] or c.tlb_entries[1] or c.tlb_entries[2]:
         sizes = {}
@@ -92,11 +96,12 @@ cdef int api_vm_create(const sc_config *given, sc_vm *vm) noexcept nogil:
     vm[0] = 0
     if given == NULL or (given.slots == NULL and given.n_slots):
         return fail(SC_E_NULL, "config, or config->slots, is NULL")
-    if given.struct_size != sizeof(sc_config) and given.struct_size != <size_t>&copy.prev_roots - <size_t>&copy:
+    if (given.struct_size != sizeof(sc_config) and given.struct_size != <size_t>&copy.vendor - <size_t>&copy
+            and given.struct_size != <size_t>&copy.prev_roots - <size_t>&copy):
         return fail_struct("sc_config", given.struct_size, sizeof(sc_config))
-    memset(&copy, 0, sizeof(copy))  # what a caller of before unsync does not know stays 0
+    memset(&copy, 0, sizeof(copy))  # what a caller of before does not know stays 0
     memcpy(&copy, given, given.struct_size)     # what is checked is what is used
-    if config.reserved:
+    if config.reserved or config.reserved_2:
         return fail(SC_E_ARGUMENT, "config->reserved is not 0")
     if <size_t>config.memory & 4095:
         return fail(SC_E_ALIGNMENT, "config->memory does not begin at a multiple of 4096")

@@ -9,13 +9,13 @@ from shadowcore._capi.header cimport (
     sc_audit_result, sc_counters, sc_event, sc_event_function, sc_vm,
 )
 from shadowcore.engine.access cimport (
-    OP_CR0, OP_CR3, OP_CR4, OP_EFER, OP_INVLPG, OP_PKRU, sc_op, sc_result, vcpu_op,
+    OP_CR0, OP_CR3, OP_CR4, OP_EFER, OP_INVLPG, OP_INVPCID, OP_PKRU, sc_op, sc_result, vcpu_op,
 )
 from shadowcore.engine.counters cimport sc_stats
 from shadowcore.engine.hooks cimport EVENT_COUNT
 from shadowcore.engine.invariants cimport audit_all, sc_audit
 from shadowcore.engine.prices cimport prices_are_sane, prices_cycles, prices_of, sc_prices
-from shadowcore.engine.registers cimport load_ac
+from shadowcore.engine.registers cimport load_ac, load_init
 from shadowcore.engine.state cimport sc_mmu, sc_vcpu
 from shadowcore.engine.types cimport RC_AUDIT, RC_OK, SC_NONE, u8, u32, u64
 
@@ -62,12 +62,15 @@ cdef int api_register_read(sc_vm vm, u32 vcpu, u32 reg, u64 *value) noexcept nog
 
 cdef int _load(sc_mmu *mmu, sc_vcpu *v, u32 op, u64 value) noexcept nogil:
     cdef sc_op o
-    cdef sc_result r
-    cdef int rc
     memset(&o, 0, sizeof(o))
     o.op = <u8>op
     o.addr = o.value[0] = value
-    rc = vcpu_op(mmu, v, &o, True, &r)
+    return _done(mmu, v, &o)
+
+
+cdef int _done(sc_mmu *mmu, sc_vcpu *v, const sc_op *o) noexcept nogil:
+    cdef sc_result r
+    cdef int rc = vcpu_op(mmu, v, o, True, &r)
     if rc >= 0 and mmu.audit_found:
         rc = RC_AUDIT
     return rc if rc >= 0 else fail_rc(mmu, rc)
@@ -114,6 +117,41 @@ cdef int api_invlpg(sc_vm vm, u32 vcpu, u64 gva) noexcept nogil:
     rc = SC_E_ARGUMENT if v == NULL else _load(p.mmu, v, OP_INVLPG, gva)
     leave(p)
     return rc
+
+
+cdef int api_invpcid(sc_vm vm, u32 vcpu, u64 kind, const u64 *descriptor) noexcept nogil:
+    cdef sc_place *p
+    cdef sc_vcpu *v
+    cdef sc_op o
+    cdef int rc = SC_E_ARGUMENT
+    if descriptor == NULL:
+        return fail(SC_E_NULL, "descriptor is NULL")
+    memset(&o, 0, sizeof(o))
+    o.op = OP_INVPCID
+    o.size = <u8>min(kind, 0xFF)
+    o.value[0] = descriptor[0]
+    o.addr = descriptor[1]
+    p = enter(vm)
+    if p == NULL:
+        return refused(vm)
+    v = vcpu_of(p.mmu, vcpu)
+    if v != NULL:
+        o.user = v.cpl == 3
+        rc = _done(p.mmu, v, &o)
+    leave(p)
+    return rc
+
+
+cdef int api_vcpu_init(sc_vm vm, u32 vcpu) noexcept nogil:
+    cdef sc_place *p = enter(vm)
+    cdef sc_vcpu *v
+    if p == NULL:
+        return refused(vm)
+    v = vcpu_of(p.mmu, vcpu)
+    if v != NULL:
+        load_init(p.mmu, v)
+    leave(p)
+    return RC_OK if v != NULL else SC_E_ARGUMENT
 
 
 # Counters, prices, events, audits

@@ -5,19 +5,21 @@ Past 500 lines, for its ways, the short ones and the general one, are read side 
 from libc.string cimport memcpy, memset
 
 from shadowcore.engine.access cimport (
-    OP_AC, OP_ADD, OP_AND, OP_CMPXCHG, OP_CR0, OP_CR3, OP_CR4, OP_EFER, OP_FETCH, OP_INVLPG, OP_OR, OP_PKRU, OP_READ,
-    OP_WRITE, OP_XCHG, op_is_access, op_is_rmw, sc_op, sc_result,
+    OP_AC, OP_ADD, OP_AND, OP_CMPXCHG, OP_CR0, OP_CR3, OP_CR4, OP_EFER, OP_FETCH, OP_INVLPG, OP_INVPCID, OP_OR,
+    OP_PKRU, OP_READ, OP_WRITE, OP_XCHG, op_is_rmw, sc_op, sc_result,
 )
 from shadowcore.engine.counters cimport EXIT_INVLPG
 from shadowcore.engine.design cimport design_enter, design_exit, design_invlpg
 from shadowcore.engine.designs.native cimport store_seen
 from shadowcore.engine.emulate cimport emulate_store, walk_updated
 from shadowcore.engine.flushes cimport FLUSH_INVLPG, flush_lost
-from shadowcore.engine.invalidate cimport inject_fault
+from shadowcore.engine.invalidate cimport inject_fault, invalidate_pcid
 from shadowcore.engine.memory cimport (
     mem_frame, mem_gfn, mem_guest_frame, mem_is_device, mem_mark_dirty, mem_touch, sc_no_frame,
 )
-from shadowcore.engine.registers cimport load_ac, load_cr0, load_cr3, load_cr4, load_efer, load_pkru, load_refused
+from shadowcore.engine.registers cimport (
+    ac_put, load_ac, load_cr0, load_cr3, load_cr4, load_efer, load_pkru, load_refused,
+)
 from shadowcore.engine.resolve cimport resolve
 from shadowcore.engine.state cimport (
     FAST_CODE, FAST_MENDED, FAST_REFLECTED, FAST_UPDATED, is_shadowed, linear_address, linear_exists, sc_mmu, sc_vcpu,
@@ -475,17 +477,36 @@ cdef int vcpu_access(sc_mmu *mmu, sc_vcpu *v, const sc_op *o, bint data, sc_resu
     return RC_OK
 
 
+cdef int access_implicit(sc_mmu *mmu, sc_vcpu *v, const sc_op *o, bint data, sc_result *r) noexcept nogil:
+    """SDM 4.6.1: implicit supervisor accesses are those of supervisor code with EFLAGS.AC clear. So they are made. The
+    memo stays as it is, for nothing asks it here."""
+    cdef sc_op own = o[0]
+    cdef bint ac = v.guest.ac
+    cdef int rc
+    own.user = 0
+    ac_put(v, False)
+    rc = vcpu_access(mmu, v, &own, data, r)
+    ac_put(v, ac)
+    return rc
+
+
 cdef int vcpu_op(sc_mmu *mmu, sc_vcpu *v, const sc_op *o, bint data, sc_result *r) noexcept nogil:
     """One operation of a batch; see vcpu_access."""
     cdef int rc = RC_OK
     cdef u64 va
-    if op_is_access(o.op):
+    if o.op == OP_CR3:              # the most frequent one beside accesses
+        memset(r, 0, sizeof(sc_result))
+        r.gpa = <u64>-1
+        rc = load_cr3(mmu, v, o.value[0])
+        r.outcome = <u8>rc
+        if rc == RC_GP:
+            load_refused(mmu)
+        return rc
+    if o.op <= OP_FETCH or (o.op >= OP_CMPXCHG and o.op != OP_INVPCID):
         return vcpu_access(mmu, v, o, data, r)
     memset(r, 0, sizeof(sc_result))
     r.gpa = <u64>-1
-    if o.op == OP_CR3:
-        rc = load_cr3(mmu, v, o.value[0])
-    elif o.op == OP_CR0:
+    if o.op == OP_CR0:
         rc = load_cr0(mmu, v, o.value[0])
     elif o.op == OP_CR4:
         rc = load_cr4(mmu, v, o.value[0])
@@ -502,6 +523,10 @@ cdef int vcpu_op(sc_mmu *mmu, sc_vcpu *v, const sc_op *o, bint data, sc_result *
         load_pkru(mmu, v, o.value[0])
     elif o.op == OP_AC:
         load_ac(mmu, v, o.value[0] & 1)
+    elif o.op == OP_INVPCID:
+        rc = invalidate_pcid(mmu, v, o.size, o.value[0], o.addr, o.user != 0)
+        r.outcome = <u8>rc
+        return rc
     else:
         return RC_BAD_OP
     if rc == RC_GP:

@@ -4,18 +4,19 @@ import numpy as np
 from libc.stdlib cimport free, malloc
 from libc.string cimport memcpy, memset
 
-from shadowcore.engine.access cimport OP_COUNT, OP_FETCH, op_is_access, sc_op
+from shadowcore.engine.access cimport OP_COUNT, OP_FETCH, access_implicit, op_is_access, sc_op, sc_result
 from shadowcore.engine.batch cimport sc_columns, sc_columns_out
 from shadowcore.engine.design cimport design_begin
 from shadowcore.engine.held cimport Held
 from shadowcore.engine.mmu cimport Mmu
 from shadowcore.engine.quick cimport (
-    ALIGNED, CHUNK, FIELD_ADDR, FIELD_OP, FIELD_SIZE, FIELD_USER, FIELD_VALUE, FIELD_VCPU, FIELDS, PACKED, PACKED_ADDR,
-    PACKED_VALUE, addr_at, load_op, op_stands, quick_candidates, quick_chunk, sc_batch, sc_layout, value_at,
+    ALIGNED, CHUNK, FIELD_ADDR, FIELD_IMPLICIT, FIELD_OP, FIELD_SIZE, FIELD_USER, FIELD_VALUE, FIELD_VCPU, FIELDS,
+    PACKED, PACKED_ADDR, PACKED_VALUE, addr_at, batch_tell, load_op, op_stands, quick_candidates, quick_chunk,
+    sc_batch, sc_layout, value_at,
 )
 from shadowcore.engine.results cimport Block, RunResult, block_new, sc_row
 from shadowcore.engine.state cimport sc_mmu
-from shadowcore.engine.types cimport RC_BAD_OP, RC_EXHAUSTED, RC_OK, SC_NONE, i64, u8, u32, u64
+from shadowcore.engine.types cimport RC_AUDIT, RC_BAD_OP, RC_EXHAUSTED, RC_OK, SC_NONE, i64, u8, u32, u64
 from shadowcore.engine.watch cimport watch_due, watch_error
 
 from shadowcore.config import Op
@@ -25,9 +26,10 @@ OP_DTYPE = np.dtype([("op", "u1"), ("user", "u1"), ("size", "u1"), ("addr", "<u8
 
 # Optional fields of an operations array; the order of both is that of FIELD_*.
 _OPTIONAL = (("vcpu", np.dtype("u1")), ("value_high", np.dtype("<u8")), ("expected", np.dtype("<u8")),
-             ("expected_high", np.dtype("<u8")))
+             ("expected_high", np.dtype("<u8")), ("implicit", np.dtype("u1")))
 
 cdef enum:
+    LOOK = 256                      # implicit accesses between two looks at the clock
     FEW = 4                         # rows that need no block of their own: as many as RunResult.few has
 
 cdef object _ARRAY = np.ndarray
@@ -98,7 +100,7 @@ cdef int _check_values(sc_batch *b, u64 n, u32 vcpus) except -1:
     cdef bint wide = False
     cdef const u8 *element = layout.base
     cdef i64 known_stride = _stride_of(layout)
-    cdef u8 odd = layout.at[FIELD_VCPU] != <u64>-1
+    cdef u8 odd = layout.at[FIELD_VCPU] & layout.at[FIELD_IMPLICIT] != <u64>-1
     with nogil:
         # Loads, stores and fetches of 1, 2, 4 or 8 bytes are the bulk; only where there are others, each is looked at.
         if known_stride:
@@ -299,6 +301,49 @@ cdef int columns_run(sc_mmu *mmu, u32 number, const sc_columns *c, u64 n, bint d
     return rc
 
 
+cdef inline bint _is_implicit(const sc_batch *b, u64 i) noexcept nogil:
+    """Of an operation that is no access the field means nothing."""
+    cdef const u8 *element = b.ops.base + <i64>i * b.ops.stride
+    return element[b.ops.at[FIELD_IMPLICIT]] and op_is_access(element[b.ops.at[FIELD_OP]])
+
+
+cdef int _mixed_chunk(sc_mmu *mmu, sc_batch *b, u64 *done, u64 stop) noexcept nogil:
+    """quick_chunk; implicit accesses are made one by one, and what lies between them as everything is."""
+    cdef sc_op o
+    cdef sc_result r
+    cdef u64 i = done[0]
+    cdef u64 last
+    cdef u32 left = LOOK            # to be made before the next look at the clock
+    cdef int rc = RC_OK
+    while i < stop and rc == RC_OK:
+        last = i
+        while last < stop and not _is_implicit(b, last):
+            last += 1
+        if last > i:
+            rc = quick_chunk(mmu, b, &i, last)
+            if i < last:
+                break               # it failed, or somebody wants to look for signals
+            continue
+        load_op(&o, &b.ops, i, b.number)
+        if not op_is_access(o.op) or not op_stands(&o, mmu.n_vcpus, b.last, b.high != NULL):
+            b.bad = o
+            rc = RC_BAD_OP
+            break
+        rc = access_implicit(mmu, mmu.vcpus[o.vcpu], &o, b.data, &r)
+        if rc < 0:
+            break
+        batch_tell(b, i, &r)
+        i += 1
+        rc = RC_AUDIT if mmu.audit_found else RC_OK
+        left -= 1
+        if left == 0:
+            left = LOOK
+            if watch_due(b.watch):
+                break
+    done[0] = i
+    return rc
+
+
 cdef object _run(Mmu shell, sc_batch *b, u64 n, const sc_columns *columns):
     cdef sc_mmu *mmu = shell.c
     cdef bint wide = columns == NULL and _check_values(b, n, mmu.n_vcpus)
@@ -342,7 +387,10 @@ cdef object _run(Mmu shell, sc_batch *b, u64 n, const sc_columns *columns):
                         break
                     if columns != NULL:
                         _gather(columns, b, <u8 *>gathered.at, i, stop)
-                    rc = quick_chunk(mmu, b, &i, stop)
+                    if b.ops.at[FIELD_IMPLICIT] == <u64>-1:
+                        rc = quick_chunk(mmu, b, &i, stop)
+                    else:
+                        rc = _mixed_chunk(mmu, b, &i, stop)
                     if rc != RC_OK or i == n or watch_due(b.watch):
                         break
             if rc == RC_OK and i < n:

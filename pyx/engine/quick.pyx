@@ -560,11 +560,13 @@ cdef int quick_chunk(sc_mmu *mmu, sc_batch *b, u64 *done, u64 stop) noexcept nog
             both = o.user | o.size << 8
         else:
             load_op(&o, &b.ops, i, b.number)
-        if (not _candidate[both] or o.op > OP_FETCH) and not op_stands(&o, mmu.n_vcpus, b.last, b.high != NULL):
+        if _candidate[both] and o.op <= OP_FETCH:
+            rc = access_missed(mmu, mmu.vcpus[o.vcpu], &o, b.data, &r)
+        elif not op_stands(&o, mmu.n_vcpus, b.last, b.high != NULL):
             b.bad = o
             rc = RC_BAD_OP
             break
-        if o.op > OP_FETCH:
+        elif o.op > OP_FETCH:
             rc = vcpu_op(mmu, mmu.vcpus[o.vcpu], &o, b.data, &r)
         else:
             rc = access_missed(mmu, mmu.vcpus[o.vcpu], &o, b.data, &r)

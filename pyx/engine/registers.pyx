@@ -9,8 +9,9 @@ others. The privilege level and CS.L are the caller's business: no load is refus
 from libc.string cimport memcmp, memcpy, memset
 
 from shadowcore.engine.bits cimport (
-    CR0_CD, CR0_NW, CR0_PE, CR0_WP, CR4_FSGSBASE, CR4_LA57, CR4_OSXSAVE, CR4_PAE, CR4_PCIDE, CR4_PGE, CR4_PKE, CR4_PSE,
-    CR4_SMAP, CR4_SMEP, CR4_UMIP, EFER_LMA, EFER_LME, EFER_NXE, EFER_SCE, cr0_ignored, cr0_kept, cr0_pg, pte_addr,
+    CR0_CD, CR0_ET, CR0_NW, CR0_PE, CR0_WP, CR4_FSGSBASE, CR4_LA57, CR4_OSXSAVE, CR4_PAE, CR4_PCIDE, CR4_PGE, CR4_PKE,
+    CR4_PSE, CR4_SMAP, CR4_SMEP, CR4_UMIP, EFER_FFXSR, EFER_LMA, EFER_LME, EFER_NXE, EFER_SCE, EFER_TCE, cr0_ignored,
+    cr0_kept, cr0_pg, pte_addr,
 )
 from shadowcore.engine.check cimport sc_check
 from shadowcore.engine.counters cimport EXIT_CR0, EXIT_CR3, EXIT_CR4, EXIT_EFER, sc_stats
@@ -138,11 +139,13 @@ cdef bint registers_possible(const sc_vcpu *v) noexcept nogil:
     mmu.stats = &stats
     other.features = v.features
     other.maxphyaddr = v.maxphyaddr
+    other.guest.amd = v.guest.amd
     vcpu_init(&mmu, &other)
     # What is in CR3, and in the PAE root entries, may be from another mode.
     if v.cr3 >> v.maxphyaddr or not pdptes_valid(v.guest.pdpte, v.maxphyaddr):
         return False
-    if (load_efer(&mmu, &other, v.efer) != RC_OK or load_cr4(&mmu, &other, v.cr4 & ~<u64>CR4_PCIDE) != RC_OK
+    if (load_efer(&mmu, &other, v.efer & ~<u64>EFER_LMA) != RC_OK
+            or load_cr4(&mmu, &other, v.cr4 & ~<u64>CR4_PCIDE) != RC_OK
             or load_cr0(&mmu, &other, v.cr0) != RC_OK or load_cr4(&mmu, &other, v.cr4) != RC_OK):
         return False
     return other.cr0 == v.cr0 and other.cr4 == v.cr4 and other.efer == v.efer
@@ -239,6 +242,10 @@ cdef int load_cr4(sc_mmu *mmu, sc_vcpu *v, u64 value) noexcept nogil:
 cdef int load_efer(sc_mmu *mmu, sc_vcpu *v, u64 value) noexcept nogil:
     cdef sc_loaded before = _before(v)
     cdef u64 allowed = EFER_SCE | EFER_LME | EFER_LMA | (EFER_NXE if _has(v, FEAT_NX) else 0)
+    if v.guest.amd:
+        allowed |= EFER_FFXSR | EFER_TCE
+        if (value ^ v.efer) & EFER_LMA:     # APM vol. 2, 3.1.7: what is written has to be what is there
+            return RC_GP
     if value & ~allowed or (v.cr0 & cr0_pg() and (value ^ v.efer) & EFER_LME):
         return RC_GP
     design_exit(mmu, v.number, EXIT_EFER, value)
@@ -259,6 +266,28 @@ cdef void load_pkru(sc_mmu *mmu, sc_vcpu *v, u64 value) noexcept nogil:
 cdef void load_ac(sc_mmu *mmu, sc_vcpu *v, bint on) noexcept nogil:
     if v.guest.smap and on != v.guest.ac:
         memo_drop(mmu)
+    ac_put(v, on)
+
+
+cdef void ac_put(sc_vcpu *v, bint on) noexcept nogil:
+    """EFLAGS.AC, for who sees to it himself that the memo serves no access by it."""
+    if v.guest.ac == on:
+        return
     v.guest.ac = v.hw.ac = on
     paging_refused(&v.guest)
     paging_refused(&v.hw)
+
+
+cdef void load_init(sc_mmu *mmu, sc_vcpu *v) noexcept nogil:
+    """INIT: CR0 keeps CD and NW, and has ET; CR2, CR3, CR4, EFER and EFLAGS.AC are 0, PKRU stays (SDM vol. 3, 10.1;
+    EFER: APM vol. 2, table 14-1); the TLB is empty. It is no instruction of this processor, so no exit."""
+    v.cr0 = (v.cr0 & (CR0_CD | CR0_NW)) | CR0_ET
+    v.cr2 = v.cr3 = v.cr4 = v.efer = 0
+    v.cpl = 0
+    v.guest.ac = False
+    memset(v.guest.pdpte, 0, sizeof(v.guest.pdpte))
+    if v.tlb != NULL:
+        tlb_flush_all(v.tlb, flush_lost(mmu, FLUSH_CONTEXT))
+    vcpu_apply(v)
+    memo_drop(mmu)
+    design_reset(mmu, v, NULL)

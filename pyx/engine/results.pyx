@@ -67,14 +67,15 @@ cdef Block block_new(size_t size):
 
 
 _COLUMNS = ("outcome", "error_code", "gpa", "value", "exits", "emulated")
-_OUTCOMES = {0: "done", 1: "guest page faults", 2: "guest general protection faults", 3: "device accesses"}
+_OUTCOMES = {0: "done", 1: "guest page faults", 2: "guest general protection faults", 3: "device accesses",
+             6: "undefined instructions"}
 
 
 @freelist(8)
 cdef class RunResult:
     """One row per operation, in arrays of equal length.
 
-    outcome: uint8: 0 done, 1 guest #PF, 2 #GP, 3 MMIO (nothing was transferred). error_code: uint16, of a #PF.
+    outcome: uint8: 0 done, 1 guest #PF, 2 #GP, 3 MMIO (nothing was transferred), 6 #UD. error_code: uint16, of a #PF.
     gpa: uint64: where the access led; all ones if nowhere. value: uint64: what a load or fetch read.
     exits: uint16: page-fault exits it took. emulated: uint8: stores that the emulator did.
     value_high: uint64, upper half of 16-byte values; None when no operation has that size.

@@ -2,7 +2,10 @@
 
 `lost`, in the flush functions, is for tests alone: the flush becomes due and does not happen.
 """
-from shadowcore.engine.tlb cimport TLB_ANY_PCID, TLB_PAGES, sc_tlb, sc_tlb_entry, tlb_valid
+from shadowcore.engine.tlb cimport (
+    INVPCID_ADDRESS, INVPCID_ALL, INVPCID_CONTEXT, TLB_ANY_PCID, TLB_NOT_GLOBAL, TLB_PAGES, sc_tlb, sc_tlb_entry,
+    tlb_valid,
+)
 from shadowcore.engine.types cimport SC_NONE, u16, u32, u64
 
 
@@ -99,8 +102,13 @@ cdef void tlb_flush_pcid(sc_tlb *t, u16 pcid, bint lost) noexcept nogil:
 
 
 cdef inline bint _is_of(const sc_tlb_entry *e, u16 pcid) noexcept nogil:
-    """A flush of one page under `pcid`, or TLB_ANY_PCID, is for the entry as well. Global ones serve every PCID."""
-    return pcid == TLB_ANY_PCID or e.pcid == pcid or e.is_global
+    """A flush of one page under `pcid`, or TLB_ANY_PCID, is for the entry as well. Global ones serve every PCID, and go
+    unless `pcid` has TLB_NOT_GLOBAL."""
+    if pcid == TLB_ANY_PCID:
+        return True
+    if e.is_global:
+        return not pcid & TLB_NOT_GLOBAL
+    return e.pcid == pcid & (TLB_NOT_GLOBAL - 1)
 
 
 cdef void _forget(sc_tlb *t, u64 va, int shift, u16 pcid) noexcept nogil:
@@ -116,7 +124,7 @@ cdef void _forget(sc_tlb *t, u64 va, int shift, u16 pcid) noexcept nogil:
 
 
 cdef void _flush_page(sc_tlb *t, u64 va, u16 pcid, bint lost) noexcept nogil:
-    """Every entry for the page goes, of whatever size, under `pcid` (or TLB_ANY_PCID), and every global one."""
+    """Every entry for the page goes, of whatever size, that is of `pcid`: see _is_of."""
     cdef sc_tlb_entry *e
     cdef u32 i
     t.clock += 1
@@ -148,6 +156,20 @@ cdef void tlb_flush_fault(sc_tlb *t, u64 va, u16 pcid, bint lost) noexcept nogil
     """A page fault at `va`: the page's entries under the current PCID, and global ones (SDM 4.10.4.1). What was read of
     tables that have changed since cannot fault again, nor be used."""
     _flush_page(t, va, pcid, lost)
+
+
+cdef void tlb_flush_invpcid(sc_tlb *t, u32 kind, u16 pcid, u64 va, bint lost) noexcept nogil:
+    """INVPCID of a type that there is: what it has to drop, and nothing else (SDM 4.10.4.1)."""
+    cdef u32 each
+    if kind == INVPCID_ADDRESS:
+        _flush_page(t, va, pcid | TLB_NOT_GLOBAL, lost)
+    elif kind == INVPCID_CONTEXT:
+        tlb_flush_pcid(t, pcid, lost)
+    elif kind == INVPCID_ALL:
+        tlb_flush_all(t, lost)
+    else:
+        for each in range(4096):
+            tlb_flush_pcid(t, <u16>each, lost)
 
 
 cdef bint tlb_overdue(const sc_tlb *t, const sc_tlb_entry *e) noexcept nogil:

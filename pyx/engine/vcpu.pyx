@@ -9,8 +9,8 @@ from libc.stdlib cimport calloc, free
 from libc.string cimport memset
 
 from shadowcore.engine.access cimport (
-    OP_ADD, OP_AND, OP_CMPXCHG, OP_FETCH, OP_INVLPG, OP_OR, OP_READ, OP_WRITE, OP_XCHG, OP_XOR, access_do, sc_op,
-    sc_result, vcpu_op,
+    OP_ADD, OP_AND, OP_CMPXCHG, OP_FETCH, OP_INVLPG, OP_INVPCID, OP_OR, OP_READ, OP_WRITE, OP_XCHG, OP_XOR,
+    access_do, access_implicit, sc_op, sc_result, vcpu_op,
 )
 from shadowcore.engine.batch cimport run_batch
 from shadowcore.engine.bits cimport PTE_P
@@ -19,8 +19,8 @@ from shadowcore.engine.memo cimport sc_memo
 from shadowcore.engine.memory cimport SC_WRITTEN, mem_pool_hpa
 from shadowcore.engine.mmu cimport Mmu
 from shadowcore.engine.registers cimport (
-    load_ac, load_cr0, load_cr3, load_cr4, load_efer, load_pkru, load_refused, registers_possible, vcpu_apply,
-    vcpu_init,
+    load_ac, load_cr0, load_cr3, load_cr4, load_efer, load_init, load_pkru, load_refused, registers_possible,
+    vcpu_apply, vcpu_init,
 )
 from shadowcore.engine.roots cimport root_fits
 from shadowcore.engine.state cimport (
@@ -29,14 +29,14 @@ from shadowcore.engine.state cimport (
 from shadowcore.engine.tlb cimport TLB_PAGES, TLB_SIZES, sc_tlb, sc_tlb_entry, tlb_valid
 from shadowcore.engine.translation cimport Translation, walk_levels
 from shadowcore.engine.types cimport (
-    ACC_ALL, ACC_U, ACC_W, MODE_OFF, PF_I, PF_U, PF_W, RC_AUDIT, RC_GP, RC_MMIO, RC_OK, RC_PF, SC_NONE, u32, u64,
+    ACC_ALL, ACC_U, ACC_W, MODE_OFF, PF_I, PF_U, PF_W, RC_AUDIT, RC_GP, RC_MMIO, RC_OK, RC_PF, RC_UD, SC_NONE, u32, u64,
 )
 from shadowcore.engine.walker cimport probe_walk, sc_walk
 
 from shadowcore._version import __version__
 from shadowcore.config import FEATURES as _FEATURES, TLB, Features, check_bool, check_int, check_ints, taken
 from shadowcore.engine.memory import allocate, window
-from shadowcore.errors import ConfigError, GeneralProtection, MMIOAccess, PageFault
+from shadowcore.errors import ConfigError, GeneralProtection, MMIOAccess, PageFault, UndefinedInstruction
 
 TLB_DTYPE = np.dtype([
     ("page", "<u8"), ("gpa", "<u8"), ("page_size", "<u4"), ("pcid", "<u2"), ("access", "u1"), ("pkey", "u1"),
@@ -45,6 +45,7 @@ TLB_DTYPE = np.dtype([
 
 
 cdef object _ARRAY = np.ndarray
+cdef object _ITSELF = object()      # in the place of `user`: an implicit access
 _READ = "r"
 cdef dict _ACCESS = {_READ: 0, "w": PF_W, "x": PF_I}
 assert len(_FEATURES) == FEAT_COUNT     # a bit each, in this order
@@ -156,8 +157,9 @@ cdef class VCpu:
     """A virtual processor. Assigning a register is the instruction that loads it, with its exits and faults.
 
     Accesses: gva is a linear address (0 to 2**64 - 1; below 4- and 5-level paging its low 32 bits count), size is
-    1, 2, 4, 8 or 16 bytes, user says in which mode (default: by cpl). Guest faults raise PageFault, GeneralProtection
-    or MMIOAccess.
+    1, 2, 4, 8 or 16 bytes, user says in which mode (default: by cpl). implicit: the processor makes the access
+    itself, to the IDT, GDT, LDT or TSS: as the supervisor whatever the mode is, and SMAP refuses it whatever AC is
+    (SDM volume 3, 4.6.1). Guest faults raise PageFault, GeneralProtection or MMIOAccess.
     """
 
     def __cinit__(self, Mmu mmu, features, tlb=None):
@@ -176,6 +178,7 @@ cdef class VCpu:
         for bit, name in enumerate(_FEATURES):
             if getattr(features, name):
                 self.c.features |= <u32>1 << <int>bit
+        self.c.guest.amd = features.vendor == "amd"
         if tlb is not None:
             self._make_tlb(tlb)
         else:
@@ -456,7 +459,7 @@ cdef class VCpu:
     @property
     def ac(self) -> bool:
         """EFLAGS.AC: supervisor accesses to user pages are allowed under SMAP (SDM volume 3, 4.6.1). It does not count
-        for implicit ones, those of the processor to the IDT, GDT, LDT and TSS at any CPL: make them with AC clear."""
+        for accesses with implicit=True."""
         return bool(self.c.guest.ac)
 
     @ac.setter
@@ -512,7 +515,10 @@ cdef class VCpu:
             o.expected[0] = value & _WORD
             o.expected[1] = value >> 64
         self.mmu.idle()
-        rc = access_do(self.mmu.c, self.c, &o, True, r)
+        if user is _ITSELF:
+            rc = access_implicit(self.mmu.c, self.c, &o, True, r)
+        else:
+            rc = access_do(self.mmu.c, self.c, &o, True, r)
         if self.mmu.c.audit_found:
             rc = RC_AUDIT
         if rc == RC_OK:
@@ -525,29 +531,29 @@ cdef class VCpu:
             raise MMIOAccess(r.gpa)
         raise self.mmu.failure(rc)
 
-    def read(self, gva, size=8, user=None) -> int:
+    def read(self, gva, size=8, user=None, implicit=False) -> int:
         """Load `size` bytes, little endian."""
         cdef sc_result r
-        if self._access(OP_READ, gva, size, user, 0, 0, &r) < 16:
+        if self._access(OP_READ, gva, size, _ITSELF if implicit else user, 0, 0, &r) < 16:
             return r.value[0]
         return _wide(&r)
 
-    def write(self, gva, value, size=8, user=None) -> None:
+    def write(self, gva, value, size=8, user=None, implicit=False) -> None:
         """Store the low `size` bytes of `value`."""
         cdef sc_result r
-        self._access(OP_WRITE, gva, size, user, value, 0, &r)
+        self._access(OP_WRITE, gva, size, _ITSELF if implicit else user, value, 0, &r)
 
-    def cmpxchg(self, gva, expected, value, size=8, user=None) -> bool:
+    def cmpxchg(self, gva, expected, value, size=8, user=None, implicit=False) -> bool:
         """LOCK CMPXCHG (8 and 16 bytes: CMPXCHG8B/16B): store `value` if `expected` is there; whether it was.
 
         As on hardware the page must be writable, and the destination is stored to, either way.
         """
         cdef sc_result r
         expected = check_int("expected", expected, 0, _WIDE)
-        cdef u32 n = self._access(OP_CMPXCHG, gva, size, user, value, expected, &r)
+        cdef u32 n = self._access(OP_CMPXCHG, gva, size, _ITSELF if implicit else user, value, expected, &r)
         return _wide(&r) == expected & (_WIDE >> (8 * (16 - n)))
 
-    def modify(self, gva, operation, value, size=8, user=None) -> int:
+    def modify(self, gva, operation, value, size=8, user=None, implicit=False) -> int:
         """A locked read-modify-write, `operation` "xchg", "add", "and", "or" or "xor"; returns what was there."""
         cdef sc_result r
         cdef object op = _MODIFY.get(operation)
@@ -555,7 +561,7 @@ cdef class VCpu:
             raise ConfigError(f"operation: {operation!r} is not one of {', '.join(_MODIFY)}")
         if _size(size) == 16:
             raise ConfigError("size: 16 is not 1, 2, 4 or 8")
-        self._access(op, gva, size, user, value, 0, &r)
+        self._access(op, gva, size, _ITSELF if implicit else user, value, 0, &r)
         return r.value[0]
 
     def fetch(self, gva, user=None) -> int:
@@ -573,6 +579,39 @@ cdef class VCpu:
         o.addr = _address(gva)
         self.mmu.idle()
         vcpu_op(self.mmu.c, self.c, &o, True, &r)
+        self.mmu._report()
+
+    def invpcid(self, kind, pcid=0, gva=0) -> None:
+        """INVPCID of type `kind`: 0 the page at `gva` under `pcid`, 1 all under `pcid`, but for global entries in both,
+        2 all, 3 all that is not global. pcid, gva: the two words of its descriptor.
+
+        UndefinedInstruction without the feature. GeneralProtection in user mode (cpl 3), for another type, for bits
+        63:12 of `pcid`, for any PCID but 0 with types 0 and 1 while CR4.PCIDE is clear, and for type 0 with an address
+        that is not canonical (SDM volume 2, INVPCID). A VM leaves its guest where INVLPG does, by the same reason.
+        """
+        cdef sc_result r
+        cdef sc_op o
+        memset(&o, 0, sizeof(o))
+        o.op = OP_INVPCID
+        o.size = min(_register("kind", kind), 255)
+        o.user = self.c.cpl == 3
+        o.value[0] = _register("pcid", pcid)
+        o.addr = _address(gva)
+        self.mmu.idle()
+        if vcpu_op(self.mmu.c, self.c, &o, True, &r) == RC_UD:
+            raise UndefinedInstruction
+        if r.outcome == RC_GP:
+            raise GeneralProtection(0)
+        self.mmu._report()
+
+    def init(self) -> None:
+        """What an INIT leaves (SDM volume 3, table 10-1; EFER: APM volume 2, table 14-1): CR0 as it was in CD and NW,
+        of the rest ET alone; CR2, CR3, CR4, EFER, EFLAGS.AC and the privilege level 0, PKRU as it was; no TLB entry.
+
+        Memory stays, and so do the shadow pages; no exit is counted, as no instruction of this vcpu asks for it.
+        """
+        self.mmu.idle()
+        load_init(self.mmu.c, self.c)
         self.mmu._report()
 
     def translate(self, gva, access=_READ, user=None):
@@ -615,7 +654,8 @@ cdef class VCpu:
     def run(self, ops, data=True):
         """Perform the operations of a structured array (fields of OP_DTYPE by name, aligned or packed).
 
-        More fields may be there. vcpu (u1): which processor performs it, else this one. value_high (u8): upper half of
+        More fields may be there. vcpu (u1): which processor performs it, else this one. implicit (u1): not 0 if the
+        processor makes the access itself. value_high (u8): upper half of
         a 16-byte value. expected, expected_high (u8): what CMPXCHG compares with.
 
         data: move bytes. With False no value is read or stored, as for recorded addresses without their data.

@@ -175,6 +175,12 @@ cdef void _reserved(sc_paging *p, int maxphyaddr, bint gbpages, bint pse, bint p
         p.reserved[1][3] |= 0x80
     p.reserved[1][4] |= 0x80
     p.reserved[1][5] |= 0x80
+    if p.amd:
+        # APM vol. 2, 5.3.3: bits 8:7 of a PML4E and PML5E must be zero. (Of a PDPE that leads on bit 8 is ignored, see
+        # 5ecad245de2a in Linux.)
+        for level in range(4, 6):
+            p.reserved[0][level] |= 1 << 8
+            p.reserved[1][level] |= 1 << 8
 
 
 cdef void paging_reserved(sc_paging *p, int maxphyaddr, bint gbpages, bint pse, bint pse36) noexcept nogil:

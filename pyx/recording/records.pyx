@@ -10,7 +10,7 @@ import numpy as np
 from libc.string cimport memcpy, memset
 
 from shadowcore.engine.access cimport (
-    OP_FETCH, OP_INVLPG, OP_READ, OP_WRITE, access_do, op_is_access, sc_op, sc_result, vcpu_op,
+    OP_FETCH, OP_INVLPG, OP_INVPCID, OP_READ, OP_WRITE, access_do, op_is_access, sc_op, sc_result, vcpu_op,
 )
 from shadowcore.engine.bits cimport cr0_kept
 from shadowcore.engine.counters cimport EXIT_EMULATE, EXIT_WRITE
@@ -193,14 +193,6 @@ cdef void _table_begins(sc_mmu *mmu, sc_vcpu *v, sc_replay *t, const sc_record *
         _place_word(mmu, v, gpa + 8 * n, words[n])
 
 
-cdef int _invpcid(sc_mmu *mmu, sc_vcpu *v, const sc_record *e, sc_result *r) noexcept nogil:
-    """One address is dropped as INVLPG drops it. What drops more is a load of the CR3 that is there: no replay finds
-    less valid than the guest did."""
-    if e.flags & 3 == 0:
-        return _access(mmu, v, OP_INVLPG, e.addr, False, 0, 0, False, r)
-    return load_cr3(mmu, v, v.cr3)
-
-
 cdef inline u32 _size(const sc_record *e) noexcept nogil:
     """Bytes of an access within its page, as far as one access of the engine goes."""
     cdef u32 size = 1 << min(((e.flags >> ACCESS_SIZE_SHIFT) & 15) - 1, 3) if (e.flags >> ACCESS_SIZE_SHIFT) & 15 else 1
@@ -251,7 +243,7 @@ cdef int _record(sc_mmu *mmu, sc_vcpu **vcpus, u64 count, sc_replay *t, u64 i) n
     elif kind == LOAD_EFER:
         rc = load_efer(mmu, v, addr)
     elif kind == INVPCID:
-        rc = _invpcid(mmu, v, &e, &r)
+        rc = _access(mmu, v, OP_INVPCID, addr, False, e.flags & 3, e.value, False, &r)
     if rc == RC_GP and (kind < STORE or kind == LOAD_EFER):
         t.faults += 1
     return min(rc, RC_OK)

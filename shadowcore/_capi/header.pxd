@@ -28,6 +28,8 @@ cdef extern from "shadowcore.h" nogil:
         SC_CPL
         SC_DATA
         SC_BRIEF
+        SC_IMPLICIT
+        SC_AMD
         SC_SETTING_ZERO
         SC_UNSYNC
         SC_EXITS
@@ -48,6 +50,7 @@ cdef extern from "shadowcore.h" nogil:
         uint32_t tlb_ways[3]
         uint32_t reserved, prev_roots, prefetch
         uint64_t host_page_size
+        uint32_t vendor, reserved_2
 
     ctypedef struct sc_access:
         uint32_t struct_size, vcpu
@@ -137,3 +140,5 @@ cdef extern from "shadowcore.h" nogil:
         int (*host_unmap)(sc_vm, uint64_t, uint64_t, uint32_t) noexcept nogil
         int (*host_touch)(sc_vm, uint64_t, uint64_t, uint32_t) noexcept nogil
         int (*host_collapse)(sc_vm, uint64_t, uint64_t) noexcept nogil
+        int (*invpcid)(sc_vm, uint32_t, uint64_t, const uint64_t *) noexcept nogil
+        int (*vcpu_init)(sc_vm, uint32_t) noexcept nogil

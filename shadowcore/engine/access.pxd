@@ -20,15 +20,16 @@ cdef enum:
     OP_AND = 13
     OP_OR = 14
     OP_XOR = 15
-    OP_COUNT = 16
+    OP_INVPCID = 16
+    OP_COUNT = 17
 
 cdef struct sc_op:
     u8 op                           # OP_*
     u8 user                         # made in user mode
-    u8 size                         # bytes of an access: 1, 2, 4, 8 or 16
+    u8 size                         # bytes of an access: 1, 2, 4, 8 or 16; INVPCID: its type
     u8 vcpu                         # number of the vcpu
-    u64 addr                        # linear address
-    u64 value[2]                    # what is stored, or loaded into a register; low half first
+    u64 addr                        # linear address; INVPCID: that of its descriptor
+    u64 value[2]                    # what is stored, or loaded into a register, low half first; INVPCID: PCID
     u64 expected[2]                 # CMPXCHG: what must be there
 
 cdef struct sc_result:
@@ -36,13 +37,14 @@ cdef struct sc_result:
     u64 value[2]                    # what a load, fetch or read-modify-write read
     u32 error_code                  # of a guest fault
     u32 exits                       # page-fault exits it took
-    u8 outcome                      # RC_OK, RC_PF, RC_GP or RC_MMIO
+    u8 outcome                      # RC_OK, RC_PF, RC_GP, RC_MMIO or RC_UD
     u8 emulated                     # stores to RAM that the emulator did
 
 cdef inline bint op_is_access(u32 op) noexcept nogil:
-    return op <= OP_FETCH or op >= OP_CMPXCHG
+    return op <= OP_FETCH or op - OP_CMPXCHG <= <u32>(OP_XOR - OP_CMPXCHG)
 
 cdef inline bint op_is_rmw(u32 op) noexcept nogil:
+    """Of an access."""
     return op >= OP_CMPXCHG
 
 cdef int vcpu_access(sc_mmu *mmu, sc_vcpu *v, const sc_op *o, bint data, sc_result *r) noexcept nogil
@@ -53,4 +55,6 @@ cdef bint access_glance(sc_mmu *mmu, sc_vcpu *v, const sc_op *o, bint data, sc_r
 cdef bint access_fault(sc_mmu *mmu, sc_vcpu *v, const sc_op *o, bint data, sc_result *r) noexcept nogil
 cdef int access_missed(sc_mmu *mmu, sc_vcpu *v, const sc_op *o, bint data, sc_result *r) noexcept nogil
 cdef int access_do(sc_mmu *mmu, sc_vcpu *v, const sc_op *o, bint data, sc_result *r) noexcept nogil
+# An implicit one: made by the processor itself, as the supervisor whatever o.user says (SDM vol. 3, 4.6.1).
+cdef int access_implicit(sc_mmu *mmu, sc_vcpu *v, const sc_op *o, bint data, sc_result *r) noexcept nogil
 cdef int access_shortest(sc_mmu *mmu, sc_vcpu *v, const sc_op *o, bint data, sc_result *r) noexcept nogil

@@ -37,6 +37,8 @@ cdef enum:
     EFER_LME = 1 << 8
     EFER_LMA = 1 << 10
     EFER_NXE = 1 << 11
+    EFER_FFXSR = 1 << 14            # AMD
+    EFER_TCE = 1 << 15              # AMD: INVLPG leaves paging-structure caches of other addresses alone
 
 cdef inline u64 cr0_pg() noexcept nogil:
     return <u64>1 << 31

@@ -14,7 +14,7 @@ cdef enum:
     EXIT_CR3 = 6
     EXIT_CR4 = 7
     EXIT_EFER = 8
-    EXIT_INVLPG = 9
+    EXIT_INVLPG = 9                 # or INVPCID: one control intercepts both
     EXIT_COUNT = 10
     EXIT_FAULTS = 5                 # how many are page faults: the first ones
 
@@ -69,6 +69,7 @@ cdef struct sc_stats:
     u64 host_faults_large           # of host_faults, blocks of 2 MiB
     u64 outer_faults                # frames, or blocks of 2 MiB, that an outer host had to find for that
     u64 outer_faults_large          # of these, blocks
+    u64 invpcid                     # INVPCID instructions that were executed
 
 cdef class Stats:
     cdef sc_stats *c                # counters of a VM, or `own`

@@ -73,6 +73,7 @@ class Stats:
     host_faults_large: Final[int]
     outer_faults: Final[int]
     outer_faults_large: Final[int]
+    invpcid: Final[int]
 
     @property
     def exits(self) -> dict[str, int]: ...

@@ -12,4 +12,5 @@ cdef enum:
     FEAT_UMIP = 1 << 8
     FEAT_FSGSBASE = 1 << 9
     FEAT_XSAVE = 1 << 10
-    FEAT_COUNT = 11
+    FEAT_INVPCID = 1 << 11
+    FEAT_COUNT = 12

@@ -5,3 +5,4 @@ from shadowcore.engine.types cimport u32, u64
 cdef void invalidate_fault(sc_mmu *mmu, sc_vcpu *v, u64 va, u32 code) noexcept nogil
 cdef void inject_fault(sc_mmu *mmu, sc_vcpu *v, u64 va, u32 code) noexcept nogil
 cdef void deliver_fault(sc_mmu *mmu, sc_vcpu *v, u64 va) noexcept nogil
+cdef int invalidate_pcid(sc_mmu *mmu, sc_vcpu *v, u32 kind, u64 pcid, u64 va, bint user) noexcept nogil

@@ -1,10 +1,10 @@
 """Operations of a batch, done by the fastest path that each has."""
 from libc.string cimport memcpy
 
-from shadowcore.engine.access cimport OP_CMPXCHG, OP_FETCH, op_is_access, sc_op
+from shadowcore.engine.access cimport OP_CMPXCHG, OP_FETCH, OP_INVPCID, sc_op, sc_result
 from shadowcore.engine.results cimport sc_row
 from shadowcore.engine.state cimport sc_mmu
-from shadowcore.engine.types cimport i64, u8, u32, u64
+from shadowcore.engine.types cimport i64, u8, u16, u32, u64
 from shadowcore.engine.watch cimport sc_watch
 
 cdef enum:
@@ -29,7 +29,8 @@ cdef enum:
     FIELD_VALUE_HIGH = 6
     FIELD_EXPECTED = 7
     FIELD_EXPECTED_HIGH = 8
-    FIELDS = 9
+    FIELD_IMPLICIT = 9
+    FIELDS = 10
 
 cdef inline u64 addr_at(i64 stride) noexcept nogil:
     """Where addr lies, in elements PACKED or ALIGNED."""
@@ -104,11 +105,28 @@ cdef inline bint op_stands(const sc_op *o, u32 vcpus, u32 last, bint wide) noexc
     """There is such an operation, of such a size, and such a vcpu. wide: accesses of 16 bytes are welcome."""
     if o.op > last or o.vcpu >= vcpus:
         return False
-    if not op_is_access(o.op) or o.op == OP_FETCH:
+    if o.op >= OP_FETCH and o.op < OP_CMPXCHG:
         return True
     if o.size == 16:                # for loads, stores and CMPXCHG
-        return wide and o.op <= OP_CMPXCHG
-    return o.size != 0 and o.size <= 8 and o.size & (o.size - 1) == 0
+        return (wide and o.op <= OP_CMPXCHG) or o.op == OP_INVPCID
+    return (o.size != 0 and o.size <= 8 and o.size & (o.size - 1) == 0) or o.op == OP_INVPCID
+
+cdef inline void batch_tell(sc_batch *b, u64 i, const sc_result *r) noexcept nogil:
+    """What became of operation i."""
+    cdef sc_row *row
+    b.gpa[i] = r.gpa
+    if b.data:
+        b.value[i] = r.value[0]
+        if b.high != NULL:
+            b.high[i] = r.value[1]
+    if r.outcome or r.exits or r.emulated:
+        row = &b.rows[b.n_rows]
+        b.n_rows += 1
+        row.number = i
+        row.error_code = <u16>r.error_code
+        row.exits = <u16>r.exits
+        row.outcome = r.outcome
+        row.emulated = r.emulated
 
 cdef bint quick_candidates(const u8 *element, u64 n, i64 stride) noexcept nogil
 cdef int quick_chunk(sc_mmu *mmu, sc_batch *b, u64 *done, u64 stop) noexcept nogil

@@ -10,6 +10,8 @@ cdef int load_cr3(sc_mmu *mmu, sc_vcpu *v, u64 value) noexcept nogil
 cdef int load_cr4(sc_mmu *mmu, sc_vcpu *v, u64 value) noexcept nogil
 cdef int load_efer(sc_mmu *mmu, sc_vcpu *v, u64 value) noexcept nogil
 cdef void load_pkru(sc_mmu *mmu, sc_vcpu *v, u64 value) noexcept nogil
+cdef void ac_put(sc_vcpu *v, bint on) noexcept nogil
+cdef void load_init(sc_mmu *mmu, sc_vcpu *v) noexcept nogil
 cdef void load_ac(sc_mmu *mmu, sc_vcpu *v, bint on) noexcept nogil
 
 cdef inline void load_refused(sc_mmu *mmu) noexcept nogil:

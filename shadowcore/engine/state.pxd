@@ -169,6 +169,8 @@ cdef struct sc_design:
     void (*slot_changed)(sc_mmu *mmu) noexcept nogil
     # The host takes n frames of RAM from `frame` on away: leaves that map one go. True if there were any. May be NULL.
     bint (*withdraw)(sc_mmu *mmu, u64 frame, u64 n) noexcept nogil
+    # The guest's INVPCID of a type (INVPCID_*) and with operands that there are. May be NULL.
+    void (*invpcid)(sc_mmu *mmu, sc_vcpu *v, u32 kind, u16 pcid, u64 va) noexcept nogil
 
 # Which page is recycled when pages run short. New pages enter the active list at its young end; else its order is the
 # policy's.

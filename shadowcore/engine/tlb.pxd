@@ -10,6 +10,15 @@ cdef enum:
     TLB_SIZES = 3                   # 4 KiB; 2 or 4 MiB; 1 GiB
     TLB_PAGES = 64                  # INVLPGs and page faults that the audit remembers
     TLB_ANY_PCID = 0xFFFF           # in the place of a PCID: each of them
+    TLB_NOT_GLOBAL = 0x1000         # beside a PCID: global entries stay
+
+# Types of INVPCID (SDM vol. 2).
+cdef enum:
+    INVPCID_ADDRESS = 0
+    INVPCID_CONTEXT = 1
+    INVPCID_ALL = 2                 # global ones too
+    INVPCID_NOT_GLOBAL = 3
+    INVPCID_TYPES = 4
 
 cdef struct sc_tlb_entry:
     u64 page                        # linear address of the page, | 1 while the entry was ever filled
@@ -41,7 +50,7 @@ cdef struct sc_tlb:
     u64 due_pcid[4096]              # clock of the last CR3 load that drops a PCID
     u64 due_page[TLB_PAGES]         # addresses of the last INVLPGs and page faults, ...
     u64 due_page_at[TLB_PAGES]      # ... their clocks, ...
-    u16 due_page_pcid[TLB_PAGES]    # ... and the PCID of which entries go, besides global ones, or TLB_ANY_PCID
+    u16 due_page_pcid[TLB_PAGES]    # ... and the PCID of which entries go, | TLB_NOT_GLOBAL, or TLB_ANY_PCID
     u32 due_next                    # slot of the next of them
 
 cdef inline bint tlb_valid(const sc_tlb *t, const sc_tlb_entry *e, u64 mmu_epoch) noexcept nogil:
@@ -57,4 +66,5 @@ cdef void tlb_flush_all(sc_tlb *t, bint lost) noexcept nogil
 cdef void tlb_flush_pcid(sc_tlb *t, u16 pcid, bint lost) noexcept nogil
 cdef void tlb_flush_page(sc_tlb *t, u64 va, bint lost) noexcept nogil
 cdef void tlb_flush_fault(sc_tlb *t, u64 va, u16 pcid, bint lost) noexcept nogil
+cdef void tlb_flush_invpcid(sc_tlb *t, u32 kind, u16 pcid, u64 va, bint lost) noexcept nogil
 cdef bint tlb_overdue(const sc_tlb *t, const sc_tlb_entry *e) noexcept nogil

@@ -15,7 +15,7 @@ ctypedef int64_t i64
 cdef enum:
     SC_NONE = 0xFFFFFFFF            # "no shadow page" where a page index is expected
 
-# What became of an access; the first four are the values of RunResult.outcome.
+# What became of an access; those from 0 to 3, and 6, are values of RunResult.outcome.
 cdef enum:
     RC_OK = 0
     RC_PF = 1                       # guest #PF
@@ -23,6 +23,7 @@ cdef enum:
     RC_MMIO = 3                     # the address is in no memory slot
     RC_EMULATE = 4                  # the store (or load) must be done by the emulator
     RC_RETRY = 5                    # the shadow was mended: the processor walks again
+    RC_UD = 6                       # guest #UD
     RC_EXHAUSTED = -1               # every page of the pool is pinned as a root
     RC_LIVELOCK = -2                # an access that never ends: a defect of ours, reported and not looped on
     RC_BAD_OP = -3                  # operation code that does not exist

@@ -31,6 +31,7 @@ cdef struct sc_paging:
     bint pke                        # CR4.PKE, 4- and 5-level paging only
     bint ac                         # EFLAGS.AC
     bint fetch_coded                # fetches show in error codes: NXE with 8-byte entries, or SMEP
+    bint amd                        # the rules of AMD: bit 8 of entries at levels 4 and 5 must be 0
     bint accessed_early             # quirk: A is set on the way down, before rights are judged
     u8 refused_by[PF_ACCESSES]      # by access (PF_ASKED): bit ACC_* is set if those rights of a whole walk refuse it
 

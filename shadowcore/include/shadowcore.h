@@ -8,7 +8,8 @@
  * Handles. A VM is named by a number. Numbers are not used again, so that a call on a VM that is gone, or never was,
  * is SC_E_HANDLE and nothing else.
  *
- * Return values. 0 is done; what ends in the guest is positive (SC_PAGE_FAULT, SC_GENERAL_PROTECTION, SC_MMIO);
+ * Return values. 0 is done; what ends in the guest is positive (SC_PAGE_FAULT, SC_GENERAL_PROTECTION, SC_MMIO,
+ * SC_UNDEFINED);
  * errors of the caller or the host are negative, sc_api.last_error() says in words what was wrong, and nothing has
  * changed.
  *
@@ -43,6 +44,7 @@ enum {
     SC_PAGE_FAULT = 1,         /* the guest's #PF: error_code; CR2 is loaded */
     SC_GENERAL_PROTECTION = 2, /* the guest's #GP */
     SC_MMIO = 3,               /* the gpa is in no memory slot: a device's */
+    SC_UNDEFINED = 6,          /* the guest's #UD */
     SC_E_NULL = -1,            /* a pointer that must not be NULL is */
     SC_E_STRUCT = -2,          /* struct_size is that of no version of the structure */
     SC_E_HANDLE = -3,          /* no such VM, or no more */
@@ -99,7 +101,7 @@ enum {
     SC_CR4 = 3,
     SC_EFER = 4,
     SC_PKRU = 5,
-    SC_AC = 6, /* EFLAGS.AC: 0 or 1. Accesses to the IDT, GDT, LDT and TSS are made with 0 (SDM vol. 3, 4.6.1) */
+    SC_AC = 6, /* EFLAGS.AC: 0 or 1. It does not count for accesses with SC_IMPLICIT */
     SC_CPL = 7 /* 0 or 3 */
 };
 
@@ -118,8 +120,12 @@ enum {
     SC_FEATURE_PCID = 1 << 7,
     SC_FEATURE_UMIP = 1 << 8,
     SC_FEATURE_FSGSBASE = 1 << 9,
-    SC_FEATURE_XSAVE = 1 << 10
+    SC_FEATURE_XSAVE = 1 << 10,
+    SC_FEATURE_INVPCID = 1 << 11
 };
+
+/* Whose processor it is, for sc_config.vendor. */
+enum { SC_INTEL = 0, SC_AMD = 1 };
 
 /* Exits, the index of sc_counters.exits and the detail of SC_EVENT_EXIT. */
 enum {
@@ -132,7 +138,7 @@ enum {
     SC_EXIT_CR3 = 6,
     SC_EXIT_CR4 = 7,
     SC_EXIT_EFER = 8,
-    SC_EXIT_INVLPG = 9,
+    SC_EXIT_INVLPG = 9,  /* or INVPCID */
     SC_EXITS = 10
 };
 
@@ -166,6 +172,9 @@ enum {
 
 #define SC_DATA 1u        /* flags of an access: bytes move */
 #define SC_BRIEF 2u       /* ... page_shift and rights are not wanted (they are 0): saves a walk where none is needed */
+/* ... the processor makes it itself, to the IDT, GDT, LDT or TSS: as the supervisor whatever `user` says, and SMAP
+ * refuses it whatever EFLAGS.AC is (SDM vol. 3, 4.6.1) */
+#define SC_IMPLICIT 4u
 #define SC_SETTING_ZERO 0xFFFFFFFFu /* a setting of which 0 means the default is to be 0, or never, or none */
 #define SC_NOWHERE UINT64_MAX       /* a gpa or hpa that is none */
 
@@ -202,6 +211,9 @@ typedef struct sc_config {
     uint32_t prev_roots;   /* roots of earlier CR3s that a vcpu keeps */
     uint32_t prefetch;     /* entries that a fault fills */
     uint64_t host_page_size; /* bytes of the host's pages under guest RAM; 0: 4096 */
+    /* Of the processors. A caller whose sc_config ends before this may go on. */
+    uint32_t vendor;       /* SC_INTEL, SC_AMD: whose rules hold where they differ (shadowcore.Features) */
+    uint32_t reserved_2;   /* 0 */
 } sc_config;
 
 typedef struct sc_access {
@@ -211,7 +223,7 @@ typedef struct sc_access {
     uint8_t kind;          /* SC_READ, ... */
     uint8_t size;          /* bytes: 1, 2, 4, 8 or 16 */
     uint8_t user;          /* made in user mode */
-    uint8_t flags;         /* SC_DATA, SC_BRIEF */
+    uint8_t flags;         /* SC_DATA, SC_BRIEF, SC_IMPLICIT */
     uint32_t reserved;     /* 0 */
     uint64_t value[2];     /* SC_DATA: what is stored, low half first */
     uint64_t expected[2];  /* SC_CMPXCHG: what must be there */
@@ -319,6 +331,7 @@ typedef struct sc_counters {
     uint64_t host_faults_large;
     uint64_t outer_faults;
     uint64_t outer_faults_large;
+    uint64_t invpcid;
 } sc_counters;
 
 typedef struct sc_event {
@@ -456,6 +469,13 @@ typedef struct sc_api {
     int (*host_touch)(sc_vm vm, uint64_t gfn, uint64_t n, uint32_t write);
     /* The host makes pages of 2 MiB of them. */
     int (*host_collapse)(sc_vm vm, uint64_t gfn, uint64_t n);
+
+    /* INVPCID of this type (0 to 3: an address, a PCID, all, all that is not global) by supervisor code. descriptor: its
+     * two words, the PCID and the linear address. SC_GENERAL_PROTECTION, SC_UNDEFINED as SDM vol. 2 says. Neither this
+     * nor the next one takes the GIL. */
+    int (*invpcid)(sc_vm vm, uint32_t vcpu, uint64_t type, const uint64_t descriptor[2]);
+    /* The state that an INIT leaves in what this library has of a processor (SDM vol. 3, table 10-1). */
+    int (*vcpu_init)(sc_vm vm, uint32_t vcpu);
 } sc_api;
 
 /* 1 if the table has all that this header declares. */

@@ -33,7 +33,7 @@ def _far(text: bytes, at: int, long: bool) -> int:
 
 
 class Instructions(Exceptions):
-    """Control registers, EFER, INVLPG, CPUID, SYSCALL."""
+    """Control registers, EFER, INVLPG, INVPCID, CPUID, SYSCALL."""
 
     def _text(self, rip: int, size: int = 15) -> bytes:
         """Bytes of the instruction at rip, as many as are there."""
@@ -162,13 +162,40 @@ class Instructions(Exceptions):
         self._flush_wanted = True
         return length
 
+    def _is_invpcid(self, rip: int) -> bool:
+        """Unicorn's processor has no INVPCID (66 0F 38 82), and takes #UD where one is."""
+        text, at, *_ = self._decode(rip)
+        return text[at - 1 : at + 2] == b"\x0f\x38\x82" and 0x66 in text[: at - 1] and text[at + 2] >> 6 != 3
+
+    def _invpcid(self, rip: int) -> int:
+        text, at, rex, segment, long = self._decode(rip)
+        self.exits["invpcid"] += 1
+        if not self.vm.features.invpcid:
+            raise Fault(UD)
+        address, length = self._effective(rip, text, at + 2, rex, segment, long)
+        user = self.p.cpl == 3
+        if user:
+            raise Fault(GP)
+        kind = self.p.gpr((text[at + 2] >> 3 & 7) | (rex & 4) << 1)
+        words = []
+        for offset in (0, 8):
+            self._set_ac(explicit=True)
+            result = self._op(Op.READ, address + offset, size=8, data=True)
+            if result.outcome[0]:
+                self._own_fault(result)
+            words.append(int(result.value[0]))
+        if self._op(Op.INVPCID, words[1], words[0], min(kind if long else kind & 0xFFFFFFFF, 255)).outcome[0]:
+            raise Fault(GP)
+        self._flush_wanted = True
+        return length
+
     def _effective(self, rip: int, text: bytes, at: int, rex: int, segment: int, long: bool) -> tuple[int, int]:
         """Linear address of the memory operand whose ModRM byte is at `at`, and where the instruction ends."""
         mod, rm = text[at] >> 6, text[at] & 7
         at += 1
         address, base = 0, rm | (rex & 1) << 3
         if 0x67 in text[: at - 3] and not long:
-            raise Unsupported(f"INVLPG with a 16-bit address, RIP {rip:#x}")
+            raise Unsupported(f"INVLPG or INVPCID with a 16-bit address, RIP {rip:#x}")
         relative = False
         if rm == 4:
             sib = text[at]
@@ -202,6 +229,7 @@ class Instructions(Exceptions):
         if leaf == 1:
             ecx &= ~(1 << 17 | 1 << 21 | 1 << 3)  # PCID, x2APIC, MONITOR
         elif leaf == 7 and sub == 0:
+            ebx = ebx & ~(1 << 10) | features.invpcid << 10
             ebx &= ~((not features.smep) << 7 | (not features.smap) << 20)
             ecx = (ecx & ~(1 << 3)) | features.la57 << 16
         elif leaf == 0x80000001:

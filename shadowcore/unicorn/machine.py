@@ -333,6 +333,9 @@ class Machine(Instructions):
             self._page_fault(rip)
         elif EXCEPTION <= reason < EXCEPTION + 32:
             vector = reason - EXCEPTION
+            if vector == UD and self._is_invpcid(rip):
+                self._privileged(self._invpcid, rip)
+                return
             self.deliver(vector, self.p.error_code if vector in ERROR_CODES else 0)
         elif READ_CR <= reason < READ_CR + 16 or WRITE_CR <= reason < WRITE_CR + 16:
             self._privileged(self._control_register, rip)
@@ -431,11 +434,11 @@ def boot(
     """A Machine at the entry point of a multiboot ELF file; `run()` starts it.
 
     Serial port 0x3f8 is captured (`.serial`), a byte to port 0xf4 ends the run (`.exit_code`), the page of the local
-    APIC answers. features: default: what Unicorn's processor has as well (no PKU, no PCID).
+    APIC answers. features: default: what Unicorn's processor has as well (no PKU, PCID, INVPCID; the last can be had).
     vm: a fresh one to use instead.
     """
     if vm is None:
-        vm = VM(memory, mmu, features=features or Features(maxphyaddr=40, pku=False, pcid=False))
+        vm = VM(memory, mmu, features=features or Features(maxphyaddr=40, pku=False, pcid=False, invpcid=False))
     with open(check_path(path), "rb") as file:
         image = file.read()
     entry, info = load_multiboot(vm, image, command_line)

@@ -251,7 +251,7 @@ def test_settings():
     found = sc.embed.from_handle(vm.value)
     wanted = sc.Shadow.cached(pool_pages=64, min_free=0, refill=30, flood_threshold=None, quirks=sc.Quirk.PDE_WRITE)
     assert found.mmu.design == wanted
-    names = ("gbpages", "la57", "pse36", "smep", "smap", "pku", "pcid", "umip", "fsgsbase", "xsave")
+    names = ("gbpages", "la57", "pse36", "smep", "smap", "pku", "pcid", "umip", "fsgsbase", "xsave", "invpcid")
     assert found.features == sc.Features(maxphyaddr=36, **dict.fromkeys(names, False))
     del found
     assert API.vm_destroy(vm) == OK

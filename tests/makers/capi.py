@@ -80,6 +80,8 @@ PROTOTYPES = {
     "host_unmap": (c_uint64, c_uint64, c_uint64, c_uint32),
     "host_touch": (c_uint64, c_uint64, c_uint64, c_uint32),
     "host_collapse": (c_uint64, c_uint64, c_uint64),
+    "invpcid": (c_uint64, c_uint32, c_uint64, POINTER(c_uint64)),
+    "vcpu_init": (c_uint64, c_uint32),
 }
 
 

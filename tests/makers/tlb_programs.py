@@ -27,6 +27,7 @@ from oracle import (
     EFER_NXE,
     FETCH,
     INVLPG,
+    INVPCID,
     NX,
     OK,
     PS,
@@ -158,13 +159,17 @@ def edit(mode, choose):
 def step(mode, number):
     """One step, as (what, ...)."""
     choose = Choices(number)
-    kind = choose(["access"] * 10 + ["edit"] * 4 + ["edit and invalidate"] * 3 + ["device", "invlpg"] + ["load"] * 5)
+    kind = choose(
+        ["access"] * 10 + ["edit"] * 4 + ["edit and invalidate"] * 3 + ["device", "invlpg"] + ["load"] * 5 + ["invpcid"]
+    )
     if kind == "access":
         op = choose([READ, READ, WRITE, WRITE, FETCH])
         address = choose(linear_pages(mode)) + choose([0, 8, 0x18])
         return kind, op, address, choose([0x11, 0x5A5A_0000, 14 << 12 | ALL, 10 << 12 | P]), choose([0, 1])
     if kind == "invlpg":
         return kind, choose(linear_pages(mode)) + choose([0, 0xFFF, 0x3000])
+    if kind == "invpcid":
+        return kind, choose(range(4)), choose([0, 1, 2]), choose(linear_pages(mode)) + choose([0, 0x3000])
     if kind != "load":
         place, entry = edit(mode, choose)
         # What the entry translates is often of interest soon afterwards.
@@ -236,6 +241,8 @@ class Steps:
                 self.op(INVLPG, address)
             case ("cr3", space, pcid, keep):
                 self.op(CR3, value=mode.roots[space] | ((pcid | keep << 63) if cpu.cr4 & CR4_PCIDE else 0))
+            case ("invpcid", kind, pcid, address):
+                self.op(INVPCID, address, pcid if cpu.cr4 & CR4_PCIDE else 0, kind)
             case ("toggle", name, bit):
                 self.toggle(name, bit)
 
@@ -294,7 +301,7 @@ class Part(Steps):
         if op in (READ, WRITE, FETCH):
             self.choose(op, address, value, size, user, got, int(result.value[0]))
             return
-        assert got[:2] == self.cpu.step(op, address, value)[:2]
+        assert got[:2] == self.cpu.step(op, address, value, size)[:2]
         if op == INVLPG:
             self.cpu.invlpg(address)
 

@@ -10,6 +10,8 @@ global (G with CR4.PGE=1).  It may forget at any time, and it must forget:
 - INVLPG: what translates that address, under every PCID, global or not (the manual asks that of the current PCID
   and of global ones; more may go, and this project promises all).
 - A load of CR3: what is not global and has the PCID that is loaded, unless bit 63 is set with CR4.PCIDE=1.
+- INVPCID: of type 0 what translates that address under that PCID, of type 1 all of a PCID, but for global ones; of type
+  3 all that is not global; of type 2 everything.
 - A change of CR0.PG, CR0.WP, CR4.PGE, PAE, SMEP, of CR4.PCIDE to 0, or of EFER.NXE: everything.
 - A page fault (4.10.4.1): what translates the faulting address, of the current PCID or global.
 
@@ -145,6 +147,19 @@ class LazyCpu(oracle.Cpu):
     def invlpg(self, address):
         address = self._linear(address)
         self.held = {t for t in self.held if not t.page <= address < t.page + t.page_size}
+
+    def invpcid(self, kind, pcid, address, user=False):
+        super().invpcid(kind, pcid, address, user)
+        address = self._linear(address)
+
+        def goes(t):
+            if kind == 2:
+                return True
+            if t.is_global or (kind < 2 and t.pcid != pcid):
+                return False
+            return kind > 0 or t.page <= address < t.page + t.page_size
+
+        self.held = {t for t in self.held if not goes(t)}
 
     def faulted(self, address):
         """A page fault at `address`."""

@@ -25,9 +25,11 @@ NO_GPA = (1 << 64) - 1
 
 # Outcomes of one operation, as the engine's batches number them.
 OK, PAGE_FAULT, GENERAL_PROTECTION, MMIO = range(4)
+UNDEFINED = 6
 
 # Operation codes.
 READ, WRITE, FETCH, CR3, CR0, CR4, EFER, INVLPG = range(8)
+INVPCID = 16
 
 # Paging-structure entry bits (SDM tables 4-4 to 4-20).
 P, W, U, A, D, PS = 1 << 0, 1 << 1, 1 << 2, 1 << 5, 1 << 6, 1 << 7
@@ -44,6 +46,7 @@ CR4_PSE, CR4_PAE, CR4_PGE = 1 << 4, 1 << 5, 1 << 7
 CR4_UMIP, CR4_LA57, CR4_FSGSBASE, CR4_PCIDE, CR4_OSXSAVE = 1 << 11, 1 << 12, 1 << 16, 1 << 17, 1 << 18
 CR4_SMEP, CR4_SMAP, CR4_PKE = 1 << 20, 1 << 21, 1 << 22
 EFER_SCE, EFER_LME, EFER_LMA, EFER_NXE = 1 << 0, 1 << 8, 1 << 10, 1 << 11
+EFER_FFXSR, EFER_TCE = 1 << 14, 1 << 15  # AMD alone
 
 # SDM 4.4.1: with PAE paging, MOV to CR0 or CR4 loads the PDPTEs if it modifies one of these.
 CR0_PDPTE_BITS = CR0_CD | CR0_NW | CR0_PG
@@ -68,6 +71,8 @@ class Features:
     smep: bool = True
     smap: bool = True
     pse36: bool = True
+    invpcid: bool = True
+    vendor: str = "intel"
     # Not CPUID's: refuse reserved and ignored bits of CR0 and CR3, as the recorded streams of 2007 have it.
     refuses_ignored_bits: bool = False
 
@@ -86,6 +91,10 @@ class PageFault(Fault):
 
 
 class GeneralProtection(Fault):
+    pass
+
+
+class UndefinedInstruction(Fault):
     pass
 
 
@@ -256,12 +265,39 @@ class Cpu:
     def load_efer(self, value):
         # SDM vol. 4 (IA32_EFER) and vol. 3A 4.1.2: #GP(0) for a reserved bit, or if LME changes while PG=1.
         allowed = EFER_SCE | EFER_LME | EFER_LMA | (self.features.nx and EFER_NXE)
+        if self.features.vendor == "amd":
+            # APM vol. 2, 3.1.7: FFXSR and TCE are there; LMA is read/write, and #GP if it is not the hardware's value.
+            allowed |= EFER_FFXSR | EFER_TCE
+            if value & EFER_LMA != self.efer & EFER_LMA:
+                raise GeneralProtection
         if value & ~allowed:
             raise GeneralProtection
         if (value ^ self.efer) & EFER_LME and self.cr0 & CR0_PG:
             raise GeneralProtection
         # LMA is read only.
         self.efer = value & ~EFER_LMA | self.efer & EFER_LMA
+
+    def invpcid(self, kind, descriptor, address, user=False):
+        """SDM vol. 2, INVPCID: what is refused. There is nothing to invalidate here."""
+        if not self.features.invpcid:
+            raise UndefinedInstruction
+        # #GP(0): CPL is not 0; an invalid type; bits 63:12 of the descriptor are not 0; types 0 and 1 with CR4.PCIDE=0
+        # and a PCID that is not 0; type 0 with an address that is not canonical (64-bit mode).
+        if user or kind > 3 or descriptor & bits(63, 12):
+            raise GeneralProtection
+        if kind in (0, 1) and not self.cr4 & CR4_PCIDE and descriptor & bits(11, 0):
+            raise GeneralProtection
+        if kind == 0 and self.mode in ("64", "la57"):
+            width = 57 if self.mode == "la57" else 48
+            if address >> (width - 1) not in (0, bits(64 - width, 0)):
+                raise GeneralProtection
+
+    def init(self):
+        """SDM table 10-1, column INIT: CR0 60000010H with CD and NW unchanged; CR2, CR3, CR4 0; EFLAGS 2; PKRU
+        unchanged.  EFER 0: APM vol. 2 table 14-1."""
+        self.cr0 = self.cr0 & (CR0_CD | CR0_NW) | CR0_ET
+        self.cr2 = self.cr3 = self.cr4 = self.efer = 0
+        self.ac = False
 
     # -- the walk --------------------------------------------------------------------------------------------
 
@@ -352,6 +388,9 @@ class Cpu:
             large = bool(entry & PS) and level in (2, 3)
             if level >= 4 or (level == 3 and not self.features.gbpages):
                 reserved |= PS
+            # AMD: bit 8, that of G, is MBZ where an entry of these levels can map no page (APM vol. 2, 5.3.3).
+            if level >= 4 and self.features.vendor == "amd":
+                reserved |= bits(8, 8)
             # 5. A large page's unused low address bits are reserved: 29:13 or 20:13 (bit 12 is PAT).
             if large:
                 reserved |= bits(shift - 1, 13)
@@ -385,10 +424,14 @@ class Cpu:
 
     # -- rights ----------------------------------------------------------------------------------------------
 
-    def _permitted(self, t, op, user):
+    def _permitted(self, t, op, user, implicit=False):
         """SDM 4.6.1 "Determination of Access Rights", line by line."""
         wp, smep, smap = self.cr0 & CR0_WP, self.cr4 & CR4_SMEP, self.cr4 & CR4_SMAP
         nxe = self.efer & EFER_NXE
+        if implicit and smap and t.user:
+            # "If CR4.SMAP = 1, ... [for] implicit supervisor-mode accesses: data may not be read from [written to] any
+            # user-mode address", whatever EFLAGS.AC is.
+            return False
         if not user:
             if op == READ:
                 # Data may be read from a supervisor-mode address; from a user-mode address if SMAP=0 or AC=1.
@@ -425,8 +468,12 @@ class Cpu:
 
     # -- accesses --------------------------------------------------------------------------------------------
 
-    def check(self, address, op, user=False):
-        """The translation that an access would use, or its fault; changes nothing."""
+    def check(self, address, op, user=False, implicit=False):
+        """The translation that an access would use, or its fault; changes nothing.
+
+        implicit: SDM 4.6.1, "some operations implicitly access system data structures ... with a linear address; the
+        resulting accesses are called implicit supervisor-mode accesses regardless of CPL"."""
+        user = user and not implicit
         try:
             t = self.translate(address)
         except PageFault as fault:
@@ -434,7 +481,7 @@ class Cpu:
             raise
         if not t.levels:
             return t
-        permitted, key_violation = self._permitted(t, op, user), self._key_violation(t, op, user)
+        permitted, key_violation = self._permitted(t, op, user, implicit), self._key_violation(t, op, user)
         if not permitted or key_violation:
             # SDM 4.7: P=1, for the translation exists; PK whenever the key forbids the access, be there
             # another cause or not.
@@ -442,10 +489,10 @@ class Cpu:
             raise PageFault(code, t.levels)
         return t
 
-    def access(self, address, op, user=False):
+    def access(self, address, op, user=False, implicit=False):
         """The architecture's part of one access: rights, CR2, A and D.  Returns the physical address."""
         try:
-            t = self.check(address, op, user)
+            t = self.check(address, op, user, implicit)
         except PageFault:
             # SDM 4.7: CR2 is the linear address.
             self.cr2 = address & bits(31 if self.mode in ("32", "pae") else 63, 0)
@@ -459,8 +506,8 @@ class Cpu:
             raise MMIOAccess(t.gpa)
         return t.gpa
 
-    def read(self, address, size=8, user=False):
-        return self.memory.read(self.access(address, READ, user), size)
+    def read(self, address, size=8, user=False, implicit=False):
+        return self.memory.read(self.access(address, READ, user, implicit), size)
 
     def write(self, address, value, size=8, user=False):
         self.memory.write(self.access(address, WRITE, user), value, size)
@@ -470,16 +517,18 @@ class Cpu:
 
     # -- batches ---------------------------------------------------------------------------------------------
 
-    def step(self, op, address=0, value=0, size=8, user=False):
+    def step(self, op, address=0, value=0, size=8, user=False, implicit=False):
         """One operation: (outcome, error code, gpa, value read)."""
         gpa = NO_GPA
         try:
             if op in (READ, WRITE, FETCH):
-                gpa = self.access(address, op, user)
+                gpa = self.access(address, op, user, implicit)
                 if op == WRITE:
                     self.memory.write(gpa, value, size)
                     return OK, 0, gpa, 0
                 return OK, 0, gpa, self.memory.read(gpa, size)
+            if op == INVPCID:
+                self.invpcid(size, value, address, user)
             # INVLPG of any address changes nothing here: this processor has no TLB.
             loads = {CR3: self.load_cr3, CR0: self.load_cr0, CR4: self.load_cr4, EFER: self.load_efer}
             if op in loads:
@@ -489,6 +538,8 @@ class Cpu:
             return PAGE_FAULT, fault.error_code, gpa, 0
         except GeneralProtection:
             return GENERAL_PROTECTION, 0, gpa, 0
+        except UndefinedInstruction:
+            return UNDEFINED, 0, gpa, 0
         except MMIOAccess as access:
             return MMIO, 0, access.gpa, 0
 

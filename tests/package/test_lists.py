@@ -144,12 +144,12 @@ def quirks_in_words(texts):
 def outcomes(texts):
     """The keys of results._OUTCOMES, whose names are words."""
     body = re.search(r"^_OUTCOMES = (\{.*?\})", texts["pyx/engine/results.pyx"], re.M | re.S)[1]
-    return dict(zip(("ok", "pf", "gp", "mmio"), ast.literal_eval(body), strict=False))
+    return dict(zip(("ok", "pf", "gp", "mmio", "ud"), ast.literal_eval(body), strict=False))
 
 
 def returned(texts):
     """What sc_api returns of an access, by the engine's names."""
-    names = {"ok": "ok", "page_fault": "pf", "general_protection": "gp", "mmio": "mmio"}
+    names = {"ok": "ok", "page_fault": "pf", "general_protection": "gp", "mmio": "mmio", "undefined": "ud"}
     return {names.get(name, name): value for name, value in header("SC_", "SC_OK")(texts).items() if value >= 0}
 
 
@@ -181,11 +181,12 @@ def everything(copy):
 
 def accesses(copy):
     """Of operations, those that op_is_access knows."""
-    return {name: code for name, code in copy.items() if code <= copy["fetch"] or code >= copy["cmpxchg"]}
+    rmw = range(copy["cmpxchg"], copy["xor"] + 1)
+    return {name: code for name, code in copy.items() if code <= copy["fetch"] or code in rmw}
 
 
 def read_modify_writes(copy):
-    return {name: code for name, code in copy.items() if code > copy["cmpxchg"]}
+    return {name: code for name, code in copy.items() if copy["cmpxchg"] < code <= copy["xor"]}
 
 
 def same_as_op(copy):
@@ -195,7 +196,7 @@ def same_as_op(copy):
 
 def guests(copy):
     """Of return codes, those that end in the guest; the engine's own follow, and errors are negative."""
-    return {name: code for name, code in copy.items() if 0 <= code <= copy["mmio"]}
+    return {name: code for name, code in copy.items() if 0 <= code <= copy["mmio"] or name == "ud"}
 
 
 NO_EXITS = ("EXIT_FAULTS",)
@@ -417,8 +418,6 @@ ADDED = {
         line(ENGINE + "access.pxd", r"    OP_<LAST> = ", "    OP_DUMMY = <N>"),
         counted(ENGINE + "access.pxd", "OP_COUNT"),
         line(CONFIG, r"    <LAST> = ", "    DUMMY = <N>"),
-        enumerator("", "<N>"),
-        ("pyx/engine/vcpu.pyx", r"(_MODIFY = \{.*?)\}", r'\1, "dummy": OP_DUMMY}'),
     ],
     "feature": [
         line(ENGINE + "features.pxd", r"    FEAT_<LAST> = ", "    FEAT_DUMMY = 1 << <N>"),

@@ -182,6 +182,27 @@ def test_a_store_to_a_table_whose_shadow_was_just_made(mmu, way):
     assert machine.vm.audit(strict=True).ok
 
 
+@pytest.mark.parametrize(
+    ("kind", "word", "expected"), [(0, 0, 0x22000), (1, 0, 0x22000), (2, 0, 0x22000), (3, 0, 0x22000)]
+)
+@pytest.mark.parametrize("way", su.WAYS)
+@pytest.mark.parametrize("mmu", DESIGNS)
+def test_invpcid(mmu, way, kind, word, expected):
+    """Unicorn's processor has none; here it does what INVLPG does in the program above."""
+    invlpg = "0f013d00104000"
+    load = f"b9{kind:02x}000000 660f38820d00000300"  # MOV ECX, kind; INVPCID ECX, [0x30000]
+    machine = bare(bytes.fromhex(" ".join(SHADOWED_LATE).replace(invlpg, load)), mmu, way)
+    identity = np.arange(1024, dtype="<u4") * 4096 + 3
+    machine.vm.write_physical(0x10000, np.array([0x11003], dtype="<u4").tobytes())
+    machine.vm.write_physical(0x11000, identity.tobytes())
+    machine.vm.write_physical(0x30000, np.array([word, 0x40_1000], dtype="<u8").tobytes())
+    for page in (0x20000, 0x21000, 0x22000):
+        machine.vm.write_physical(page, page.to_bytes(4, "little"))
+    assert machine.run(seconds=10) == expected
+    assert (machine.exits["invpcid"], machine.vm.stats.invpcid) == (1, 1)
+    assert machine.vm.audit(strict=True).ok
+
+
 @pytest.mark.parametrize("way", su.WAYS)
 @pytest.mark.parametrize("mmu", ["native", "flush", "cached", "unsync"])
 def test_odd_stores_to_tables_write_protection_off_and_the_apic(mmu, way):

@@ -14,8 +14,9 @@ from shadowcore.engine.pool cimport pool_design, pool_get, pool_zap
 from shadowcore.engine.role cimport role_level
 from shadowcore.engine.roots cimport make_role, roots_load, roots_release, slot_changed, slot_changes
 from shadowcore.engine.spte cimport leaf_guest_rights, spte_drop
-from shadowcore.engine.state cimport linear_exists, sc_loaded, sc_mmu, sc_vcpu
-from shadowcore.engine.types cimport ACC_ALL, MODE_32, MODE_64, MODE_OFF, PF_P, PF_RSVD, RC_OK, SC_NONE, u32, u64
+from shadowcore.engine.state cimport linear_exists, sc_loaded, sc_mmu, sc_vcpu, vcpu_pcid
+from shadowcore.engine.tlb cimport INVPCID_ADDRESS, INVPCID_ALL, INVPCID_NOT_GLOBAL
+from shadowcore.engine.types cimport ACC_ALL, MODE_32, MODE_64, MODE_OFF, PF_P, PF_RSVD, RC_OK, SC_NONE, u16, u32, u64
 from shadowcore.engine.walker cimport probe_walk, sc_walk
 
 
@@ -155,6 +156,19 @@ cdef void _invlpg(sc_mmu *mmu, sc_vcpu *v, u64 va) noexcept nogil:
     _drop_leaves(mmu, v, va, False, FLUSH_INVLPG)
 
 
+cdef void _invpcid(sc_mmu *mmu, sc_vcpu *v, u32 kind, u16 pcid, u64 va) noexcept nogil:
+    """What is shadowed is of the PCID that is loaded: each load of CR3 zaps the rest."""
+    if kind == INVPCID_ALL:
+        _reset(mmu, v, NULL)
+    elif kind == INVPCID_NOT_GLOBAL or pcid == vcpu_pcid(v):
+        if kind == INVPCID_ADDRESS:
+            _invlpg(mmu, v, va)
+        else:
+            _new_cr3(mmu, v, NULL)
+    else:
+        exit_flush(mmu)
+
+
 cdef bint _guest_fault(sc_mmu *mmu, sc_vcpu *v, u64 va, u32 code) noexcept nogil:
     """Leaves that say what the tables say stay, as in the original: their loss would show in exits alone. (The original
     kept the others, too.)"""
@@ -177,6 +191,7 @@ cdef void flush_design(sc_mmu *mmu) noexcept nogil:
     mmu.design.new_cr3 = _new_cr3
     mmu.design.reset = _reset
     mmu.design.invlpg = _invlpg
+    mmu.design.invpcid = _invpcid
     mmu.design.guest_fault = _guest_fault
     mmu.design.fast_fault = fault_fast
     mmu.design.root_of = _root_of

@@ -17,10 +17,11 @@ from shadowcore.engine.quirks cimport QUIRK_FAULT_KEEPS_LEAF, QUIRK_TAGGED_CR3_L
 from shadowcore.engine.role cimport role_direct, role_level
 from shadowcore.engine.state cimport (
     REQUEST_CURRENT, REQUEST_FLUSH, REQUEST_GUEST, REQUEST_ROOTS, REQUEST_SYNC, linear_exists, memo_drop, sc_loaded,
-    sc_mmu, sc_prev, sc_vcpu, vcpu_request,
+    sc_mmu, sc_prev, sc_vcpu, vcpu_pcid, vcpu_request,
 )
 from shadowcore.engine.sync cimport leaf_refetch
-from shadowcore.engine.types cimport MODE_64, MODE_OFF, MODE_PAE, PF_P, PF_RSVD, SC_NONE, u32, u64
+from shadowcore.engine.tlb cimport INVPCID_ADDRESS, INVPCID_CONTEXT
+from shadowcore.engine.types cimport MODE_64, MODE_OFF, MODE_PAE, PF_P, PF_RSVD, SC_NONE, u16, u32, u64
 from shadowcore.engine.unsync.faults cimport page_fault
 from shadowcore.engine.unsync.logs cimport log_cleared, log_stopped, slot_protect
 from shadowcore.engine.unsync.roots cimport enter, every_earlier, forget_device, let_go, root_at, root_of, root_role
@@ -127,10 +128,21 @@ cdef void _other_cr3(sc_mmu *mmu, sc_vcpu *v) noexcept nogil:
         mmu.pages[v.roots[0]].flood = 0
 
 
-cdef void _new_cr3(sc_mmu *mmu, sc_vcpu *v, const sc_loaded *before) noexcept nogil:
-    """CR3 was loaded: a flush, too, unless bit 63 said no."""
+cdef void _invalidate_pcid(sc_mmu *mmu, sc_vcpu *v, u16 pcid) noexcept nogil:
+    """What was cached under a PCID goes, but for global entries: the present root is synced, earlier ones let go."""
     cdef u32 i
     cdef u32 earlier = 0
+    if pcid == vcpu_pcid(v):
+        vcpu_request(v, REQUEST_SYNC | REQUEST_CURRENT)
+    if v.cr4 & CR4_PCIDE:
+        for i in range(mmu.prev_roots):
+            if v.prev[i].page != SC_NONE and (v.prev[i].cr3 ^ pcid) & 0xFFF == 0:
+                earlier |= <u32>1 << i
+        let_go(mmu, v, earlier, False)
+
+
+cdef void _new_cr3(sc_mmu *mmu, sc_vcpu *v, const sc_loaded *before) noexcept nogil:
+    """CR3 was loaded: a flush, too, unless bit 63 said no."""
     mmu.stats.insn_emulation += 1
     other_instruction(mmu, v)
     if before == NULL:
@@ -141,12 +153,7 @@ cdef void _new_cr3(sc_mmu *mmu, sc_vcpu *v, const sc_loaded *before) noexcept no
         if v.cr3 != before.cr3:
             _other_cr3(mmu, v)
     if before == NULL or not before.tagged:
-        vcpu_request(v, REQUEST_SYNC | REQUEST_CURRENT)
-        if v.cr4 & CR4_PCIDE:
-            for i in range(mmu.prev_roots):
-                if v.prev[i].page != SC_NONE and (v.prev[i].cr3 ^ v.cr3) & 0xFFF == 0:
-                    earlier |= <u32>1 << i
-            let_go(mmu, v, earlier, False)
+        _invalidate_pcid(mmu, v, vcpu_pcid(v))
     elif v.cr3 != before.cr3 and not mmu.quirks & QUIRK_TAGGED_CR3_LAGS:
         vcpu_request(v, REQUEST_SYNC)
     enter(mmu, v)
@@ -185,6 +192,24 @@ cdef void _invlpg(sc_mmu *mmu, sc_vcpu *v, u64 va) noexcept nogil:
     enter(mmu, v)
 
 
+cdef void _invpcid(sc_mmu *mmu, sc_vcpu *v, u32 kind, u16 pcid, u64 va) noexcept nogil:
+    """Of one address: the roots of that PCID, as INVLPG, among which it is counted."""
+    cdef u32 i
+    if kind == INVPCID_CONTEXT:
+        _invalidate_pcid(mmu, v, pcid)
+    elif kind != INVPCID_ADDRESS:
+        vcpu_request(v, REQUEST_GUEST)
+    else:
+        mmu.stats.invlpg += 1
+        if v.guest.mode != MODE_OFF:
+            if pcid == vcpu_pcid(v):
+                _invlpg_root(mmu, v, root_at(v, va), va)
+            for i in range(mmu.prev_roots):
+                if v.prev[i].page != SC_NONE and (v.prev[i].cr3 & 0xFFF if v.cr4 & CR4_PCIDE else 0) == pcid:
+                    _invlpg_root(mmu, v, v.prev[i].page, va)
+    enter(mmu, v)
+
+
 cdef bint _guest_fault(sc_mmu *mmu, sc_vcpu *v, u64 va, u32 code) noexcept nogil:
     """A #PF is an INVLPG of the present root; with the quirk, one with P set and no reserved bit."""
     if mmu.quirks & QUIRK_FAULT_KEEPS_LEAF and code & (PF_P | PF_RSVD) != PF_P:
@@ -214,6 +239,7 @@ cdef void unsync_design(sc_mmu *mmu) noexcept nogil:
     mmu.design.new_cr3 = _new_cr3
     mmu.design.reset = _reset
     mmu.design.invlpg = _invlpg
+    mmu.design.invpcid = _invpcid
     mmu.design.guest_fault = _guest_fault
     mmu.design.fast_fault = fault_fast_lagging
     mmu.design.root_of = root_of
