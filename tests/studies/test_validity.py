@@ -96,11 +96,11 @@ def test_backing_turns_the_comparison_over(times):
     warm, cold = (times[test, "pvm to kvm-ept"] for test in ("page-fault", "page-fault, cold"))
     assert warm.published > 4 < warm.predicted
     assert cold.published < 1 > cold.predicted
-    assert abs(warm.error) < 10 > abs(cold.error)
-    for test in ("page-fault", "parallel-fault", "fault-scaling, cold"):
-        assert abs(times[test, "pvm"].error) < 10
+    assert abs(warm.error) < 15 > abs(cold.error)
+    for test in ("page-fault", "page-fault, cold", "parallel-fault", "fault-scaling, cold"):
+        assert abs(times[test, "pvm"].error) < 15
     assert abs(times["fault-scaling, cold", "kvm-spt"].error) < 10
-    assert abs(times["fault-scaling, cold", "kvm-ept"].error) < 10
+    assert abs(times["fault-scaling, cold", "kvm-ept"].error) < 15
 
 
 def test_the_page(pvm):
