@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from . import pagetables
 from ._capi.table import get_include
 from ._version import __version__
-from .config import TLB, Features, MemorySlot, Native, Op, Quirk, Shadow
+from .config import TLB, Features, MemorySlot, Native, Nested, Op, Quirk, Shadow
 from .engine.audit import AuditReport, Violation
 from .engine.batch import OP_DTYPE
 from .engine.costs import CostBreakdown, Costs
@@ -79,6 +79,7 @@ __all__ = [
     "MemorySlot",
     "Mmu",
     "Native",
+    "Nested",
     "Op",
     "PageFault",
     "PageTables",

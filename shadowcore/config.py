@@ -387,6 +387,82 @@ class Shadow:
         return cls.kvm_6_1(**{"name": "kvm-6.12", "release": "6.12", **settings})
 
 
+@dataclass(frozen=True)
+class Nested:
+    """Nested paging: the processor walks the guest's tables through the host's (EPT, NPT), which exits of their own fill.
+
+    name: what reports call this design.
+    mmu: how the hypervisor keeps the host's tables. "tdp": KVM's TDP MMU, the default since 5.14: a fault maps one page,
+        a dirty log splits large leaves at once. "direct": its older direct MMU: a fault maps what is there of the
+        aligned group of 8 pages (PTE_PREFETCH_NUM), tables are shadow pages and recycled, a dirty log takes W from
+        large leaves.
+    levels: of the host's tables, 4 or 5. Four translate 48 bits of guest physical addresses.
+    host_page_size: bytes that a leaf of the host's tables maps at most: 4096, 2 MiB or 1 GiB. A leaf is as large as that,
+        the slot and the host's own pages under it allow.
+    prefetch: entries of the aligned group that a fault fills: 0, or a power of two up to 32. None: as `mmu` does.
+    pool_pages: tables at most. None: "tdp": what all of RAM takes in pages of 4 KiB, and 128 for devices; "direct": a
+        fiftieth of the guest's frames, at least 64 (the kernel's rule). Where they run out "direct" recycles the
+        oldest, "tdp" begins anew.
+    min_free, refill: of "direct": as Shadow's.
+    quirks: NONE, or of these: ACCESSED_EARLY, a processor that sets accessed bits on the way down, as real ones may do;
+        IGNORED_BITS_REFUSED.
+    """
+
+    name: str = "nested"
+    mmu: str = "tdp"
+    levels: int = 4
+    host_page_size: int | str = 1 << 30
+    prefetch: int | None = None
+    pool_pages: int | None = None
+    min_free: int = 5
+    refill: int = 25
+    quirks: Quirk = Quirk.NONE
+
+    engine: ClassVar[str] = "nested"
+    """The file of engine/designs in which it is made."""
+
+    def __post_init__(self) -> None:
+        min_free = check_int("min_free", self.min_free, 0, POOL_MAX)
+        if not isinstance(self.mmu, str) or self.mmu not in HOST_MMUS:
+            raise ConfigError(f"mmu: {self.mmu!r:.60} is not one of {', '.join(HOST_MMUS)}")
+        prefetch = self.prefetch
+        if prefetch is None:
+            prefetch = 8 if self.mmu == "direct" else 0
+        host = parse_size(self.host_page_size, "host_page_size")
+        _put(
+            self,
+            name=_check_text("name", self.name),
+            mmu=str.__str__(self.mmu),
+            levels=check_int("levels", self.levels, 4, 5),
+            host_page_size=host,
+            prefetch=check_int("prefetch", prefetch, 0, 32),
+            pool_pages=None if self.pool_pages is None else check_int("pool_pages", self.pool_pages, 8, POOL_MAX),
+            min_free=min_free,
+            refill=check_int("refill", self.refill, min_free, POOL_MAX),
+            quirks=_quirks(self.quirks, Quirk.ACCESSED_EARLY | Quirk.IGNORED_BITS_REFUSED),
+        )
+        if host not in HOST_PAGES:
+            raise ConfigError(f"host_page_size: {host} is not 4 KiB, 2 MiB or 1 GiB")
+        if prefetch & (prefetch - 1):
+            raise ConfigError(f"prefetch: {prefetch} is not 0, 1, 2, 4, 8, 16 or 32")
+        if prefetch and self.mmu == "tdp":
+            raise ConfigError("prefetch: the TDP MMU maps one page a fault; mmu='direct' has the setting")
+
+    def of_memory(self, frames: int) -> Nested:
+        """The same, with the pool that it has in a guest of so many frames."""
+        if self.pool_pages is not None:
+            return self
+        return replace(self, pool_pages=max(64, frames // 50) if self.mmu == "direct" else frames // 511 + 128)
+
+    @classmethod
+    def kvm_6_1(cls, mmu: str = "tdp", **settings: Any) -> Nested:
+        """Linux 6.1 with its TDP MMU ("tdp"), or with its older direct MMU ("direct", tdp_mmu=N): each exit, mapping,
+        event and dirty log of its KVM. `Nested` itself does the same: there is nothing to correct."""
+        return cls(**{"name": f"kvm-6.1-{mmu}", "mmu": mmu, **settings})
+
+
+HOST_MMUS = ("tdp", "direct")
+"""What `Nested.mmu` can be."""
 DESIGNS: dict[str, Any] = {
     "native": Native,
     "flush": Shadow.flush,
@@ -395,18 +471,23 @@ DESIGNS: dict[str, Any] = {
     "kvm-2007": Shadow.kvm_2007,
     "kvm-6.1": Shadow.kvm_6_1,
     "kvm-6.12": Shadow.kvm_6_12,
+    "nested": Nested,
 }
 DEFAULT_DESIGNS = ("native", "flush", "cached", "unsync")
 """What is compared where nothing else is said: no hypervisor, and shadow paging before 2007, in 2007 and today."""
 
 
-def design(mmu: str | Native | Shadow, **settings: Any) -> Native | Shadow:
+def design(mmu: str | Native | Shadow | Nested, **settings: Any) -> Native | Shadow | Nested:
     """The design by its name, or the given one; settings apply to names only."""
-    if isinstance(mmu, (Native, Shadow)):
-        return taken(Native, mmu, "mmu") if isinstance(mmu, Native) else taken(Shadow, mmu, "mmu")
+    if isinstance(mmu, Native):
+        return taken(Native, mmu, "mmu")
+    if isinstance(mmu, Nested):
+        return taken(Nested, mmu, "mmu")
+    if isinstance(mmu, Shadow):
+        return taken(Shadow, mmu, "mmu")
     if not isinstance(mmu, str) or mmu not in DESIGNS:
-        raise ConfigError(f"mmu: {mmu!r} is not one of {', '.join(DESIGNS)}, or a Native or Shadow object")
-    made: Native | Shadow = DESIGNS[mmu](**settings)
+        raise ConfigError(f"mmu: {mmu!r} is not one of {', '.join(DESIGNS)}, or a Native, Shadow or Nested object")
+    made: Native | Shadow | Nested = DESIGNS[mmu](**settings)
     return made
 
 

@@ -29,7 +29,7 @@ from shadowcore.engine.types cimport (
     MODE_64, PF_I, PF_U, PF_W, RC_BAD_OP, RC_EMULATE, RC_GP, RC_HOOK, RC_MMIO, RC_OK, RC_PF, RC_RETRY, RC_UNGRANTED,
     RC_UNHANDLED, u8, u32, u64,
 )
-from shadowcore.engine.walker cimport guest_glance, guest_walk, probe_walk, sc_walk, shadow_glance
+from shadowcore.engine.walker cimport guest_glance, guest_walk, nested_glance, probe_walk, sc_walk, shadow_glance
 
 cdef struct sc_part:                # the bytes of an access that lie in one page
     u64 va
@@ -320,7 +320,10 @@ cdef bint access_glance(sc_mmu *mmu, sc_vcpu *v, const sc_op *o, bint data, sc_r
             return False
         gpa = (mem_gfn(mmu.mem, frame) << 12) | (va & 4095)
     else:
-        read = guest_glance(mmu.mem, &v.guest, va, _access_bits(o), &gpa)
+        if mmu.nested:
+            read = nested_glance(mmu.mem, &v.guest, va, _access_bits(o), &gpa)
+        else:
+            read = guest_glance(mmu.mem, &v.guest, va, _access_bits(o), &gpa)
         frame = mem_frame(mmu.mem, gpa >> 12)
         if read < 0 or frame == sc_no_frame():
             return False

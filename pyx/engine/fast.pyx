@@ -13,7 +13,7 @@ from shadowcore.engine.bits cimport (
 )
 from shadowcore.engine.counters cimport EXIT_EMULATE, EXIT_FILL, EXIT_GUEST
 from shadowcore.engine.flushes cimport FLUSH_WITHHELD, request_flush
-from shadowcore.engine.gmode cimport GLANCE, in_mode, sc_gmode
+from shadowcore.engine.gmode cimport GLANCE, TABLES_GUEST, in_mode, sc_gmode
 from shadowcore.engine.hooks cimport count_exit
 from shadowcore.engine.leaf cimport (
     direct_gfn, direct_role, dirty_after, fault_count, fault_decide, leaf_commit, leaf_decide, sc_fault,
@@ -122,18 +122,18 @@ cdef inline int _guest_walk(const sc_mmu *mmu, const sc_vcpu *v, sc_fault *f, sc
     base = p.pdpte[(f.va >> 30) & 3] & pte_addr() if g.pae_root else p.root
     if g.pae_root and not p.pdpte[(f.va >> 30) & 3] & PTE_P:
         return _stopped(leaf, PTE_P, 0)     # the general way sees what that is
-    if g.top >= 5 and walk_step(m, p, f.va, f.access, NULL, &base, &entry, &all_, 5, g) != STEP_DOWN:
+    if g.top >= 5 and walk_step(m, p, f.va, f.access, NULL, &base, &entry, &all_, NULL, 5, g) != STEP_DOWN:
         return _stopped(leaf, entry, g.top + 1 - 5)
-    if g.top >= 4 and walk_step(m, p, f.va, f.access, NULL, &base, &entry, &all_, 4, g) != STEP_DOWN:
+    if g.top >= 4 and walk_step(m, p, f.va, f.access, NULL, &base, &entry, &all_, NULL, 4, g) != STEP_DOWN:
         return _stopped(leaf, entry, g.top + 1 - 4)
     if g.top >= 3:
         leaf.table = base
-        step = walk_step(m, p, f.va, f.access, NULL, &base, &entry, &all_, 3, g)
+        step = walk_step(m, p, f.va, f.access, NULL, &base, &entry, &all_, NULL, 3, g)
         if step != STEP_DOWN:
             leaf.all_ = all_
             return _stopped(leaf, entry, g.top - 2) if step == STEP_FAULT else _ended(leaf, entry, 3)
     leaf.table = base
-    step = walk_step(m, p, f.va, f.access, NULL, &base, &entry, &all_, 2, g)
+    step = walk_step(m, p, f.va, f.access, NULL, &base, &entry, &all_, NULL, 2, g)
     if step != STEP_DOWN:
         leaf.all_ = all_
         return _stopped(leaf, entry, g.top - 1) if step == STEP_FAULT else _ended(leaf, entry, 2)
@@ -141,7 +141,7 @@ cdef inline int _guest_walk(const sc_mmu *mmu, const sc_vcpu *v, sc_fault *f, sc
     t.above = all_
     # As a number, for there may be no memory: the step finds that.
     f.low = <u8 *>(<size_t>mem_guest_frame(m, base) + table_index(f.va, 1, g.pte_size) * g.pte_size)
-    step = walk_step(m, p, f.va, f.access, NULL, &base, &entry, &all_, 1, g)
+    step = walk_step(m, p, f.va, f.access, NULL, &base, &entry, &all_, NULL, 1, g)
     leaf.all_ = all_
     return _stopped(leaf, entry, g.top) if step == STEP_FAULT else _ended(leaf, entry, 1)
 
@@ -259,6 +259,7 @@ cdef inline u64 _mended(sc_mmu *mmu, sc_vcpu *v, sc_fault *f, sc_tables *t, u32 
             mmu.stats.mmu_cache_hit += 1
         else:
             t.page = pool_take(mmu, t.gfn, t.role)
+            mmu.stats.mmu_cache_miss += 1
             f.spte = t.page * 512 + level_index(f.va, 1)
         spte_link(mmu, <u32>(t.at2 - mmu.table), t.page)
     if f.withheld:
@@ -435,7 +436,7 @@ cdef inline u64 _by_mode(sc_mmu *mmu, sc_vcpu *v, u64 va, u32 access, u32 *told,
     a.told = told
     a.logged = logged
     a.lagging = lagging
-    return in_mode(v.guest.mode, False, GLANCE, _fast, &a)
+    return in_mode(v.guest.mode, TABLES_GUEST, GLANCE, _fast, &a)
 
 
 cdef u64 _fast_logged(sc_mmu *mmu, sc_vcpu *v, u64 va, u32 access, u32 *told) noexcept nogil:

@@ -16,6 +16,7 @@ from shadowcore.engine.design cimport design_invlpg, design_new_cr3, design_rese
 from shadowcore.engine.designs.cached cimport cached_design
 from shadowcore.engine.designs.flush cimport flush_design
 from shadowcore.engine.designs.native cimport native_design
+from shadowcore.engine.designs.nested cimport nested_design
 from shadowcore.engine.designs.unsync cimport unsync_design
 from shadowcore.engine.emulate cimport device_store
 from shadowcore.engine.flushes cimport FLUSH_COUNT, FLUSH_HOST, FLUSH_SLOTS, request_flush
@@ -45,7 +46,9 @@ from shadowcore.engine.walker cimport sc_walk
 from shadowcore.engine.watch cimport watch_due, watch_look, watch_raised
 from shadowcore.engine.zap cimport count_no_large, generation_next
 
-from shadowcore.config import MARKERS as _MARKERS, Shadow, check_bool, check_int, check_ints, design as checked_design
+from shadowcore.config import (
+    HOST_PAGES, MARKERS as _MARKERS, Native, Nested, Shadow, check_bool, check_int, check_ints, design as checked_design,
+)
 from shadowcore.engine.memory import allocate, window
 from shadowcore.errors import AuditError, ConfigError, EngineError, PoolExhausted
 
@@ -55,6 +58,7 @@ ctypedef void (*sc_maker)(sc_mmu *mmu) noexcept nogil
 # settings.
 cdef dict _DESIGNS = {
     "native": <size_t>native_design,
+    "nested": <size_t>nested_design,
     "flush": <size_t>flush_design,
     "cached": <size_t>cached_design,
     "unsync": <size_t>unsync_design,
@@ -152,7 +156,7 @@ _ARRAYS = {
 }
 
 RECORDED = ("accessed", "dirty", "made", "found", "synced", "unsync", "zapped", "leaf", "device", "device_hit",
-            "exit", "emulated", "all_zapped", "device_checked")
+            "exit", "emulated", "all_zapped", "device_checked", "changed", "split", "fast")
 assert len(RECORDED) == RECORD_COUNT
 RECORD_DTYPE = np.dtype([("a", "<u8"), ("b", "<u8"), ("kind", "<u4"), ("c", "<u4")])
 assert RECORD_DTYPE.itemsize == sizeof(sc_event)
@@ -175,7 +179,7 @@ cdef class Mmu:
             raise MemoryError
         memset(&self.counters, 0, sizeof(self.counters))
         design = checked_design(design)
-        if isinstance(design, Shadow):
+        if not isinstance(design, Native):
             design = design.of_memory(memory.mem.nframes)
         self.memory = memory
         self.design = design
@@ -191,17 +195,20 @@ cdef class Mmu:
         self.c.quirks = int(design.quirks)
         (<sc_maker><size_t>_DESIGNS[design.engine])(self.c)
         (<sc_maker><size_t>_POLICIES["fifo"])(self.c)
-        if not isinstance(design, Shadow):
-            self.c.marks = <u64 *>self._array(sizeof(u64) * memory.mem.nframes)
+        if not self.c.shadow:
+            self._marks = allocate(sizeof(u64) * memory.mem.nframes)
+            self.c.marks = <u64 *><size_t>self._marks.ctypes.data
+        if isinstance(design, Native):
             self.host_backs()
             return
         memory.attach_pool(design.pool_pages)
         self.c.pool_pages = design.pool_pages
         self.c.min_free = design.min_free
         self.c.refill = design.refill
-        self.c.flood_threshold = design.flood_threshold or 0
-        self.c.flood_reset = design.flood_reset
-        self.c.absent = _MARKERS.index(design.notpresent_marker)
+        if isinstance(design, Shadow):
+            self.c.flood_threshold = design.flood_threshold or 0
+            self.c.flood_reset = design.flood_reset
+            self.c.absent = _MARKERS.index(design.notpresent_marker)
         self.c.hash_shift = 62
         while buckets < self.c.pool_pages:
             buckets *= 2
@@ -306,12 +313,18 @@ cdef class Mmu:
         self._report()
 
     cdef int _prepare_unsync(self, design) except -1:
-        """What only a design whose pages can be unsync needs."""
+        """What only a design needs that lists every leaf."""
         cdef u64 frames = self.memory.mem.nframes
-        self.c.prev_roots = design.prev_roots
         self.c.prefetch = design.prefetch
-        self.c.rewrites = design.release != "6.12"
-        self.c.one_role = design.release == "2.6.28"
+        self.c.largest = 3
+        if isinstance(design, Nested):
+            self.c.tdp = design.mmu == "tdp"
+            self.c.host_levels = design.levels
+            self.c.largest = HOST_PAGES.index(design.host_page_size) + 1
+        else:
+            self.c.prev_roots = design.prev_roots
+            self.c.rewrites = design.release != "6.12"
+            self.c.one_role = design.release == "2.6.28"
         self.c.host_level = 1
         for i in range(self.memory.mem.nslots):
             self.c.host_level = max(self.c.host_level, self.memory.mem.slots[i].host_level)
@@ -440,7 +453,7 @@ cdef class Mmu:
         return self._windows("writable_arrays", self.memory)
 
     cdef dict _windows(self, what, lender):
-        if not self.c.shadow or lender is not None and self.c.mem.busy & SC_RUNNING:
+        if self.c.pages == NULL or lender is not None and self.c.mem.busy & SC_RUNNING:
             self._shadow(what)
         cdef dict found = {"table": window(self.memory.tables, lender).view(np.uint64).reshape(-1, 512)}
         for (name, dtype), array in zip(_ARRAYS.items(), self._arrays, strict=False):
@@ -493,7 +506,7 @@ cdef class Mmu:
     def is_fast(self) -> bool:
         """Accesses may take fast paths. Under `native` these ask neither the host below nor read-only slots, of which
         the guest's tables tell nothing."""
-        return not self._general and (self.c.shadow or not self.c.mem.special)
+        return not self._general and (self.c.shadow or self.c.nested or not self.c.mem.special)
 
     def record(self, size) -> None:
         """Record what the shadow MMU does (`recorded`), up to `size` events; 0: nothing more."""
@@ -743,7 +756,7 @@ cdef class Mmu:
         cleared for some frames ("clear"); or it has ended ("stop"). Memory says so."""
         self.idle()
         cdef int index = check_int("slot", slot, 0, <int>self.c.mem.nslots - 1)
-        if not self.c.shadow:
+        if self.c.pages == NULL:
             return
         if what != "clear":
             generation_next(self.c)     # flags of a slot change
@@ -761,7 +774,7 @@ cdef class Mmu:
 
     def _looks(self, what):
         self.still()
-        if not self.c.shadow:
+        if self.c.pages == NULL:
             raise ConfigError(f"{what}: the design 'native' has no shadow tables")
 
     def __repr__(self):

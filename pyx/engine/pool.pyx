@@ -57,7 +57,7 @@ cdef inline bint _must_fail(sc_mmu *mmu) noexcept nogil:
 
 
 cdef u32 pool_take(sc_mmu *mmu, u64 gfn, u32 role) noexcept nogil:
-    """A page from the free list for (gfn, role), of which there is none; SC_NONE when none is free.
+    """A page from the free list for (gfn, role), of which there is none; SC_NONE when none is free. The caller counts it.
 
     A new page of a guest table write-protects that table's frame (patch 10).
     """
@@ -71,7 +71,6 @@ cdef u32 pool_take(sc_mmu *mmu, u64 gfn, u32 role) noexcept nogil:
     mmu.free_head = page.next
     mmu.n_free -= 1
     mmu.n_active += 1
-    mmu.stats.mmu_cache_miss += 1
     page.gfn = gfn
     page.role = role
     page.active = True
@@ -96,7 +95,9 @@ cdef u32 pool_get(sc_mmu *mmu, u64 gfn, u32 role) noexcept nogil:
     """The page of (gfn, role), found or taken; SC_NONE when none is free."""
     cdef u32 number = pool_find(mmu, gfn, role)
     if number == SC_NONE:
-        return pool_take(mmu, gfn, role)
+        number = pool_take(mmu, gfn, role)
+        mmu.stats.mmu_cache_miss += number != SC_NONE
+        return number
     mmu.stats.mmu_cache_hit += 1
     return number
 

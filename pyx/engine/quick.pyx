@@ -14,7 +14,7 @@ from shadowcore.engine.access cimport (
 from shadowcore.engine.bits cimport PTE_P, PTE_PS, is_canonical, pte_addr
 from shadowcore.engine.check cimport sc_check
 from shadowcore.engine.designs.native cimport MARK_STORED, MARK_TABLE, marked_table
-from shadowcore.engine.gmode cimport GLANCE, in_mode, sc_gmode
+from shadowcore.engine.gmode cimport GLANCE, TABLES_GUEST, TABLES_NESTED, TABLES_SHADOW, in_mode, sc_gmode
 from shadowcore.engine.memo cimport (
     KIND_FETCH, KIND_NONE, KIND_STORE, KIND_USER, MEMO_DENIED, MEMO_EPOCH, MEMO_EPOCHS, MEMO_KINDS, MEMO_REGIONS,
     memo_allows, memo_context, memo_entry, memo_is, memo_mask, memo_note, memo_promote, memo_put, memo_region,
@@ -31,7 +31,9 @@ from shadowcore.engine.types cimport (
     PF_I, PF_U, PF_W, RC_AUDIT, RC_BAD_OP, RC_OK, i64, u8, u16, u32,
     u64,
 )
-from shadowcore.engine.walker cimport probe_walk, sc_paging, sc_walk, table_index, walk_body
+from shadowcore.engine.walker cimport (
+    host_glance, host_need, probe_walk, sc_paging, sc_walk, table_index, walk_body,
+)
 from shadowcore.engine.watch cimport watch_due
 
 cdef extern from *:
@@ -48,6 +50,7 @@ cdef extern from *:
 cdef enum:
     STREAK = 2                      # exits in a row after which the next operation is taken to need one as well
     HITS = 800                      # operations that the loop over hits does in one go
+    HITS_NESTED = 117               # ... where walks read up to 35 entries
     CANDIDATE = 1 << 8              # of a word: by its size and user, the operation may be one for the loops below
     PROMOTED = 4                    # one hit in PROMOTED, in the spill of the memo, moves the page out of it
     AHEAD = 32                      # operations whose bytes are prefetched: brought into the cache ahead of their use
@@ -237,7 +240,8 @@ cdef inline u64 _hits(sc_mmu *mmu, sc_batch *b, const sc_vcpu *v, u64 context, u
     The loop is kept this small for everything in it to have a register. words: what the operations are, if bytes move:
     data, a constant.
 
-    At most HITS operations: that many numbers of entries read, each at most 5, add up to less than 4096."""
+    At most HITS operations: that many numbers of entries read, each at most 5 (nested: HITS_NESTED and 35), add up to
+    less than 4096."""
     cdef const u8 *element = b.ops.base + <i64>i * b.ops.stride
     cdef i64 stride = _stride(b, known_stride)
     cdef const u64 *mask = _mask
@@ -250,7 +254,7 @@ cdef inline u64 _hits(sc_mmu *mmu, sc_batch *b, const sc_vcpu *v, u64 context, u
     cdef u64 first = i
     cdef u64 va, offset, target
     cdef u32 word
-    stop = min(stop, i + HITS)
+    stop = min(stop, i + (HITS_NESTED if g.nested else HITS))
     while i < stop:
         word = _word(b, element, known_stride)
         va = _addr(b, element, known_stride) & width
@@ -304,7 +308,8 @@ cdef inline u64 _glances(sc_mmu *mmu, sc_batch *b, sc_vcpu *v, u64 context, u64 
     cdef bint note = b.note
     cdef bint data = b.data
     cdef u64 *gpa = b.gpa
-    cdef u64 offset, frame
+    cdef u64 offset, frame, hpa
+    cdef int host_read
     cdef u64 va = 0
     cdef u64 target = 0
     cdef u32 word = 0
@@ -325,6 +330,11 @@ cdef inline u64 _glances(sc_mmu *mmu, sc_batch *b, sc_vcpu *v, u64 context, u64 
                 break
             target = mem_gfn(m, frame) << 12
         else:
+            if g.nested:
+                host_read = host_glance(m, p, target, host_need(_access[code]), &hpa)
+                if host_read < 0:
+                    break
+                read += host_read
             frame = mem_frame(m, target >> 12)
             if frame == sc_no_frame() or (watched and _access[code] & PF_W and (
                     m.logging or marked_table(mmu, frame))):
@@ -405,7 +415,7 @@ cdef u64 _spilled(sc_mmu *mmu, sc_batch *b, sc_vcpu *v, u64 context, u64 i, i64 
     b.word = word
     b.hits += 1
     b.gpa[i] = (e.target & pte_addr()) | (va & 4095)
-    mmu.stats.walk_references += e.target & 15
+    mmu.stats.walk_references += e.target & 4095
     if b.hits % PROMOTED == 0:      # often enough for what is in use to come to the fore, seldom enough for two pages
         memo_promote(v.memo, va, context)                   # that want the same place not to change it all the time
     return i + 1
@@ -485,8 +495,10 @@ cdef inline u64 _by_mode(sc_mmu *mmu, sc_batch *b, u64 i, u64 stop, i64 known_st
     a.stop = stop
     a.known_stride = known_stride
     if mmu.shadow:
-        return in_mode(v.hw.mode, True, GLANCE, _quick_in, &a)
-    return in_mode(v.guest.mode, False, GLANCE, _quick_in, &a)
+        return in_mode(v.hw.mode, TABLES_SHADOW, GLANCE, _quick_in, &a)
+    if mmu.nested:
+        return in_mode(v.guest.mode, TABLES_NESTED, GLANCE, _quick_in, &a)
+    return in_mode(v.guest.mode, TABLES_GUEST, GLANCE, _quick_in, &a)
 
 
 cdef u64 _packed(sc_mmu *mmu, sc_batch *b, u64 i, u64 stop) noexcept nogil:

@@ -1,8 +1,9 @@
 """Where an access leads: by the TLB, by a walk, and by the faults that a walk of the shadow takes."""
 from shadowcore.engine.absent cimport is_marker, marker_stays
-from shadowcore.engine.bits cimport CR4_PGE, PTE_D, PTE_G, PTE_P, level_index
+from shadowcore.engine.bits cimport CR4_PGE, PTE_D, PTE_G, PTE_P, PTE_W, level_index
 from shadowcore.engine.design cimport design_enter
 from shadowcore.engine.fault cimport page_fault
+from shadowcore.engine.hooks cimport POINT_POST_FAULT, POINT_PRE_FAULT, audit_point
 from shadowcore.engine.invalidate cimport deliver_fault, inject_fault
 from shadowcore.engine.memory cimport SC_POOL_HFN, mem_gfn, mem_is_device, mem_touch
 from shadowcore.engine.roots cimport root_slots
@@ -11,7 +12,7 @@ from shadowcore.engine.tlb cimport sc_tlb_entry, tlb_enter, tlb_find
 from shadowcore.engine.types cimport (
     MODE_32, MODE_OFF, PF_P, PF_W, RC_LIVELOCK, RC_MMIO, RC_OK, RC_PF, RC_RETRY, SC_NONE, u32, u64,
 )
-from shadowcore.engine.walker cimport guest_walk, probe_walk, rights_fault, sc_walk, shadow_walk
+from shadowcore.engine.walker cimport guest_walk, nested_walk, probe_walk, rights_fault, sc_walk, shadow_walk
 
 cdef enum:
     MAX_EXITS = 40                  # exits of one access after which it is taken to hang
@@ -69,6 +70,40 @@ cdef bint _delivered(sc_mmu *mmu, sc_vcpu *v, u64 va, u32 access, const sc_walk 
     return True
 
 
+cdef void _tlb_fill_nested(sc_mmu *mmu, sc_vcpu *v, u64 va, const sc_walk *w) noexcept nogil:
+    """What the TLB keeps of a walk in two dimensions: a page as large as the smaller of both is, and D only where the
+    host's leaf lets stores pass."""
+    cdef u64 leaf = w.entry[w.level]
+    cdef int guest = 12 + (10 if v.guest.mode == MODE_32 else 9) * (w.level - 1)
+    tlb_enter(v.tlb, va, w.gpa, min(guest, 12 + 9 * (w.host_level - 1)), guest, vcpu_pcid(v), w.access, w.pkey,
+              leaf & PTE_D and w.host_entry & PTE_W, leaf & PTE_G != 0 and v.cr4 & CR4_PGE != 0, mmu.flush_epoch,
+              SC_NONE)
+
+
+cdef int _resolve_nested(sc_mmu *mmu, sc_vcpu *v, u64 va, u32 access, sc_walk *w) noexcept nogil:
+    """resolve, where the host's tables translate each address of the walk."""
+    cdef int rc
+    cdef int exits = 0
+    while exits < MAX_EXITS:
+        design_enter(mmu, v)
+        rc = nested_walk(mmu.mem, &v.guest, va, access, w)
+        mmu.stats.walk_references += w.references
+        if rc == RC_OK:
+            if v.tlb != NULL and v.guest.mode != MODE_OFF:
+                _tlb_fill_nested(mmu, v, va, w)
+            return RC_OK
+        if rc == RC_PF:
+            inject_fault(mmu, v, va, w.error_code)
+            return RC_PF
+        audit_point(mmu, POINT_PRE_FAULT)
+        rc = mmu.design.host_fault(mmu, v, va, access, w)
+        audit_point(mmu, POINT_POST_FAULT)
+        if rc != RC_RETRY or v.restarts:
+            return RC_RETRY if rc == RC_OK and v.restarts else rc
+        exits += 1
+    return RC_LIVELOCK
+
+
 cdef int resolve(sc_mmu *mmu, sc_vcpu *v, u64 va, u32 access, sc_walk *w) noexcept nogil:
     """Translate `va` for `access` (PF_W, PF_U, PF_I) with all exits and side effects; w.gpa is where it leads.
 
@@ -82,6 +117,8 @@ cdef int resolve(sc_mmu *mmu, sc_vcpu *v, u64 va, u32 access, sc_walk *w) noexce
     if v.tlb != NULL and _tlb_hit(mmu, v, va, access, w):
         return RC_OK
     if not mmu.shadow:
+        if mmu.nested:
+            return _resolve_nested(mmu, v, va, access, w)
         rc = guest_walk(mmu.mem, &v.guest, va, access, w)
         mmu.stats.walk_references += w.references
         if rc == RC_PF:

@@ -141,7 +141,6 @@ cdef void _fill_large(sc_mmu *mmu, u32 spte, int level, u64 value) noexcept nogi
 
 
 cdef void _remember_device(sc_mmu *mmu, u32 spte, u64 gfn, u32 rights) noexcept nogil:
-    record(mmu, RECORD_DEVICE, gfn, (rights & (ACC_W | ACC_U)) | ACC_X, 0)
     if mmu.table[spte]:
         leaf_drop(mmu, spte)
     spte_put(mmu, spte, gfn << 12 | (<u64>rights & (ACC_W | ACC_U)) << 9 | SPTE_MARK
@@ -158,9 +157,9 @@ cdef u32 device_rights(u64 value) noexcept nogil:
     return (ACC_W if value & SPTE_GUEST_W else 0) | (ACC_U if value & SPTE_GUEST_U else 0)
 
 
-cdef int leaf_set(sc_mmu *mmu, const sc_vcpu *v, u32 spte, u64 gfn, u32 rights, u32 pkey, int what) noexcept nogil:
-    """Set the leaf at `spte`, for the pages from `gfn` on that its level covers, whose rights are those of the guest's
-    tables: LEAF_*."""
+cdef inline int _put(sc_mmu *mmu, const sc_vcpu *v, u32 spte, u64 gfn, u32 rights, u32 pkey, int what,
+                     bint events) noexcept nogil:
+    """leaf_set; events: recorded, a constant."""
     cdef int level = role_level(mmu.pages[spte >> 9].role)
     cdef u64 frame = mem_frame(mmu.mem, gfn)
     cdef u64 old = mmu.table[spte]
@@ -172,6 +171,8 @@ cdef int leaf_set(sc_mmu *mmu, const sc_vcpu *v, u32 spte, u64 gfn, u32 rights, 
     cdef int made = LEAF_SET
     if frame == sc_no_frame():
         mmu.stats.pf_mmio_spte_created += 1
+        if events:
+            record(mmu, RECORD_DEVICE, gfn, (rights & (ACC_W | ACC_U)) | ACC_X, 0)
         _remember_device(mmu, spte, gfn, rights)
         return LEAF_DEVICE
     if old & PTE_P:
@@ -201,10 +202,22 @@ cdef int leaf_set(sc_mmu *mmu, const sc_vcpu *v, u32 spte, u64 gfn, u32 rights, 
             leaf_fill(mmu, spte, frame, value)
         else:
             _fill_large(mmu, spte, level, value)
-        record(mmu, RECORD_LEAF, gfn, value if may_write else value | record_read_only(), level)
+        if events:
+            record(mmu, RECORD_LEAF, gfn, value if may_write else value | record_read_only(), level)
     if flush:
         request_flush(mmu, FLUSH_LEAF)
     return LEAF_PROTECTED if protected and what == FOR_STORE else made
+
+
+cdef int leaf_set(sc_mmu *mmu, const sc_vcpu *v, u32 spte, u64 gfn, u32 rights, u32 pkey, int what) noexcept nogil:
+    """Set the leaf at `spte`, for the pages from `gfn` on that its level covers, whose rights are those of the guest's
+    tables: LEAF_*."""
+    return _put(mmu, v, spte, gfn, rights, pkey, what, True)
+
+
+cdef int leaf_put(sc_mmu *mmu, const sc_vcpu *v, u32 spte, u64 gfn, u32 rights, int what) noexcept nogil:
+    """leaf_set, of which the caller records what there is to tell."""
+    return _put(mmu, v, spte, gfn, rights, 0, what, False)
 
 
 cdef u64 direct_page_gfn(const sc_mmu *mmu, u32 spte) noexcept nogil:

@@ -264,6 +264,7 @@ cdef class VCpu:
                 c.hw.pdpte[i] = mem_pool_hpa(page) | PTE_P
                 if i == 0 or not self.mmu.c.lists_all:
                     c.hw.root = mem_pool_hpa(page)
+        c.guest.host_root = c.hw.root
         self.c[0] = c
         self._take_fast_paths(self.mmu.is_fast())
         self.mmu.c.mem.busy |= SC_WRITTEN

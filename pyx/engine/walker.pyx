@@ -1,15 +1,17 @@
 """The page walk compiled once per mode, and the reserved bits of each mode."""
 from libc.string cimport memset
 
-from shadowcore.engine.bits cimport PTE_A, PTE_P, PTE_PS, level_mask, pte_nx
+from shadowcore.engine.bits cimport PTE_A, PTE_D, PTE_P, PTE_PS, PTE_W, level_index, level_mask, pte_addr, pte_nx
 from shadowcore.engine.check cimport sc_check
-from shadowcore.engine.gmode cimport GLANCE, PROBE, WALK, in_mode, sc_gmode
-from shadowcore.engine.memory cimport mem_touch, sc_mem
+from shadowcore.engine.gmode cimport (
+    GLANCE, PROBE, TABLES_GUEST, TABLES_NESTED, TABLES_SHADOW, WALK, in_mode, sc_gmode,
+)
+from shadowcore.engine.memory cimport SC_POOL_HFN, mem_touch, sc_mem
 from shadowcore.engine.types cimport (
     ACC_ALL, ACC_U, ACC_W, ACC_X, MODE_32, MODE_OFF, MODE_PAE, PF_ACCESSES, PF_ASKED, PF_I, PF_P, PF_PK, PF_RSVD,
-    PF_SGX, PF_SS, PF_U, PF_W, RC_OK, u16, u32, u64,
+    PF_SGX, PF_SS, PF_U, PF_W, RC_HOST, RC_OK, npf_final, u16, u32, u64,
 )
-from shadowcore.engine.walker cimport sc_paging, sc_walk, walk_body
+from shadowcore.engine.walker cimport host_glance, host_need, sc_paging, sc_walk, walk_body
 
 
 cdef struct sc_asked:
@@ -45,8 +47,8 @@ cdef inline u64 _walk_in(void *asked, sc_gmode g) noexcept nogil:
 
 
 cdef inline int _walk(sc_mem *m, const sc_paging *p, u64 va, u32 access, sc_walk *w, u64 *gpa, u32 *references,
-                      bint host, int what) noexcept nogil:
-    """walk_body for the mode of `p`; host and what are constants."""
+                      int tables, int what) noexcept nogil:
+    """walk_body for the mode of `p`; tables and what are constants."""
     cdef sc_asked a
     a.m = m
     a.p = p
@@ -55,7 +57,7 @@ cdef inline int _walk(sc_mem *m, const sc_paging *p, u64 va, u32 access, sc_walk
     a.w = w
     a.gpa = gpa
     a.references = references
-    return <int>in_mode(p.mode, host, what, _walk_in, &a)
+    return <int>in_mode(p.mode, tables, what, _walk_in, &a)
 
 
 cdef void _touch(sc_mem *m, const sc_paging *p, const sc_walk *w) noexcept nogil:
@@ -70,7 +72,7 @@ cdef void _touch(sc_mem *m, const sc_paging *p, const sc_walk *w) noexcept nogil
 
 cdef int guest_walk(sc_mem *m, const sc_paging *p, u64 va, u32 access, sc_walk *w) noexcept nogil:
     """Walk the guest's tables for `access` (PF_W, PF_U, PF_I), setting A and D."""
-    cdef int rc = _walk(m, p, va, access, w, &w.gpa, &w.references, False, WALK)
+    cdef int rc = _walk(m, p, va, access, w, &w.gpa, &w.references, TABLES_GUEST, WALK)
     if m.host != NULL and p.mode != MODE_OFF:
         _touch(m, p, w)
     return rc
@@ -78,24 +80,80 @@ cdef int guest_walk(sc_mem *m, const sc_paging *p, u64 va, u32 access, sc_walk *
 
 cdef int probe_walk(sc_mem *m, const sc_paging *p, u64 va, u32 access, sc_walk *w) noexcept nogil:
     """guest_walk without any side effect."""
-    return _walk(m, p, va, access, w, &w.gpa, &w.references, False, PROBE)
+    return _walk(m, p, va, access, w, &w.gpa, &w.references, TABLES_GUEST, PROBE)
 
 
 cdef int shadow_walk(sc_mem *m, const sc_paging *p, u64 va, u32 access, sc_walk *w) noexcept nogil:
     """Walk the shadow tables as the processor does; p.root and p.pdpte hold hpas."""
-    return _walk(m, p, va, access, w, &w.gpa, &w.references, True, WALK)
+    return _walk(m, p, va, access, w, &w.gpa, &w.references, TABLES_SHADOW, WALK)
 
 
 cdef int guest_glance(const sc_mem *m, const sc_paging *p, u64 va, u32 access, u64 *gpa) noexcept nogil:
     """Entries that a walk of the guest's tables reads, and where it leads; -1 if the walk has more to do than that."""
     cdef u32 references
-    return <int>references if _walk(<sc_mem *>m, p, va, access, NULL, gpa, &references, False, GLANCE) == RC_OK else -1
+    cdef int rc = _walk(<sc_mem *>m, p, va, access, NULL, gpa, &references, TABLES_GUEST, GLANCE)
+    return <int>references if rc == RC_OK else -1
 
 
 cdef int shadow_glance(const sc_mem *m, const sc_paging *p, u64 va, u32 access, u64 *hpa) noexcept nogil:
     """guest_glance, of the shadow tables."""
     cdef u32 references
-    return <int>references if _walk(<sc_mem *>m, p, va, access, NULL, hpa, &references, True, GLANCE) == RC_OK else -1
+    cdef int rc = _walk(<sc_mem *>m, p, va, access, NULL, hpa, &references, TABLES_SHADOW, GLANCE)
+    return <int>references if rc == RC_OK else -1
+
+
+cdef int host_walk(sc_mem *m, const sc_paging *p, u64 gpa, u32 access, u64 which, sc_walk *w) noexcept nogil:
+    """The processor's walk of the host's tables for `gpa`, setting A and D: RC_OK, with w.hpa, w.host_entry and
+    w.host_level; or RC_HOST, with w.refused_gpa and w.refused_code. which: npf_final() or npf_table(). The entries read
+    are added to w.references."""
+    cdef u64 base = p.host_root
+    cdef u64 entry = 0
+    cdef u64 *at
+    cdef int level = p.host_top
+    if base != 0 and (gpa >> (12 + 9 * level)) == 0:
+        while True:
+            at = <u64 *>(<size_t>m.pool + (base - (<u64>SC_POOL_HFN << 12))) + level_index(gpa, level)
+            entry = at[0]
+            w.references += 1
+            if not entry & PTE_P or level == 1 or (level <= 3 and entry & PTE_PS):
+                break
+            base = entry & pte_addr()
+            level -= 1
+    if not entry & PTE_P or (access & PF_W and not entry & PTE_W):
+        w.refused_gpa = gpa
+        w.refused_code = which | PF_U | access | (entry & PTE_P)     # PF_P is bit 0 as well
+        return RC_HOST
+    entry |= PTE_A | (PTE_D if access & PF_W else 0)
+    if at[0] != entry:
+        at[0] = entry
+    w.host_entry = entry
+    w.host_level = level
+    w.hpa = (entry & pte_addr() & ~level_mask(level)) | (gpa & level_mask(level))
+    return RC_OK
+
+
+cdef int nested_walk(sc_mem *m, const sc_paging *p, u64 va, u32 access, sc_walk *w) noexcept nogil:
+    """The processor's walk in two dimensions: as guest_walk; or RC_HOST, as host_walk says. w.references are those of
+    both dimensions, and w.hpa is where the access leads."""
+    cdef int rc
+    w.refused_code = 0
+    rc = _walk(m, p, va, access, w, &w.gpa, &w.references, TABLES_NESTED, WALK)
+    if w.refused_code:
+        return RC_HOST
+    if rc != RC_OK:
+        return rc
+    return host_walk(m, p, w.gpa, access & (PF_W | PF_I), npf_final(), w)
+
+
+cdef int nested_glance(const sc_mem *m, const sc_paging *p, u64 va, u32 access, u64 *gpa) noexcept nogil:
+    """guest_glance, in two dimensions."""
+    cdef u32 references
+    cdef u64 hpa
+    cdef int read
+    if _walk(<sc_mem *>m, p, va, access, NULL, gpa, &references, TABLES_NESTED, GLANCE) != RC_OK:
+        return -1
+    read = host_glance(m, p, gpa[0], host_need(access), &hpa)
+    return -1 if read < 0 else <int>references + read
 
 
 cdef inline bint _refused(const sc_paging *p, u32 acc, u32 access) noexcept nogil:

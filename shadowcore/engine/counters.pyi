@@ -74,6 +74,9 @@ class Stats:
     outer_faults: Final[int]
     outer_faults_large: Final[int]
     invpcid: Final[int]
+    npf_violation: Final[int]
+    npf_misconfig: Final[int]
+    pf_fast: Final[int]
 
     @property
     def exits(self) -> dict[str, int]: ...

@@ -17,8 +17,9 @@ cdef class Mmu:
     cdef sc_stats counters
     cdef readonly Memory memory
     cdef readonly Stats stats
-    cdef readonly object design     # Native or Shadow
+    cdef readonly object design     # Native, Shadow or Nested
     cdef object _arrays             # what c points into
+    cdef object _marks              # ... where the processor walks the guest's tables
     cdef list _vcpus                # kept alive as long as c points into them
     cdef object _can_emulate        # callable behind c.can_emulate, or None
     cdef object hook_error          # what a callback, or the handler of a signal, raised

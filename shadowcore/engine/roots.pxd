@@ -8,8 +8,8 @@ from shadowcore.engine.types cimport MODE_32, MODE_64, MODE_OFF, u32, u64
 from shadowcore.engine.walker cimport sc_paging
 
 cdef inline int root_slots(const sc_vcpu *v) noexcept nogil:
-    """Roots a vcpu has: one, or in PAE format (also for 32-bit guests and paging off) one for each GiB."""
-    return 1 if v.guest.mode >= MODE_64 else 4
+    """Roots a vcpu has: one, or in PAE format (a shadow for 32-bit guests and paging off, too) one for each GiB."""
+    return 1 if v.hw.mode >= MODE_64 else 4
 
 cdef inline bint wp0_leaves(const sc_paging *g) noexcept nogil:
     """Supervisor stores to read-only pages can be granted by a leaf that is W and not U.

@@ -140,6 +140,9 @@ cdef struct sc_design:
     int (*guest_level)(const sc_mmu *mmu, const sc_walk *w) noexcept nogil
     # A page-fault exit that is not the usual one: fault.page_fault says what it returns. NULL: it is.
     int (*page_fault)(sc_mmu *mmu, sc_vcpu *v, u32 access, const sc_walk *hw, sc_walk *w) noexcept nogil
+    # Nested paging: an exit, for the host's tables refused the walk w of an access to va. As page_fault; RC_OK: done by
+    # the emulator, at w.gpa, which is RAM. NULL without it.
+    int (*host_fault)(sc_mmu *mmu, sc_vcpu *v, u64 va, u32 access, sc_walk *w) noexcept nogil
     # The bytes of an emulated store of v, or of a device's (v NULL), have changed. NULL: table_written came before.
     void (*stored)(sc_mmu *mmu, sc_vcpu *v, u64 gpa, u32 nbytes) noexcept nogil
     # A store to a table by an instruction that is none to write tables with: True if what shadows it was zapped, so
@@ -185,6 +188,7 @@ cdef struct sc_mmu:
     sc_stats *stats
     bint shadow                     # the processor walks shadow tables, else the guest's
     bint by_table                   # a shadow page belongs to a guest table (or large page), else to linear addresses
+    bint nested                     # the processor walks the guest's tables through the host's, which are in the pool
     u32 quirks                      # QUIRK_*
     u32 pool_pages
     u32 min_free                    # refill below this
@@ -230,6 +234,10 @@ cdef struct sc_mmu:
     u32 prev_roots                  # roots of earlier CR3s that a vcpu keeps, 0 to SC_MAX_PREV
     u32 prefetch                    # entries of the aligned group that a fault fills, a power of two; 0: none
     u32 host_level                  # level of the host's pages under guest RAM: 1, 2 or 3
+    # Of design nested.
+    bint tdp                        # host tables come and go with their parents (KVM's TDP MMU), else as shadow pages
+    u32 host_levels                 # of the host's tables: 4 or 5
+    u32 largest                     # level of the largest leaf there: 1, 2 or 3
     u64 generation                  # of the memory slots: device entries of another one are stale
     u32 valid_gen                   # 0 or 1: turns when a change of the slots has zapped all pages
     u32 n_dying                     # pages that were zapped and are roots still
@@ -277,5 +285,5 @@ cdef inline u16 vcpu_pcid(const sc_vcpu *v) noexcept nogil:
 cdef inline void vcpu_request(sc_vcpu *v, u32 request) noexcept nogil:
     """v has something to do before its guest goes on: no walk succeeds before that."""
     v.requests |= request
-    v.hw.root = 0
+    v.hw.root = v.guest.host_root = 0
     v.hw.pdpte[0] = v.hw.pdpte[1] = v.hw.pdpte[2] = v.hw.pdpte[3] = 0

@@ -24,6 +24,7 @@ cdef enum:
     RC_EMULATE = 4                  # the store (or load) must be done by the emulator
     RC_RETRY = 5                    # the shadow was mended: the processor walks again
     RC_UD = 6                       # guest #UD
+    RC_HOST = 7                     # nested paging: the host's tables refuse the walk, which is an exit
     RC_EXHAUSTED = -1               # every page of the pool is pinned as a root
     RC_LIVELOCK = -2                # an access that never ends: a defect of ours, reported and not looped on
     RC_BAD_OP = -3                  # operation code that does not exist
@@ -42,6 +43,14 @@ cdef enum:
     PF_PK = 32                      # protection key violation
     PF_SS = 64                      # the access was one to a shadow stack
     PF_SGX = 1 << 15                # refused by SGX, after the walk
+
+# In the error code of an exit of nested paging (APM vol. 2, 15.25.6), above the bits of PF_*: the host's tables refused
+# the final address of the walk, or an entry of a guest's table.
+cdef inline u64 npf_final() noexcept nogil:
+    return <u64>1 << 32
+
+cdef inline u64 npf_table() noexcept nogil:
+    return <u64>1 << 33
 
 # What an access asks for, in the bits by which an error code tells it. The other bits of an error code are answers.
 cdef enum:

@@ -332,6 +332,9 @@ typedef struct sc_counters {
     uint64_t outer_faults;
     uint64_t outer_faults_large;
     uint64_t invpcid;
+    uint64_t npf_violation;
+    uint64_t npf_misconfig;
+    uint64_t pf_fast;
 } sc_counters;
 
 typedef struct sc_event {

@@ -6,8 +6,7 @@ and the host's are. Settings' defaults are those of Linux 6.1, which is followed
 the architecture is a quirk (config.Quirk). engine/unsync has its roots, faults and stores.
 """
 from shadowcore.engine.bits cimport (
-    CR0_WP, CR4_LA57, CR4_PAE, CR4_PCIDE, CR4_PGE, CR4_PKE, CR4_PSE, CR4_SMAP, CR4_SMEP, EFER_LMA, EFER_LME, EFER_NXE,
-    PTE_P, PTE_PS, cr0_pg, level_index,
+    CR0_WP, CR4_PAE, CR4_PCIDE, CR4_PGE, CR4_SMEP, EFER_LMA, PTE_P, PTE_PS, cr0_pg, level_index,
 )
 from shadowcore.engine.counters cimport EXIT_CR0, EXIT_CR3, EXIT_CR4, EXIT_EFER, EXIT_INVLPG
 from shadowcore.engine.fast cimport fault_fast_lagging
@@ -24,7 +23,9 @@ from shadowcore.engine.tlb cimport INVPCID_ADDRESS, INVPCID_CONTEXT
 from shadowcore.engine.types cimport MODE_64, MODE_OFF, MODE_PAE, PF_P, PF_RSVD, SC_NONE, u16, u32, u64
 from shadowcore.engine.unsync.faults cimport page_fault
 from shadowcore.engine.unsync.logs cimport log_cleared, log_stopped, slot_protect
-from shadowcore.engine.unsync.roots cimport enter, every_earlier, forget_device, let_go, root_at, root_of, root_role
+from shadowcore.engine.unsync.roots cimport (
+    enter, every_earlier, forget_device, let_go, role_changes, root_at, root_of, root_role,
+)
 from shadowcore.engine.unsync.stores cimport other_instruction, run_again, stored
 from shadowcore.engine.walker cimport paging_refused, paging_reserved, sc_walk
 from shadowcore.engine.zap cimport frames_withdraw, generation_next, slot_changes, zap_all, zap_gfn
@@ -65,8 +66,7 @@ cdef void _reset(sc_mmu *mmu, sc_vcpu *v, const sc_loaded *before) noexcept nogi
         vcpu_request(v, REQUEST_GUEST)
     if cr0 == CR0_WP and not v.cr0 & cr0_pg() and not mmu.rewrites:
         cr0 = 0                     # 6.12: with paging off, no role asks
-    if (cr0 & (cr0_pg() | CR0_WP) or cr4 & (CR4_PSE | CR4_PAE | CR4_LA57 | CR4_SMEP | CR4_SMAP | CR4_PKE)
-            or efer & (EFER_LME | EFER_NXE) or (cr4 & CR4_PCIDE and v.cr4 & CR4_PCIDE)):
+    if role_changes(v, cr0, cr4, efer):
         let_go(mmu, v, every_earlier(mmu), True)
     if cr4 & CR4_PGE or (cr4 & CR4_PCIDE and not v.cr4 & CR4_PCIDE):
         vcpu_request(v, REQUEST_GUEST)

@@ -47,7 +47,7 @@ cdef void log_stopped(sc_mmu *mmu, int slot) noexcept nogil:
         if (not mmu.pages[page].active or not role_direct(mmu.pages[page].role)
                 or role_level(mmu.pages[page].role) != 1
                 or gfn - mmu.mem.slots[slot].base_gfn >= mmu.mem.slots[slot].npages
-                or leaf_level(mmu, gfn, mem_frame(mmu.mem, gfn), 3) == 1):
+                or leaf_level(mmu, gfn, mem_frame(mmu.mem, gfn), mmu.largest) == 1):
             continue
         for spte in range(page * 512, page * 512 + 512):
             if mmu.table[spte] & PTE_P:

@@ -115,6 +115,7 @@ cdef u32 page_get(sc_mmu *mmu, const sc_vcpu *v, u64 gfn, u32 role) noexcept nog
         return number
     number = pool_take(mmu, gfn, role)
     if number != SC_NONE:
+        mmu.stats.mmu_cache_miss += 1
         count_no_large(mmu, &mmu.pages[number], 1)
         record_page(mmu, RECORD_MADE, number)
     return number
