@@ -5,6 +5,8 @@
  *
  *   walk_batch  one page walk per address over a flat array: every level, reserved bits, rights, error codes,
  *               accessed and dirty bits.
+ *   nested_batch   the same in two dimensions: each address of the walk, and what it comes to, is translated by host
+ *               tables of 4 levels.
  *   hit_batch   one check of a direct-mapped cache of translations per operation; a miss walks and refills.
  *   compare_tables   for each pair of a guest's table and its shadow, whether frame and rights of each entry agree.
  */
@@ -125,6 +127,104 @@ void walk_batch(const struct paging *p, const uint64_t *restrict va, const uint8
         WALKS(2)
     else
         WALKS(5)
+}
+
+/* yardsticks.py has the same structure. */
+struct host {
+    uint8_t *pool;                  /* the host's tables */
+    uint64_t pool_hpa;              /* where they lie */
+    uint64_t pool_size;
+    uint64_t root;                  /* hpa of the top one */
+    uint64_t ram_hpa;               /* of gpa 0 */
+};
+
+/* Walk the host's tables for `gpa`: the hpa, or all ones. */
+INLINE uint64_t host_walk(const struct host *h, uint64_t gpa, uint32_t access)
+{
+    uint64_t *slot = NULL, entry = 0, base = h->root, mask;
+    int level;
+
+    if (!LIKELY(!(gpa >> 48)))
+        return UINT64_MAX;
+#pragma GCC unroll 4
+    for (level = 4; level >= 1; level--) {
+        if (!LIKELY(base - h->pool_hpa < h->pool_size))
+            return UINT64_MAX;
+        slot = (uint64_t *)(h->pool + (base - h->pool_hpa)) + (gpa >> (12 + 9 * (level - 1)) & 511);
+        entry = *slot;
+        if (!LIKELY(entry & P))
+            return UINT64_MAX;
+        if (level == 1 || (level <= 3 && entry >> PS_SHIFT & 1))
+            break;
+        base = entry & ADDRESS;
+    }
+    if (!LIKELY(!(access & CODE_W) || entry & W))
+        return UINT64_MAX;
+    if (!LIKELY(entry & A && (entry & D || !(access & CODE_W))))
+        *slot |= access & CODE_W ? A | D : A;
+    mask = (UINT64_C(1) << (12 + 9 * (level - 1))) - 1;
+    return (entry & ADDRESS & ~mask) | (gpa & mask);
+}
+
+/* Walk `va` in two dimensions, 4 levels on 4; tables are read as stores. */
+INLINE int nested(const struct paging *p, const struct host *h, uint64_t va, uint32_t access, uint64_t *gpa,
+                  uint32_t *code)
+{
+    uint64_t *slot[5];
+    uint64_t entry = 0, base = p->root, all = UINT64_MAX, mask, hpa;
+    uint32_t rights;
+    int level;
+
+    *gpa = UINT64_MAX;
+    *code = 0;
+    if (!LIKELY((uint64_t)((int64_t)(va << 16) >> 16) == va))
+        return GENERAL_PROTECTION;
+#pragma GCC unroll 4
+    for (level = 4; level >= 1; level--) {
+        int ps;
+        hpa = host_walk(h, base + (va >> (12 + 9 * (level - 1)) & 511) * 8, CODE_W);
+        if (!LIKELY(hpa != UINT64_MAX))
+            return MMIO;
+        slot[level] = (uint64_t *)(p->ram + (hpa - h->ram_hpa));
+        entry = *slot[level];
+        if (!LIKELY(entry & P)) {
+            *code = access;
+            return PAGE_FAULT;
+        }
+        ps = entry >> PS_SHIFT & 1;
+        if (!LIKELY(!(entry & p->reserved[ps][level]))) {
+            *code = access | CODE_P | CODE_RSVD;
+            return PAGE_FAULT;
+        }
+        all &= entry ^ NX;
+        if (level == 1 || (ps && p->large_levels >> level & 1))
+            break;
+        base = entry & ADDRESS;
+    }
+    rights = (uint32_t)(all & (W | U)) | (uint32_t)(all >> 63);
+    if (!LIKELY(!p->forbidden[rights][access])) {
+        *code = access | CODE_P;
+        return PAGE_FAULT;
+    }
+    mask = (UINT64_C(1) << (12 + 9 * (level - 1))) - 1;
+    *gpa = (entry & ADDRESS & ~mask) | (va & mask);
+    if (!LIKELY(all & A && (entry & D || !(access & CODE_W)))) {
+        *slot[level] |= access & CODE_W ? A | D : A;
+        while (++level <= 4)
+            *slot[level] |= A;
+    }
+    return LIKELY(host_walk(h, *gpa, access & CODE_W) != UINT64_MAX) ? DONE : MMIO;
+}
+
+void nested_batch(const struct paging *p, const struct host *h, const uint64_t *restrict va,
+                  const uint8_t *restrict access, size_t n, uint64_t *restrict gpa, uint8_t *restrict outcome,
+                  uint16_t *restrict code)
+{
+    for (size_t i = 0; i < n; i++) {
+        uint32_t fault;
+        outcome[i] = nested(p, h, va[i], access[i], &gpa[i], &fault);
+        code[i] = fault;
+    }
 }
 
 INLINE size_t check(const struct paging *p, struct translation *restrict cache, size_t entries,

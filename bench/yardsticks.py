@@ -116,6 +116,27 @@ class Walks:
         self.function(*self.arguments)
 
 
+class Host(ctypes.Structure):
+    """Host tables, as nested_batch walks them."""
+
+    _fields_ = tuple((name, ctypes.c_uint64) for name in ("pool", "pool_hpa", "pool_size", "root", "ram_hpa"))
+
+
+class NestedWalks(Walks):
+    """A batch of walks in two dimensions in C: `tables` of a guest, 4 levels, through the host's tables of its VM."""
+
+    def __init__(self, library: ctypes.CDLL, vm: sc.VM, tables: sc.PageTables, ops: np.ndarray) -> None:
+        super().__init__(library, vm.memory.bytes, tables, ops)
+        memory, pool = vm.memory, vm.memory.pool
+        assert pool is not None
+        root = vm.mmu.roots()[0]
+        assert root is not None
+        self.host = Host(pool.ctypes.data, memory.pool_hpa, pool.nbytes, memory.pool_hpa + (root << 12), memory.ram_hpa)
+        self.arguments = (self.arguments[0], ctypes.byref(self.host), *self.arguments[1:])
+        self.function = library.nested_batch
+        self.function.restype = None
+
+
 class Hits:
     """A batch of operations in C, each translated by a direct-mapped cache (4-level paging)."""
 
@@ -182,6 +203,9 @@ class Yardsticks:
 
     def walks(self, memory: np.ndarray, tables: sc.PageTables, ops: np.ndarray) -> Walks:
         return Walks(self.library, memory, tables, ops)
+
+    def nested(self, vm: sc.VM, tables: sc.PageTables, ops: np.ndarray) -> NestedWalks:
+        return NestedWalks(self.library, vm, tables, ops)
 
     def hits(self, memory: np.ndarray, tables: sc.PageTables, ops: np.ndarray) -> Hits:
         return Hits(self.library, memory, tables, ops)

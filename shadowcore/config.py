@@ -6,6 +6,7 @@ import operator
 import re
 from dataclasses import dataclass, field, fields, replace
 from enum import IntEnum, IntFlag
+from functools import partial
 from typing import Any, ClassVar, TypeVar
 
 import numpy as np
@@ -389,16 +390,16 @@ class Shadow:
 
 @dataclass(frozen=True)
 class Nested:
-    """Nested paging: the processor walks the guest's tables through the host's (EPT, NPT), which exits of their own fill.
+    """Nested paging: the processor walks the guest's tables through the host's (EPT, NPT), which its own exits fill.
 
     name: what reports call this design.
-    mmu: how the hypervisor keeps the host's tables. "tdp": KVM's TDP MMU, the default since 5.14: a fault maps one page,
-        a dirty log splits large leaves at once. "direct": its older direct MMU: a fault maps what is there of the
+    mmu: how the hypervisor keeps the host's tables. "tdp": KVM's TDP MMU, the default since 5.14: a fault maps one
+        page, a dirty log splits large leaves at once. "direct": its older direct MMU: a fault maps what is there of the
         aligned group of 8 pages (PTE_PREFETCH_NUM), tables are shadow pages and recycled, a dirty log takes W from
         large leaves.
     levels: of the host's tables, 4 or 5. Four translate 48 bits of guest physical addresses.
-    host_page_size: bytes that a leaf of the host's tables maps at most: 4096, 2 MiB or 1 GiB. A leaf is as large as that,
-        the slot and the host's own pages under it allow.
+    host_page_size: bytes that a leaf of the host's tables maps at most: 4096, 2 MiB or 1 GiB. A leaf is as large as
+        that, the slot and the host's own pages under it allow.
     prefetch: entries of the aligned group that a fault fills: 0, or a power of two up to 32. None: as `mmu` does.
     pool_pages: tables at most. None: "tdp": what all of RAM takes in pages of 4 KiB, and 128 for devices; "direct": a
         fiftieth of the guest's frames, at least 64 (the kernel's rule). Where they run out "direct" recycles the
@@ -461,6 +462,8 @@ class Nested:
         return cls(**{"name": f"kvm-6.1-{mmu}", "mmu": mmu, **settings})
 
 
+Design = Native | Shadow | Nested
+"""Settings of any design."""
 HOST_MMUS = ("tdp", "direct")
 """What `Nested.mmu` can be."""
 DESIGNS: dict[str, Any] = {
@@ -472,12 +475,14 @@ DESIGNS: dict[str, Any] = {
     "kvm-6.1": Shadow.kvm_6_1,
     "kvm-6.12": Shadow.kvm_6_12,
     "nested": Nested,
+    "kvm-6.1-tdp": Nested.kvm_6_1,
+    "kvm-6.1-direct": partial(Nested.kvm_6_1, "direct"),
 }
 DEFAULT_DESIGNS = ("native", "flush", "cached", "unsync")
 """What is compared where nothing else is said: no hypervisor, and shadow paging before 2007, in 2007 and today."""
 
 
-def design(mmu: str | Native | Shadow | Nested, **settings: Any) -> Native | Shadow | Nested:
+def design(mmu: str | Design, **settings: Any) -> Design:
     """The design by its name, or the given one; settings apply to names only."""
     if isinstance(mmu, Native):
         return taken(Native, mmu, "mmu")
@@ -487,7 +492,7 @@ def design(mmu: str | Native | Shadow | Nested, **settings: Any) -> Native | Sha
         return taken(Shadow, mmu, "mmu")
     if not isinstance(mmu, str) or mmu not in DESIGNS:
         raise ConfigError(f"mmu: {mmu!r} is not one of {', '.join(DESIGNS)}, or a Native, Shadow or Nested object")
-    made: Native | Shadow | Nested = DESIGNS[mmu](**settings)
+    made: Design = DESIGNS[mmu](**settings)
     return made
 
 

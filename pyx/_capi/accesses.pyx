@@ -290,11 +290,11 @@ cdef int api_access(sc_vm vm, const sc_access *given, sc_outcome *o) noexcept no
         leave(p)
         return rc
     va = linear_address(v, a.gva)
-    # Under `native`, nobody tells of stores to tables: there is no memo from one call to the next.
+    # Under `native` and `nested`, nobody tells of stores to tables: there is no memo from one call to the next.
     if sc_unlikely(v.memo == NULL or not mmu.shadow or a.kind > OP_FETCH
                    or (va & 4095) + a.size > 4096):
-        if (v.memo != NULL and not mmu.shadow and a.kind <= OP_FETCH and (va & 4095) + a.size <= 4096
-                and linear_exists(v, va)):
+        if (v.memo != NULL and not mmu.shadow and not mmu.nested and a.kind <= OP_FETCH
+                and (va & 4095) + a.size <= 4096 and linear_exists(v, va)):
             rc = _native(mmu, v, a, va, o)
         else:
             _nothing_yet(o)

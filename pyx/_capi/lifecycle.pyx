@@ -12,6 +12,8 @@ from shadowcore._capi.handles cimport (
 from shadowcore._capi.header cimport (
     SC_AMD, SC_E_ALIGNMENT, SC_E_ARGUMENT, SC_E_FILE, SC_E_NULL, SC_E_PYTHON, SC_SETTING_ZERO, SC_UNSYNC,
     sc_config, sc_vm,
+    SC_E_ALIGNMENT, SC_E_ARGUMENT, SC_E_FILE, SC_E_NULL, SC_E_PYTHON, SC_NESTED, SC_SETTING_ZERO, SC_UNSYNC, sc_config,
+    sc_vm,
 )
 from shadowcore.engine.types cimport RC_OK, u32, u64
 
@@ -33,7 +35,8 @@ cdef object _setting(u32 value, none=0):
 
 cdef object _make(const sc_config *c):
     cdef u32 i
-    cdef list names = ["native", "flush", "cached", "kvm-2007", "unsync", "kvm-6.1", "kvm-6.12"]
+    cdef list names = ["native", "flush", "cached", "kvm-2007", "unsync", "kvm-6.1", "kvm-6.12", "nested",
+                       "kvm-6.1-tdp", "kvm-6.1-direct"]
     if c.design >= len(names):
         raise ConfigError(f"design: {c.design} is not 0 to {len(names) - 1}")
     settings = {}
@@ -42,9 +45,11 @@ cdef object _make(const sc_config *c):
             settings[name] = _setting(value)
     for name, value in (("prev_roots", c.prev_roots), ("prefetch", c.prefetch)):
         if value:
-            if c.design < SC_UNSYNC:
+            if c.design < SC_UNSYNC or (c.design >= SC_NESTED and name == "prev_roots"):
                 raise ConfigError(f"{name}: the design {names[c.design]!r} has no such setting")
             settings[name] = _setting(value)
+    if c.flood_threshold and c.design >= SC_NESTED:
+        raise ConfigError(f"flood_threshold: the design {names[c.design]!r} has no such setting")
     if c.flood_threshold:
         settings["flood_threshold"] = _setting(c.flood_threshold, None)
     if c.quirks:

@@ -18,7 +18,7 @@ from libc.string cimport memset
 from shadowcore.engine.absent cimport is_marker
 from shadowcore.engine.backing cimport host_level, host_present
 from shadowcore.engine.bits cimport (
-    PTE_A, PTE_D, PTE_G, PTE_P, PTE_PS, SPTE_MARK, level_index, level_mask, pte_addr, pte_pkey, pte_rights,
+    PTE_A, PTE_D, PTE_G, PTE_P, PTE_PS, PTE_W, SPTE_MARK, level_index, level_mask, pte_addr, pte_pkey, pte_rights,
 )
 from shadowcore.engine.counters cimport EXIT_FAULTS
 from shadowcore.engine.invariants cimport (
@@ -661,10 +661,27 @@ cdef bint _in_shadow(const sc_mmu *mmu, const sc_tlb_entry *e) noexcept nogil:
     return False
 
 
+cdef bint _in_host_tables(const sc_mmu *mmu, u32 page, const sc_tlb_entry *e) noexcept nogil:
+    """The host's tables, from root `page`, still map the entry's page, writable if it lets stores pass."""
+    cdef int level = mmu.host_levels
+    cdef u64 frame = mem_frame(mmu.mem, e.gpa >> 12)
+    cdef u64 value
+    while page < mmu.pool_pages and level > 0:
+        value = mmu.table[page * 512 + level_index(e.gpa, level)]
+        if not value & PTE_P:
+            return False
+        if level == 1 or value & PTE_PS:
+            return (frame != sc_no_frame() and (value & PTE_W or not (e.access & ACC_W and e.dirty))
+                    and (value & pte_addr() | e.gpa & level_mask(level) & pte_addr()) == mem_frame_hpa(mmu.mem, frame))
+        page = mem_pool_page(value)
+        level -= 1
+    return False
+
+
 cdef void check_tlb(sc_mmu *mmu, sc_audit *a) noexcept nogil:
     """I8: no TLB entry grants more than the guest's tables did at some moment since the last flush that covers it: it
     was filled after that flush. Under a shadow MMU the shadow still leads where it leads: what is withdrawn there is
-    flushed. And none lets a store pass that the shadow MMU has to see."""
+    flushed. Nested, the host's tables still map the page. And none lets a store pass that the MMU has to see."""
     cdef u32 i, n
     cdef int size
     cdef const sc_tlb *t
@@ -681,9 +698,9 @@ cdef void check_tlb(sc_mmu *mmu, sc_audit *a) noexcept nogil:
                     continue
                 if tlb_overdue(t, e):
                     audit_report(a, 8, S_TLB_STALE, SC_NONE, n, e.page >> 12)
-                if not mmu.shadow:
+                if not mmu.shadow and not mmu.nested:
                     continue
-                if not _in_shadow(mmu, e):
+                if not (_in_host_tables(mmu, mmu.vcpus[i].roots[0], e) if mmu.nested else _in_shadow(mmu, e)):
                     audit_report(a, 8, S_TLB_SHADOW, SC_NONE, n, e.page >> 12)
                 if not (e.access & ACC_W and e.dirty):
                     continue

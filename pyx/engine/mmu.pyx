@@ -47,7 +47,8 @@ from shadowcore.engine.watch cimport watch_due, watch_look, watch_raised
 from shadowcore.engine.zap cimport count_no_large, generation_next
 
 from shadowcore.config import (
-    HOST_PAGES, MARKERS as _MARKERS, Native, Nested, Shadow, check_bool, check_int, check_ints, design as checked_design,
+    HOST_PAGES, MARKERS as _MARKERS, Native, Nested, Shadow, check_bool, check_int, check_ints,
+    design as checked_design,
 )
 from shadowcore.engine.memory import allocate, window
 from shadowcore.errors import AuditError, ConfigError, EngineError, PoolExhausted
@@ -416,6 +417,8 @@ cdef class Mmu:
                 if page != SC_NONE:
                     (own if i == v.number else others).add(page)
         levels = v.guest.mode if v.guest.mode >= MODE_64 else 2
+        if self.c.nested:
+            levels = self.c.host_levels
         needed = len(others) + levels - (1 if own and own <= others else 0)
         gfns = []
         for page in sorted(others | own):

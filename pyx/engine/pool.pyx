@@ -57,7 +57,8 @@ cdef inline bint _must_fail(sc_mmu *mmu) noexcept nogil:
 
 
 cdef u32 pool_take(sc_mmu *mmu, u64 gfn, u32 role) noexcept nogil:
-    """A page from the free list for (gfn, role), of which there is none; SC_NONE when none is free. The caller counts it.
+    """A page from the free list for (gfn, role), of which there is none, to be counted by the caller; SC_NONE when none
+    is free.
 
     A new page of a guest table write-protects that table's frame (patch 10).
     """

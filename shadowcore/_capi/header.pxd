@@ -32,6 +32,7 @@ cdef extern from "shadowcore.h" nogil:
         SC_AMD
         SC_SETTING_ZERO
         SC_UNSYNC
+        SC_NESTED
         SC_EXITS
     const char *SC_CAPSULE
     ctypedef uint64_t sc_vm

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast
 import numpy as np
 
 from .._capi.table import from_handle, get_include, handle, release, table_address
-from ..config import PAGE_SIZE, Native, Shadow, parse_size
+from ..config import PAGE_SIZE, Design, parse_size
 from ..engine.counters import EXIT_REASONS
 from ..engine.machine import VM
 from ..engine.memory import allocate as _allocate
@@ -101,7 +101,7 @@ def memory(source: Buffer | NDArray[Any]) -> NDArray[np.uint8]:
     return array
 
 
-def machine(source: Buffer | NDArray[Any], mmu: str | Native | Shadow = "cached", **settings: Any) -> VM:
+def machine(source: Buffer | NDArray[Any], mmu: str | Design = "cached", **settings: Any) -> VM:
     """A VM over the caller's memory (see `memory`). settings: as of VM."""
     return VM(memory(source), mmu, **settings)
 

@@ -70,7 +70,7 @@ cdef struct sc_stats:
     u64 outer_faults                # frames, or blocks of 2 MiB, that an outer host had to find for that
     u64 outer_faults_large          # of these, blocks
     u64 invpcid                     # INVPCID instructions that were executed
-    u64 npf_violation               # exits at what the host's tables do not map, or not so: EPT violations, #NPF (nested)
+    u64 npf_violation               # exits at what the host's tables do not map, or not so: EPT violations (nested)
     u64 npf_misconfig               # exits at an entry that remembers a device: EPT misconfigurations (nested)
     u64 pf_fast                     # page-fault exits mended without the lock: W came back to a leaf (nested)
 

@@ -15,7 +15,7 @@ cdef enum:
 cdef enum:
     TABLES_GUEST = 0                # the guest's, at gpas
     TABLES_SHADOW = 1               # the shadow's, at hpas
-    TABLES_NESTED = 2               # the guest's, and each address on the way is translated by the host's (nested paging)
+    TABLES_NESTED = 2               # the guest's, each address translated by the host's (nested paging)
 
 cdef struct sc_gmode:
     int mode                        # MODE_*

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .. import notebook
-from ..config import TLB, Features, MemorySlot, Native, Shadow, check_bool, check_int, design, taken
+from ..config import TLB, Design, Features, MemorySlot, Shadow, check_bool, check_int, design, taken
 from ..errors import AuditError, ConfigError
 from . import snapshot
 from .audit import AuditPoints, audit
@@ -64,7 +64,7 @@ class VM:
     def __init__(
         self,
         memory: int | str | np.ndarray[Any, Any] | Sequence[MemorySlot | None] = "64MiB",
-        mmu: str | Native | Shadow = "cached",
+        mmu: str | Design = "cached",
         vcpus: int = 1,
         tlb: TLB | None = None,
         *,

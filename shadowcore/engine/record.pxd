@@ -19,7 +19,7 @@ cdef enum:
     RECORD_ALL_ZAPPED = 12          # a change of the memory slots zaps all pages: how many there are, sc_mmu.valid_gen
     RECORD_DEVICE_CHECKED = 13      # an entry that remembers a device was met: c, whether it is of these memory slots
     # Design nested. RECORD_EXIT has the gpa, and the error code with its bits 32 and 33.
-    RECORD_CHANGED = 14             # an entry of the TDP MMU changed: gfn, record_flags of what it was and is, its level
+    RECORD_CHANGED = 14             # an entry of the TDP MMU changed: gfn, record_flags, before and after, level
     RECORD_SPLIT = 15               # a large leaf was split into a table: gfn, the leaf, its level
     RECORD_FAST = 16                # W was tried without the lock: gpa, error code, FAST_PF_*
     RECORD_COUNT = 17

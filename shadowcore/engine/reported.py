@@ -1,4 +1,4 @@
-"""What reports tell of design `unsync` beside exits: counters, and what they are called."""
+"""What reports tell of designs `unsync` and `nested` beside exits: counters, and what they are called."""
 
 from __future__ import annotations
 
@@ -10,6 +10,9 @@ UNSYNC = {
     "prefetched": "shadow entries prefetched",
     "prev_root_hits": "CR3 loads served by a previous root",
     "pf_spurious": "page faults that were spurious",
+    "npf_violation": "EPT violations (#NPF) among the exits",
+    "npf_misconfig": "EPT misconfigurations (devices) among the exits",
+    "pf_fast": "of these, W given back without the lock",
 }
 """By counter of VM.stats, in the order of reports, which show those that are not 0 in some design."""
 

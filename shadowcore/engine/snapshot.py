@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 import numpy as np
 
 from .. import npy
-from ..config import PAGE_SIZE, TLB, Features, MemorySlot, Native, Quirk, Shadow
+from ..config import PAGE_SIZE, TLB, Design, Features, MemorySlot, Native, Nested, Quirk, Shadow
 from ..errors import AuditError, ConfigError, SnapshotError
 from ..files import Replacement, check_path
 from .mmu import FRAME_DTYPE, LINK_DTYPE, PAGE_DTYPE
@@ -190,7 +190,7 @@ def _members(vm: Machine) -> dict[str, NDArray[Any]]:
     for cpu in vm.vcpus:
         for part, array in enumerate(cpu.tlb_arrays):
             members[f"tlb_{cpu.number}_{part}"] = array
-    if isinstance(vm.mmu.design, Shadow):
+    if not isinstance(vm.mmu.design, Native):
         for name, array in vm.mmu.arrays.items():
             members[f"mmu_{name}"] = array.view(np.uint8).reshape(len(array), -1)
     return members
@@ -267,20 +267,24 @@ def _from_dict(cls: type[T], given: Any, **found: Any) -> T:
     defaults = {field.name: field.default for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
     for name, value in given.items():
         kind = type(defaults[name])
+        if kind is type(None):
+            kind = int  # a number, once the memory is known
         if name not in found and type(value) is not kind and not (value is None and name == "flood_threshold"):
             raise ValueError(f"{name}: {kind.__name__} expected, not {value!r:.60}")
     return cls(**{**given, **found})
 
 
-def _settings(state: dict[str, Any]) -> tuple[list[MemorySlot | None], Native | Shadow, Features, TLB | None, int]:
+def _settings(state: dict[str, Any]) -> tuple[list[MemorySlot | None], Design, Features, TLB | None, int]:
     """What a VM is made of. _UNFIT for what cannot be."""
     design = dict(state["design"])
     kind, quirks = design.pop("kind"), Quirk(design.get("quirks", 0))
-    mmu: Native | Shadow = Native(quirks) if kind == "Native" else _from_dict(Shadow, design, quirks=quirks)
-    if kind not in ("Native", "Shadow") or (
-        kind == "Native" and {**design, "quirks": quirks} != dataclasses.asdict(mmu)
-    ):
-        raise ValueError(f"design: Native or Shadow expected, not {state['design']!r:.60}")
+    if kind not in ("Native", "Shadow", "Nested"):
+        raise ValueError(f"design: Native, Shadow or Nested expected, not {state['design']!r:.60}")
+    mmu: Design = Native(quirks)
+    if kind != "Native":
+        mmu = _from_dict(Shadow if kind == "Shadow" else Nested, design, quirks=quirks)
+    elif {**design, "quirks": quirks} != dataclasses.asdict(mmu):
+        raise ValueError(f"design: Native as it can be expected, not {state['design']!r:.60}")
     logged = state["logged"]
     rows = state["slots"]
     slots = [row and MemorySlot(row[0], row[1], number in logged, *row[2:5]) for number, row in enumerate(rows)]
@@ -319,7 +323,7 @@ def _expected(state: dict[str, Any]) -> dict[str, tuple[Any, ...]]:
     for number in range(vcpus):
         for part, size in enumerate(tlb_sizes(tlb)):
             found[f"tlb_{number}_{part}"] = byte, (size,)
-    if isinstance(mmu, Shadow):
+    if not isinstance(mmu, Native):
         pages = mmu.pool_pages
         if pages is None:
             raise ValueError("design: a pool of so many pages expected")
@@ -328,7 +332,7 @@ def _expected(state: dict[str, Any]) -> dict[str, tuple[Any, ...]]:
         found["mmu_frames"] = byte, (state["memory"] >> 12, FRAME_DTYPE.itemsize)
         found["mmu_links"] = byte, (512 * pages, LINK_DTYPE.itemsize)
         found["mmu_hash"] = byte, (max(4, 1 << (pages - 1).bit_length()), 4)
-        if mmu.lagging:
+        if isinstance(mmu, Nested) or mmu.lagging:
             frames = state["memory"] >> 12
             found["mmu_below"], found["mmu_mapped"] = (byte, (pages, 64)), (byte, (frames, 2))
             for name, shift in (("2m", 9), ("1g", 18)):
@@ -349,7 +353,7 @@ def _restore(vm: Machine, state: dict[str, Any], members: dict[str, NDArray[Any]
         vm.memory.dirty_words(slot)[:] = members[f"log_{slot}"]
     if state["backing"]:
         vm.memory.import_backing([members[name] for name in _BACKING])
-    if isinstance(vm.mmu.design, Shadow):
+    if not isinstance(vm.mmu.design, Native):
         arrays = vm.mmu.arrays
         saved = {name: members[f"mmu_{name}"].reshape(-1) for name in arrays}
         _check_shadow(vm, {name: saved[name].view(arrays[name].dtype).reshape(arrays[name].shape) for name in arrays})
@@ -363,8 +367,8 @@ def _restore(vm: Machine, state: dict[str, Any], members: dict[str, NDArray[Any]
 
 
 def _lags(vm: Machine) -> bool:
-    """Shadow tables may be unsync: there are large leaves, and state that others do not have."""
-    return isinstance(vm.mmu.design, Shadow) and vm.mmu.design.lagging
+    """Shadow tables may be unsync, or are the host's: there are large leaves, and state that others do not have."""
+    return isinstance(vm.mmu.design, Nested) or (isinstance(vm.mmu.design, Shadow) and vm.mmu.design.lagging)
 
 
 def _write_shadow(vm: Machine, saved: dict[str, NDArray[Any]]) -> None:

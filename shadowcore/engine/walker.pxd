@@ -132,12 +132,12 @@ cdef inline void set_entry_bits(sc_mem *m, sc_walk *w, int level, u64 bits, sc_g
         mem_mark_dirty(m, w.table[level])
 
 cdef inline u64 host_entry(const sc_mem *m, u64 base, u64 gpa, int level) noexcept nogil:
-    """The entry for `gpa` in the host's table at hpa `base`, which is one of the pool's: all that leads there is ours."""
+    """The entry for `gpa` in the host's table at hpa `base`, which is in the pool: all that leads there is ours."""
     return (<const u64 *>(<const u8 *>m.pool + (base - (<u64>SC_POOL_HFN << 12))))[level_index(gpa, level)]
 
 cdef inline int host_glance(const sc_mem *m, const sc_paging *p, u64 gpa, u64 need, u64 *hpa) noexcept nogil:
-    """Entries that a walk of the host's tables reads, and where it leads; -1 if the leaf has not all bits of `need`, one
-    of which is P."""
+    """Entries that a walk of the host's tables reads, and where it leads; -1 if the leaf has not all bits of `need`,
+    one of which is P."""
     cdef u64 base = p.host_root
     cdef u64 entry
     cdef int read = p.host_top

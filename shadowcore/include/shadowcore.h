@@ -77,7 +77,10 @@ enum {
     SC_KVM_2007 = 3,
     SC_UNSYNC = 4,
     SC_KVM_6_1 = 5,
-    SC_KVM_6_12 = 6
+    SC_KVM_6_12 = 6,
+    SC_NESTED = 7,         /* nested paging: no shadow, host tables filled by exits */
+    SC_KVM_6_1_TDP = 8,
+    SC_KVM_6_1_DIRECT = 9
 };
 
 /* Kinds of accesses. From SC_CMPXCHG on they are locked read-modify-writes. */

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from ..config import DEFAULT_DESIGNS, TLB, Features, Native, Shadow, check_int, parse_size
+from ..config import DEFAULT_DESIGNS, TLB, Design, Features, check_int, parse_size
 from ..engine.audits import Audits
 from ..engine.machine import VM
 from ..engine.windows import WindowLog, grown
@@ -221,7 +221,7 @@ def _options(found: Survey, options: KernelOptions, seed: int) -> KernelOptions:
 
 
 def _machine(
-    vm: VM | str | Native | Shadow, memory: str | int | None, found: Survey, options: KernelOptions, tlb: TLB | None
+    vm: VM | str | Design, memory: str | int | None, found: Survey, options: KernelOptions, tlb: TLB | None
 ) -> VM:
     if isinstance(vm, VM):
         return vm
@@ -305,7 +305,7 @@ def _cut(part: Any, done: int, end: int, room: Callable[[int], int]) -> Iterator
 
 def run(
     recordings: str | os.PathLike[str] | Sequence[str | os.PathLike[str]] | Survey,
-    vm: VM | str | Native | Shadow = "cached",
+    vm: VM | str | Design = "cached",
     *,
     memory: str | int | None = None,
     seed: int = 0,
@@ -401,7 +401,7 @@ def run(
 
 def compare(
     recordings: str | os.PathLike[str] | Sequence[str | os.PathLike[str]] | Survey,
-    designs: Sequence[str | Native | Shadow] = DEFAULT_DESIGNS,
+    designs: Sequence[str | Design] = DEFAULT_DESIGNS,
     *,
     turn: int = TURN,
     **settings: Any,

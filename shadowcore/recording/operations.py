@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..config import TLB, Native, Op, Shadow, check_int
+from ..config import TLB, Design, Op, check_int
 from ..engine.audits import Audits
 from ..engine.windows import WindowLog, grown
 from .reader import Reader
@@ -60,7 +60,7 @@ class OperationsResult:
 
 def run(
     path: str | os.PathLike[str],
-    mmu: str | Native | Shadow = "cached",
+    mmu: str | Design = "cached",
     *,
     operations: int | None = None,
     audit_every: int = 0,

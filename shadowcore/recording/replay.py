@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .. import notebook
-from ..config import TLB, Features, Native, Shadow, check_int, design
+from ..config import TLB, Design, Features, Shadow, check_int, design
 from ..engine.machine import VM, set_registers
 from ..engine.reported import unsync_counts
 from ..engine.windows import WindowLog, grown
@@ -185,7 +185,7 @@ def _phase_dict(phase: Phase) -> dict[str, Any]:
 
 def replay(
     recording: Recording | RecordingFile,
-    mmu: str | Native | Shadow = "cached",
+    mmu: str | Design = "cached",
     *,
     audit_every: int = 0,
     audit_at: Iterable[str] = (),
@@ -330,7 +330,7 @@ def replay(
     )
 
 
-def machine(reader: Reader, mmu: str | Native | Shadow = "cached", tlb: TLB | None = None) -> VM:
+def machine(reader: Reader, mmu: str | Design = "cached", tlb: TLB | None = None) -> VM:
     """The virtual machine that a recording of operations starts on, under a design, as it was recorded: memory, and the
     same registers in each processor. TraceError for another stream, or where there can be no such machine."""
     start = reader.start()
@@ -351,9 +351,7 @@ def machine(reader: Reader, mmu: str | Native | Shadow = "cached", tlb: TLB | No
     return vm
 
 
-def machine_at(
-    recording: Recording | RecordingFile, mmu: str | Native | Shadow = "cached", record: int | None = None
-) -> VM:
+def machine_at(recording: Recording | RecordingFile, mmu: str | Design = "cached", record: int | None = None) -> VM:
     """The virtual machine, its shadow included, as it stands just before record number `record` (None: at the end),
     after a replay from the beginning."""
     stop = recording.operations if record is None else check_int("record", record, 0, recording.operations)
@@ -382,7 +380,7 @@ def piece_flags(piece: Recording, first_user: int | None, base: int) -> NDArray[
     return flags
 
 
-def _machine(recording: Recording | RecordingFile, made: Native | Shadow, record: int, tlb: TLB | None = None) -> VM:
+def _machine(recording: Recording | RecordingFile, made: Design, record: int, tlb: TLB | None = None) -> VM:
     """A VM as the guest was just before `record` (a first CR3 load at `record` itself is taken early)."""
     vm = VM(memory=recording.memory_size, mmu=made, tlb=tlb, vcpus=recording.vcpus, features=Features(maxphyaddr=52))
     registers = [{"cr0": RESET_CR0, "cr3": 0, "cr4": 0, "efer": 0} for _ in vm.vcpus]

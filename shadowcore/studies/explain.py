@@ -14,7 +14,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from ..config import Features, Native, Shadow
+from ..config import Design, Features
 from ..engine.machine import VM, set_registers
 from ..errors import ConfigError, GeneralProtection, PageFault, TraceError
 from ..pagetables import FORMATS, NX, PAT, PAT_LARGE, PKEY_SHIFT, PS, A, D, Format, G, P, U, W
@@ -71,7 +71,7 @@ class Image:
     pages: NDArray[np.uint8]
     roots: tuple[int, ...]
 
-    def machine(self, cr3: int | None = None, mmu: str | Native | Shadow = "native") -> VM:
+    def machine(self, cr3: int | None = None, mmu: str | Design = "native") -> VM:
         """A VM that stands where the guest stood; cr3: load this one instead. mmu: its design, whose shadow is new."""
         cr3 = self.cr3 if cr3 is None else cr3
         root = cr3 & (0xFFFF_F000 if FORMATS[self.mode].va_bits == 32 else 0x000F_FFFF_FFFF_F000)

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..config import TLB, Features, Native, Op, Shadow, check_int, design
+from ..config import TLB, Design, Features, Op, check_int, design
 from ..engine.machine import VM
 from ..errors import ConfigError
 from ..guest.kernel import Kernel
@@ -34,7 +34,7 @@ _LOADS = {"cr0": Op.CR0, "cr3": Op.CR3, "cr4": Op.CR4, "efer": Op.EFER, "invlpg"
 
 def heat(
     recording: Recording | RecordingFile,
-    designs: Iterable[str | Native | Shadow] = (),
+    designs: Iterable[str | Design] = (),
     *,
     bins: int = 120,
     rows: int = 64,
@@ -84,7 +84,7 @@ def heat(
 
 def of_workload(
     name: str,
-    designs: Iterable[str | Native | Shadow] = ("native",),
+    designs: Iterable[str | Design] = ("native",),
     *,
     operations: int = 1_000_000,
     seed: int = 0,
@@ -109,7 +109,7 @@ def of_workload(
     needed = {key: max(value, getattr(chosen, key)) for key, value in found.options.items()}
     chosen = dataclasses.replace(chosen, seed=seed, **needed)
 
-    def machine(which: Native | Shadow) -> VM:
+    def machine(which: Design) -> VM:
         return VM(found.memory if memory is None else memory, which, tlb=tlb, features=Features())
 
     def recorded(count: int) -> NDArray[Any]:
@@ -246,7 +246,7 @@ class _Spaces:
 
 def _exits(
     recording: Recording | RecordingFile,
-    made: Native | Shadow,
+    made: Design,
     spaces: _Spaces,
     start: int,
     counted: int,

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from ..config import Native, Shadow, check_int
+from ..config import Design, check_int
 from ..engine.machine import VM
 from ..errors import ConfigError, GeneralProtection, TraceError
 from ..files import Replacement, check_path
@@ -299,7 +299,7 @@ def open_dump(path: str | os.PathLike[str]) -> Dump:
 
 def machine(
     path: str | os.PathLike[str] | None = None,
-    mmu: str | Native | Shadow | None = None,
+    mmu: str | Design | None = None,
     *,
     cr3: int | None = None,
     mode: str | None = None,
@@ -367,7 +367,7 @@ def kind(path: str | os.PathLike[str]) -> str:
     return "recording" if names & {"recording.json", "kind.npy"} else "image"
 
 
-def _recorded(path: str | os.PathLike[str], mmu: str | Native | Shadow, record: int | None) -> VM:
+def _recorded(path: str | os.PathLike[str], mmu: str | Design, record: int | None) -> VM:
     if not is_recording(path):
         return trace.machine_at(trace.open_recording(path), mmu, record)
     with Reader(path) as reader:

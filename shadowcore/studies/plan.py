@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from ..config import DEFAULT_DESIGNS, TLB, Native, Shadow, design
+from ..config import DEFAULT_DESIGNS, TLB, Design, Native, Nested, Shadow, design
 from ..engine.costs import Costs
 from ..engine.costs import find as find_costs
 from ..errors import ConfigError, TraceError
@@ -65,7 +65,7 @@ class Run:
 
     key: str
     source: int
-    design: Native | Shadow
+    design: Design
     given: dict[str, Any]
     operations: int | None
     seed: int | None
@@ -211,10 +211,10 @@ class _Planner:
         self.labels.append(label)
         return len(self.sources) - 1, label
 
-    def _designs(self, given: Any) -> list[Native | Shadow]:
+    def _designs(self, given: Any) -> list[Design]:
         if isinstance(given, str):
             given = given.split(",")
-        elif isinstance(given, (Native, Shadow)) or not isinstance(given, Iterable):
+        elif isinstance(given, (Native, Shadow, Nested)) or not isinstance(given, Iterable):
             given = (given,)
         made = [design(which.strip() if isinstance(which, str) else which) for which in given]
         if not made:
@@ -316,7 +316,7 @@ class _Planner:
         self,
         labels: dict[str, Any],
         source: int,
-        which: Native | Shadow,
+        which: Design,
         given: dict[str, Any],
         operations: int | None,
         seed: int | None,
@@ -343,7 +343,7 @@ class _Planner:
         runs: dict[str, Run],
         labels: Mapping[str, Any],
         source: int,
-        which: Native | Shadow,
+        which: Design,
         given: dict[str, Any],
         operations: int | None,
         seed: int | None,

@@ -11,7 +11,7 @@ from functools import partial
 
 import numpy as np
 
-from ..config import Features, Native, Quirk, Shadow
+from ..config import Design, Features, Native, Quirk, Shadow
 from ..engine.costs import Costs
 from ..engine.machine import VM
 from ..errors import ConfigError
@@ -40,7 +40,7 @@ OPTIONS = KernelOptions(mode="32", atomic_bytes=4, fault_around=1)
 """A 32-bit guest of early 2007: large global kernel pages, no fault-around."""
 
 
-def designs(pool: int = POOL) -> dict[str, Native | Shadow]:
+def designs(pool: int = POOL) -> dict[str, Design]:
     """By column. Without VPID, every exit flushes the TLB."""
     before = Shadow.flush()
     return {
@@ -121,7 +121,7 @@ class Measured:
     pages: int
 
 
-def measure(function: Function, design: Native | Shadow, rounds: int, warm: int) -> Measured:
+def measure(function: Function, design: Design, rounds: int, warm: int) -> Measured:
     """Run rounds of a workload, after `warm` of them that are not counted."""
     vm = VM("128MiB", design, tlb=Costs.core2007().tlb, features=Features())
     kernel = Kernel(vm, OPTIONS)

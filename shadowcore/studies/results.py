@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .. import notebook
-from ..config import Native, Shadow
+from ..config import Design
 from ..engine.costs import CostBreakdown, Costs
 from ..engine.reported import UNSYNC, unsync_counts
 from ..files import replace
@@ -51,7 +51,7 @@ class StudyDesign:
     """
 
     name: str
-    design: Native | Shadow
+    design: Design
     counters: dict[str, int]
     cost: CostBreakdown
     seconds: float

@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any, Protocol
 
-from ..config import TLB, Native, Shadow, check_backing, check_int, design, parse_count, parse_size
+from ..config import TLB, Design, Native, Nested, Shadow, check_backing, check_int, design, parse_count, parse_size
 from ..engine.levels import Levels, find_levels
 from ..errors import ConfigError
 from ..guest.options import KernelOptions
@@ -21,10 +21,15 @@ DESIGN = {
     "flood_reset": "true: a fault in between makes them count anew",
     "notpresent_marker": "page, synced, walk or never: when entries that the guest has not made are marked",
     "prev_roots": "roots of earlier CR3s that a vcpu keeps (unsync)",
-    "prefetch": "entries of the group that a fault fills, a power of two, or 0 (unsync)",
+    "prefetch": "entries of the group that a fault fills, a power of two, or 0 (unsync, kvm-6.1-direct)",
     "release": "6.1, 6.12 or 2.6.28: what INVLPG and a sync do (unsync)",
+    "host_levels": "levels of the host's tables, 4 or 5 (nested)",
 }
-"""Settings of a shadow MMU."""
+"""Settings of an MMU."""
+FIELDS = {"pool": "pool_pages", "host_levels": "levels"}
+"""What they are called in config, where it is another name."""
+NESTED = ("pool", "min_free", "refill", "prefetch", "host_levels")
+"""Those of nested paging; prefetch is the direct MMU's."""
 UNSYNC = ("prev_roots", "prefetch", "release")
 """Those that only `unsync`, and what is made of it, has; it has no flood_reset."""
 KEPT = ("notpresent_marker",)
@@ -64,7 +69,7 @@ class Split:
     guest: dict[str, Any]
     parameters: dict[str, Any]
 
-    def check_used(self, designs: Iterable[Native | Shadow]) -> None:
+    def check_used(self, designs: Iterable[Design]) -> None:
         """ConfigError for a setting of shadow MMUs that none of the designs has."""
         chosen = list(designs)
         for name in self.design:
@@ -72,7 +77,7 @@ class Split:
                 names = ", ".join(which.name for which in chosen)
                 raise ConfigError(f"{name}: it is no setting of {names}; a design that has it is needed")
 
-    def check_levels(self, levels: Levels, designs: Iterable[Native | Shadow]) -> None:
+    def check_levels(self, levels: Levels, designs: Iterable[Design]) -> None:
         """ConfigError for a design that these levels have no place for; `native` is the yardstick of the others."""
         outer = self.machine.get("outer_backing", "warm")
         if outer != "warm" and not levels.nested:
@@ -81,29 +86,32 @@ class Split:
             if isinstance(which, Shadow) and levels.paging != "shadow":
                 what = "no hypervisor" if levels.paging == "none" else "EPT"
                 raise ConfigError(f"levels: {levels.name!r} has {what}, and {which.name} is a shadow MMU")
+            if isinstance(which, Nested) and levels.paging != "ept":
+                raise ConfigError(f"levels: {levels.name!r} has no EPT, and {which.name} is nested paging")
 
-    def made(self, mmu: str | Native | Shadow) -> Native | Shadow:
+    def made(self, mmu: str | Design) -> Design:
         """The design with its settings; those of a shadow MMU leave `native` alone."""
         chosen = design(mmu)
-        if not isinstance(chosen, Shadow):
+        if isinstance(chosen, Native):
             return chosen
         wanted = {
-            name: value
+            FIELDS.get(name, name): value
             for name, value in self.design.items()
-            if has(chosen, name) or (not chosen.keep and name not in KEPT)
+            if has(chosen, name)
+            or (isinstance(chosen, Shadow) and not chosen.keep and name not in KEPT and name != "host_levels")
         }
-        return dataclasses.replace(
-            chosen, **{"pool_pages" if name == "pool" else name: value for name, value in wanted.items()}
-        )
+        return dataclasses.replace(chosen, **wanted)
 
     @property
     def options(self) -> KernelOptions:
         return KernelOptions(**self.guest)
 
 
-def has(which: Native | Shadow, name: str) -> bool:
+def has(which: Design, name: str) -> bool:
     """The design has a setting of this name."""
-    if not isinstance(which, Shadow) or (not which.keep and name != "pool"):
+    if isinstance(which, Nested):
+        return name in NESTED and (name != "prefetch" or which.mmu == "direct")
+    if not isinstance(which, Shadow) or name == "host_levels" or (not which.keep and name != "pool"):
         return False
     return which.lagging if name in UNSYNC else not (which.lagging and name == "flood_reset")
 

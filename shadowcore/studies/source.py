@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .. import programs, workload
-from ..config import TLB, Features, Native, Shadow, check_bool, check_int, parse_size
+from ..config import TLB, Design, Features, check_bool, check_int, parse_size
 from ..engine.machine import VM
 from ..errors import ConfigError, TraceError
 from ..guest.options import KernelOptions
@@ -172,7 +172,7 @@ class Source:
         """What a recording has and lacks: see recording.holdings."""
         return None
 
-    def run(self, made: Native | Shadow, setup: Setup, report: Report) -> Outcome:
+    def run(self, made: Design, setup: Setup, report: Report) -> Outcome:
         """Run it under a design. AuditError where an audit finds violations, but for a guest's recording."""
         raise NotImplementedError
 
@@ -224,7 +224,7 @@ class WorkloadSource(Source):
         assert self.workload is not None
         return parse_size(self.workload.memory) >> 12
 
-    def run(self, made: Native | Shadow, setup: Setup, report: Report) -> Outcome:
+    def run(self, made: Design, setup: Setup, report: Report) -> Outcome:
         more = {name: value for name, value in setup.machine.items() if name != "memory"}
         vm = VM(self._memory(setup), made, tlb=setup.tlb, features=Features(), **more)
         vm.audit_points = setup.audit_at
@@ -291,7 +291,7 @@ class GuestSource(Source):
     def holdings(self, outcome: Outcome) -> Mapping[str, Any]:
         return self._recording.holdings
 
-    def run(self, made: Native | Shadow, setup: Setup, report: Report) -> Outcome:
+    def run(self, made: Design, setup: Setup, report: Report) -> Outcome:
         result = trace.replay(
             self._recording,
             made,
@@ -376,7 +376,7 @@ class OperationsSource(Source):
             "instructions": False,
         }
 
-    def run(self, made: Native | Shadow, setup: Setup, report: Report) -> Outcome:
+    def run(self, made: Design, setup: Setup, report: Report) -> Outcome:
         result = recorded.run(
             self.words[0],
             made,
@@ -466,7 +466,7 @@ class ProgramSource(Source):
             "kernel": False,
         }
 
-    def run(self, made: Native | Shadow, setup: Setup, report: Report) -> Outcome:
+    def run(self, made: Design, setup: Setup, report: Report) -> Outcome:
         result = programs.run(
             self.survey(setup.parameters["turn"]),
             made,

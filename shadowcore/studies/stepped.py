@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from ..config import TLB, Native, Shadow, check_int, design
+from ..config import TLB, Design, Shadow, check_int, design
 from ..engine.machine import VM
 from ..errors import ConfigError, TraceError
 from ..guest.kernel import Kernel
@@ -41,7 +41,7 @@ def designs_of(source: str) -> tuple[str, ...]:
 
 def show(
     source: str | os.PathLike[str],
-    mmu: str | Native | Shadow,
+    mmu: str | Design,
     *,
     start: int | None = None,
     limit: int = 300,
@@ -85,9 +85,7 @@ def show(
     return _recording(name, made, start, options)
 
 
-def _scenario(
-    scenario: Scenario, made: Native | Shadow, pool: int | None, tlb: TLB | None, options: dict[str, Any]
-) -> Steps:
+def _scenario(scenario: Scenario, made: Design, pool: int | None, tlb: TLB | None, options: dict[str, Any]) -> Steps:
     if isinstance(made, Shadow):
         kept: dict[str, Any] = {k: v for k, v in scenario.settings.items() if k != "pool_pages" or pool is None}
         made = dataclasses.replace(made, **kept)
@@ -102,7 +100,7 @@ def _scenario(
 
 
 def _workload(
-    workload: Workload, made: Native | Shadow, start: int | None, seed: int, tlb: TLB | None, options: dict[str, Any]
+    workload: Workload, made: Design, start: int | None, seed: int, tlb: TLB | None, options: dict[str, Any]
 ) -> Steps:
     """The workload's operations are those of a run under native: the guest does the same under every design."""
     boot = KernelOptions(seed=seed, **workload.options)
@@ -124,7 +122,7 @@ def _workload(
     return capture(vm, operations(vm, ops[begin:]), first=begin, **options)
 
 
-def _recording(path: str, made: Native | Shadow, start: int | None, options: dict[str, Any]) -> Steps:
+def _recording(path: str, made: Design, start: int | None, options: dict[str, Any]) -> Steps:
     if is_recording(path):
         with Reader(path) as reader:
             if reader.stream == OPERATIONS:
@@ -136,7 +134,7 @@ def _recording(path: str, made: Native | Shadow, start: int | None, options: dic
     return _guest(open_recording(path), made, start, options)
 
 
-def _guest(recording: Any, made: Native | Shadow, start: int | None, options: dict[str, Any]) -> Steps:
+def _guest(recording: Any, made: Design, start: int | None, options: dict[str, Any]) -> Steps:
     if start is None:
         start = recording.first_user or recording.first_cr3
     check_int("start", start, recording.first_cr3, recording.operations - 1)
@@ -144,7 +142,7 @@ def _guest(recording: Any, made: Native | Shadow, start: int | None, options: di
     return capture(vm, _records(recording, vm, start), first=start, **options)
 
 
-def _operations(reader: Reader, made: Native | Shadow, start: int, options: dict[str, Any]) -> Steps:
+def _operations(reader: Reader, made: Design, start: int, options: dict[str, Any]) -> Steps:
     check_int("start", start, 0, reader.records - 1)
     vm = replay.machine(reader, made)
 

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..config import DEFAULT_DESIGNS, TLB, Native, Shadow, check_int, design, parse_count, parse_size
+from ..config import DEFAULT_DESIGNS, TLB, Design, Native, Nested, Shadow, check_int, design, parse_count, parse_size
 from ..engine.costs import Costs
 from ..engine.costs import find as find_costs
 from ..engine.levels import of_design
@@ -43,7 +43,7 @@ class StudyInterrupted(KeyboardInterrupt):
 
 def study(
     source: Given = None,
-    designs: Iterable[str | Native | Shadow] = DEFAULT_DESIGNS,
+    designs: Iterable[str | Design] = DEFAULT_DESIGNS,
     *,
     costs: Costs | str = "modern",
     windows: int | None = None,
@@ -86,7 +86,7 @@ def study(
 
 def compare(
     source: Given = None,
-    designs: Iterable[str | Native | Shadow] = DEFAULT_DESIGNS,
+    designs: Iterable[str | Design] = DEFAULT_DESIGNS,
     *,
     over: Mapping[str, Iterable[Any]] | None = None,
     base: Any = None,
@@ -117,7 +117,7 @@ DIRECT = ("seed", "operations", "warm_up")
 
 def _sweep(
     source: Source,
-    designs: list[str | Native | Shadow],
+    designs: list[str | Design],
     series: dict[str, list[Any]],
     base: Any,
     progress: Progress | None,
@@ -206,7 +206,7 @@ class Audited:
 
 def audit(
     source: Given = None,
-    mmu: str | Native | Shadow = "cached",
+    mmu: str | Design = "cached",
     *,
     every: int = 100_000,
     at: Sequence[str] = (),
@@ -238,7 +238,7 @@ def audit(
 
 def prepared(
     source: Source,
-    which: str | Native | Shadow,
+    which: str | Design,
     given: Mapping[str, Any],
     *,
     costs: Costs,
@@ -257,7 +257,7 @@ class _Job:
     def __init__(
         self,
         source: Source,
-        designs: Iterable[str | Native | Shadow],
+        designs: Iterable[str | Design],
         costs: Costs,
         given: Mapping[str, Any],
         operations: int | None,
@@ -271,7 +271,7 @@ class _Job:
             raise ConfigError("seed: a workload is needed; a recording has nothing random")
         seed = 0 if seed is None else check_int("seed", seed, 0, (1 << 64) - 1)
         self.split = settings.split(given, source)
-        if isinstance(designs, (str, Native, Shadow)):
+        if isinstance(designs, (str, Native, Shadow, Nested)):
             designs = (designs,)
         wanted = [(design(which), self.split.made(which)) for which in designs]
         if not wanted:
@@ -280,7 +280,7 @@ class _Job:
         levels = self.split.machine.get("levels")
         self.costs = costs if levels is None else costs.replace(levels=levels)
         self.split.check_levels(self.costs.levels, (made for _, made in wanted))
-        self.designs: dict[str, Native | Shadow] = {}
+        self.designs: dict[str, Design] = {}
         for _, made in wanted:
             if made.name in self.designs and self.designs[made.name] != made:
                 raise ConfigError(f"designs: two are called {made.name!r}; give them names")
@@ -331,7 +331,7 @@ class _Job:
 
     def _command(
         self,
-        wanted: list[tuple[Native | Shadow, Native | Shadow]],
+        wanted: list[tuple[Design, Design]],
         operations: int | None,
         skip: bool,
         warm_up: int | str,
@@ -373,7 +373,7 @@ class _Job:
             raise StudyInterrupted(self._study(done, first, complete=False)) from None
         return self._study({name: done[name] for name in self.designs}, first, complete=True)
 
-    def _one(self, made: Native | Shadow, report: Report) -> Outcome:
+    def _one(self, made: Design, report: Report) -> Outcome:
         return self.source.run(made, self.setup, report)
 
     def _study(self, done: dict[str, StudyDesign], first: Outcome | None, complete: bool) -> Study:
@@ -413,7 +413,7 @@ class _Job:
     def made(
         self,
         name: str,
-        made: Native | Shadow,
+        made: Design,
         outcome: Outcome,
         native: dict[str, int] | None,
         first: StudyDesign | None,

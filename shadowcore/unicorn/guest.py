@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from ..config import Op, Shadow
+from ..config import Nested, Op, Shadow
 from ..engine.batch import OP_DTYPE
 from ..engine.machine import VM
 from ..errors import ConfigError, EngineError, GeneralProtection, ShadowcoreError
@@ -56,6 +56,8 @@ class Guest:
     def __init__(self, vm: VM, way: str = "walker", *, record: bool = False) -> None:
         if way not in WAYS:
             raise ConfigError(f"way: {way!r} is not one of {', '.join(WAYS)}")
+        if way == "walker" and isinstance(vm.mmu.design, Nested):
+            raise ConfigError("way: nested paging needs 'fills'; Unicorn's own walker has one dimension")
         self.vm = vm
         self.way = way
         self.cpu = vm.vcpus[0]

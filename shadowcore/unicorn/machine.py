@@ -14,7 +14,7 @@ import threading
 from collections import Counter
 from typing import Any
 
-from ..config import Features, Native, Op, Shadow
+from ..config import Design, Features, Op
 from ..engine.machine import VM
 from ..errors import EngineError
 from ..files import check_path
@@ -423,7 +423,7 @@ class Machine(Instructions):
 def boot(
     path: str | os.PathLike[str],
     *,
-    mmu: str | Native | Shadow = "cached",
+    mmu: str | Design = "cached",
     way: str = "walker",
     memory: int | str = "64MiB",
     command_line: str = "",

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..config import Native
+from ..config import Shadow
 from ..engine.batch import OP_DTYPE
 from ..engine.machine import VM
 from ..errors import EngineError
@@ -68,7 +68,7 @@ class Recording:
         """
         cpu = vm.vcpus[0]
         ram = vm.memory.bytes
-        frames = None if isinstance(vm.mmu.design, Native) else vm.mmu.arrays["frames"]["shadowed"]
+        frames = None if not isinstance(vm.mmu.design, Shadow) else vm.mmu.arrays["frames"]["shadowed"]
         ops, data, at = self.ops, self.data, 0
         for number in range(len(ops)):
             while at < len(self.entries) and self.entries[at][0] == number:

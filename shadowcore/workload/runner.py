@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .. import notebook
-from ..config import TLB, Features, Native, Shadow, check_int
+from ..config import TLB, Design, Features, check_int
 from ..engine.audits import Audits
 from ..engine.machine import VM
 from ..engine.windows import WindowLog, grown
@@ -148,7 +148,7 @@ def find(name: str) -> Workload:
 
 def run(
     name: str,
-    vm: VM | str | Native | Shadow = "cached",
+    vm: VM | str | Design = "cached",
     *,
     seed: int = 0,
     operations: int = 1_000_000,

@@ -11,7 +11,18 @@ import shadowcore as sc
 
 DATA = 0x40_0000
 TABLES = 0x80_0000
-DESIGNS = ("native", "flush", "cached", "kvm-2007", "unsync", "kvm-6.1", "kvm-6.12")
+DESIGNS = (
+    "native",
+    "flush",
+    "cached",
+    "kvm-2007",
+    "unsync",
+    "kvm-6.1",
+    "kvm-6.12",
+    "nested",
+    "kvm-6.1-tdp",
+    "kvm-6.1-direct",
+)
 """By their numbers in the header."""
 OK, PF, GP, MMIO = 0, 1, 2, 3
 

@@ -9,7 +9,14 @@ from shadowcore import Prot
 MODES = ("32", "pae", "64", "la57")
 RW = Prot.READ | Prot.WRITE
 EXACT_FLUSH = sc.Shadow.flush(quirks=sc.Quirk.NONE)
-DESIGNS = {"native": "native", "flush": EXACT_FLUSH, "series": "flush", "cached": "cached", "small": None}
+DESIGNS = {
+    "native": "native",
+    "flush": EXACT_FLUSH,
+    "series": "flush",
+    "cached": "cached",
+    "small": None,
+    "nested": "nested",
+}
 OPTIONS = {
     "plain": {},
     "4k": {"direct_map": "4k", "global_": False, "fault_around": 1, "atomic_bytes": 4, "flush_ceiling": 0},

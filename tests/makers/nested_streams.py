@@ -9,7 +9,6 @@ import zlib
 
 import numpy as np
 from kvm_streams import (
-
     CLEARLOG,
     COLLAPSE,
     COMPARE,
@@ -21,6 +20,7 @@ from kvm_streams import (
     FEATURES,
     FETCH,
     GETLOG,
+    GIVEN,
     HREAD,
     INC,
     INVLPG,
@@ -32,8 +32,8 @@ from kvm_streams import (
     POKE,
     PRESENT,
     READ,
-    REGISTERS,
     REFUSED,
+    REGISTERS,
     RMW,
     SLOT,
     STACK,
@@ -122,8 +122,9 @@ def streams(path, bases):
         ops = base["ops"]
         if "ins" in own:
             ops = inserted(ops, own["ins_at"], own["ins"])
-        for key in ("mode", "nframes", "nr_mmu_pages", "mem_gfn", "mem_page", "acc", "acc_count", "res", "mem", "ckpt_op"):
-            own.setdefault(key, base[key])
+        for key in GIVEN:
+            if key in base:
+                own.setdefault(key, base[key])
         own["ops"] = ops
     return own, info
 
@@ -266,7 +267,9 @@ class NestedReplay:
             self.vm.host_touch(addr >> 12, write=False)
         elif code == DISCARD:
             self.vm.host_unmap(addr, value, discard=True)
-        elif code == COLLAPSE and self.wanted[self.number][0] != REFUSED:  # what the host refuses did not happen
+        elif code == COLLAPSE and self.wanted[self.number][0] == REFUSED:
+            self.refused_collapse(addr, value)
+        elif code == COLLAPSE:
             self.vm.host_collapse(addr, value)
         elif code == SLOT:
             try:
@@ -275,6 +278,16 @@ class NestedReplay:
                 return (REFUSED, EEXIST if "overlap" in str(error) else EINVAL, 0, 0), None
             return (0, 0, 0, 0), None
         return None, None
+
+    def refused_collapse(self, first, n):
+        """The host gave up, before or after it had taken away its mapping, as the file tells; all pages are there."""
+        requests = self.info["counters"].index("remote_tlb_flush_requests")
+        if any(counter == requests for counter, _ in self.events["cnt"].get(self.number, [])):
+            kept = self.vm.memory.backing_arrays()
+            there = [frame for frame in range(first, first + n) if not kept or kept[0][frame] >= PRESENT]
+            self.vm.host_unmap(first, n)
+            for frame in there:
+                self.vm.host_touch(frame)
 
     def slot_operation(self, number, flags, gpa, size, offset):
         slots = self.vm.memory.slots
@@ -334,7 +347,8 @@ class NestedReplay:
         given = self.events["ev"].get(k, [])
         wanted = [event for event in given if event[0] in KINDS.values()]
         if events != wanted:
-            at = next((i for i, (a, b) in enumerate(zip(events, wanted, strict=False)) if a != b), min(len(events), len(wanted)))
+            pairs = enumerate(zip(events, wanted, strict=False))
+            at = next((i for i, (a, b) in pairs if a != b), min(len(events), len(wanted)))
             out.append(("ev", at, events[at : at + 3], wanted[at : at + 3], len(events), len(wanted)))
         now = self.vm.stats.exits
         loads = {name: now[name] - self.registers[name] for name in self.registers}

@@ -14,7 +14,7 @@ from shadowcore.engine.nested.tables cimport tree_withdraw
 from shadowcore.engine.state cimport (
     REQUEST_CURRENT, REQUEST_GUEST, REQUEST_ROOTS, memo_drop, sc_loaded, sc_mmu, sc_vcpu, vcpu_request,
 )
-from shadowcore.engine.types cimport MODE_64, MODE_LA57, MODE_OFF, MODE_PAE, u32, u64
+from shadowcore.engine.types cimport MODE_64, MODE_LA57, MODE_OFF, MODE_PAE, u64
 from shadowcore.engine.unsync.roots cimport role_changes
 from shadowcore.engine.zap cimport frames_withdraw, generation_next
 
@@ -38,7 +38,7 @@ cdef void _processor(sc_vcpu *v) noexcept nogil:
 
 
 cdef void _reset(sc_mmu *mmu, sc_vcpu *v, const sc_loaded *before) noexcept nogil:
-    """CR0, CR4 or EFER was loaded: an exit. The direct MMU looks its root up again where a shadow's role would change."""
+    """CR0, CR4 or EFER was loaded: an exit. The direct MMU looks up its root where a shadow's role would change."""
     cdef u64 cr0, cr4, efer
     v.guest.host_top = mmu.host_levels
     _processor(v)

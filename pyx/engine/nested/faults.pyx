@@ -25,7 +25,7 @@ from shadowcore.engine.sync cimport (
     FOR_LOAD, FOR_STORE, LEAF_DEVICE, LEAF_SAME, device_is_stale, device_rights, leaf_level, leaf_set, prefetch_around,
 )
 from shadowcore.engine.types cimport (
-    ACC_ALL, ACC_X, PF_P, PF_RSVD, PF_W, RC_EXHAUSTED, RC_MMIO, RC_OK, RC_PF, RC_RETRY, SC_NONE,
+    ACC_ALL, PF_P, PF_RSVD, PF_W, RC_EXHAUSTED, RC_MMIO, RC_OK, RC_PF, RC_RETRY, SC_NONE,
     npf_table, u32, u64,
 )
 from shadowcore.engine.unsync.roots cimport make_room
@@ -77,7 +77,7 @@ cdef int _device(sc_mmu *mmu, sc_vcpu *v, u64 va, u32 access, u64 value, sc_walk
     mmu.stats.pf_mmio_spte_hit += 1
     if not gfn or v.device_gfn != gfn or v.device_generation != mmu.generation:
         record(mmu, RECORD_DEVICE_CHECKED, 0, 0, 1)
-        record(mmu, RECORD_DEVICE_HIT, gfn, device_rights(value) | ACC_X, 0)
+        record(mmu, RECORD_DEVICE_HIT, gfn, device_rights(value), 0)
         v.device_gfn = gfn
         v.device_generation = mmu.generation
     return _emulate(mmu, v, va, access, w)
