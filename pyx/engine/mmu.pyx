@@ -25,6 +25,7 @@ from shadowcore.engine.invariants cimport audit_violations, mmu_settle, sc_audit
 from shadowcore.engine.memory cimport (
     SC_RUNNING, SC_WRITTEN, Memory, mem_frame, mem_guest_frame, mem_is_rom, mem_touch, sc_no_frame, sc_slot,
 )
+from shadowcore.engine.nested.tables cimport host_tables_of_walk
 from shadowcore.engine.page cimport sc_frame, sc_link, sc_page
 from shadowcore.engine.policies.fifo cimport fifo_policy
 from shadowcore.engine.pool cimport pool_init
@@ -418,7 +419,9 @@ cdef class Mmu:
                     (own if i == v.number else others).add(page)
         levels = v.guest.mode if v.guest.mode >= MODE_64 else 2
         if self.c.nested:
-            levels = self.c.host_levels
+            gfns = tuple([self.c.pages[page].gfn for page in sorted(own | others)])
+            needed = host_tables_of_walk(self.c, v) + (0 if self.c.tdp else self.c.refill)
+            return PoolExhausted(needed, self.c.pool_pages, gfns)
         needed = len(others) + levels - (1 if own and own <= others else 0)
         gfns = []
         for page in sorted(others | own):

@@ -6,11 +6,12 @@ from shadowcore.engine.fault cimport page_fault
 from shadowcore.engine.hooks cimport POINT_POST_FAULT, POINT_PRE_FAULT, audit_point
 from shadowcore.engine.invalidate cimport deliver_fault, inject_fault
 from shadowcore.engine.memory cimport SC_POOL_HFN, mem_gfn, mem_is_device, mem_touch
+from shadowcore.engine.nested.tables cimport host_tables_of_walk
 from shadowcore.engine.roots cimport root_slots
 from shadowcore.engine.state cimport sc_mmu, sc_vcpu, vcpu_pcid
 from shadowcore.engine.tlb cimport sc_tlb_entry, tlb_enter, tlb_find
 from shadowcore.engine.types cimport (
-    MODE_32, MODE_OFF, PF_P, PF_W, RC_LIVELOCK, RC_MMIO, RC_OK, RC_PF, RC_RETRY, SC_NONE, u32, u64,
+    MODE_32, MODE_OFF, PF_P, PF_W, RC_EXHAUSTED, RC_LIVELOCK, RC_MMIO, RC_OK, RC_PF, RC_RETRY, SC_NONE, u32, u64,
 )
 from shadowcore.engine.walker cimport guest_walk, nested_walk, probe_walk, rights_fault, sc_walk, shadow_walk
 
@@ -101,6 +102,10 @@ cdef int _resolve_nested(sc_mmu *mmu, sc_vcpu *v, u64 va, u32 access, sc_walk *w
         if rc != RC_RETRY or v.restarts:
             return RC_RETRY if rc == RC_OK and v.restarts else rc
         exits += 1
+    # A walk needs the host's tables of all its tables at once.
+    if mmu.pool_pages < (0 if mmu.tdp else mmu.refill) + host_tables_of_walk(mmu, v):
+        mmu.exhausted = v.number
+        return RC_EXHAUSTED
     return RC_LIVELOCK
 
 

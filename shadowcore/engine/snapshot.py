@@ -280,10 +280,12 @@ def _settings(state: dict[str, Any]) -> tuple[list[MemorySlot | None], Design, F
     kind, quirks = design.pop("kind"), Quirk(design.get("quirks", 0))
     if kind not in ("Native", "Shadow", "Nested"):
         raise ValueError(f"design: Native, Shadow or Nested expected, not {state['design']!r:.60}")
-    mmu: Design = Native(quirks)
-    if kind != "Native":
+    mmu: Design
+    if kind == "Native":
+        mmu = Native(quirks)
+    else:
         mmu = _from_dict(Shadow if kind == "Shadow" else Nested, design, quirks=quirks)
-    elif {**design, "quirks": quirks} != dataclasses.asdict(mmu):
+    if kind == "Native" and {**design, "quirks": quirks} != dataclasses.asdict(mmu):
         raise ValueError(f"design: Native as it can be expected, not {state['design']!r:.60}")
     logged = state["logged"]
     rows = state["slots"]

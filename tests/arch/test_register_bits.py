@@ -277,4 +277,5 @@ def test_batches_and_events_have_the_register_as_it_is(design):
     assert result.gpa[3] == 19 << 12
     assert state(cpu) == [PAGING, 0x6FFF, CR4_PAE, EFER_LME | oracle.EFER_LMA]
     if design != "native":
-        assert [event.address for event in heard if event.detail in ("cr0", "cr3")] == [0x6FFF, PAGING]
+        loads = [PAGING] if design == "nested" else [0x6FFF, PAGING]  # loads of CR3 do not exit
+        assert [event.address for event in heard if event.detail in ("cr0", "cr3")] == loads

@@ -6,7 +6,7 @@ import pytest
 import shadowcore as sc
 
 PAGE = 4096
-DESIGNS = ["native", "cached", "flush", "nested"]
+DESIGNS = ["native", "cached", "flush"]
 MODES = ["32", "pae", "64", "la57"]
 
 # Three slots with holes between them, of sizes that fill no whole word of a log; tables lie in the first.

@@ -48,7 +48,7 @@ DESIGNS = {
             {"early": True, "keeps_refused": True, "rereads": True},
         ),
     ],
-    "nested": [("nested", {}), (sc.Nested(mmu="direct", pool_pages=8, levels=5), {})],
+    "nested": [("nested", {}), (sc.Nested(mmu="direct", pool_pages=32, refill=5, levels=5), {})],
     "unsync": [
         (sc.Shadow.unsync(pool_pages=64), {"ahead": True}),
         (sc.Shadow.unsync(pool_pages=8, prev_roots=0, prefetch=0, release="6.12"), {"ahead": True}),

@@ -12,6 +12,10 @@ cdef inline u32 host_role(int level) noexcept nogil:
     """Role of a host's table: the same whatever the guest's registers are."""
     return MODE_64 << ROLE_GLEVELS | <u32>level << ROLE_LEVEL | 1 << ROLE_DIRECT | ACC_ALL << ROLE_ACCESS
 
+cdef inline u32 host_tables_of_walk(const sc_mmu *mmu, const sc_vcpu *v) noexcept nogil:
+    """Host tables that one walk of v can need: for each table of the guest's and the page, all below the root."""
+    return 1 + <u32>(v.guest.mode + 1) * (mmu.host_levels - 1)
+
 cdef inline u64 table_gfn(u64 gfn, int level) noexcept nogil:
     """The first gfn that the table of `level` for `gfn` stands for."""
     return gfn & ~((<u64>1 << 9 * level) - 1)
