@@ -283,8 +283,10 @@ def _settings(state: dict[str, Any]) -> tuple[list[MemorySlot | None], Design, F
     mmu: Design
     if kind == "Native":
         mmu = Native(quirks)
+    elif kind == "Shadow":
+        mmu = _from_dict(Shadow, design, quirks=quirks)
     else:
-        mmu = _from_dict(Shadow if kind == "Shadow" else Nested, design, quirks=quirks)
+        mmu = _from_dict(Nested, design, quirks=quirks)
     if kind == "Native" and {**design, "quirks": quirks} != dataclasses.asdict(mmu):
         raise ValueError(f"design: Native as it can be expected, not {state['design']!r:.60}")
     logged = state["logged"]
