@@ -116,7 +116,7 @@ def has(which: Design, name: str) -> bool:
     return which.lagging if name in UNSYNC else not (which.lagging and name == "flood_reset")
 
 
-def effective(labels: Mapping[str, Any], which: Native | Shadow) -> dict[str, Any]:
+def effective(labels: Mapping[str, Any], which: Design) -> dict[str, Any]:
     """Settings without those of shadow MMUs that a design has not."""
     return {name: value for name, value in labels.items() if name not in DESIGN or has(which, name)}
 
