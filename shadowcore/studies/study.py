@@ -441,7 +441,7 @@ class _Job:
             work=outcome.work,
         )
 
-    def _costs(self, made: Native | Shadow) -> Costs:
+    def _costs(self, made: Design) -> Costs:
         """Prices, with levels that have a place for the design where nobody said which."""
         if "levels" in self.split.machine:
             return self.costs
