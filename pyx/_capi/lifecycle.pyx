@@ -10,10 +10,8 @@ from shadowcore._capi.handles cimport (
     enter, fail, fail_python, fail_struct, handle_new, leave, refused, sc_place, with_python,
 )
 from shadowcore._capi.header cimport (
-    SC_AMD, SC_E_ALIGNMENT, SC_E_ARGUMENT, SC_E_FILE, SC_E_NULL, SC_E_PYTHON, SC_SETTING_ZERO, SC_UNSYNC,
+    SC_AMD, SC_E_ALIGNMENT, SC_E_ARGUMENT, SC_E_FILE, SC_E_NULL, SC_E_PYTHON, SC_NESTED, SC_SETTING_ZERO, SC_UNSYNC,
     sc_config, sc_vm,
-    SC_E_ALIGNMENT, SC_E_ARGUMENT, SC_E_FILE, SC_E_NULL, SC_E_PYTHON, SC_NESTED, SC_SETTING_ZERO, SC_UNSYNC, sc_config,
-    sc_vm,
 )
 from shadowcore.engine.types cimport RC_OK, u32, u64
 
