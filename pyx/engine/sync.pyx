@@ -140,11 +140,16 @@ cdef void _fill_large(sc_mmu *mmu, u32 spte, int level, u64 value) noexcept nogi
         mmu.stats.max_mmu_rmap_size = others
 
 
-cdef void _remember_device(sc_mmu *mmu, u32 spte, u64 gfn, u32 rights) noexcept nogil:
+cdef void _put_device(sc_mmu *mmu, u32 spte, u64 gfn, u32 rights) noexcept nogil:
     if mmu.table[spte]:
         leaf_drop(mmu, spte)
     spte_put(mmu, spte, gfn << 12 | (<u64>rights & (ACC_W | ACC_U)) << 9 | SPTE_MARK
              | (mmu.generation & GENERATIONS) << SPTE_GENERATION)
+
+
+cdef void _remember_device(sc_mmu *mmu, u32 spte, u64 gfn, u32 rights) noexcept nogil:
+    record(mmu, RECORD_DEVICE, gfn, (rights & (ACC_W | ACC_U)) | ACC_X, 0)
+    _put_device(mmu, spte, gfn, rights)
 
 
 cdef bint device_is_stale(const sc_mmu *mmu, u64 value) noexcept nogil:
@@ -172,8 +177,9 @@ cdef inline int _put(sc_mmu *mmu, const sc_vcpu *v, u32 spte, u64 gfn, u32 right
     if frame == sc_no_frame():
         mmu.stats.pf_mmio_spte_created += 1
         if events:
-            record(mmu, RECORD_DEVICE, gfn, (rights & (ACC_W | ACC_U)) | ACC_X, 0)
-        _remember_device(mmu, spte, gfn, rights)
+            _remember_device(mmu, spte, gfn, rights)
+        else:
+            _put_device(mmu, spte, gfn, rights)
         return LEAF_DEVICE
     if old & PTE_P:
         if level > 1 and not old & PTE_PS:

@@ -8,7 +8,7 @@ import pathlib
 import zlib
 
 import numpy as np
-from kvm_streams import (
+from kvm_files import (
     CLEARLOG,
     COLLAPSE,
     COMPARE,
