@@ -248,13 +248,17 @@ class Costs:
         cr3_exits, invlpg_exits = n("exits_cr3"), n("exits_invlpg")
         registers = cr3_exits + n("exits_cr0") + n("exits_cr4") + n("exits_efer")
         page_faults = sum(n(f"exits_{reason}") for reason in PF_REASONS)
-        exits = page_faults + registers + invlpg_exits
-        devices = n("npf_misconfig")
-        exits += devices
+        # Exits of nested paging are among the page faults, by their reasons; with levels that have EPT they have prices
+        # of their own, else those of page faults.
+        ept = self.levels.paging == "ept"
+        violations, devices = (n("npf_violation"), n("npf_misconfig")) if ept else (0, 0)
+        fills, writes = (0, 0) if violations else (n("exits_fill"), n("exits_write"))
+        page_faults = max(page_faults - violations - devices, 0)
+        exits = page_faults + registers + invlpg_exits + devices
         hardware = (
             (page_faults + devices) * self.exit_fault + registers * self.exit_register + invlpg_exits * self.exit_invlpg
         )
-        second = self.violations(n("npf_violation"), n("mmu_cache_miss") if self.levels.paging == "ept" else 0)
+        second = self.violations(violations, n("mmu_cache_miss") if ept else 0)
         return {
             "work": work,
             "translation": misses * self.tlb_miss
@@ -266,10 +270,10 @@ class Costs:
             "switches": hardware * self.switches + second["switches"],
             "outer": exits * self.carried + second["outer"],
             "dispatch": exits * self.dispatch + second["dispatch"],
-            "faults": n("exits_fill") * self.fill
-            + n("exits_write") * self.rights
+            "faults": fills * self.fill
+            + writes * self.rights
             + n("exits_guest") * self.inject
-            + (n("exits_mmio") + devices) * self.mmio
+            + max(n("exits_mmio"), devices) * self.mmio
             + second["faults"]
             + n("guest_walk_references") * self.guest_reference,
             "backing": self._found(n("host_faults"), n("host_faults_large"))
