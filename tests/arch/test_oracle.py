@@ -43,9 +43,9 @@ class Cpu2621(oracle.Cpu):
     """Linux 2.6.21 sets A also in the entries that a refused access passed: those, from the root down, that
     are present and grant it."""
 
-    def access(self, address, op, user=False):
+    def access(self, address, op, user=False, implicit=False):
         try:
-            return super().access(address, op, user)
+            return super().access(address, op, user, implicit)
         except oracle.PageFault as fault:
             for _, where, entry in fault.walked:
                 refused = not entry & P

@@ -74,7 +74,9 @@ def test_forged_hosts_and_slots_are_refused(design, tmp_path):
 
     for change, what in (
         (frames, HOST_ABSENT),
-        (lambda state, arrays: arrays.update(host_frames=arrays["host_frames"] + 2), "a host can have"),
+        (lambda state, arrays: arrays.update(host_frames=arrays["host_frames"] + 2), HOST_ABSENT),
+        (lambda state, arrays: arrays.update(host_frames=arrays["host_frames"] + 16), "an outer host of all frames"),
+        (lambda state, arrays: arrays.update(host_blocks=arrays["host_blocks"] | 3), "a host can have"),
         (lambda state, arrays: arrays.update(host_blocks=arrays["host_blocks"][1:]), "host_blocks"),
         (lambda state, arrays: state.update(backing=False), "arrays"),
         (lambda state, arrays: state.update(backing=1), "backing"),

@@ -105,7 +105,7 @@ def test_values_that_cannot_be(guest):
         {"size": 3},
         {"size": 32},
         {"size": 16, "kind": C["SC_ADD"]},
-        {"flags": 4},
+        {"flags": 8},
         {"reserved": 1},
         {"vcpu": 1},
         {"vcpu": 2**32 - 1},

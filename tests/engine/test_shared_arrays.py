@@ -49,7 +49,7 @@ def plain(ops, **fields):
 
 SPOILED = {
     "size": [(200, "size 200 is not"), (3, "size 3 is not"), (0, "size 0 is not"), (16, "size 16 is not")],
-    "op": [(77, "operation code 77"), (16, "operation code 16"), (255, "operation code 255")],
+    "op": [(77, "operation code 77"), (17, "operation code 17"), (255, "operation code 255")],
     "vcpu": [(77, "no vcpu 77"), (2, "no vcpu 2")],
 }
 CASES = [(field, value, message) for field, cases in SPOILED.items() for value, message in cases]
