@@ -244,6 +244,7 @@ RESULTS = {
     "Choice": lambda _: Choice({"modern": {"a": {"cached": 1.5}}}, {"a": {"cached": 2.0}}, {"a": 3.0}, 4),
     "Validity": lambda _: Validity("pvm-2023", (Row("a", "b", "c", "s", 1.0, 2.0),)),
     "Levels, Preset": lambda _: (sc.Costs.nested().levels, PRESETS["core2007"]),
+    "Steps, Step": lambda _: sc.steps.show("invlpg", "unsync"),
     "Study, StudyDesign, WorkloadResult": lambda _: some_study(windows=1000),
     "Study, ReplayResult, Phase, Recording": lambda _: sc.study(trace.load().head(3000), ["cached"], windows=500),
     "Sweep": lambda _: sc.sweep(sources=trace.load().head(2000), designs="cached", operations=500, jobs=1),
@@ -294,7 +295,9 @@ def test_all_results_are_among_them():
     named |= {"Native", "Shadow", "TLB", "Features", "MemorySlot", "KernelOptions", "File"}
     # Work under way, and what is made anew rather than sent.
     named |= {"Program", "Area", "Life", "Format", "Row", "Event", "Block", "Source", "Split", "Parameter", "Workload"}
-    named |= {"Setup", "Outcome"}
+    named |= {"Setup", "Outcome", "Action", "Scenario"}
+    # Parts of a picture, made and drawn at once.
+    named |= {"Map", "Panel", "Spot"}
     named |= {"BackEnd", "Emulator"}
     # What a sweep sends, which its tests send.
     named |= {"Plan", "Point", "Run", "Shared", "Task", "Done", "Change", "Difference"}
