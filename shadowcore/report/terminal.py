@@ -353,29 +353,24 @@ def print_validity(found: Validity) -> None:
 
 
 def print_choice(found: Choice) -> None:
-    """Slow-downs by preset, the best of each source bold."""
-    table = Table(
-        title="Slow-down against native, estimated, by prices and design",
-        caption="Bold: the best, and what is within 2 percent of it.",
-        title_style="bold",
-        title_justify="left",
-        caption_justify="left",
-        box=SIMPLE_HEAD,
-        pad_edge=False,
-    )
-    table.add_column("", no_wrap=True)
-    for preset in found.slow:
-        for place, name in enumerate(found.designs):
-            table.add_column(f"{'' if place else preset}\n{name}", justify="right", no_wrap=True)
-    for source in found.exits:
-        cells = []
-        for preset, by_source in found.slow.items():
+    """Slow-downs, a table for each preset, the best of each source bold."""
+    for preset, by_source in found.slow.items():
+        table = Table(
+            title=f"Slow-down against native, estimated, at the prices of {preset}",
+            title_style="bold",
+            title_justify="left",
+            box=SIMPLE_HEAD,
+            pad_edge=False,
+        )
+        table.add_column("", no_wrap=True)
+        for name in found.designs:
+            table.add_column(name, justify="right", no_wrap=True)
+        for source, by in by_source.items():
             best = found.best(preset, source)
-            cells += [f"[bold]{v:.2f}[/]" if n in best else f"{v:.2f}" for n, v in by_source[source].items()]
-        table.add_row(escape(source), *cells)
-    console = _console()
-    console.width = max(console.width, Measurement.get(console, console.options.update(width=200), table).maximum)
-    console.print(table)
+            cells = (f"[bold]{slow:.2f}[/]" if name in best else f"{slow:.2f}" for name, slow in by.items())
+            table.add_row(escape(source), *cells)
+        _console().print(table)
+    _console().print("Bold: the best, and what is within 2 percent of it.")
 
 
 def print_price_lists(presets: Mapping[str, Preset], aliases: Mapping[str, str], levels: Mapping[str, Levels]) -> None:

@@ -17,7 +17,7 @@ from .study import study
 OPERATIONS = 100_000
 """Of each workload; the recording is replayed from end to end."""
 PRESETS = ("modern", "pvm", "nested")
-LEFT_OUT = ("kvm-2007", "kvm-6.1", "kvm-6.12")
+LEFT_OUT = ("kvm-2007", "kvm-6.1", "kvm-6.12", "kvm-6.1-tdp", "kvm-6.1-direct")
 """Designs that are others with the defects of a release."""
 CLOSE = 1.02
 """Slow-downs that differ by less than this are alike."""

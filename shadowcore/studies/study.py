@@ -279,7 +279,8 @@ class _Job:
         self.split.check_used(made for _, made in wanted)
         levels = self.split.machine.get("levels")
         self.costs = costs if levels is None else costs.replace(levels=levels)
-        self.split.check_levels(self.costs.levels, (made for _, made in wanted))
+        for _, made in wanted:
+            self.split.check_levels(self._costs(made).levels, (made,))
         self.designs: dict[str, Design] = {}
         for _, made in wanted:
             if made.name in self.designs and self.designs[made.name] != made:

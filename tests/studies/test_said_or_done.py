@@ -270,6 +270,7 @@ def test_inputs_without_anything_in_them_are_refused(tmp_path):
 # -- a full disk behind standard output ----------------------------------------------------------------------
 
 SLOW = ("reproduce", "calibration", "report", "audit", "info", "import", "completion", "programs", "evolution")
+SLOW += ("designs",)
 COMMANDS = {
     "--help": (),
     "--version": (),
@@ -289,6 +290,7 @@ COMMANDS = {
     "evolution": ("--operations", 1),
     "reproduce": (),
     "costs": (),
+    "designs": ("pingpong", "--operations", 1000),
     "show": ("demand-paging",),
     "sweep": ("SPEC", "--jobs", 1),
     "collect": ("RESULTS",),

@@ -9,6 +9,7 @@ import subprocess
 import numpy as np
 import pytest
 from commands import refused, run
+from places import DATA
 
 import shadowcore as sc
 from shadowcore import steps
@@ -152,7 +153,7 @@ def test_workloads(name):
 
 def test_a_recording_of_a_guest(tmp_path):
     """The exits of the steps are those of a replay; without a start, it is shown from the first access of user code."""
-    whole = sc.trace.load()
+    whole = sc.trace.load(DATA / "recordings" / "linux-fork.npz")
     start = whole.first_cr3 + 500
     head = whole.head(start + 80)
     head.save(tmp_path / "head.screc")
