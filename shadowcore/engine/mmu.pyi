@@ -10,6 +10,7 @@ from .counters import Stats
 from .memory import Memory
 
 FLUSHES: Final[tuple[str, ...]]
+HOST_PAGES: Final[tuple[int, ...]]
 PAGE_DTYPE: Final[np.dtype[np.void]]
 FRAME_DTYPE: Final[np.dtype[np.void]]
 LINK_DTYPE: Final[np.dtype[np.void]]
