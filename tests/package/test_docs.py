@@ -25,6 +25,7 @@ from shadowcore.cli import main
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 PYTHON, SHELL = ("python",), ("sh", "bash")
+LANGUAGES = (*PYTHON, *SHELL, "", "text", "json", "toml", "cython", "c", "cpp", "{include}", "{toctree}")
 COMMANDS = ("shadowcore", "python -m", "printf", "cat", "unzip")
 """How lines of a block of commands may begin: nothing that installs, deletes, or goes elsewhere is run unmarked."""
 
@@ -162,9 +163,7 @@ def test_blocks_are_found_and_have_a_language_that_is_known():
     assert {"README.md", "guide.md", "recordings.md", "workloads.md"} <= {page for page, found in RUN.items() if found}
     for page, found in BLOCKS.items():
         for block in found:
-            assert block.language in (*PYTHON, *SHELL, "", "text", "json", "cython", "c", "cpp", "{include}", "{toctree}"), (
-                f"{page}: {block.language}"
-            )
+            assert block.language in LANGUAGES, f"{page}: {block.language}"
             if block.language == "":
                 assert not re.search(r"^\s*(import |shadowcore |python )", block.code, re.M), (
                     f"{block.name}: no language"
