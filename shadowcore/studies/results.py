@@ -138,7 +138,7 @@ class Study:
     """One workload or recording under several designs.
 
     workload: its name; kind: "workload" or "recording"; stream: of a recording, guest, operations or program.
-    operations: asked for (of a recording: that it has), in `unit`s; per: what exits are told per million of.
+    operations: asked for (of a recording: that it has); unit: what they are called; per: what exits are told per million of.
     warm_up: how many of those that were run were not counted.
     designs: by name. costs: the prices. settings: all that were not left out, by name. command: the shell command that
     repeats it. window: operations in a window, 0 if there are none.
