@@ -138,8 +138,8 @@ class Study:
     """One workload or recording under several designs.
 
     workload: its name; kind: "workload" or "recording"; stream: of a recording, guest, operations or program.
-    operations: asked for (of a recording: that it has); unit: what they are called; per: what exits are told per million of.
-    warm_up: how many of those that were run were not counted.
+    operations: asked for, or that a recording has; unit: what they are called; per: what exits are told per million
+    of. warm_up: how many of those that were run were not counted.
     designs: by name. costs: the prices. settings: all that were not left out, by name. command: the shell command that
     repeats it. window: operations in a window, 0 if there are none.
     complete: False if it was interrupted; the designs are then those that were done.
