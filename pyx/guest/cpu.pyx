@@ -70,20 +70,27 @@ cdef int cpu_access(sc_guest *g, u32 op, u32 size, u64 va, u64 value, sc_result 
     return RC_PANIC if rc > 0 else rc
 
 
-cdef int cpu_load_cr3(sc_guest *g, u64 value) noexcept nogil:
+cdef int _load(sc_guest *g, u32 op, u64 value) noexcept nogil:
+    """The kernel's load of a control register."""
     cdef sc_op o
     cdef sc_result r
     cdef int rc
     if g.recording:
-        rc = cpu_log(g, OP_CR3, False, 8, 0, value)
+        rc = cpu_log(g, op, False, 8, 0, value)
         if rc != RC_OK:
             return rc
     memset(&o, 0, sizeof(o))
-    o.op = OP_CR3
+    o.op = <u8>op
     o.value[0] = value
-    g.n.cr3_loads += 1
     rc = vcpu_op(g.mmu, g.v, &o, True, &r)
     return RC_PANIC if rc > 0 else rc
+
+
+cdef int cpu_load_cr3(sc_guest *g, u64 value) noexcept nogil:
+    cdef int rc = _load(g, OP_CR3, value)
+    if rc != RC_NOLOG:              # what could not be written down was not made
+        g.n.cr3_loads += 1
+    return rc
 
 
 cdef int cpu_invlpg(sc_guest *g, u64 va) noexcept nogil:
@@ -170,21 +177,6 @@ cdef int cpu_flush_all(sc_guest *g) noexcept nogil:
     return cpu_load_root(g, g.current, False)
 
 
-cdef int _load_cr4(sc_guest *g, u64 value) noexcept nogil:
-    cdef sc_op o
-    cdef sc_result r
-    cdef int rc
-    if g.recording:
-        rc = cpu_log(g, OP_CR4, False, 8, 0, value)
-        if rc != RC_OK:
-            return rc
-    memset(&o, 0, sizeof(o))
-    o.op = OP_CR4
-    o.value[0] = value
-    rc = vcpu_op(g.mmu, g.v, &o, True, &r)
-    return RC_PANIC if rc > 0 else rc
-
-
 cdef int cpu_flush_global(sc_guest *g) noexcept nogil:
     """Flush every translation on every processor, global ones too: CR4.PGE changes and changes back."""
     cdef u32 here = g.cpu
@@ -195,9 +187,9 @@ cdef int cpu_flush_global(sc_guest *g) noexcept nogil:
             cpu_go(g, i)
             g.n.full_flushes += 1
             g.n.shootdowns += i != here
-            rc = _load_cr4(g, g.v.cr4 ^ CR4_PGE)
+            rc = _load(g, OP_CR4, g.v.cr4 ^ CR4_PGE)
         if rc == RC_OK:
-            rc = _load_cr4(g, g.v.cr4 ^ CR4_PGE)
+            rc = _load(g, OP_CR4, g.v.cr4 ^ CR4_PGE)
     cpu_go(g, here)
     return rc
 
