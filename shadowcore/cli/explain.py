@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..config import DESIGNS
-from ..errors import ConfigError
 from ..pagetables import FORMATS as MODES
 from .options import JSON, Address, Command, Count, Name, Output, apart, command
+from .outputs import to_file
 
 if TYPE_CHECKING:
     from ..studies.explain import Access
@@ -117,10 +117,7 @@ def explain(
     vm = images.machine(image, design or _default(image), gva=gva, **options)
     explanation = accesses.explain(vm, gva, access, user)
     if html is not None:
-        try:
-            replace(html, explanation.page().encode())
-        except OSError as error:
-            raise ConfigError(f"{html}: it cannot be written: {error.strerror or error}") from None
+        to_file(html, lambda file: replace(file, explanation.page().encode()))
     _show(explanation, as_json)
 
 

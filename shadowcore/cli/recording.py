@@ -15,6 +15,7 @@ from ..recording import importers
 from ..recording.format import INCOMPLETE
 from ..recording.holdings import told
 from .options import JSON, Address, Name, Output, Source, apart, command
+from .outputs import to_file
 from .progress import progress as _progress
 
 if TYPE_CHECKING:
@@ -92,10 +93,7 @@ def _image(file: str, out: str, cr3: int | None, mode: str | None, as_json: bool
 
     apart([("OUT", out)], [file])
     image = images.open_dump(file).image(cr3, mode)
-    try:
-        images.save_image(image, out)
-    except OSError as error:
-        raise ConfigError(f"{out}: it cannot be written: {error.strerror or error}") from None
+    to_file(out, lambda file: images.save_image(image, file))
     found = {"file": out, "mode": image.mode, "cr3": image.cr3, "frames": len(image.frames)}
     if as_json:
         click.echo(json.dumps(found))

@@ -11,6 +11,7 @@ import click
 from ..config import DESIGNS
 from ..errors import ConfigError
 from .options import JSON, POOL, SEED, Name, Output, Source, apart, command
+from .outputs import writable
 from .progress import progress
 
 
@@ -77,6 +78,8 @@ def show(
     apart([("--html", html)], [source])
     if exercise and html is None:
         raise ConfigError("--exercise: it is of the page; --html FILE is needed with it")
+    if html is not None:
+        writable(html)
     runs = []
     for name in designs or stepped.designs_of(source):
         with progress(name, "steps") as bar:

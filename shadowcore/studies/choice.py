@@ -9,9 +9,7 @@ from typing import Any
 from ..config import DESIGNS, design
 from ..engine.costs import Costs
 from ..engine.levels import of_design
-from ..errors import ConfigError
-from ..workload import WORKLOADS
-from .source import find
+from .source import opened
 from .study import study
 
 OPERATIONS = 100_000
@@ -60,36 +58,28 @@ def choice(
     sources: names of workloads, paths of recordings, None: the recording of the package. None: it and all workloads.
     operations: of each workload. progress: called with sources done, and all.
     """
-    wanted = [None, *WORKLOADS] if sources is None else list(sources)
-    if not wanted:
-        raise ConfigError("sources: at least one is needed")
     names = [name for name in DESIGNS if name not in LEFT_OUT]
     slow: dict[str, dict[str, dict[str, float]]] = {preset: {} for preset in PRESETS}
     exits: dict[str, dict[str, float]] = {}
     faults = {}
-    for place, source in enumerate(wanted):
-        if progress is not None:
-            progress(place, len(wanted))
-        opened = find(source)
+    for source in opened(sources, progress):
         counted: dict[str, Any] = {}
-        if opened.kind == "workload":
+        if source.kind == "workload":
             counted = {"operations": 2 * operations, "warm_up": operations}
-        found = study(opened, names, windows=0, **counted)
+        found = study(source, names, windows=0, **counted)
         native = found.designs["native"]
         others = {name: made for name, made in found.designs.items() if name != "native"}
         per = native.counters.get("instructions") or native.operations
-        exits[opened.name] = {name: made.exits_per_million for name, made in others.items()}
-        faults[opened.name] = 1e6 * native.counters["guest_faults"] / per
+        exits[source.name] = {name: made.exits_per_million for name, made in others.items()}
+        faults[source.name] = 1e6 * native.counters["guest_faults"] / per
         for preset in PRESETS:
             costs = Costs.preset(preset)
-            slow[preset][opened.name] = {}
+            slow[preset][source.name] = {}
             for name, made in others.items():
                 priced = costs.replace(levels=of_design(costs.levels, design(name).engine))
                 known = priced.of(made.counters, native.counters).slow_down
                 assert known is not None
-                slow[preset][opened.name][name] = known
-    if progress is not None:
-        progress(len(wanted), len(wanted))
+                slow[preset][source.name][name] = known
     return Choice(slow, exits, faults, operations)
 
 

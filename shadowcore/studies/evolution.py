@@ -13,10 +13,9 @@ from contextlib import suppress
 from typing import Any
 
 from ..config import Quirk, Shadow
-from ..errors import ConfigError, GuestPanic
-from ..workload import WORKLOADS
+from ..errors import GuestPanic
 from .results import Study
-from .source import Source, find
+from .source import Source, opened
 from .study import study
 
 OPERATIONS = 200_000
@@ -242,18 +241,10 @@ def evolution(
     sources: names of workloads, paths of recordings, None: the recording of the package. None: it and all workloads.
     operations: of each workload. progress: called with sources done, and all.
     """
-    wanted = [None, *WORKLOADS] if sources is None else list(sources)
-    if not wanted:
-        raise ConfigError("sources: at least one is needed")
     studies: dict[str, Study] = {}
-    for place, source in enumerate(wanted):
-        if progress is not None:
-            progress(place, len(wanted))
-        opened = find(source)
-        settings: dict[str, Any] = {"operations": operations} if opened.workload else {}
-        studies[opened.name] = _studied(opened, [each.made(opened.frames()) for each in RELEASES], settings)
-    if progress is not None:
-        progress(len(wanted), len(wanted))
+    for source in opened(sources, progress):
+        settings: dict[str, Any] = {"operations": operations} if source.workload else {}
+        studies[source.name] = _studied(source, [each.made(source.frames()) for each in RELEASES], settings)
     return Evolution(studies, operations)
 
 

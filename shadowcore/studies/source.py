@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import shlex
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -519,6 +519,22 @@ def _of_kernel(result: workload.WorkloadResult, operations: int, details: dict[s
         work=n["accesses"],
         audits=result.audits,
     )
+
+
+def opened(sources: Iterable[str | None] | None, progress: Callable[[int, int], None] | None) -> Iterator[Source]:
+    """Each of several sources in turn, what `find` makes of it. None: the recording of the package and all workloads.
+
+    progress: called with sources done, and all. ConfigError where there is none.
+    """
+    wanted = [None, *workload.WORKLOADS] if sources is None else list(sources)
+    if not wanted:
+        raise ConfigError("sources: at least one is needed")
+    for place, source in enumerate(wanted):
+        if progress is not None:
+            progress(place, len(wanted))
+        yield find(source)
+    if progress is not None:
+        progress(len(wanted), len(wanted))
 
 
 def find(source: Any = None) -> Source:

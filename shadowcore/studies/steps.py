@@ -34,7 +34,7 @@ _REGISTER_EXITS = {
     "efer": "an exit: an EFER load changes how tables are read",
     "invlpg": "an exit: INVLPG, for the shadow may hold what the guest wants to be forgotten",
 }
-OUTCOMES = ("done", "#PF", "#GP", "device", "refused", "retry")
+OUTCOMES = ("done", "#PF", "#GP", "device", "refused", "retry", "#UD")
 """Names of the codes in RunResult.outcome."""
 
 Change = tuple[str, str | None, str | None]
