@@ -14,14 +14,19 @@ def browser():
     return None
 
 
-def rendered(path):
-    """The document after its scripts have run, as a browser writes it."""
+def rendered(path, fragment=""):
+    """The document after its scripts have run, as a browser writes it. fragment: of its address, with #."""
     found = browser()
     if found is None:
         pytest.skip("no Chromium or Chrome on PATH")
     profile = Path(path).parent / "profile"
     command = [found, "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run"]
-    command += [f"--user-data-dir={profile}", "--virtual-time-budget=10000", "--dump-dom", Path(path).as_uri()]
+    command += [
+        f"--user-data-dir={profile}",
+        "--virtual-time-budget=10000",
+        "--dump-dom",
+        Path(path).as_uri() + fragment,
+    ]
     try:
         done = subprocess.run(command, capture_output=True, timeout=120, check=False)
     except subprocess.TimeoutExpired:

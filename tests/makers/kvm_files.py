@@ -147,3 +147,17 @@ def stream(path):
             named = json.loads(str(z["info"])).get("base")
         base = named and path.parents[1] / "kvm-6.1" / f"{named}.npz"
     return load(path, base), "kvm-6.12" if path.parent.name == "kvm-6.12" else "kvm-6.1"
+
+
+def slot_operation(vm, host, number, flags, gpa, size, offset):
+    """KVM_SET_USER_MEMORY_REGION, of a row of `slots`. host: size of the host's pages where it keeps no account."""
+    slots = vm.memory.slots
+    if not size:
+        vm.remove_slot(number)
+    elif number < len(slots) and slots[number]:
+        vm.set_slot(number, gpa=gpa, dirty_log=bool(flags & 1))
+    else:
+        vm.add_slot(
+            gpa, size, slot=number, offset=offset, dirty_log=bool(flags & 1), read_only=bool(flags & 2),
+            host_page_size=4096 if vm.memory.backing_arrays() else host,
+        )  # fmt: skip

@@ -52,6 +52,7 @@ from kvm_files import (
     kvm_bits,
     kvm_rights,
     kvm_role,
+    slot_operation,
     stream,
 )
 
@@ -226,21 +227,9 @@ class Replay:
             self.vm.host_collapse(addr, value)
         else:
             try:
-                self.slot_operation(*(int(x) for x in self.z["slots"][addr]))
+                slot_operation(self.vm, self.host, *(int(x) for x in self.z["slots"][addr]))
             except sc.ConfigError as error:
                 self.outcome, self.err = REFUSED, EEXIST if "overlap" in str(error) else EINVAL
-
-    def slot_operation(self, number, flags, gpa, size, offset):
-        slots = self.vm.memory.slots
-        if not size:
-            self.vm.remove_slot(number)
-        elif number < len(slots) and slots[number]:
-            self.vm.set_slot(number, gpa=gpa, dirty_log=bool(flags & 1))
-        else:
-            self.vm.add_slot(
-                gpa, size, slot=number, offset=offset, dirty_log=bool(flags & 1), read_only=bool(flags & 2),
-                host_page_size=4096 if self.vm.memory.backing_arrays() else self.host,
-            )  # fmt: skip
 
     def device_store(self, i, user, va):
         """The store half of a read-modify-write of a device, by the emulator."""

@@ -43,6 +43,7 @@ from kvm_files import (
     XCHG,
     inserted,
     load,
+    slot_operation,
 )
 
 import shadowcore as sc
@@ -273,7 +274,7 @@ class NestedReplay:
             self.vm.host_collapse(addr, value)
         elif code == SLOT:
             try:
-                self.slot_operation(*(int(x) for x in self.z["slots"][addr]))
+                slot_operation(self.vm, self.host, *(int(x) for x in self.z["slots"][addr]))
             except sc.ConfigError as error:
                 return (REFUSED, EEXIST if "overlap" in str(error) else EINVAL, 0, 0), None
             return (0, 0, 0, 0), None
@@ -288,18 +289,6 @@ class NestedReplay:
             self.vm.host_unmap(first, n)
             for frame in there:
                 self.vm.host_touch(frame)
-
-    def slot_operation(self, number, flags, gpa, size, offset):
-        slots = self.vm.memory.slots
-        if not size:
-            self.vm.remove_slot(number)
-        elif number < len(slots) and slots[number]:
-            self.vm.set_slot(number, gpa=gpa, dirty_log=bool(flags & 1))
-        else:
-            self.vm.add_slot(
-                gpa, size, slot=number, offset=offset, dirty_log=bool(flags & 1), read_only=bool(flags & 2),
-                host_page_size=4096 if self.vm.memory.backing_arrays() else self.host,
-            )  # fmt: skip
 
     def taken(self):
         """Exits and other events since the last call, in the vectors' form, and how often the emulator ran."""

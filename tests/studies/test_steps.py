@@ -3,11 +3,10 @@
 import html
 import json
 import re
-import shutil
-import subprocess
 
 import numpy as np
 import pytest
+from browsers import rendered
 from commands import refused, run
 from places import DATA
 
@@ -243,19 +242,8 @@ PROBE = """
 </body>"""
 
 
-def rendered(path, fragment):
-    found = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
-    if found is None:
-        pytest.skip("no Chromium or Chrome on PATH")
-    command = [found, "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run"]
-    command += [f"--user-data-dir={path.parent / 'profile'}", "--virtual-time-budget=10000", "--dump-dom"]
-    try:
-        done = subprocess.run([*command, path.as_uri() + fragment], capture_output=True, timeout=120, check=False)
-    except subprocess.TimeoutExpired:
-        pytest.skip(f"{found} does not come to an end here")
-    if done.returncode or b"<html" not in done.stdout:
-        pytest.skip(f"{found} does not run here: exit status {done.returncode}")
-    probe = re.search(r'<pre id="probe">(.*?)</pre>', done.stdout.decode("utf-8"), re.S)
+def probed(path, fragment):
+    probe = re.search(r'<pre id="probe">(.*?)</pre>', rendered(path, fragment), re.S)
     assert probe, "the page's script, or the one that looks at it, failed"
     return json.loads(html.unescape(probe[1]))
 
@@ -266,7 +254,7 @@ def test_in_chromium(tmp_path):
     path = tmp_path / "steps.html"
     path.write_text(steps.page(runs, "t", "", "c").replace("</body>", PROBE), "utf-8")
     for chosen, number in ((runs[0], 6), (runs[1], 10)):
-        seen = rendered(path, f"#{chosen.design}/{number}")
+        seen = probed(path, f"#{chosen.design}/{number}")
         state = {k: v for k, v in chosen.state(number).items() if not re.fullmatch("[gs]:[0-9a-f]+", k)}
         met = {key for step in chosen.steps for key in (*step.read, *(change[0] for change in step.changes))}
         assert seen["rows"].items() <= state.items()
@@ -274,7 +262,7 @@ def test_in_chromium(tmp_path):
         assert all(sentence in seen["event"] for sentence in chosen.steps[number - 1].happened)
     hidden = tmp_path / "exercise.html"
     hidden.write_text(steps.page(runs, "t", "", "c", exercise=True).replace("</body>", PROBE), "utf-8")
-    seen = rendered(hidden, "#unsync/3")
+    seen = probed(hidden, "#unsync/3")
     before = runs[0].state(2)
     assert all(before[key] == value for key, value in seen["rows"].items())
     assert seen["choices"][:2] == ["no exit", "exit: fill"]
