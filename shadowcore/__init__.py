@@ -17,6 +17,7 @@ from .engine.machine import VM
 from .engine.memory import Memory
 from .engine.mmu import Mmu
 from .engine.results import RunResult
+from .engine.tlbs import ProcessorTLB, TLBBank
 from .engine.translation import Translation
 from .engine.vcpu import VCpu
 from .errors import (
@@ -85,6 +86,7 @@ __all__ = [
     "PageTables",
     "PoolExhausted",
     "Process",
+    "ProcessorTLB",
     "Program",
     "Prot",
     "Quirk",
@@ -101,6 +103,7 @@ __all__ = [
     "SweepError",
     "SweepInterrupted",
     "Swept",
+    "TLBBank",
     "Touch",
     "TraceError",
     "Translation",

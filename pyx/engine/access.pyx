@@ -8,6 +8,7 @@ from shadowcore.engine.access cimport (
     OP_AC, OP_ADD, OP_AND, OP_CMPXCHG, OP_CR0, OP_CR3, OP_CR4, OP_EFER, OP_FETCH, OP_INVLPG, OP_INVPCID, OP_OR,
     OP_PKRU, OP_READ, OP_WRITE, OP_XCHG, op_is_rmw, sc_op, sc_result,
 )
+from shadowcore.engine.bits cimport EFER_TCE
 from shadowcore.engine.counters cimport EXIT_INVLPG
 from shadowcore.engine.design cimport design_enter, design_exit, design_invlpg
 from shadowcore.engine.designs.native cimport store_seen
@@ -23,8 +24,9 @@ from shadowcore.engine.registers cimport (
 from shadowcore.engine.resolve cimport resolve
 from shadowcore.engine.state cimport (
     FAST_CODE, FAST_MENDED, FAST_REFLECTED, FAST_UPDATED, is_shadowed, linear_address, linear_exists, sc_mmu, sc_vcpu,
+    vcpu_pcid,
 )
-from shadowcore.engine.tlb cimport tlb_flush_page
+from shadowcore.engine.tlb cimport tlb_flush_caches, tlb_flush_page
 from shadowcore.engine.types cimport (
     MODE_64, PF_I, PF_U, PF_W, RC_BAD_OP, RC_EMULATE, RC_GP, RC_HOOK, RC_MMIO, RC_OK, RC_PF, RC_RETRY, RC_UNGRANTED,
     RC_UNHANDLED, u8, u32, u64,
@@ -520,6 +522,7 @@ cdef int vcpu_op(sc_mmu *mmu, sc_vcpu *v, const sc_op *o, bint data, sc_result *
         mmu.stats.invlpg += 1
         if v.tlb != NULL:
             tlb_flush_page(v.tlb, va, flush_lost(mmu, FLUSH_INVLPG))
+            tlb_flush_caches(v.tlb, va, vcpu_pcid(v), not v.efer & EFER_TCE)
         design_exit(mmu, v.number, EXIT_INVLPG, va)
         design_invlpg(mmu, v, va)
     elif o.op == OP_PKRU:

@@ -7,7 +7,7 @@ from shadowcore.engine.features cimport FEAT_INVPCID
 from shadowcore.engine.flushes cimport FLUSH_FAULT, FLUSH_INVLPG, flush_lost
 from shadowcore.engine.state cimport linear_address, linear_exists, sc_mmu, sc_vcpu, vcpu_pcid
 from shadowcore.engine.tlb cimport (
-    INVPCID_ADDRESS, INVPCID_CONTEXT, INVPCID_TYPES, TLB_ANY_PCID, tlb_flush_fault, tlb_flush_invpcid,
+    INVPCID_ADDRESS, INVPCID_CONTEXT, INVPCID_TYPES, TLB_ANY_PCID, tlb_flush_caches, tlb_flush_fault, tlb_flush_invpcid,
 )
 from shadowcore.engine.types cimport RC_GP, RC_OK, RC_UD, u16, u32, u64
 
@@ -20,6 +20,7 @@ cdef void invalidate_fault(sc_mmu *mmu, sc_vcpu *v, u64 va, u32 code) noexcept n
         pcid = TLB_ANY_PCID         # no entry may outlive the leaf that it was made of
     if v.tlb != NULL:
         tlb_flush_fault(v.tlb, va, pcid, flush_lost(mmu, FLUSH_FAULT))
+        tlb_flush_caches(v.tlb, va, vcpu_pcid(v), False)
 
 
 cdef void deliver_fault(sc_mmu *mmu, sc_vcpu *v, u64 va) noexcept nogil:
@@ -29,6 +30,7 @@ cdef void deliver_fault(sc_mmu *mmu, sc_vcpu *v, u64 va) noexcept nogil:
     mmu.stats.pf_guest += 1
     if v.tlb != NULL:
         tlb_flush_fault(v.tlb, va, vcpu_pcid(v), flush_lost(mmu, FLUSH_FAULT))
+        tlb_flush_caches(v.tlb, va, vcpu_pcid(v), False)
 
 
 cdef void inject_fault(sc_mmu *mmu, sc_vcpu *v, u64 va, u32 code) noexcept nogil:

@@ -43,7 +43,7 @@ from shadowcore.engine.role cimport (
 from shadowcore.engine.roots cimport root_fits, root_slots
 from shadowcore.engine.spte cimport nonleaf_spte, spte_is_writable, spte_maps
 from shadowcore.engine.state cimport REQUEST_OBSOLETE, memo_drop, page_is_dying, sc_mmu, sc_vcpu
-from shadowcore.engine.tlb cimport TLB_SIZES, sc_tlb, sc_tlb_entry, tlb_overdue, tlb_valid
+from shadowcore.engine.tlb cimport sc_tlb, sc_tlb_entry, tlb_overdue, tlb_valid
 from shadowcore.engine.types cimport (
     ACC_ALL, ACC_U, ACC_W, MODE_32, MODE_64, MODE_LA57, MODE_OFF, RC_AUDIT, RC_OK, SC_NONE, u32, u64,
 )
@@ -683,7 +683,7 @@ cdef void check_tlb(sc_mmu *mmu, sc_audit *a) noexcept nogil:
     was filled after that flush. Under a shadow MMU the shadow still leads where it leads: what is withdrawn there is
     flushed. Nested, the host's tables still map the page. And none lets a store pass that the MMU has to see."""
     cdef u32 i, n
-    cdef int size
+    cdef u32 bank
     cdef const sc_tlb *t
     cdef const sc_tlb_entry *e
     cdef u64 frame
@@ -691,9 +691,9 @@ cdef void check_tlb(sc_mmu *mmu, sc_audit *a) noexcept nogil:
         t = mmu.vcpus[i].tlb
         if t == NULL:
             continue
-        for size in range(TLB_SIZES):
-            for n in range(t.sets[size] * t.ways[size]):
-                e = &t.entry[size][n]
+        for bank in range(t.banks):
+            for n in range(t.bank[bank].sets * t.bank[bank].ways):
+                e = &t.bank[bank].entry[n]
                 if not tlb_valid(t, e, mmu.flush_epoch):
                     continue
                 if tlb_overdue(t, e):

@@ -1,6 +1,7 @@
 """Where an access leads: by the TLB, by a walk, and by the faults that a walk of the shadow takes."""
 from shadowcore.engine.absent cimport is_marker, marker_stays
 from shadowcore.engine.bits cimport CR4_PGE, PTE_D, PTE_G, PTE_P, PTE_W, level_index
+from shadowcore.engine.check cimport sc_check
 from shadowcore.engine.design cimport design_enter
 from shadowcore.engine.fault cimport page_fault
 from shadowcore.engine.hooks cimport POINT_POST_FAULT, POINT_PRE_FAULT, audit_point
@@ -9,9 +10,12 @@ from shadowcore.engine.memory cimport SC_POOL_HFN, mem_gfn, mem_is_device, mem_t
 from shadowcore.engine.nested.tables cimport host_tables_of_walk
 from shadowcore.engine.roots cimport root_slots
 from shadowcore.engine.state cimport sc_mmu, sc_vcpu, vcpu_pcid
-from shadowcore.engine.tlb cimport sc_tlb_entry, tlb_enter, tlb_find
+from shadowcore.engine.tlb cimport (
+    TLB_FETCH, TLB_LOAD, TLB_STORE, cache_lookup, cache_walked, sc_tlb_entry, tlb_lookup, tlb_take, tlb_walked,
+)
 from shadowcore.engine.types cimport (
-    MODE_32, MODE_OFF, PF_P, PF_W, RC_EXHAUSTED, RC_LIVELOCK, RC_MMIO, RC_OK, RC_PF, RC_RETRY, SC_NONE, u32, u64,
+    MODE_32, MODE_OFF, PF_I, PF_P, PF_W, RC_EXHAUSTED, RC_LIVELOCK, RC_MMIO, RC_OK, RC_PF, RC_RETRY, SC_NONE, u16, u32,
+    u64,
 )
 from shadowcore.engine.walker cimport guest_walk, nested_walk, probe_walk, rights_fault, sc_walk, shadow_walk
 
@@ -19,23 +23,55 @@ cdef enum:
     MAX_EXITS = 40                  # exits of one access after which it is taken to hang
 
 
+# Counters by kind of access follow each other, in the order of TLB_LOAD, TLB_STORE, TLB_FETCH.
+sc_check(TLB_LOAD >> 1 == 0)
+sc_check(TLB_STORE >> 1 == 1)
+sc_check(TLB_FETCH >> 1 == 2)
+
+
+cdef inline u32 _kind(u32 access) noexcept nogil:
+    return TLB_FETCH if access & PF_I else TLB_STORE if access & PF_W else TLB_LOAD
+
+
+cdef inline void _missed(sc_mmu *mmu, u32 kind) noexcept nogil:
+    mmu.stats.tlb_misses += 1
+    (&mmu.stats.tlb_load_misses)[kind >> 1] += 1
+
+
+cdef void _left_out(sc_mmu *mmu, sc_vcpu *v, u64 va, const sc_walk *w) noexcept nogil:
+    """Paging-structure caches spare a complete walk its upper entries, and learn those that it has read."""
+    cdef u16 pcid = vcpu_pcid(v)
+    cdef int width = 9 if w.pte_size == 8 else 10
+    cdef int first = w.top
+    cdef int found = cache_lookup(v.tlb, va, pcid, mmu.flush_epoch, w.top, width)
+    if found > w.level:
+        mmu.stats.walk_cache_hits += 1
+        mmu.stats.walk_cache_references += w.top - found + 1
+        mmu.stats.walk_references -= w.top - found + 1
+        first = found - 1
+    cache_walked(v.tlb, va, pcid, mmu.flush_epoch, first, w.level, width)
+
+
 cdef inline bint _tlb_hit(sc_mmu *mmu, sc_vcpu *v, u64 va, u32 access, sc_walk *w) noexcept nogil:
     """The TLB translates `va` for `access`. Rights are judged at each use, by the registers as they are; where an entry
     does not do, the tables are walked: real processors do the same before they report a fault."""
-    cdef sc_tlb_entry *e = tlb_find(v.tlb, va, vcpu_pcid(v), mmu.flush_epoch)
+    cdef u32 bank = 0
+    cdef u32 kind = _kind(access)
+    cdef u16 pcid = vcpu_pcid(v)
+    cdef sc_tlb_entry *e = tlb_lookup(v.tlb, va, pcid, mmu.flush_epoch, kind, &bank)
     if (e == NULL or (access & PF_W and not e.dirty)
             or rights_fault(&v.hw if mmu.shadow else &v.guest, e.access, e.pkey, access)):
-        mmu.stats.tlb_misses += 1
+        _missed(mmu, kind)
         return False
     w.gpa = e.gpa | (va & ((<u64>1 << e.shift) - 1))
     if mem_is_device(mmu.mem, w.gpa >> 12, access):
-        mmu.stats.tlb_misses += 1   # the part of a large page that lies beyond RAM; a store to a read-only slot
+        _missed(mmu, kind)          # the part of a large page that lies beyond RAM; a store to a read-only slot
         return False
     if not mmu.shadow:
         mem_touch(mmu.mem, w.gpa >> 12, access & PF_W != 0)
-    v.tlb.clock += 1
-    e.used = v.tlb.clock
+    tlb_take(v.tlb, bank, e, va, pcid, mmu.flush_epoch, kind)
     mmu.stats.tlb_hits += 1
+    (&mmu.stats.tlb_load_hits)[3 * (v.tlb.bank[bank].level - 1) + (kind >> 1)] += 1
     w.error_code = 0
     return True
 
@@ -49,13 +85,16 @@ cdef inline int _guest_shift(const sc_mmu *mmu, const sc_vcpu *v, const sc_walk 
     return 12 if level == 1 else 22 if v.guest.mode == MODE_32 else 12 + 9 * (level - 1)
 
 
-cdef inline void _tlb_fill(sc_mmu *mmu, sc_vcpu *v, u64 va, const sc_walk *w, int shift, int guest) noexcept nogil:
+cdef inline void _tlb_fill(sc_mmu *mmu, sc_vcpu *v, u64 va, u32 access, const sc_walk *w, int shift,
+                           int guest) noexcept nogil:
     cdef u64 leaf = w.entry[w.level]
     cdef u32 root = SC_NONE
     if mmu.shadow:
         root = v.roots[0 if root_slots(v) == 1 else <int>(va >> 30) & 3]
-    tlb_enter(v.tlb, va, w.gpa, shift, guest, vcpu_pcid(v), w.access, w.pkey, leaf & PTE_D != 0,
-              leaf & PTE_G != 0 and v.cr4 & CR4_PGE != 0, mmu.flush_epoch, root)
+    if v.tlb.caching:
+        _left_out(mmu, v, va, w)
+    tlb_walked(v.tlb, va, w.gpa, shift, guest, vcpu_pcid(v), w.access, w.pkey, leaf & PTE_D != 0,
+               leaf & PTE_G != 0 and v.cr4 & CR4_PGE != 0, mmu.flush_epoch, root, _kind(access))
 
 
 cdef bint _delivered(sc_mmu *mmu, sc_vcpu *v, u64 va, u32 access, const sc_walk *hw, sc_walk *w) noexcept nogil:
@@ -71,14 +110,14 @@ cdef bint _delivered(sc_mmu *mmu, sc_vcpu *v, u64 va, u32 access, const sc_walk 
     return True
 
 
-cdef void _tlb_fill_nested(sc_mmu *mmu, sc_vcpu *v, u64 va, const sc_walk *w) noexcept nogil:
+cdef void _tlb_fill_nested(sc_mmu *mmu, sc_vcpu *v, u64 va, u32 access, const sc_walk *w) noexcept nogil:
     """What the TLB keeps of a walk in two dimensions: a page as large as the smaller of both is, and D only where the
     host's leaf lets stores pass."""
     cdef u64 leaf = w.entry[w.level]
     cdef int guest = 12 + (10 if v.guest.mode == MODE_32 else 9) * (w.level - 1)
-    tlb_enter(v.tlb, va, w.gpa, min(guest, 12 + 9 * (w.host_level - 1)), guest, vcpu_pcid(v), w.access, w.pkey,
-              leaf & PTE_D and w.host_entry & PTE_W, leaf & PTE_G != 0 and v.cr4 & CR4_PGE != 0, mmu.flush_epoch,
-              SC_NONE)
+    tlb_walked(v.tlb, va, w.gpa, min(guest, 12 + 9 * (w.host_level - 1)), guest, vcpu_pcid(v), w.access, w.pkey,
+               leaf & PTE_D and w.host_entry & PTE_W, leaf & PTE_G != 0 and v.cr4 & CR4_PGE != 0, mmu.flush_epoch,
+               SC_NONE, _kind(access))
 
 
 cdef int _resolve_nested(sc_mmu *mmu, sc_vcpu *v, u64 va, u32 access, sc_walk *w) noexcept nogil:
@@ -91,7 +130,7 @@ cdef int _resolve_nested(sc_mmu *mmu, sc_vcpu *v, u64 va, u32 access, sc_walk *w
         mmu.stats.walk_references += w.references
         if rc == RC_OK:
             if v.tlb != NULL and v.guest.mode != MODE_OFF:
-                _tlb_fill_nested(mmu, v, va, w)
+                _tlb_fill_nested(mmu, v, va, access, w)
             return RC_OK
         if rc == RC_PF:
             inject_fault(mmu, v, va, w.error_code)
@@ -134,7 +173,7 @@ cdef int resolve(sc_mmu *mmu, sc_vcpu *v, u64 va, u32 access, sc_walk *w) noexce
             mem_touch(mmu.mem, w.gpa >> 12, access & PF_W != 0)
             if v.tlb != NULL and v.guest.mode != MODE_OFF:
                 shift = 12 + (10 if v.guest.mode == MODE_32 else 9) * (w.level - 1)
-                _tlb_fill(mmu, v, va, w, shift, shift)
+                _tlb_fill(mmu, v, va, access, w, shift, shift)
         return rc
     while exits < MAX_EXITS:
         design_enter(mmu, v)
@@ -144,7 +183,7 @@ cdef int resolve(sc_mmu *mmu, sc_vcpu *v, u64 va, u32 access, sc_walk *w) noexce
             w.gpa = (mem_gfn(mmu.mem, (hw.gpa >> 12) - mmu.mem.ram_hfn) << 12) | (va & 4095)
             if v.tlb != NULL:
                 hw.gpa = w.gpa
-                _tlb_fill(mmu, v, va, &hw, 12, _guest_shift(mmu, v, &hw))
+                _tlb_fill(mmu, v, va, access, &hw, 12, _guest_shift(mmu, v, &hw))
             return RC_OK
         if mmu.absent and _delivered(mmu, v, va, access, &hw, w):
             return RC_PF

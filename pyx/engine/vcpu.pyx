@@ -26,7 +26,7 @@ from shadowcore.engine.roots cimport root_fits
 from shadowcore.engine.state cimport (
     REQUEST_ROOTS, SC_MAX_VCPUS, linear_address, linear_exists, sc_mmu, sc_prev, sc_vcpu,
 )
-from shadowcore.engine.tlb cimport TLB_PAGES, TLB_SIZES, sc_tlb, sc_tlb_entry, tlb_valid
+from shadowcore.engine.tlb cimport TLB_CACHES, TLB_PAGES, TLB_SIZES, sc_tlb, sc_tlb_bank, sc_tlb_entry, tlb_valid
 from shadowcore.engine.translation cimport Translation, walk_levels
 from shadowcore.engine.types cimport (
     ACC_ALL, ACC_U, ACC_W, MODE_OFF, PF_I, PF_U, PF_W, RC_AUDIT, RC_GP, RC_MMIO, RC_OK, RC_PF, RC_UD, SC_NONE, u32, u64,
@@ -34,13 +34,14 @@ from shadowcore.engine.types cimport (
 from shadowcore.engine.walker cimport probe_walk, sc_walk
 
 from shadowcore._version import __version__
-from shadowcore.config import FEATURES as _FEATURES, TLB, Features, check_bool, check_int, check_ints, taken
+from shadowcore.config import FEATURES as _FEATURES, Features, check_bool, check_int, check_ints, taken
 from shadowcore.engine.memory import allocate, window
+from shadowcore.engine.tlbs import caches as tlb_caches, check_tlb, rows as tlb_rows
 from shadowcore.errors import ConfigError, GeneralProtection, MMIOAccess, PageFault, UndefinedInstruction
 
 TLB_DTYPE = np.dtype([
     ("page", "<u8"), ("gpa", "<u8"), ("page_size", "<u4"), ("pcid", "<u2"), ("access", "u1"), ("pkey", "u1"),
-    ("dirty", "u1"), ("global_", "u1"),
+    ("dirty", "u1"), ("global_", "u1"), ("level", "u1"), ("bank", "u1"),
 ])
 
 
@@ -150,7 +151,8 @@ def tlb_sizes(tlb) -> list:
     if tlb is None:
         return []
     header = sizeof(sc_tlb) - <size_t>&(<sc_tlb *>NULL).clock
-    return [header, *[max(1, entries) * sizeof(sc_tlb_entry) for entries, _ in tlb.geometry]]
+    every = [*tlb_rows(tlb), *[row for row in tlb_caches(tlb) if row is not None]]
+    return [header, *[max(1, row.entries) * sizeof(sc_tlb_entry) for row in every]]
 
 
 cdef class VCpu:
@@ -166,7 +168,7 @@ cdef class VCpu:
         mmu.idle()
         features = taken(Features, features, "features")
         if tlb is not None:
-            tlb = taken(TLB, tlb, "tlb")
+            tlb = check_tlb(tlb)
         if mmu.c.n_vcpus == SC_MAX_VCPUS:
             raise ConfigError(f"vcpus: at most {SC_MAX_VCPUS}")
         self.c = <sc_vcpu *>calloc(1, sizeof(sc_vcpu))
@@ -304,26 +306,41 @@ cdef class VCpu:
         cdef u64 i
         if t == NULL:
             return True
-        for size in range(TLB_SIZES):
-            for i in range(<u64>t.sets[size] * t.ways[size]):
-                e = &t.entry[size][i]
-                if e.page & 1 and (e.shift not in _SHIFTS[size] or e.gpa & ((<u64>1 << e.shift) - 1)
+        for n in range(t.banks):
+            shifts = [shift for size in range(TLB_SIZES) for shift in _SHIFTS[size] if t.bank[n].sizes >> <u32>size & 1]
+            for i in range(<u64>t.bank[n].sets * t.bank[n].ways):
+                e = &t.bank[n].entry[i]
+                if e.page & 1 and (e.shift not in shifts or e.gpa & ((<u64>1 << e.shift) - 1)
                                    or e.pcid > 4095 or e.access > ACC_ALL or e.pkey > 15
                                    or (e.root != SC_NONE and e.root >= self.mmu.c.pool_pages)):
+                    return False
+        for n in range(TLB_CACHES):
+            for i in range(<u64>t.cache[n].sets * t.cache[n].ways):
+                if t.cache[n].entry[i].pcid > 4095:
                     return False
         return t.due_next < TLB_PAGES
 
     def _make_tlb(self, tlb):
-        cdef u32 entries, ways
+        """Of a TLB that was checked: see __cinit__."""
+        cdef sc_tlb *t
         self._tlb = [allocate(sizeof(sc_tlb))]
-        self.c.tlb = <sc_tlb *><size_t>self._tlb[0].ctypes.data
-        self.c.tlb.epoch = 1        # a zeroed entry is not valid
-        for i, (entries, ways) in enumerate(tlb.geometry):      # of a TLB that was checked: see __cinit__
-            array = allocate(max(1, entries) * sizeof(sc_tlb_entry))
-            self._tlb.append(array)
-            self.c.tlb.entry[i] = <sc_tlb_entry *><size_t>array.ctypes.data
-            self.c.tlb.ways[i] = ways
-            self.c.tlb.sets[i] = entries // ways if ways else 0
+        t = self.c.tlb = <sc_tlb *><size_t>self._tlb[0].ctypes.data
+        t.epoch = 1                 # a zeroed entry is not valid
+        for row in tlb_rows(tlb):
+            self._make_bank(&t.bank[t.banks], row)
+            t.banks += 1
+        for i, row in enumerate(tlb_caches(tlb)):
+            if row is not None:
+                self._make_bank(&t.cache[<int>i], row)
+                t.caching = True
+
+    cdef _make_bank(self, sc_tlb_bank *b, row):
+        array = allocate(max(1, row.entries) * sizeof(sc_tlb_entry))
+        self._tlb.append(array)
+        b.entry = <sc_tlb_entry *><size_t>array.ctypes.data
+        b.ways = row.ways
+        b.sets = row.entries // row.ways if row.ways else 0
+        b.sizes, b.kinds, b.level, b.plru = row.sizes if row.ways else 0, row.kinds, row.level, row.plru
 
     @property
     def tlb(self):
@@ -334,12 +351,12 @@ cdef class VCpu:
         self.mmu.idle()
         rows = []
         if t != NULL:
-            for size in range(TLB_SIZES):
-                for i in range(<u64>t.sets[size] * t.ways[size]):
-                    e = &t.entry[size][i]
+            for n in range(t.banks):
+                for i in range(<u64>t.bank[n].sets * t.bank[n].ways):
+                    e = &t.bank[n].entry[i]
                     if tlb_valid(t, e, self.mmu.c.flush_epoch):
                         rows.append((e.page & ~<u64>1, e.gpa, 1 << e.shift, e.pcid, e.access, e.pkey, e.dirty,
-                                     e.is_global))
+                                     e.is_global, t.bank[n].level, n))
         return np.array(rows, dtype=TLB_DTYPE)
 
     @property

@@ -73,6 +73,17 @@ cdef struct sc_stats:
     u64 npf_violation               # exits at what the host's tables do not map, or not so: EPT violations (nested)
     u64 npf_misconfig               # exits at an entry that remembers a device: EPT misconfigurations (nested)
     u64 pf_fast                     # page-fault exits mended without the lock: W came back to a leaf (nested)
+    u64 tlb_load_hits               # loads that the first level of the TLB translated, ...
+    u64 tlb_store_hits              # ... stores
+    u64 tlb_fetch_hits              # ... fetches
+    u64 tlb_load_second             # loads that its second level translated, ...
+    u64 tlb_store_second            # ... stores
+    u64 tlb_fetch_second            # ... fetches
+    u64 tlb_load_misses             # loads that it did not translate, ...
+    u64 tlb_store_misses            # ... stores
+    u64 tlb_fetch_misses            # ... fetches
+    u64 walk_cache_hits             # complete walks that began below the root, by a paging-structure cache
+    u64 walk_cache_references       # references that such walks left out
 
 cdef class Stats:
     cdef sc_stats *c                # counters of a VM, or `own`

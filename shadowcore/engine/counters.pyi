@@ -77,6 +77,17 @@ class Stats:
     npf_violation: Final[int]
     npf_misconfig: Final[int]
     pf_fast: Final[int]
+    tlb_load_hits: Final[int]
+    tlb_store_hits: Final[int]
+    tlb_fetch_hits: Final[int]
+    tlb_load_second: Final[int]
+    tlb_store_second: Final[int]
+    tlb_fetch_second: Final[int]
+    tlb_load_misses: Final[int]
+    tlb_store_misses: Final[int]
+    tlb_fetch_misses: Final[int]
+    walk_cache_hits: Final[int]
+    walk_cache_references: Final[int]
 
     @property
     def exits(self) -> dict[str, int]: ...

@@ -16,6 +16,7 @@ from .audit import AuditPoints, audit
 from .counters import Stats
 from .memory import Memory
 from .mmu import Mmu
+from .tlbs import ProcessorTLB, check_tlb, label
 from .vcpu import VCpu
 
 if TYPE_CHECKING:
@@ -52,7 +53,7 @@ class VM:
 
     memory: bytes (int), a text such as "64MiB", a uint8 array used in place, or a list of MemorySlot.
     mmu: "native", "flush", "cached", "kvm-2007", or a Native or Shadow object.
-    tlb: TLB(...) models a hardware TLB in each vcpu; None: every access walks tables.
+    tlb: TLB(...) or ProcessorTLB(...) models a hardware TLB in each vcpu; None: every access walks tables.
     slots: with bytes or an array, the MemorySlots that map it one after the other. What they leave is free for
         `add_slot`; there is never more guest RAM than at first.
     backing: what the host has of guest RAM at first, where a MemorySlot does not say it: "warm", "cold" or "thp".
@@ -66,7 +67,7 @@ class VM:
         memory: int | str | np.ndarray[Any, Any] | Sequence[MemorySlot | None] = "64MiB",
         mmu: str | Design = "cached",
         vcpus: int = 1,
-        tlb: TLB | None = None,
+        tlb: TLB | ProcessorTLB | None = None,
         *,
         features: Features | None = None,
         slots: Sequence[MemorySlot | None] | None = None,
@@ -78,7 +79,7 @@ class VM:
         count = check_int("vcpus", vcpus, 1, 64)
         features = Features() if features is None else taken(Features, features, "features")
         if tlb is not None:
-            tlb = taken(TLB, tlb, "tlb")
+            tlb = check_tlb(tlb)
         self.features = features
         self.tlb = tlb
         self.memory = Memory(memory, slots, host_page_size, backing, outer_backing)
@@ -233,7 +234,7 @@ class VM:
             ("memory", f"{self.memory.bytes.size >> 20:,} MiB"),
             ("design", self.mmu.design.name),
             ("processors", len(self.vcpus)),
-            ("TLB, entries for 4 KiB pages", "none" if self.tlb is None else f"{self.tlb.small_entries:,}"),
+            ("TLB, its name or entries for 4 KiB pages", "none" if self.tlb is None else str(label(self.tlb))),
             ("shadow pages in use", f"{len(self.mmu.pages):,}"),
             ("accesses", f"{stats.accesses:,}"),
             *((f"exits: {reason}", f"{count:,}") for reason, count in stats.exits.items() if count),

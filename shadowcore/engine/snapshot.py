@@ -21,6 +21,7 @@ from ..errors import AuditError, ConfigError, SnapshotError
 from ..files import Replacement, check_path
 from .mmu import FRAME_DTYPE, LINK_DTYPE, PAGE_DTYPE
 from .slots import checked_slots
+from .tlbs import ProcessorTLB, restored, saved
 from .vcpu import tlb_sizes
 
 if TYPE_CHECKING:
@@ -40,7 +41,7 @@ if TYPE_CHECKING:
         mmu: Mmu
         vcpus: tuple[VCpu, ...]
         features: Features
-        tlb: TLB | None
+        tlb: TLB | ProcessorTLB | None
 
         def audit(self) -> AuditReport: ...
 
@@ -105,7 +106,7 @@ def _state(vm: Machine) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:
         "logged": sorted(int(name.removeprefix("log_")) for name in members if name.startswith("log_")),
         "design": {"kind": type(vm.mmu.design).__name__, **dataclasses.asdict(vm.mmu.design)},
         "features": dataclasses.asdict(vm.features),
-        "tlb": None if vm.tlb is None else dataclasses.asdict(vm.tlb),
+        "tlb": saved(vm.tlb),
         "mmu": vm.mmu.export_state(),
         "vcpus": [cpu.export_state() for cpu in vm.vcpus],
     }
@@ -274,7 +275,9 @@ def _from_dict(cls: type[T], given: Any, **found: Any) -> T:
     return cls(**{**given, **found})
 
 
-def _settings(state: dict[str, Any]) -> tuple[list[MemorySlot | None], Design, Features, TLB | None, int]:
+def _settings(
+    state: dict[str, Any],
+) -> tuple[list[MemorySlot | None], Design, Features, TLB | ProcessorTLB | None, int]:
     """What a VM is made of. _UNFIT for what cannot be."""
     design = dict(state["design"])
     kind, quirks = design.pop("kind"), Quirk(design.get("quirks", 0))
@@ -308,7 +311,9 @@ def _settings(state: dict[str, Any]) -> tuple[list[MemorySlot | None], Design, F
         checked_slots(slots)
     if type(state["backing"]) is not bool:
         raise ValueError(f"backing: true or false expected, not {state['backing']!r:.60}")
-    tlb = None if state["tlb"] is None else _from_dict(TLB, state["tlb"])
+    tlb: TLB | ProcessorTLB | None = None
+    if state["tlb"] is not None:
+        tlb = restored(state["tlb"]) if "levels" in state["tlb"] else _from_dict(TLB, state["tlb"])
     if not isinstance(state["vcpus"], list) or not 1 <= len(state["vcpus"]) <= 64:
         raise ValueError("vcpus: a list of 1 to 64 expected")
     return slots, mmu, _from_dict(Features, state["features"]), tlb, len(state["vcpus"])

@@ -8,15 +8,16 @@ from typing_extensions import disjoint_base
 from ..config import TLB, Features
 from .mmu import Mmu
 from .results import RunResult
+from .tlbs import ProcessorTLB
 from .translation import Translation
 
 TLB_DTYPE: Final[np.dtype[np.void]]
 
-def tlb_sizes(tlb: TLB | None) -> list[int]: ...
+def tlb_sizes(tlb: TLB | ProcessorTLB | None) -> list[int]: ...
 
 @disjoint_base
 class VCpu:
-    def __new__(cls, mmu: Mmu, features: Features, tlb: TLB | None = None) -> Self: ...
+    def __new__(cls, mmu: Mmu, features: Features, tlb: TLB | ProcessorTLB | None = None) -> Self: ...
     @property
     def mmu(self) -> Mmu: ...
     @property

@@ -338,6 +338,17 @@ typedef struct sc_counters {
     uint64_t npf_violation;
     uint64_t npf_misconfig;
     uint64_t pf_fast;
+    uint64_t tlb_load_hits;
+    uint64_t tlb_store_hits;
+    uint64_t tlb_fetch_hits;
+    uint64_t tlb_load_second;
+    uint64_t tlb_store_second;
+    uint64_t tlb_fetch_second;
+    uint64_t tlb_load_misses;
+    uint64_t tlb_store_misses;
+    uint64_t tlb_fetch_misses;
+    uint64_t walk_cache_hits;
+    uint64_t walk_cache_references;
 } sc_counters;
 
 typedef struct sc_event {

@@ -13,6 +13,7 @@ import numpy as np
 from ..config import DEFAULT_DESIGNS, TLB, Design, Features, check_int, parse_size
 from ..engine.audits import Audits
 from ..engine.machine import VM
+from ..engine.tlbs import ProcessorTLB
 from ..engine.windows import WindowLog, grown
 from ..errors import ConfigError, EngineError, GuestOutOfMemory
 from ..guest.kernel import NO_PROGRAM, Kernel
@@ -221,7 +222,7 @@ def _options(found: Survey, options: KernelOptions, seed: int) -> KernelOptions:
 
 
 def _machine(
-    vm: VM | str | Design, memory: str | int | None, found: Survey, options: KernelOptions, tlb: TLB | None
+    vm: VM | str | Design, memory: str | int | None, found: Survey, options: KernelOptions, tlb: TLB | ProcessorTLB | None
 ) -> VM:
     if isinstance(vm, VM):
         return vm
@@ -317,7 +318,7 @@ def run(
     record: bool = False,
     audit_every: int = 0,
     progress: Callable[[int, int], None] | None = None,
-    tlb: TLB | None = None,
+    tlb: TLB | ProcessorTLB | None = None,
     warm_up: int = 0,
     audit_at: Iterable[str] = (),
 ) -> ProgramResult:

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from ..config import TLB, Design, Op, check_int
 from ..engine.audits import Audits
+from ..engine.tlbs import ProcessorTLB
 from ..engine.windows import WindowLog, grown
 from .reader import Reader
 from .replay import SLICE, machine
@@ -67,7 +68,7 @@ def run(
     audit_at: Iterable[str] = (),
     progress: Callable[[int, int], None] | None = None,
     window: int = 0,
-    tlb: TLB | None = None,
+    tlb: TLB | ProcessorTLB | None = None,
     warm_up: int = 0,
 ) -> OperationsResult:
     """Run the operations of a recording, with their data.

@@ -19,6 +19,7 @@ from .. import notebook
 from ..config import TLB, Design, Features, Shadow, check_int, design
 from ..engine.machine import VM, set_registers
 from ..engine.reported import unsync_counts
+from ..engine.tlbs import ProcessorTLB
 from ..engine.windows import WindowLog, grown
 from ..errors import AuditError, ConfigError, GeneralProtection, TraceError
 from .guest import BUNDLED, Recording, RecordingFile, load, open_recording
@@ -194,7 +195,7 @@ def replay(
     progress: Callable[[int, int], None] | None = None,
     pool: int | None = None,
     window: int = 0,
-    tlb: TLB | None = None,
+    tlb: TLB | ProcessorTLB | None = None,
     warm_up: int = 0,
 ) -> ReplayResult:
     """Run the guest of a recording on a design, and count.
@@ -330,7 +331,7 @@ def replay(
     )
 
 
-def machine(reader: Reader, mmu: str | Design = "cached", tlb: TLB | None = None) -> VM:
+def machine(reader: Reader, mmu: str | Design = "cached", tlb: TLB | ProcessorTLB | None = None) -> VM:
     """The virtual machine that a recording of operations starts on, under a design, as it was recorded: memory, and the
     same registers in each processor. TraceError for another stream, or where there can be no such machine."""
     start = reader.start()
@@ -380,7 +381,9 @@ def piece_flags(piece: Recording, first_user: int | None, base: int) -> NDArray[
     return flags
 
 
-def _machine(recording: Recording | RecordingFile, made: Design, record: int, tlb: TLB | None = None) -> VM:
+def _machine(
+    recording: Recording | RecordingFile, made: Design, record: int, tlb: TLB | ProcessorTLB | None = None
+) -> VM:
     """A VM as the guest was just before `record` (a first CR3 load at `record` itself is taken early)."""
     vm = VM(memory=recording.memory_size, mmu=made, tlb=tlb, vcpus=recording.vcpus, features=Features(maxphyaddr=52))
     registers = [{"cr0": RESET_CR0, "cr3": 0, "cr4": 0, "efer": 0} for _ in vm.vcpus]

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from ..config import TLB, Design, Features, Op, check_int, design
 from ..engine.machine import VM
+from ..engine.tlbs import ProcessorTLB
 from ..errors import ConfigError
 from ..guest.kernel import Kernel
 from ..guest.options import KernelOptions
@@ -90,7 +91,7 @@ def of_workload(
     seed: int = 0,
     options: KernelOptions | None = None,
     memory: str | int | None = None,
-    tlb: TLB | None = None,
+    tlb: TLB | ProcessorTLB | None = None,
     bins: int = 120,
     rows: int = 64,
     **parameters: Any,

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 
 from ..config import TLB, Design, Native, Nested, Shadow, check_backing, check_int, design, parse_count, parse_size
 from ..engine.levels import Levels, find_levels
+from ..engine.tlbs import ProcessorTLB
 from ..errors import ConfigError
 from ..guest.options import KernelOptions
 
@@ -36,7 +37,7 @@ KEPT = ("notpresent_marker",)
 """Those that a design has only if its tables belong to guest tables."""
 MACHINE = {
     "levels": "what lies below the guest, by which exits are costed: shadow, pvm, shadow-on-ept, ...",
-    "tlb": "entries of the modelled TLB for pages of 4096 bytes; none: no TLB",
+    "tlb": "of a processor (zen4, goldencove, ...), or entries for pages of 4096 bytes; none: no TLB",
     "memory": "guest RAM, such as 64MiB (workloads and programs)",
     "vcpus": "processors of the guest (workloads only)",
     "host_page_size": "of the host's pages under guest RAM, such as 2MiB (workloads only)",
@@ -177,12 +178,15 @@ def near(name: str, known: Iterable[str]) -> str:
     return f"did you mean {found[0]!r}?" if found else f"there are {', '.join(there)}"
 
 
-def tlb(value: Any, default: TLB | None) -> TLB | None:
-    """A TLB from a TLB, a number of entries for small pages (ways as the default has them), None, or "costs"."""
+def tlb(value: Any, default: TLB | None) -> TLB | ProcessorTLB | None:
+    """A TLB from a TLB, the name of a processor's (ProcessorTLB.preset), a number of entries for small pages (ways as
+    the default has them), None, or "costs"."""
     if value == "costs":
         return default
-    if value is None or isinstance(value, TLB):
+    if value is None or isinstance(value, (TLB, ProcessorTLB)):
         return value
+    if isinstance(value, str):
+        return ProcessorTLB.preset(value)
     entries = check_int("tlb", value, 0, 1 << 20)
     base = default or TLB()
     ways = next(ways for ways in range(min(base.small_ways, max(entries, 1)), 0, -1) if entries % ways == 0)

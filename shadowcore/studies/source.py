@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from .. import programs, workload
 from ..config import TLB, Design, Features, check_bool, check_int, parse_size
 from ..engine.machine import VM
+from ..engine.tlbs import ProcessorTLB
 from ..errors import ConfigError, TraceError
 from ..guest.options import KernelOptions
 from ..programs import spaces
@@ -52,7 +53,7 @@ class Setup:
     warm_up: int
     window: int
     seed: int
-    tlb: TLB | None
+    tlb: TLB | ProcessorTLB | None
     options: KernelOptions
     parameters: Mapping[str, Any]
     machine: Mapping[str, Any]

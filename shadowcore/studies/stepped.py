@@ -13,6 +13,7 @@ import numpy as np
 
 from ..config import TLB, Design, Shadow, check_int, design
 from ..engine.machine import VM
+from ..engine.tlbs import ProcessorTLB
 from ..errors import ConfigError, TraceError
 from ..guest.kernel import Kernel
 from ..guest.options import KernelOptions
@@ -48,7 +49,7 @@ def show(
     exits_only: bool = False,
     pool: int | None = None,
     seed: int = 0,
-    tlb: TLB | None = None,
+    tlb: TLB | ProcessorTLB | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Steps:
     """Step through a scenario, a workload (by name) or a recording (a file) under one design.
@@ -85,7 +86,9 @@ def show(
     return _recording(name, made, start, options)
 
 
-def _scenario(scenario: Scenario, made: Design, pool: int | None, tlb: TLB | None, options: dict[str, Any]) -> Steps:
+def _scenario(
+    scenario: Scenario, made: Design, pool: int | None, tlb: TLB | ProcessorTLB | None, options: dict[str, Any]
+) -> Steps:
     if isinstance(made, Shadow):
         kept: dict[str, Any] = {k: v for k, v in scenario.settings.items() if k != "pool_pages" or pool is None}
         made = dataclasses.replace(made, **kept)
@@ -100,7 +103,12 @@ def _scenario(scenario: Scenario, made: Design, pool: int | None, tlb: TLB | Non
 
 
 def _workload(
-    workload: Workload, made: Design, start: int | None, seed: int, tlb: TLB | None, options: dict[str, Any]
+    workload: Workload,
+    made: Design,
+    start: int | None,
+    seed: int,
+    tlb: TLB | ProcessorTLB | None,
+    options: dict[str, Any],
 ) -> Steps:
     """The workload's operations are those of a run under native: the guest does the same under every design."""
     boot = KernelOptions(seed=seed, **workload.options)

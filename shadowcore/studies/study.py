@@ -19,6 +19,7 @@ from ..config import DEFAULT_DESIGNS, TLB, Design, Native, Nested, Shadow, check
 from ..engine.costs import Costs
 from ..engine.costs import find as find_costs
 from ..engine.levels import of_design
+from ..engine.tlbs import ProcessorTLB, label
 from ..errors import AuditError, ConfigError, ShadowcoreError
 from ..recording.guest import Recording, RecordingFile
 from . import settings
@@ -71,9 +72,9 @@ def study(
     parameters, settings: of the workload (WORKLOADS[name].parameters) or of programs (turn, fold), of the guest kernel
         (KernelOptions), of shadow MMUs (pool, min_free, refill, flood_threshold, flood_reset), and of the machine:
         memory, vcpus, host_page_size, backing, outer_backing, levels (Levels, or the name of one: what lies below the
-        guest), tlb (entries for small pages, a TLB, or None; a guest kernel has the TLB of the costs unless told
-        otherwise, a recording of a guest none, for what it holds are the accesses that missed one). Settings win; they
-        can have any name. One that nothing here uses is an error.
+        guest), tlb (entries for small pages, a processor by name, a TLB, or None; a guest kernel has the TLB of the
+        costs unless told otherwise, a recording of a guest none, for what it holds are the accesses that missed one).
+        Settings win; they can have any name. One that nothing here uses is an error.
     progress: called with the name of each design, gives a context manager whose value, unless None, is called with
         operations done, and all.
 
@@ -379,10 +380,7 @@ class _Job:
 
     def _study(self, done: dict[str, StudyDesign], first: Outcome | None, complete: bool) -> Study:
         source, setup = self.source, self.setup
-        shown: dict[str, Any] = {
-            "costs": self.costs.name,
-            "tlb": None if setup.tlb is None else setup.tlb.small_entries,
-        }
+        shown: dict[str, Any] = {"costs": self.costs.name, "tlb": label(setup.tlb)}
         if "levels" in self.split.machine:
             shown["levels"] = self.costs.levels.name
         shown |= source.shown(setup) | {"operations": setup.total}
@@ -468,7 +466,7 @@ class Prepared:
         ((self._name, self._made),) = job.designs.items()
 
     @property
-    def tlb(self) -> TLB | None:
+    def tlb(self) -> TLB | ProcessorTLB | None:
         """The TLB that is modelled."""
         return self._job.setup.tlb
 

@@ -15,6 +15,7 @@ from .. import notebook
 from ..config import TLB, Design, Features, check_int
 from ..engine.audits import Audits
 from ..engine.machine import VM
+from ..engine.tlbs import ProcessorTLB
 from ..engine.windows import WindowLog, grown
 from ..errors import ConfigError
 from ..guest.kernel import Kernel
@@ -157,7 +158,7 @@ def run(
     audit_every: int = 0,
     progress: Callable[[int, int], None] | None = None,
     window: int = 0,
-    tlb: TLB | None = None,
+    tlb: TLB | ProcessorTLB | None = None,
     vcpus: int | None = None,
     host_page_size: int | str | None = None,
     warm_up: int = 0,

@@ -338,3 +338,39 @@ def seeded(first, count, steps=60):
     for seed in range(first, first + count):
         rng = random.Random(seed)
         yield seed, rng.choice(TLBS), [rng.getrandbits(48) for _ in range(steps)]
+
+
+# Variants of each design, with what the model has to know of their habits.
+DESIGNS = {
+    "native": [("native", {})],
+    "cached": [
+        (sc.Shadow.cached(pool_pages=32), {}),
+        (sc.Shadow.cached(pool_pages=8), {}),
+        (sc.Shadow.cached(pool_pages=32, notpresent_marker=True), {}),
+    ],
+    "flush": [
+        (sc.Shadow.flush(quirks=0, pool_pages=32), {"rereads": True}),
+        (
+            sc.Shadow.flush(quirks=sc.Quirk.TWO_EXITS | sc.Quirk.ACCESSED_EARLY, pool_pages=32),
+            {"early": True, "keeps_refused": True, "rereads": True},
+        ),
+    ],
+    "nested": [("nested", {}), (sc.Nested(mmu="direct", pool_pages=32, refill=5, levels=5), {})],
+    "unsync": [
+        (sc.Shadow.unsync(pool_pages=64), {"ahead": True}),
+        (sc.Shadow.unsync(pool_pages=8, prev_roots=0, prefetch=0, release="6.12"), {"ahead": True}),
+        (sc.Shadow.unsync(pool_pages=16, prev_roots=16, prefetch=32, flood_threshold=1), {"ahead": True}),
+        (sc.Shadow.unsync(pool_pages=64, notpresent_marker="walk"), {"ahead": True}),
+        (sc.Shadow.unsync(pool_pages=32, prefetch=0, release="2.6.28", notpresent_marker=True), {"ahead": True}),
+    ],
+}
+
+
+def program_on(mode, variant, tlb, program):
+    """Run it on the engine and on the model; AssertionError where they part."""
+    mmu, habits = variant
+    together = Together([mode], mmu, tlb, **habits)
+    for number in program:
+        together.step(number)
+    together.finish()
+    return together

@@ -31,7 +31,7 @@ itself, the table of contents, may import all, and nobody imports it."""
 
 ENGINE = (
     "types check held designs policies unsync nested",
-    "bits counters gmode tlb memo watch backing slots levels presets",
+    "bits counters gmode tlb memo watch backing slots levels presets tlbs",
     "memory results windows prices costs reported shown audits",
     "walker features page quirks role",
     "state",

@@ -13,6 +13,7 @@ from operations import operations
 from oracle import CR3, CR4, CR4_PCIDE, CR4_PGE, INVLPG, OK, READ, WRITE
 from samples import sampled, sampled_examples
 from tlb_programs import (
+    DESIGNS,
     MODES,
     PROGRAMS,
     SLOTS,
@@ -22,6 +23,7 @@ from tlb_programs import (
     Together,
     linear_pages,
     machine,
+    program_on,
     registers,
     seeded,
     step,
@@ -32,41 +34,6 @@ import shadowcore as sc
 
 # Half of what the profile asks for: evenly random programs find more, and are run besides.
 fewer_examples = sampled_examples(share=2)
-
-# Variants of each design, with what the model has to know of their habits.
-DESIGNS = {
-    "native": [("native", {})],
-    "cached": [
-        (sc.Shadow.cached(pool_pages=32), {}),
-        (sc.Shadow.cached(pool_pages=8), {}),
-        (sc.Shadow.cached(pool_pages=32, notpresent_marker=True), {}),
-    ],
-    "flush": [
-        (sc.Shadow.flush(quirks=0, pool_pages=32), {"rereads": True}),
-        (
-            sc.Shadow.flush(quirks=sc.Quirk.TWO_EXITS | sc.Quirk.ACCESSED_EARLY, pool_pages=32),
-            {"early": True, "keeps_refused": True, "rereads": True},
-        ),
-    ],
-    "nested": [("nested", {}), (sc.Nested(mmu="direct", pool_pages=32, refill=5, levels=5), {})],
-    "unsync": [
-        (sc.Shadow.unsync(pool_pages=64), {"ahead": True}),
-        (sc.Shadow.unsync(pool_pages=8, prev_roots=0, prefetch=0, release="6.12"), {"ahead": True}),
-        (sc.Shadow.unsync(pool_pages=16, prev_roots=16, prefetch=32, flood_threshold=1), {"ahead": True}),
-        (sc.Shadow.unsync(pool_pages=64, notpresent_marker="walk"), {"ahead": True}),
-        (sc.Shadow.unsync(pool_pages=32, prefetch=0, release="2.6.28", notpresent_marker=True), {"ahead": True}),
-    ],
-}
-
-
-def program_on(mode, variant, tlb, program):
-    """Run it on the engine and on the model; AssertionError where they part."""
-    mmu, habits = variant
-    together = Together([mode], mmu, tlb, **habits)
-    for number in program:
-        together.step(number)
-    together.finish()
-    return together
 
 
 @fewer_examples
