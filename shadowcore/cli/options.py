@@ -249,8 +249,8 @@ SET = click.option(
     help="A setting: of shadow MMUs (pool, min_free, refill, flood_threshold, flood_reset, notpresent_marker; of "
     "unsync prev_roots, prefetch, release), tlb (a processor, entries, or none), levels (what lies below: `shadowcore "
     "costs`); of workloads and programs memory, those of the guest kernel (mode, pcid, isolation, ...), of workloads "
-    "vcpus, host_page_size, backing, outer_backing, their parameters (`shadowcore workloads NAME`), of programs turn and "
-    "fold. May be repeated.  [default: as each has it]",
+    "vcpus, host_page_size, backing, outer_backing, their parameters (`shadowcore workloads NAME`), of programs turn "
+    "and fold. May be repeated.  [default: as each has it]",
 )
 OPERATIONS = click.option(
     "--operations",

@@ -222,7 +222,11 @@ def _options(found: Survey, options: KernelOptions, seed: int) -> KernelOptions:
 
 
 def _machine(
-    vm: VM | str | Design, memory: str | int | None, found: Survey, options: KernelOptions, tlb: TLB | ProcessorTLB | None
+    vm: VM | str | Design,
+    memory: str | int | None,
+    found: Survey,
+    options: KernelOptions,
+    tlb: TLB | ProcessorTLB | None,
 ) -> VM:
     if isinstance(vm, VM):
         return vm

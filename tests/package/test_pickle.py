@@ -267,6 +267,7 @@ RESULTS = {
         sc.Shadow.kvm_2007(),
         sc.Native(),
         sc.TLB(),
+        sc.ProcessorTLB.preset("zen4"),
         sc.Features(),
         sc.MemorySlot(0, 4096),
         sc.Op.CR3,
@@ -292,7 +293,18 @@ def test_all_results_are_among_them():
         lambda kind: dataclasses.is_dataclass(kind) or hasattr(kind, "_fields") or kind.__name__ in compiled
     )
     named = {word.strip() for name in RESULTS for word in name.split(",")}
-    named |= {"Native", "Shadow", "TLB", "Features", "MemorySlot", "KernelOptions", "File", "Nested"}
+    named |= {
+        "Native",
+        "Shadow",
+        "TLB",
+        "TLBBank",
+        "ProcessorTLB",
+        "Features",
+        "MemorySlot",
+        "KernelOptions",
+        "File",
+        "Nested",
+    }
     # Work under way, and what is made anew rather than sent.
     named |= {"Program", "Area", "Life", "Format", "Row", "Event", "Block", "Source", "Split", "Parameter", "Workload"}
     named |= {"Setup", "Outcome", "Action", "Scenario"}
