@@ -1,9 +1,9 @@
 """Operations of the guest kernel, checked and carried out one after the other."""
 from shadowcore.engine.types cimport RC_BAD_OP, RC_OK, u32, u64
 from shadowcore.guest.call cimport (
-    BAD_CPU, BAD_FILE, BAD_FLAGS, BAD_NOTHING, BAD_OP, BAD_PIPE, BAD_PROCESS, BAD_PROGRAM, BAD_PROT, BAD_RANGE,
-    BAD_SIZE, CALL_AGE, CALL_BARE, CALL_BRK, CALL_COUNT, CALL_CPU, CALL_DROP, CALL_EXEC, CALL_EXIT, CALL_FORK,
-    CALL_IDLE, CALL_MMAP, CALL_MOVE, CALL_MPROTECT, CALL_MUNMAP, CALL_PIPE_READ, CALL_PIPE_WRITE, CALL_SPAWN,
+    BAD_AMID, BAD_CPU, BAD_FILE, BAD_FLAGS, BAD_NOTHING, BAD_OP, BAD_PIPE, BAD_PROCESS, BAD_PROGRAM, BAD_PROT,
+    BAD_RANGE, BAD_SIZE, CALL_AGE, CALL_BARE, CALL_BRK, CALL_COUNT, CALL_CPU, CALL_DROP, CALL_EXEC, CALL_EXIT,
+    CALL_FORK, CALL_IDLE, CALL_MMAP, CALL_MOVE, CALL_MPROTECT, CALL_MUNMAP, CALL_PIPE_READ, CALL_PIPE_WRITE, CALL_SPAWN,
     CALL_SWAP_OUT, CALL_SWITCH, CALL_SYSCALL, CALL_TOUCH, sc_call,
 )
 from shadowcore.guest.cpu cimport cpu_enter, cpu_go, cpu_work
@@ -15,6 +15,7 @@ from shadowcore.guest.mappings cimport memory_brk, memory_drop, memory_map, memo
 from shadowcore.guest.state cimport (
     FILE_LARGE, MAP_ANON, MAP_GROWS, MAP_LARGE, MAP_SHARED, NO_PROCESS, PROCESS_ALIVE, PROCESS_ENDED, sc_guest,
 )
+from shadowcore.guest.tables cimport flush_aside, flush_resume, sc_flush
 from shadowcore.guest.user cimport (
     TOUCH_FETCH, TOUCH_RANDOM, TOUCH_WRITE, pipe_read, pipe_write, user_reclaim, user_touch,
 )
@@ -40,8 +41,9 @@ cdef int _check_map(const sc_guest *g, const sc_call *c) noexcept nogil:
     return BAD_NOTHING if _pages(g, c.addr, c.count) else BAD_RANGE
 
 
-cdef int call_check(const sc_guest *g, const sc_call *c) noexcept nogil:
-    """Why `c` cannot be, whatever the state of the processes; BAD_NOTHING if it can."""
+cdef int call_check(const sc_guest *g, const sc_call *c, u64 after) noexcept nogil:
+    """Why `c` cannot be, whatever the state of the processes; BAD_NOTHING if it can. `after` calls follow it."""
+    cdef u64 i
     if c.op >= CALL_COUNT:
         return BAD_OP
     if c.op != CALL_IDLE and c.process >= g.max_procs:
@@ -60,6 +62,12 @@ cdef int call_check(const sc_guest *g, const sc_call *c) noexcept nogil:
             return _check_map(g, c)
         if not _pages(g, c.addr, c.count) or (c.op == CALL_MOVE and not _pages(g, c.value, c.count)):
             return BAD_RANGE
+        if c.op == CALL_MUNMAP:
+            if c.value > after:
+                return BAD_AMID
+            for i in range(1, c.value + 1):
+                if c[i].op != CALL_TOUCH and c[i].op != CALL_CPU:
+                    return BAD_AMID
     elif c.op == CALL_BRK:
         if c.addr >= g.task_size:
             return BAD_RANGE
@@ -92,12 +100,67 @@ cdef int call_check(const sc_guest *g, const sc_call *c) noexcept nogil:
     return BAD_NOTHING
 
 
+cdef int _touch(sc_guest *g, const sc_call *c, u64 start, u64 stop, u64 *result) noexcept nogil:
+    cdef int rc = RC_OK
+    if g.procs[c.process].state != PROCESS_ALIVE:
+        return RC_BAD_OP
+    if g.current != c.process or g.idle:
+        rc = process_switch(g, c.process)
+    return user_touch(g, c.flags, c.size, c.addr, c.value, start, stop, result) if rc == RC_OK else rc
+
+
+cdef struct sc_amid:                # calls that are carried out amid another one
+    const sc_call *calls
+    u64 *results
+    u64 n
+    u64 at                          # the next
+    u32 cpu                         # whose call it is
+
+
+cdef int _meanwhile(sc_guest *g) noexcept nogil:
+    """Go on with the calls that come amid this one, up to the return to its processor."""
+    cdef sc_amid *amid = <sc_amid *>g.meanwhile_data
+    cdef const sc_call *c
+    cdef sc_flush waiting
+    cdef int rc = RC_OK
+    if amid.at == amid.n:
+        return RC_OK
+    g.meanwhile = NULL
+    flush_aside(g, &waiting)
+    while rc == RC_OK and amid.at < amid.n:
+        c = &amid.calls[amid.at]
+        if c.op == CALL_TOUCH:
+            rc = _touch(g, c, 0, c.count, &amid.results[amid.at])
+        else:
+            cpu_go(g, <u32>c.value)
+        amid.at += rc == RC_OK
+        if c.op == CALL_CPU and c.value == amid.cpu:
+            break
+    flush_resume(g, &waiting)
+    cpu_go(g, amid.cpu)
+    g.meanwhile = _meanwhile
+    return rc
+
+
+cdef int _unmap(sc_guest *g, const sc_call *c, u64 *at, u64 *results) noexcept nogil:
+    """munmap, with the c.value calls after it amid; at[0] passes those that were."""
+    cdef sc_amid amid
+    cdef int rc
+    amid.calls, amid.results, amid.n, amid.at, amid.cpu = c + 1, results + 1, c.value, 0, g.cpu
+    g.meanwhile, g.meanwhile_data = _meanwhile, &amid
+    rc = memory_unmap(g, c.process, c.addr, c.count)
+    g.meanwhile = NULL
+    at[0] += amid.at
+    return rc
+
+
 cdef inline bint _slot_free(const sc_guest *g, u64 p) noexcept nogil:
     return g.procs[p].state != PROCESS_ALIVE
 
 
-cdef int _as_process(sc_guest *g, const sc_call *c, u64 *result) noexcept nogil:
-    """What a process does or asks for: it is scheduled, and all but accesses of its own enter the kernel."""
+cdef int _as_process(sc_guest *g, const sc_call *c, u64 *at, u64 *result) noexcept nogil:
+    """What a process does or asks for: it is scheduled, and all but accesses of its own enter the kernel. at[0] passes
+    calls that were done amid this one."""
     cdef u32 p = c.process
     cdef u32 flags
     cdef int rc
@@ -132,7 +195,7 @@ cdef int _as_process(sc_guest *g, const sc_call *c, u64 *result) noexcept nogil:
             flags |= MAP_ANON
         return memory_map(g, p, c.addr, c.count, c.prot, flags, <u32>c.value, c.value >> 32, result)
     if c.op == CALL_MUNMAP:
-        return memory_unmap(g, p, c.addr, c.count)
+        return _unmap(g, c, at, result)
     if c.op == CALL_MPROTECT:
         return memory_protect(g, p, c.addr, c.count, c.prot)
     if c.op == CALL_DROP:
@@ -181,13 +244,8 @@ cdef int call_run(sc_guest *g, const sc_call *calls, u64 n, u64 *at, u64 *within
     while at[0] < n and budget:
         c = &calls[at[0]]
         if c.op == CALL_TOUCH:
-            if g.procs[c.process].state != PROCESS_ALIVE:
-                return RC_BAD_OP
-            rc = process_switch(g, c.process) if g.current != c.process or g.idle else RC_OK
-            if rc != RC_OK:
-                return rc
             stop = c.count if c.count - within[0] <= budget else within[0] + budget
-            rc = user_touch(g, c.flags, c.size, c.addr, c.value, within[0], stop, &results[at[0]])
+            rc = _touch(g, c, within[0], stop, &results[at[0]])
             if rc != RC_OK:
                 return rc
             budget -= stop - within[0]
@@ -201,7 +259,7 @@ cdef int call_run(sc_guest *g, const sc_call *calls, u64 n, u64 *at, u64 *within
             if c.op == CALL_SPAWN or c.op == CALL_AGE or c.op == CALL_SWAP_OUT or c.op == CALL_IDLE:
                 rc = _as_kernel(g, c, &results[at[0]])
             else:
-                rc = _as_process(g, c, &results[at[0]])
+                rc = _as_process(g, c, at, &results[at[0]])
             if rc != RC_OK:
                 return rc
             budget -= min(budget, <u64>1024)    # it may take long

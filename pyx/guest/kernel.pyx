@@ -10,8 +10,8 @@ from libc.string cimport memcpy, memset
 from shadowcore.engine.types cimport RC_OK, u8, u16, u32, u64
 from shadowcore.engine.watch cimport watch_due, watch_error
 from shadowcore.guest.call cimport (
-    BAD_CPU, BAD_FILE, BAD_FLAGS, BAD_NOTHING, BAD_OP, BAD_PIPE, BAD_PROCESS, BAD_PROGRAM, BAD_PROT, BAD_RANGE,
-    BAD_SIZE, CALL_SPAWN, call_check, call_run, sc_call,
+    BAD_AMID, BAD_CPU, BAD_FILE, BAD_FLAGS, BAD_NOTHING, BAD_OP, BAD_PIPE, BAD_PROCESS, BAD_PROGRAM, BAD_PROT,
+    BAD_RANGE, BAD_SIZE, CALL_SPAWN, call_check, call_run, sc_call,
 )
 from shadowcore.guest.frames cimport frame_put
 from shadowcore.guest.kernel_base cimport KernelBase
@@ -84,6 +84,7 @@ cdef dict _WHY = {
     BAD_PROT: "prot: not a combination of READ, WRITE, EXEC", BAD_FILE: "value: no such file",
     BAD_PROGRAM: "value: no such program", BAD_PIPE: "value: no such pipe", BAD_FLAGS: "flags: no such combination",
     BAD_CPU: "value: no such processor",
+    BAD_AMID: "value: as many operations, TOUCH and CPU, do not follow",
 }
 
 
@@ -163,7 +164,7 @@ cdef class Kernel(KernelBase):
         self._ready()
         with nogil:
             for i in range(n):
-                rc = call_check(&self.g, &c[i])
+                rc = call_check(&self.g, &c[i], n - 1 - i)
                 if rc != BAD_NOTHING:
                     break
         if rc != BAD_NOTHING:

@@ -177,6 +177,8 @@ cdef int _trim(sc_guest *g, u32 p, int level, u64 table, u64 start, u64 end, u64
                     return rc
                 flush_page(g, start)    # any INVLPG drops what the processor caches of the upper entries
                 rc = _free_table(g, p, entry_frame(entry) << 12)
+                if rc == RC_OK and g.meanwhile != NULL:
+                    rc = g.meanwhile(g)
                 if rc != RC_OK:
                     return rc
         va += span
@@ -327,9 +329,22 @@ cdef int _flush(sc_guest *g, u32 p) noexcept nogil:
 
 cdef void _release(sc_guest *g) noexcept nogil:
     cdef u32 i
-    for i in range(g.n_gather):
+    for i in range(g.gather_first, g.n_gather):
         frame_put(g, g.gather[i])
-    g.n_gather = 0
+    g.n_gather = g.gather_first
+
+
+cdef void flush_aside(sc_guest *g, sc_flush *waiting) noexcept nogil:
+    """Put aside what waits for the flush of this processor: another one goes on, with flushes of its own."""
+    waiting.start, waiting.end, waiting.wanted = g.flush_start, g.flush_end, g.flush_wanted
+    waiting.first = g.gather_first
+    g.gather_first = g.n_gather
+    flush_begin(g)
+
+
+cdef void flush_resume(sc_guest *g, const sc_flush *waiting) noexcept nogil:
+    g.flush_start, g.flush_end, g.flush_wanted = waiting.start, waiting.end, waiting.wanted
+    g.gather_first = waiting.first
 
 
 cdef int flush_end(sc_guest *g, u32 p, bint forgotten) noexcept nogil:

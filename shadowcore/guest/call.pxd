@@ -35,7 +35,7 @@ cdef struct sc_call:                # the layout of CALL_DTYPE
     u32 process                     # its number
     u64 addr
     u64 count                       # accesses, bytes or pages
-    u64 value                       # stride or region, child, program, file, pipe, source of a move, processor
+    u64 value                       # stride, region, child, program, file, pipe, a move's source, processor, calls amid
 
 # Why a call cannot be.
 cdef enum:
@@ -50,7 +50,8 @@ cdef enum:
     BAD_PIPE = 8
     BAD_FLAGS = 9
     BAD_CPU = 10
+    BAD_AMID = 11
 
-cdef int call_check(const sc_guest *g, const sc_call *c) noexcept nogil
+cdef int call_check(const sc_guest *g, const sc_call *c, u64 after) noexcept nogil
 cdef int call_run(sc_guest *g, const sc_call *calls, u64 n, u64 *at, u64 *within, u64 budget,
                   u64 *results) noexcept nogil

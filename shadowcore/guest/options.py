@@ -35,7 +35,8 @@ class Call(IntEnum):
     """`count` bytes at `addr` (0: anywhere), rights `prot`; `value`: 0, or number of a file + 1, and its first page
     in the upper half; flags: 1 shared, 2 a stack, which grows. Result: the address."""
     MUNMAP = 8
-    """`count` bytes at `addr`."""
+    """`count` bytes at `addr`. The `value` operations after it, TOUCH and CPU, are done amid it: after each store to a
+    table above the leaves those up to the return to this processor; what is left then, after it."""
     MPROTECT = 9
     """`count` bytes at `addr` get rights `prot`."""
     BRK = 10

@@ -179,12 +179,19 @@ cdef packed struct sc_glog:         # one operation of a recording; the layout o
     u64 addr
     u64 value
 
+cdef struct sc_guest
+
+# What other processors do between two stores of this one.
+ctypedef int (*sc_meanwhile)(sc_guest *g) noexcept nogil
+
 cdef struct sc_guest:
     sc_mmu *mmu
     sc_vcpu *v                      # the processor that is at work
     sc_gcpu *cpus
     u32 n_cpus
     u32 cpu                         # number of v
+    sc_meanwhile meanwhile          # called after stores of a munmap to tables above the leaves, or NULL
+    void *meanwhile_data            # its own
     u8 *ram                         # guest memory from gpa 0
     u64 nframes                     # frames that the allocator has; large pages lie behind them
     u64 all_frames                  # frames of memory
@@ -282,6 +289,7 @@ cdef struct sc_guest:
     u64 *gather                     # frames
     u32 n_gather
     u32 gather_room
+    u32 gather_first                # those below wait for a flush that was put aside
     u64 flush_start
     u64 flush_end
     bint flush_wanted

@@ -22,6 +22,12 @@ cdef inline int table_spent(u64 *left) noexcept nogil:
     left[0] -= 1
     return RC_OK
 
+cdef struct sc_flush:               # what waits for a flush: see the fields of sc_guest
+    u64 start
+    u64 end
+    bint wanted
+    u32 first
+
 cdef int entry_set(sc_guest *g, u64 table, u32 index, u64 value) noexcept nogil
 cdef int entry_take(sc_guest *g, u64 table, u32 index, u64 *old) noexcept nogil
 cdef int entry_protect(sc_guest *g, u64 table, u32 index) noexcept nogil
@@ -37,3 +43,5 @@ cdef void flush_page(sc_guest *g, u64 va) noexcept nogil
 cdef int flush_everywhere(sc_guest *g, u32 p, u64 start, u64 end) noexcept nogil
 cdef int flush_free(sc_guest *g, u32 p, u64 frame, bint forgotten) noexcept nogil
 cdef int flush_end(sc_guest *g, u32 p, bint forgotten) noexcept nogil
+cdef void flush_aside(sc_guest *g, sc_flush *waiting) noexcept nogil
+cdef void flush_resume(sc_guest *g, const sc_flush *waiting) noexcept nogil

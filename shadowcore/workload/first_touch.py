@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import numpy as np
+
 from .script import AREA, Guest, workload
 
 TODAY = {"grouped": True, "flush_gather": 9622}
@@ -66,24 +68,46 @@ def page_fault(guest: Guest, pages: int) -> Iterator[None]:
     yield from guest.repeat()
 
 
-def _drifting(guest: Guest, process: int, areas: list[int], pages: int, chunk: int) -> Iterator[None]:
-    """Rounds of parallel-fault by threads that drift apart; one is over when each has had as many pages in the mean."""
+def _drifting(guest: Guest, process: int, areas: list[int], pages: int, chunk: int, meanwhile: int) -> Iterator[None]:
+    """Rounds of parallel-fault by threads that drift apart; one is over when each has had as many pages in the mean.
+
+    A munmap is not in one piece: between its stores to the table above the leaves' the others go on.
+    """
     stored = [0] * len(areas)
+    tables = -(-(pages << 12) // guest.huge)
+
+    def turn(processor: int, most: int) -> int:
+        """The thread stores to its next pages, `most` if it has as many; how many."""
+        at = stored[processor]
+        stored[processor] = min(at + most, pages)
+        guest.sweep(process, areas[processor] + (at << 12), stored[processor] - at, write=True)
+        return stored[processor] - at
+
+    def finish(processor: int) -> int:
+        """It reads its pages, unmaps them, and maps others; the other threads store to pages meanwhile: how many."""
+        done = 0
+        while_stored = guest.rng.poisson(meanwhile / 100, (tables, len(areas)))
+        while_stored[:, processor] = 0
+        guest.sweep(process, areas[processor], pages)  # without exits that takes no time
+        guest.unmap(process, areas[processor], pages, amid=tables + 2 * int(np.count_nonzero(while_stored)))
+        for others in while_stored:
+            for other in np.flatnonzero(others):
+                guest.on(int(other))
+                done += turn(int(other), int(others[other]))
+            guest.on(processor)
+        guest.map(process, areas[processor], pages)
+        stored[processor] = 0
+        return done
+
     _map_all(guest, process, areas, pages)
     while True:
         left = pages * len(areas)
         while left > 0:
             processor = int(guest.rng.integers(len(areas)))
-            at = stored[processor]
-            turn = min(1 + int(guest.rng.exponential(max(chunk - 1, 0))), pages - at)
             guest.on(processor)
-            guest.sweep(process, areas[processor] + (at << 12), turn, write=True)
-            left -= turn
-            stored[processor] = (at + turn) % pages
-            if at + turn == pages:  # without exits the rest takes no time
-                guest.sweep(process, areas[processor], pages)
-                guest.unmap(process, areas[processor], pages)
-                guest.map(process, areas[processor], pages)
+            left -= turn(processor, 1 + int(guest.rng.exponential(max(chunk - 1, 0))))
+            if stored[processor] == pages:
+                left -= finish(processor)
         guest.go()
         yield
 
@@ -95,16 +119,22 @@ def _drifting(guest: Guest, process: int, areas: list[int], pages: int, chunk: i
     pages=(4096, 1, 1 << 20, "pages that each thread maps, stores to, reads and unmaps in a round"),
     **THREADS,
     ahead=(0, 0, 1 << 20, "pages by which a thread is ahead of the one before it"),
-    drift=(0, 0, 1, "1: threads take turns at random, each of random length, `chunk` pages in the mean"),
+    drift=(1, 0, 1, "1: threads take turns at random, each of random length, `chunk` pages in the mean; 0: in step"),
+    meanwhile=(
+        25,
+        0,
+        10000,
+        "with drift: hundredths of a page that another thread stores to in the time of an emulation",
+    ),
 )
-def parallel_fault(guest: Guest, pages: int, chunk: int, ahead: int, drift: int) -> Iterator[None]:
+def parallel_fault(guest: Guest, pages: int, chunk: int, ahead: int, drift: int, meanwhile: int) -> Iterator[None]:
     """A thread on each processor maps memory, stores to its pages, reads them back and unmaps it, again and again."""
     process = _threads(guest)
     areas = _areas(guest, pages)
     guest.go()
     yield
-    if drift:
-        yield from _drifting(guest, process, areas, pages, chunk)
+    if drift and ahead == 0 and len(areas) > 1:
+        yield from _drifting(guest, process, areas, pages, chunk, meanwhile)
     if ahead == 0:
         _map_all(guest, process, areas, pages)
         _in_turns(guest, process, areas, pages, chunk, write=True)

@@ -19,7 +19,7 @@ from ..engine.tlbs import ProcessorTLB
 from ..engine.windows import WindowLog, grown
 from ..errors import ConfigError
 from ..guest.kernel import Kernel
-from ..guest.options import KernelOptions
+from ..guest.options import Call, KernelOptions
 from .script import WORKLOADS, Guest, Workload
 
 
@@ -99,7 +99,7 @@ class _Meter:
     def run(self, calls: NDArray[Any]) -> NDArray[np.uint64]:
         results, first = [], 0
         while first < len(calls):
-            part = calls[first : first + self._calls]
+            part = calls[first : _whole(calls, first, first + self._calls)]
             first += len(part)
             results.append(self._kernel.run(part))
             self._look(len(part))
@@ -136,6 +136,16 @@ class _Meter:
         windows = self._log.arrays(self._seen - self.start)
         most = int(windows["pages_max"].max(initial=0))
         return {"windows": windows, "pages_mean": self._log.pages_mean, "pages_max": most}
+
+
+def _whole(calls: NDArray[Any], first: int, stop: int) -> int:
+    """Where calls[first:stop] may end: not between an operation and those that come amid it."""
+    part = calls[first:stop]
+    with_others = np.flatnonzero((part["op"] == Call.MUNMAP) & (part["value"] != 0))
+    if len(with_others):
+        last = int(with_others[-1])
+        stop = max(stop, first + last + 1 + int(part["value"][last]))
+    return stop
 
 
 def find(name: str) -> Workload:

@@ -169,9 +169,10 @@ class Guest:
         backing = 0 if file is None else file.number + 1
         self._add(Call.MMAP, process, addr, pages << 12, backing, 1 if shared else 0, prot=RW)
 
-    def unmap(self, process: int, addr: int, pages: int) -> None:
-        """Unmap `pages` pages from `addr` on."""
-        self._add(Call.MUNMAP, process, addr, pages << 12)
+    def unmap(self, process: int, addr: int, pages: int, amid: int = 0) -> None:
+        """Unmap `pages` pages from `addr` on. The next `amid` operations (`sweep`, `scatter`, `execute`, `on`) come
+        amid it: after each store to a table above the leaves those up to the return to this processor."""
+        self._add(Call.MUNMAP, process, addr, pages << 12, amid)
 
     def protect(self, process: int, addr: int, pages: int, prot: int) -> None:
         """Change the rights of `pages` pages from `addr` on to `prot` (Prot)."""

@@ -131,6 +131,32 @@ def test_bad_calls():
     assert kernel.counters == before
 
 
+def test_bad_calls_amid_another():
+    """As many as are announced must follow, and they are accesses and changes of the processor."""
+    kernel = boot("native", vcpus=2)
+    process = kernel.spawn()
+    base = process.mmap(PAGE)
+    calls = np.zeros(3, dtype=sc.CALL_DTYPE)
+    calls["op"] = (sc.Call.MUNMAP, sc.Call.CPU, sc.Call.SYSCALL)
+    calls["addr"][0], calls["count"][0] = base, PAGE
+    before = kernel.counters
+    for amid in (2, 3, 1 << 63):
+        calls["value"][0] = amid
+        with pytest.raises(sc.ConfigError, match=r"calls\[0\]: value: as many operations, TOUCH and CPU"):
+            kernel.run(calls)
+    assert kernel.counters == before
+    # One that the state forbids is named when its turn comes; the mapping is gone by then.
+    calls["value"][0], calls["op"][2], calls["process"][2], calls["count"][2] = 2, sc.Call.TOUCH, 7, 1
+    calls["size"] = 8
+    process.write(base, 1)
+    with pytest.raises(sc.ConfigError, match=r"calls\[2\], touch"):
+        kernel.run(calls)
+    with pytest.raises(sc.PageFault):
+        process.read(base)
+    process.exit()
+    assert all_free(kernel, ())
+
+
 def test_room_in_its_tables():
     kernel = boot("native", max_processes=2, max_mappings=8, max_files=3, max_programs=1, max_pipes=1)
     kernel.pipe()

@@ -5,7 +5,7 @@ import random
 import numpy as np
 import pytest
 from kernel_model import PAGE
-from kernels import boot
+from kernels import all_free, boot
 
 import shadowcore as sc
 from shadowcore import Prot
@@ -150,6 +150,44 @@ def test_what_one_processor_changes_the_others_hear_of(mmu, options):
     again = kernel.spawn()
     assert again.access(pages)[0].all()
     kernel.vm.audit(strict=True)
+
+
+@pytest.mark.parametrize("mmu", ["native", "flush", "cached", "unsync"])
+def test_threads_go_on_amid_a_munmap(mmu):
+    """Between two stores of a munmap to tables above the leaves another processor stores to pages that it shares with a
+    child, and copies them: flushes of its own, and what waits for that of the munmap goes on waiting."""
+    kernel = boot(mmu, "16MiB", sc.TLB(), 2)
+    process = kernel.spawn()
+    reach = 2 << 20
+    shared = process.mmap(4 * PAGE, addr=64 * reach)
+    process.touch(shared + np.arange(4) * PAGE, True, 7)
+    base = process.mmap(4 * reach, addr=80 * reach)
+    places = base + np.arange(4) * reach
+    process.touch(places, True, 9)
+    child = process.fork()
+    kernel.call(sc.Call.CPU, value=1)
+    process.touch([base], False)
+    kernel.call(sc.Call.CPU)
+    calls = np.zeros(1 + 2 * 4 + 4, dtype=sc.CALL_DTYPE)
+    calls[0] = (sc.Call.MUNMAP, 0, 0, 0, process.number, base, 4 * reach, 12)
+    at = 1
+    for page in range(4):  # the last one has no store before it, and comes after the munmap
+        calls[at] = (sc.Call.CPU, 0, 0, 0, 0, 0, 0, 1)
+        calls[at + 1] = (sc.Call.TOUCH, 1, 8, 0, process.number, shared + page * PAGE, 1, 8)
+        calls[at + 2] = (sc.Call.CPU, 0, 0, 0, 0, 0, 0, 0)
+        at += 3
+    before = kernel.counters
+    assert not kernel.run(calls).any()
+    after = kernel.counters
+    assert after["faults_copied"] - before["faults_copied"] == 4
+    assert after["tables_freed"] - before["tables_freed"] == 4
+    assert process.access(places)[0].tolist() == [1] * 4
+    assert child.read(shared) == 7
+    assert child.access(places)[1].tolist() == [9] * 4
+    kernel.vm.audit(strict=True)
+    child.exit()
+    process.exit()
+    assert all_free(kernel, ())
 
 
 def test_entries_of_two_halves_appear_and_go_as_one():

@@ -78,11 +78,11 @@ def test_the_same_under_every_design(name):
         assert flush.stats["exits_fill"] > 10 * cached.stats["exits_fill"]
 
 
-@pytest.mark.parametrize("ahead", [0, 200])
-def test_threads_do_the_same_under_every_design(ahead):
+@pytest.mark.parametrize("how", [{"drift": 0}, {"ahead": 200}, {"drift": 1}], ids=repr)
+def test_threads_do_the_same_under_every_design(how):
     options = sc.KernelOptions(isolation=True, pcid=True)
     results = [
-        small("parallel-fault", mmu, vcpus=3, ahead=ahead, tlb=sc.TLB(), options=options, audit_every=10_000)
+        small("parallel-fault", mmu, vcpus=3, **how, tlb=sc.TLB(), options=options, audit_every=10_000)
         for mmu in ("native", "flush", "cached")
     ]
     assert len({result.history for result in results}) == 1

@@ -12,13 +12,13 @@ import pytest
 
 import shadowcore as sc
 from shadowcore.workload import WORKLOADS, Guest
+from shadowcore.workload.script import AREA
 
 MEASURED = {
     # page faults that exit, the guest's own, those that the shadow MMU fixes: each by page
     ("page-fault", 1): (2.009, 1.000, 1.006),
     ("page-fault", 8): (2.013, 1.000, 1.011),
     ("parallel-fault", 1): (2.006, 1.000, 1.003),
-    ("parallel-fault", 8): (2.026, 1.000, 1.022),
     ("fault-scaling", 1): (2.009, 1.001, 1.005),
     ("fault-scaling", 8): (2.009, 1.000, 1.006),
 }
@@ -29,11 +29,11 @@ POOL = (1 << 30) // 4096 // 50
 """Linux's limit: a fiftieth of the pages of memory."""
 
 
-def rounds(name, vcpus=1, mmu="kvm-6.1", host="2MiB", parts=None, parameters=None, **settings):
+def rounds(name, vcpus=1, mmu="kvm-6.1", host="2MiB", parts=None, parameters=None, seed=0, **settings):
     """What each part of a round counted, and the pages of a round."""
     workload = WORKLOADS[name]
     vm = sc.VM("1GiB", sc.config.design(mmu, pool_pages=POOL, **settings), vcpus, host_page_size=host)
-    guest = Guest(sc.Kernel(vm, sc.KernelOptions(**workload.options)), np.random.default_rng(0))
+    guest = Guest(sc.Kernel(vm, sc.KernelOptions(**workload.options)), np.random.default_rng(seed))
     steps = workload.function(guest, **workload.checked(parameters or {}))
     next(steps)
     found = []
@@ -58,9 +58,9 @@ def test_exits_a_page_are_those_that_were_measured(name, vcpus, mmu):
     found, pages = rounds(name, vcpus, mmu)
     counted = np.sum([page_faults(counts) for counts in found], axis=0) / (pages * ROUNDS[name])
     measured = MEASURED[name, vcpus]
-    # For parallel-fault on several processors see test_threads_out_of_step.
-    tolerance = 0.005 if vcpus == 1 or name == "fault-scaling" else 0.007 if name == "page-fault" else 0.02
-    assert counted == pytest.approx(measured, rel=tolerance)
+    # What is missing on 8 processors has a name: see test_another_processor_that_comes_by.
+    assert counted[:2] == pytest.approx(measured[:2], rel=0.005)
+    assert counted[2] == pytest.approx(measured[2], rel=0.006 if (name, vcpus) == ("page-fault", 8) else 0.005)
     assert sum(counts["pf_guest"] for counts in found) == pages * ROUNDS[name]
 
 
@@ -84,7 +84,7 @@ def test_where_the_exits_of_page_fault_come_from():
 def test_nothing_amortises(vcpus):
     """Once memory is warm, each round of parallel-fault is as dear as the one before: 4,096 reflected, and one more
     fixed for each table but one (measured: 4,096 to 4,097, and 8 to 27 more); their shadow pages are made anew."""
-    found, pages = rounds("parallel-fault", vcpus)
+    found, pages = rounds("parallel-fault", vcpus, parameters={"drift": 0})
     tables = pages // 512
     assert all(counts == found[1] for counts in found[2:])
     assert page_faults(found[1])[1:] == (pages, pages + tables - 1)
@@ -96,31 +96,61 @@ def test_nothing_amortises(vcpus):
     assert found[1]["synced"] == 0
 
 
-@pytest.mark.parametrize(("vcpus", "measured"), [(2, None), (4, 1.063), (8, 1.022)])
-def test_threads_out_of_step(vcpus, measured):
+DRIFTING = {4: (2.067, 1.000, 1.063), 8: (2.026, 1.000, 1.022)}
+"""Measured as MEASURED was, of parallel-fault on several processors."""
+
+
+@pytest.mark.parametrize("vcpus", [4, pytest.param(8, marks=pytest.mark.slow)])
+def test_threads_that_drift(vcpus):
     """The flood of a thread that unmaps zaps what hangs on the table above, the other threads' tables included, and
-    what they have stored to is fixed again when they read it, eight pages at a time. That is the most that can happen:
-    their faults end a flood, if they come between its stores. Measured was less, and more than in step."""
+    what they have stored to is fixed again when they read it. Their faults end a flood, if they come between its
+    stores: the more threads, the surer. So fewer exits on 8 processors than on 4, as was measured."""
+    seeds = 5
+    found, total = zip(*(rounds("parallel-fault", vcpus, seed=seed) for seed in range(seeds)), strict=True)
+    counted = np.sum([page_faults(counts) for one in found for counts in one], axis=0) / (6 * sum(total))
+    assert counted == pytest.approx(DRIFTING[vcpus], rel=0.005)
+
+
+@pytest.mark.parametrize("vcpus", [2, *(pytest.param(n, marks=pytest.mark.slow) for n in (4, 8))])
+def test_threads_whose_munmap_is_in_one_piece(vcpus):
+    """The most that a flood can cost: each thread has half of its pages stored to when another one unmaps; it is
+    eight pages that one exit fixes again. In step it costs nothing, for all unmap one after the other."""
     pages = 4096
-    in_step, total = rounds("parallel-fault", vcpus)
+    in_step, total = rounds("parallel-fault", vcpus, parameters={"drift": 0})
     apart, _ = rounds("parallel-fault", vcpus, parameters={"ahead": pages // vcpus})
-    least, most = (found[-1]["pf_fixed"] / total for found in (in_step, apart))
-    assert most == pytest.approx(1 + (1 - 1 / vcpus) / 8, abs=0.005)
+    drifting, _ = rounds("parallel-fault", vcpus, parameters={"meanwhile": 0})
+    assert in_step[-1]["pf_fixed"] / total < 1.004
+    assert apart[-1]["pf_fixed"] / total == pytest.approx(1 + (1 - 1 / vcpus) / 8, abs=0.005)
     assert apart[-1]["pf_guest"] == total
-    assert measured is None or least < measured < most
+    assert sum(counts["pf_fixed"] for counts in drifting) / (6 * total) == pytest.approx(
+        1 + (1 - 1 / vcpus) / 8, abs=0.012
+    )
 
 
-@pytest.mark.parametrize(
-    ("vcpus", "chunk", "fixed"), [(4, 1, 1.0875), (4, 64, 1.0862), (8, 16, 1.1028), (1, 16, 1.005)]
-)
-def test_threads_that_drift(vcpus, chunk, fixed):
-    """Threads that take turns at random are soon as far apart as costs most, however long the turns are: whoever unmaps
-    first meets the others in the midst of their pages. Measured was less (1.063 on 4, 1.022 on 8), and the less, the
-    more processors: faults of others end floods between the stores of one munmap, which is in one piece here."""
-    found, total = rounds("parallel-fault", vcpus, parameters={"drift": 1, "chunk": chunk})
-    counted = sum(counts["pf_fixed"] for counts in found) / (6 * total)
-    assert counted == pytest.approx(fixed, abs=0.002)
-    assert vcpus == 1 or counted > MEASURED.get(("parallel-fault", vcpus), (0, 0, 1.063))[2] + 0.02
+def test_another_processor_that_comes_by():
+    """A processor that loads the process's root, for a thread of its own, brings the table in use back in sync: the
+    next store to it is one more fault that is fixed. 1.011 were fixed a page on 8 processors, 1.006 on one: 330 such
+    loads in 65,536 pages would do, a thousand a second."""
+
+    def fixed(loads):
+        vm = sc.VM("1GiB", sc.config.design("kvm-6.1", pool_pages=POOL), 2, host_page_size="2MiB")
+        guest = Guest(sc.Kernel(vm, sc.KernelOptions(**WORKLOADS["page-fault"].options)), np.random.default_rng(0))
+        process, other = guest.spawn(guest.kernel.program()), guest.spawn(guest.kernel.program())
+        guest.map(process, AREA, 400)
+        guest.go()
+        for page in range(400):
+            guest.on(0)
+            guest.sweep(process, AREA + 4096 * page, 1, write=True)
+            if page % 20 == 10 and page // 20 < loads:
+                guest.on(1)
+                guest.syscall(process)
+                guest.syscall(other)
+        before = vm.stats.as_dict()["pf_fixed"]
+        guest.go()
+        return vm.stats.as_dict()["pf_fixed"] - before
+
+    first = fixed(1)  # the processor's own stack comes with it
+    assert [fixed(loads) - first for loads in (4, 8, 20)] == [3, 7, 19]
 
 
 @pytest.mark.parametrize("vcpus", [1, 2, 4, 8])
