@@ -4,22 +4,8 @@ import sys
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from . import pagetables
-from ._capi.table import get_include
 from ._version import __version__
 from .config import TLB, Features, MemorySlot, Native, Nested, Op, Quirk, Shadow
-from .engine.audit import AuditReport, Violation
-from .engine.batch import OP_DTYPE
-from .engine.costs import CostBreakdown, Costs
-from .engine.counters import Stats
-from .engine.levels import Levels
-from .engine.machine import VM
-from .engine.memory import Memory
-from .engine.mmu import Mmu
-from .engine.results import RunResult
-from .engine.tlbs import ProcessorTLB, TLBBank
-from .engine.translation import Translation
-from .engine.vcpu import VCpu
 from .errors import (
     AuditError,
     ConfigError,
@@ -37,13 +23,26 @@ from .errors import (
     TraceError,
     UndefinedInstruction,
 )
-from .pagetables import PageTables
 
 if TYPE_CHECKING:
-    from . import embed, importers, programs, recordings, trace, workload
+    from . import embed, importers, pagetables, programs, recordings, trace, workload
+    from ._capi.table import get_include
+    from .engine.audit import AuditReport, Violation
+    from .engine.batch import OP_DTYPE
+    from .engine.costs import CostBreakdown, Costs
+    from .engine.counters import Stats
+    from .engine.levels import Levels
+    from .engine.machine import VM
+    from .engine.memory import Memory
+    from .engine.mmu import Mmu
+    from .engine.results import RunResult
+    from .engine.tlbs import ProcessorTLB, TLBBank
+    from .engine.translation import Translation
+    from .engine.vcpu import VCpu
     from .guest.kernel import CALL_DTYPE, Kernel
     from .guest.options import Call, File, KernelOptions, Program, Prot, Touch
     from .guest.process import Process
+    from .pagetables import PageTables
     from .studies.access import AccessExplanation, explain
     from .studies.collect import Sweep, collect
     from .studies.results import Study, StudyDesign, Swept
@@ -128,7 +127,21 @@ __all__ = [
 
 
 _LATER = {
-    **dict.fromkeys(("embed", "importers", "programs", "recordings", "trace", "workload"), ""),
+    **dict.fromkeys(("embed", "importers", "pagetables", "programs", "recordings", "trace", "workload"), ""),
+    "get_include": "._capi.table",
+    **dict.fromkeys(("AuditReport", "Violation"), ".engine.audit"),
+    "OP_DTYPE": ".engine.batch",
+    **dict.fromkeys(("CostBreakdown", "Costs"), ".engine.costs"),
+    "Stats": ".engine.counters",
+    "Levels": ".engine.levels",
+    "VM": ".engine.machine",
+    "Memory": ".engine.memory",
+    "Mmu": ".engine.mmu",
+    "RunResult": ".engine.results",
+    **dict.fromkeys(("ProcessorTLB", "TLBBank"), ".engine.tlbs"),
+    "Translation": ".engine.translation",
+    "VCpu": ".engine.vcpu",
+    "PageTables": ".pagetables",
     **dict.fromkeys(("CALL_DTYPE", "Kernel"), ".guest.kernel"),
     **dict.fromkeys(("Call", "File", "KernelOptions", "Program", "Prot", "Touch"), ".guest.options"),
     "Process": ".guest.process",
@@ -140,7 +153,8 @@ _LATER = {
     "StoreError": ".studies.store",
     **dict.fromkeys(("SweepInterrupted", "sweep"), ".studies.sweep"),
 }
-"""What is imported at its first use (a machine needs none of it): the module that has it, or "" for a module."""
+"""What is imported at its first use: the module that has it, or "" for a module. Settings and errors are here at once:
+they are all that a command needs to print its help, and they need no numpy."""
 
 
 def __getattr__(name: str) -> Any:

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import operator
 import re
+import sys
 from dataclasses import dataclass, field, fields, replace
 from enum import IntEnum, IntFlag
 from functools import partial
 from typing import Any, ClassVar, TypeVar
-
-import numpy as np
 
 from .errors import ConfigError
 
@@ -515,8 +514,15 @@ def check_int(name: str, value: object, low: int, high: int) -> int:
     except TypeError:
         raise ConfigError(f"{name}: an integer is needed, not {value!r}") from None
     if isinstance(value, bool) or not low <= number <= high:
-        raise ConfigError(f"{name}: {value!r} is not within {low} to {high}")
+        raise ConfigError(f"{name}: {value!r} is not {_limits(low, high)}")
     return number
+
+
+def _limits(low: int, high: int) -> str:
+    """What a number has to be, in words: a limit that nobody reaches says nothing to people."""
+    if low == 0 and high >= (1 << 32) - 1 and high & (high + 1) == 0:
+        return f"within {high.bit_length()} bits"
+    return f"{low} or more" if high >= 1 << 48 else f"within {low} to {high}"
 
 
 def taken(kind: type[T], given: object, name: str) -> T:
@@ -539,8 +545,11 @@ def _put(settings: object, **values: object) -> None:
 
 def check_bool(name: str, value: object) -> bool:
     """A bool of a bool, of numpy's, or of 0 or 1."""
-    if isinstance(value, np.bool_) or (isinstance(value, int) and operator.index(value) in (0, 1)):
-        return bool(operator.index(value) if isinstance(value, int) else value)
+    if isinstance(value, int) and operator.index(value) in (0, 1):
+        return bool(operator.index(value))
+    numpy = sys.modules.get("numpy")  # whoever has a bool of numpy's has imported it
+    if numpy is not None and isinstance(value, numpy.bool_):
+        return bool(value)
     raise ConfigError(f"{name}: True or False is needed, not {value!r:.60}")
 
 

@@ -7,7 +7,6 @@ import errno
 import io
 import os
 import re
-import secrets
 import stat
 import sys
 from collections.abc import Iterator
@@ -35,6 +34,11 @@ def check_path(path: object, name: str = "path") -> str:
     if not known or 0 in known:
         raise ConfigError(f"{name}: a path is needed, not {path!r:.60}")
     return text
+
+
+def _random() -> str:
+    """Part of a name that no other process takes at the same time."""
+    return os.urandom(8).hex()
 
 
 class Replacement(io.RawIOBase):
@@ -97,7 +101,7 @@ class Replacement(io.RawIOBase):
             if left.fullmatch(entry):
                 _remove_left(self._target.parent / entry)
         while True:
-            self.beside = self._target.parent / f".{name}.{secrets.token_hex(8)}{SUFFIX}"
+            self.beside = self._target.parent / f".{name}.{_random()}{SUFFIX}"
             raw = io.FileIO(self.beside, "x+")
             # Between the two lines somebody may have taken it for left behind.
             if _lock(raw) is not False and self.beside.exists():
@@ -180,7 +184,7 @@ def place(path: str | os.PathLike[str], data: bytes) -> None:
     killed leaves whole files, a machine that loses its power may not. OSError names `path`.
     """
     target = check_path(path)
-    beside = f"{target}.{secrets.token_hex(8)}{SUFFIX}"
+    beside = f"{target}.{_random()}{SUFFIX}"
     try:
         try:
             with open(beside, "xb") as file:

@@ -15,11 +15,12 @@ from shadowcore.engine.state cimport sc_mmu
 from shadowcore.engine.types cimport u32
 from shadowcore.engine.watch cimport watch_due, watch_look, watch_raised
 
+from shadowcore.engine.audits import POINTS as _POINTS
 from shadowcore.engine.invariants import Violation as _Violation
 from shadowcore.errors import AuditError, ConfigError
 
 Violation = _Violation
-POINTS = ("pre-fault", "post-fault", "pre-write", "post-write", "post-cr3", "pre-sync", "post-sync")
+POINTS = _POINTS
 assert len(POINTS) == POINT_COUNT
 
 

@@ -6,6 +6,7 @@ says which), 130 interrupted.
 
 from __future__ import annotations
 
+import difflib
 import errno
 import os
 import sys
@@ -15,7 +16,7 @@ from typing import Any, NoReturn
 import click
 
 from .._version import __version__
-from ..errors import ShadowcoreError
+from ..errors import GuestOutOfMemory, ShadowcoreError
 from . import about as cli_about
 from . import check as cli_check
 from . import costs as cli_costs
@@ -51,12 +52,22 @@ class Commands(click.Group):
         except click.ClickException as error:
             context = getattr(error, "ctx", None)
             hint = f" (see {context.command_path} --help)" if context else ""
-            _fail(error.format_message().rstrip(".") + hint, 2)
+            _fail(_said(error) + hint, 2)
+        except GuestOutOfMemory as error:
+            _fail(f"{error}; --set memory=SIZE gives it more", 2)
         except (ShadowcoreError, MemoryError) as error:
             _fail(str(error) or type(error).__name__, 2)
         except OSError as error:
             _fail(_cause(error), 2)
         _finish(status if isinstance(status, int) else 0)
+
+
+def _said(error: click.ClickException) -> str:
+    """Its message; of an option that there is not, with the nearest."""
+    if not isinstance(error, click.NoSuchOption):
+        return error.format_message().rstrip(".")
+    near = difflib.get_close_matches(error.option_name, error.possibilities or (), 1)
+    return f"No such option: {error.option_name}" + (f"; did you mean {near[0]}?" if near else "")
 
 
 def _cause(error: OSError) -> str:
@@ -87,7 +98,12 @@ def _finish(status: int, told: bool = False) -> NoReturn:
     sys.exit(status)
 
 
-@click.group(cls=Commands, no_args_is_help=False, invoke_without_command=True)
+@click.group(
+    cls=Commands,
+    no_args_is_help=False,
+    invoke_without_command=True,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
 @click.version_option(__version__, prog_name="shadowcore", message="%(prog)s %(version)s")
 @click.pass_context
 def main(context: click.Context) -> None:

@@ -19,7 +19,9 @@ SHELLS = ("bash", "zsh", "fish")
 def completion(context: click.Context, shell: str, as_json: bool) -> None:
     """Print what makes SHELL (bash, zsh or fish) complete commands, options, designs and workloads.
 
-    For bash: eval "$(shadowcore completion bash)".
+    \b
+    Example, for bash:
+      eval "$(shadowcore completion bash)"
     """
     made = get_completion_class(shell)
     assert made is not None

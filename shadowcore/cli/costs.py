@@ -17,6 +17,11 @@ def costs(name: str | None, as_json: bool) -> None:
 
     A list is a source, a year and a processor; `modern`, `pvm`, `nested` are names of the best of their kind. Below the
     list are the levels that `--set levels=NAME` knows: what an exit takes where hypervisors lie one on the other.
+
+    \b
+    Examples:
+      shadowcore costs
+      shadowcore costs pvm
     """
     from ..engine.costs import Costs
     from ..engine.levels import LEVELS

@@ -25,6 +25,10 @@ from .options import JSON, Output, command
 def designs(sources: tuple[str, ...], write: str | None, operations: int, as_json: bool) -> None:
     """Run every design over workloads and recordings (all, and the recording of the package, where none is named), and
     print what each is slowed down to, at the prices of three presets. docs/designs.md is such a page.
+
+    \b
+    Example:
+      shadowcore designs fork-storm webserver
     """
     from ..report import terminal as report
     from ..studies import choice

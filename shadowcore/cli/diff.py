@@ -58,7 +58,9 @@ def diff(first: str, second: str, fail_over: float | None, figures: tuple[str, .
     A and B are files of what `compare`, `sweep` or `collect` printed with --json, or folders of results. Times are left
     out: equal studies are equal to the last digit.
 
-    Example: shadowcore diff last-month.json today.json --fail-over 5%
+    \b
+    Example:
+      shadowcore diff last-month.json today.json --fail-over 5%
     """
     from ..report import terminal as report
     from ..studies.difference import GATED, check_figures, difference

@@ -25,6 +25,10 @@ from .options import JSON, Count, Output, apart, command
 def evolution(write: str | None, svg: str | None, operations: int, as_json: bool) -> None:
     """Run every workload, and the recording of the package, under KVM's shadow MMU as releases of Linux had it, from
     January 2007 to 6.12, and print the VM exits of each.
+
+    \b
+    Example:
+      shadowcore evolution --operations 50K --svg releases.svg
     """
     apart([("--write", write), ("--svg", svg)])
     from ..report import evolution as picture

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..config import DESIGNS
-from ..pagetables import FORMATS as MODES
+from ..guest.options import MODES
 from .options import JSON, Address, Command, Count, Name, Output, apart, command
 from .outputs import to_file
 
@@ -24,7 +24,7 @@ _SHARED = (
     click.option("--cr3", type=Address(), metavar="X", help="Root to walk from.  [default: CR3 of the image]"),
     click.option(
         "--mode",
-        type=Name(tuple(MODES)),
+        type=Name(MODES),
         metavar="NAME",
         help=f"Paging mode, where IMAGE does not tell it: {', '.join(MODES)}.  [default: as IMAGE tells]",
     ),
@@ -72,6 +72,11 @@ def walk(words: tuple[str, ...], write: bool, fetch: bool, user: bool, as_json: 
     IMAGE is an ELF core (QEMU's dump-guest-memory), a raw memory image (pmemsave) or LiME's, for which --cr3 and --mode
     are needed, a saved VM, a recording, or an .npz dump of page tables (docs/images.md); without it, one that comes
     with the package. Addresses are in bytes, hexadecimal with 0x. EFLAGS.AC is clear and PKRU is 0 unless IMAGE says.
+
+    \b
+    Examples:
+      shadowcore walk 0x401000
+      shadowcore walk guest.elf 0x7f00dead0000 --write --user
     """
     from ..studies import explain, images
 
@@ -107,6 +112,10 @@ def explain(
 
     IMAGE and VA are those of `shadowcore walk`. The shadow is new, but of a recording, which is replayed up to --record
     N, and of a saved VM, which has its own.
+
+    \b
+    Example:
+      shadowcore explain guest.screc 0x401000 --record 5000 --mmu cached
     """
     from ..files import replace
     from ..studies import access as accesses

@@ -12,9 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 import click
 
 from ..config import DESIGNS, POOL_MAX, parse_count
-from ..engine.presets import ALIASES, PRESETS, find_preset
 from ..errors import ConfigError
-from ..studies import series, settings
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -30,6 +28,9 @@ else:  # generic from click 8.4 on
 
 class Command_(click.Command):
     """A command whose options of one value are given once: the last of several would win over the others unsaid."""
+
+    def get_help_option_names(self, ctx: click.Context) -> list[str]:
+        return ["-h", "--help"]
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         if not ctx.resilient_parsing:
@@ -88,7 +89,9 @@ class Name(_Text):
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
         if value not in self.names:
-            self.fail(f"{value!r} is not one of {', '.join(self.names)}", param, ctx)
+            near = difflib.get_close_matches(str(value), self.names, 1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            self.fail(f"{value!r} is not one of {', '.join(self.names)}{hint}", param, ctx)
         return str(value)
 
     def shell_complete(
@@ -116,7 +119,18 @@ class Nearest(Name):
 class Prices(Name):
     """The name of a list of prices; the nearest is told for one that there is not."""
 
+    def __init__(self) -> None:
+        """The names are looked up where they are asked for, not each time that a command prints its help."""
+
+    @property
+    def names(self) -> tuple[str, ...]:  # type: ignore[override]
+        from ..engine.presets import ALIASES, PRESETS
+
+        return (*ALIASES, *PRESETS)
+
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        from ..engine.presets import find_preset
+
         find_preset(value)
         return str(value)
 
@@ -192,6 +206,8 @@ class Assignment(_Pair):
     name = "name=value"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, Any]:
+        from ..studies import settings
+
         if isinstance(value, tuple):
             return value
         name, equals, text = str(value).partition("=")
@@ -208,12 +224,14 @@ class Series(_Values):
     def convert(
         self, value: Any, param: click.Parameter | None, ctx: click.Context | None
     ) -> tuple[str, tuple[Any, ...]]:
+        from ..studies import series
+
         if isinstance(value, tuple):
             return value
         name, _, text = str(value).partition("=")
         values = text.split(",")
         if not name.strip() or not all(part.strip() for part in values):
-            self.fail(f"{value!r} is not NAME=VALUE,VALUE,...", param, ctx)
+            self.fail(f"{value!r} is not NAME=VALUE,VALUE", param, ctx)
         name = name.strip().replace("-", "_")
         try:
             return name, series.values(text, name)
@@ -276,7 +294,7 @@ WARM_UP = click.option(
 )
 COSTS = click.option(
     "--costs",
-    type=Prices((*ALIASES, *PRESETS)),
+    type=Prices(),
     default="modern",
     metavar="NAME",
     help="Prices, in cycles, by which runs are costed; `shadowcore costs` lists them with their sources.  "

@@ -10,9 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..errors import ConfigError
-from ..pagetables import FORMATS as MODES
-from ..recording import importers
-from ..recording.format import INCOMPLETE
+from ..guest.options import MODES
 from ..recording.holdings import told
 from .options import JSON, Address, Name, Output, Source, apart, command
 from .outputs import to_file
@@ -25,6 +23,23 @@ if TYPE_CHECKING:
 _NAME = click.option("--name", metavar="NAME", help="What reports call the recording.  [default: as the first file]")
 
 
+class _Format(click.Option):
+    """A format that an importer reads. What there are the importers tell: they are loaded where this option is used."""
+
+    def get_help_record(self, ctx: click.Context) -> tuple[str, str] | None:
+        from ..recording import importers
+
+        self.type = click.Choice(["auto", *importers.FORMATS])
+        self.help = f"What the files are; auto looks into the first. {importers.described()}"
+        return super().get_help_record(ctx)
+
+    def type_cast_value(self, ctx: click.Context, value: Any) -> Any:
+        from ..recording import importers
+
+        self.type = click.Choice(["auto", *importers.FORMATS])
+        return super().type_cast_value(ctx, value)
+
+
 @command("import")
 @click.argument("files", nargs=-1, required=True, metavar="FILE...")
 @click.option(
@@ -33,10 +48,9 @@ _NAME = click.option("--name", metavar="NAME", help="What reports call the recor
 @click.option(
     "--format",
     "form",
-    type=click.Choice(["auto", *importers.FORMATS]),
+    cls=_Format,
     default="auto",
     show_default=True,
-    help=f"What the files are; auto looks into the first. {importers.described()}",
 )
 @click.option(
     "--lenient",
@@ -46,7 +60,7 @@ _NAME = click.option("--name", metavar="NAME", help="What reports call the recor
 @click.option("--cr3", type=Address(), metavar="X", help="Of a memory image: the root of the tables.  [default: CR3]")
 @click.option(
     "--mode",
-    type=Name(tuple(MODES)),
+    type=Name(MODES),
     metavar="NAME",
     help=f"Of a memory image: {', '.join(MODES)}.  [default: as it tells]",
 )
@@ -73,6 +87,7 @@ def import_(
     Example:
       shadowcore import trace.0 trace.1 -o program.screc
     """
+    from ..recording import importers
     from ..studies import images
 
     tables = cr3 is not None or mode is not None
@@ -123,8 +138,13 @@ def record(command: tuple[str, ...], out: str | None, valgrind: str, name: str |
     from ..recording.format import SUFFIX
 
     target = f"{Path(command[0]).name}{SUFFIX}" if out is None else out
-    with _progress(Path(command[0]).name, "B") as progress:
-        writer = tool.record(command, target, valgrind=valgrind, name=name, progress=progress)
+    try:
+        with _progress(Path(command[0]).name, "B") as progress:
+            writer = tool.record(command, target, valgrind=valgrind, name=name, progress=progress)
+    except KeyboardInterrupt:
+        if Path(target).is_file():
+            click.echo(f"{target}: what was recorded until then, marked as incomplete", err=True)
+        raise
     written(writer, as_json, err=not as_json)
     if not as_json:
         go_on(writer)
@@ -137,6 +157,8 @@ def go_on(writer: Writer) -> None:
 
 
 def written(writer: Writer, as_json: bool, err: bool = False) -> None:
+    from ..recording.format import INCOMPLETE
+
     size = writer.path.stat().st_size if writer.path.is_file() else 0
     found = {
         "file": str(writer.path),
@@ -150,8 +172,9 @@ def written(writer: Writer, as_json: bool, err: bool = False) -> None:
     if as_json:
         click.echo(json.dumps(found))
     else:
-        each = f", {size / writer.records:.2f} each" if writer.records else ""
-        click.echo(f"{writer.path}: {writer.records:,} records of {writer.stream}, {size:,} bytes{each}", err=err)
+        each = f" ({size / writer.records:,.1f} for each)" if writer.records else ""
+        what = {"guest": "a guest", "program": "a program"}.get(writer.stream, writer.stream)
+        click.echo(f"{writer.path}: {writer.records:,} records of {what}, {size:,} bytes{each}", err=err)
         if writer.skipped:
             skipped = ", ".join(f"{what}: {number:,}" for what, number in writer.skipped.items())
             click.echo(f"skipped: {skipped}", err=err)
@@ -283,6 +306,8 @@ def _print(found: dict[str, Any]) -> None:
     def show(value: Any) -> str:
         if isinstance(value, bool):
             return "yes" if value else "no"
+        if isinstance(value, list) and all(isinstance(each, str) for each in value):
+            return shlex.join(value)
         return f"{value:,}" if isinstance(value, int) else str(value)
 
     for key, value in found.items():

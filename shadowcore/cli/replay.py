@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from ..config import DESIGNS
-from ..engine.audit import POINTS
+from ..engine.audits import POINTS
 from .options import JSON, OPERATIONS, POOL, SEED, SET, SOURCES, Count, Name, command, together
 
 

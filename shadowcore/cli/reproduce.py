@@ -43,6 +43,10 @@ def reproduce(source: str, write: str | None, check: str | None, as_json: bool) 
 
     A few figures of each source calibrate prices, the others are predicted from counts; what misses by more than 20
     percent is told why. docs/reproduction.md and docs/validity.md are such pages.
+
+    \b
+    Example:
+      shadowcore reproduce --source pvm-2023
     """
     apart([("--check", check)], [write])
     if source == _FIRST:

@@ -65,7 +65,9 @@ def show(
     printed.
 
     \b
-    Example: shadowcore show demand-paging --html steps.html
+    \b
+    Example:
+      shadowcore show demand-paging --html steps.html
     """
     from ..studies.scenarios import SCENARIOS
 

@@ -72,6 +72,12 @@ _COMPARED = (
         help="Operations (records) in a window of reports and timelines.  [default: a 200th of all]",
     ),
     click.option(
+        "--exits", "reasons", is_flag=True, help="Print what the exits of each reason cost.  [default: `run` alone]"
+    ),
+    click.option(
+        "--all", "every", is_flag=True, help="Print what is 0 under every design, too.  [default: leave it out]"
+    ),
+    click.option(
         "--csv", "csv_file", type=Output(), metavar="FILE", help="Write one row a design to FILE.  [default: no file]"
     ),
     click.option(
@@ -191,6 +197,8 @@ def _compare(
     csv_file: str | None,
     windows: int | None,
     as_json: bool,
+    reasons: bool,
+    every: bool,
     default: tuple[str, ...] = DEFAULT_DESIGNS,
     detailed: bool = False,
     **rest: Any,
@@ -228,16 +236,20 @@ def _compare(
         made, interrupted = stop.study, True
         if not isinstance(made, Swept) and not made.designs:
             raise KeyboardInterrupt from None
-    _show(made, as_json, detailed)
+    _show(made, as_json, detailed, every, reasons)
     if csv_file is not None:
         to_file(csv_file, made.to_csv)
     if interrupted:
         raise KeyboardInterrupt
     for write, file in writers:
         to_file(file, partial(write, made))
+    if not as_json:
+        for _, file in outputs:
+            if file is not None:
+                click.echo(f"written: {file}", err=True)
 
 
-def _show(made: Study | Swept, as_json: bool, detailed: bool) -> None:
+def _show(made: Study | Swept, as_json: bool, detailed: bool, every: bool, reasons: bool) -> None:
     from ..report import terminal as report
     from ..studies.results import Swept
 
@@ -251,11 +263,11 @@ def _show(made: Study | Swept, as_json: bool, detailed: bool) -> None:
         click.echo(json.dumps(plain))
     elif detailed:
         for study in studies:
-            report.print_run(study)
+            report.print_run(study, every)
     elif swept:
-        report.print_sweep(swept)
+        report.print_sweep(swept, every, reasons)
     else:
-        report.print_comparison(studies[0])
+        report.print_comparison(studies[0], every, reasons)
 
 
 def _pages(html: str | None, timeline: str | None, several: bool) -> list[tuple[str, str, str]]:

@@ -113,7 +113,9 @@ def sweep(
     A point that fails is a result with its error, and the others go on; the exit status is then 1. Ctrl-C lets end what
     is running; a second one drops it. What is done stays in the folder.
 
-    Example: shadowcore sweep pool.toml --jobs 8 --html pool.html
+    \b
+    Example:
+      shadowcore sweep pool.toml --jobs 8 --html pool.html
     """
     from ..studies.executors import named
     from ..studies.plan import planned, read_spec
@@ -168,7 +170,9 @@ def collect(
     Points that were not run, or failed, are rows as well, with their status and error. With no other output the table
     is printed.
 
-    Example: shadowcore collect pool.results --parquet pool.parquet
+    \b
+    Example:
+      shadowcore collect pool.results --parquet pool.parquet
     """
     from ..studies.collect import collect as read
 

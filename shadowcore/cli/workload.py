@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
+import sys
+import textwrap
 
 import click
 from click.core import ParameterSource
@@ -15,7 +18,12 @@ from .options import JSON, Count, command
 @click.argument("name", required=False, metavar="[NAME]")
 @JSON
 def workloads(name: str | None, as_json: bool) -> None:
-    """List the workloads, or, with NAME, the parameters of one."""
+    """List the workloads, or, with NAME, the parameters of one.
+
+    \b
+    Example:
+      shadowcore workloads hackbench
+    """
     from ..workload import WORKLOADS, find
 
     chosen = [find(name)] if name else list(WORKLOADS.values())
@@ -39,9 +47,10 @@ def workloads(name: str | None, as_json: bool) -> None:
         for key, p in chosen[0].parameters.items():
             click.echo(f"  {key:{width}}  {p.help}; {p.low} to {p.high}  [default: {p.default}]")
         return
-    width = max(len(w.name) for w in chosen)
+    width = max(len(w.name) for w in chosen) + 2
+    columns = shutil.get_terminal_size((1 << 12, 0)).columns if sys.stdout.isatty() else 1 << 12
     for w in chosen:
-        click.echo(f"{w.name:{width}}  {w.summary}")
+        click.echo(textwrap.fill(f"{w.name:{width}}{w.summary}", max(columns, 40), subsequent_indent=" " * width))
 
 
 @command()
@@ -68,6 +77,10 @@ def calibration(recordings: tuple[str, ...], spaces: int, seed: int, live: bool,
     RECORDING is of a guest that forks and execs. Counted are page table stores, faults, CR3 loads and INVLPGs for each
     address space made, and for each million instructions. Without one: what Linux's own shadow MMU, of 6.1 and of
     6.12, counted under a live guest, and what it counts here.
+
+    \b
+    Example:
+      shadowcore calibration guest.screc
     """
     if live or not recordings:
         if click.get_current_context().get_parameter_source("spaces") is not ParameterSource.DEFAULT:

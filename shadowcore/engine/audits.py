@@ -8,6 +8,9 @@ from typing import Any
 
 from ..errors import AuditError
 
+POINTS = ("pre-fault", "post-fault", "pre-write", "post-write", "post-cr3", "pre-sync", "post-sync")
+"""Where `vm.audit_points` can have audits: the names of POINT_* in hooks.pxd, in their order."""
+
 
 class Audits:
     """Checks every invariant of a VM, `made` times, and raises AuditError with `record`, the operations done, and

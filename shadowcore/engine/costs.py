@@ -32,6 +32,8 @@ COMPONENTS = {
     "pages": "shadow pages made and zapped, entries linked and unlinked",
 }
 """Parts of a CostBreakdown."""
+_OF_EXITS = tuple(COMPONENTS)[3:]
+"""Those that there are because of exits."""
 UNPRICED = {
     "synced": (512, "syncs of leaf tables"),
     "prefetched": (1, "reads of guest entries to prefetch"),
@@ -231,13 +233,35 @@ class Costs:
         Where no TLB was modelled (neither hits nor misses), every access counts as a miss: right for recordings, whose
         accesses are those that missed.
         """
-        parts = self._parts(_checked("counters", counters))
+        count = _checked("counters", counters)
+        parts = self._parts(count)
         native = None
         if native_counters is not None:
             native = sum(self._parts(_checked("native_counters", native_counters)).values())
-        count = _checked("counters", counters)
         unpriced = {name: count(name) * entries * self.guest_reference for name, (entries, _) in UNPRICED.items()}
-        return CostBreakdown(self.name, self.clock_ghz, parts, native, {k: v for k, v in unpriced.items() if v})
+        missing = {name: cycles for name, cycles in unpriced.items() if cycles}
+        return CostBreakdown(self.name, self.clock_ghz, parts, native, missing, exits=self._exits(count, parts))
+
+    def _exits(self, n: Callable[..., int], parts: Mapping[str, float]) -> dict[str, float]:
+        """The components from switches on by reason of the exit: see CostBreakdown.exits."""
+        violations = n("npf_violation") if self.levels.paging == "ept" else 0
+        own = {
+            "fill": self.fill,
+            "write": self.rights,
+            "emulate": self.emulate,
+            "guest": self.inject,
+            "mmio": self.mmio,
+        }
+        each = self.carried + self.dispatch
+        fault = self.exit_fault * self.switches + each
+        if violations:
+            second = sum(self.violations(violations, n("mmu_cache_miss")).values()) / violations
+            own["fill"] = own["write"] = second - fault
+        found = {reason: n(f"exits_{reason}") * (fault + own[reason]) for reason in PF_REASONS}
+        register = self.exit_register * self.switches + each + self.register
+        found |= {reason: n(f"exits_{reason}") * register for reason in ("cr3", "cr0", "cr4", "efer")}
+        found["invlpg"] = n("exits_invlpg") * (self.exit_invlpg * self.switches + each + self.flush_page)
+        return found | {"rest": sum(parts[part] for part in _OF_EXITS) - sum(found.values())}
 
     def _parts(self, n: Callable[..., int]) -> dict[str, float]:
         instructions = n("instructions")
@@ -308,7 +332,12 @@ class CostBreakdown:
     where that is not known). costs, clock_ghz: of the prices. base: native of what, where not of the same guest.
 
     unpriced: cycles that are not in the total, by what for (UNPRICED): no price is published, and these are what it
-    would come to if each entry looked at cost `guest_reference`. A sync is taken to look at all 512."""
+    would come to if each entry looked at cost `guest_reference`. A sync is taken to look at all 512.
+
+    exits: what exits cost by reason ("fill", "cr3", ...): changes of world, the way to the handler and back, and what
+    the handler does at every such exit. What depends on what it finds (guest entries read, shadow pages made and
+    zapped, entries linked, pages of the host, stores emulated at other exits) counters do not tell by reason: it is
+    under "rest". All together are the components from `switches` on."""
 
     costs: str
     clock_ghz: float
@@ -316,6 +345,7 @@ class CostBreakdown:
     native_total: float | None = None
     unpriced: dict[str, float] = dataclasses.field(default_factory=dict)
     base: str | None = None
+    exits: dict[str, float] = dataclasses.field(default_factory=dict)
 
     @property
     def total(self) -> float:
@@ -346,6 +376,7 @@ class CostBreakdown:
             "cycles": self.total,
             "cycles_by_component": dict(self.components),
             "cycles_unpriced": dict(self.unpriced),
+            "cycles_by_exit": dict(self.exits),
             "microseconds": self.microseconds,
             "slow_down": self.slow_down,
             "slow_down_against": None if self.slow_down is None else "native" + (f", {self.base}" if self.base else ""),

@@ -22,7 +22,9 @@ def read_arrays(
     try:
         with open(path, "rb") as file:
             if not zipfile.is_zipfile(file):
-                raise TraceError(path, None, "an .npz file expected: this is none, or it is cut short")
+                raise TraceError(
+                    path, None, "a recording (.screc) or an .npz file expected: this is neither, or it is cut short"
+                )
             with zipfile.ZipFile(file) as archive:
                 npy.check_members(archive)
                 there = set(archive.namelist())
@@ -32,7 +34,7 @@ def read_arrays(
         raise
     except npy.UNREADABLE as error:
         reason = getattr(error, "strerror", None) or error
-        raise TraceError(path, None, f"a readable .npz file expected: {reason}") from None
+        raise TraceError(path, None, f"it cannot be read: {reason}") from None
 
 
 def _member(path: str, archive: zipfile.ZipFile, name: str) -> NDArray[Any]:

@@ -16,7 +16,7 @@ WINDOWS = 320
 """Windows of a design that a file holds, at most: neighbours are added up until there are no more."""
 EXITS = {
     "fill": "page fault: shadow entry missing",
-    "write": "page fault: more rights for a leaf",
+    "write": "page fault: permission",
     "emulate": "page fault: store to a guest table",
     "guest": "page fault: the guest's own",
     "mmio": "page fault: device access",

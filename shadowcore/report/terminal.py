@@ -5,15 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from rich.box import SIMPLE_HEAD
-from rich.console import Console
 from rich.markup import escape
-from rich.measure import Measurement
 from rich.table import Table
 
 from ..engine.costs import COMPONENTS, Costs, left_out
 from ..engine.levels import Levels
 from ..engine.presets import Preset
+from ..engine.reported import UNSYNC
 from ..engine.windows import NAMES as ENGINE
 from ..studies.choice import Choice
 from ..studies.collect import Sweep
@@ -22,31 +20,33 @@ from ..studies.evolution import RELEASES, Evolution
 from ..studies.host import EVENTS, GROUPS, HostTrace, counted
 from ..studies.reproduction import Reproduction
 from ..studies.results import Study, StudyDesign, Swept
+from ..studies.settings import effective, written
 from ..studies.validity import SOURCES, Validity
 from . import validity
 from .document import EXITS
-
-WIDTH = 100
-"""Columns of a table that does not go to a terminal."""
-
-
-def _console() -> Console:
-    console = Console(highlight=False)
-    return console if console.is_terminal else Console(highlight=False, width=WIDTH)
+from .exits import exits
+from .fit import Fitting
+from .fit import console as _console
 
 
-def comparison(study: Study) -> Table:
-    """Metrics down, designs across."""
+def _made(title: str, caption: str) -> Table:
+    """A table of figures without rows."""
+    return Table(title=escape(title), caption=escape(caption), title_style="bold")
+
+
+def comparison(study: Study, every: bool = False) -> Table:
+    """Metrics down, designs across. every: also those that are 0 under each design."""
     designs = list(study.designs.values())
     told = (study.caption, left_out({design.name: design.cost.unpriced for design in designs}), *study.notes)
-    caption = escape("\n".join(filter(None, told)))
-    table = Table(title=escape(study.title), caption=caption, title_style="bold", caption_justify="left")
-    table.add_column("")  # it gives way where there is little room: a number that is cut looks like a number
+    table = _made(study.title, "\n".join(filter(None, told)))
+    table.add_column("")
     for design in designs:
-        table.add_column(design.name, justify="right", no_wrap=True)
+        table.add_column(escape(design.name), justify="right", no_wrap=True)
 
     def row(name: str, values: Iterable[float], style: str = "", digits: int = 0) -> None:
-        table.add_row(name, *(f"{value:,.{digits}f}" for value in values), style=style)
+        values = list(values)
+        if every or style or any(values):
+            table.add_row(name, *(f"{value:,.{digits}f}" for value in values), style=style)
 
     def counter(name: str, key: str) -> None:
         row(name, [design.counters[key] for design in designs])
@@ -65,15 +65,14 @@ def comparison(study: Study) -> Table:
     counter("shadow pages zapped", "mmu_shadow_zapped")
     counter("  by floods of stores, or misaligned ones", "mmu_flooded")
     counter("  recycled for room in the pool", "mmu_recycled")
-    for key, label in study.unsync_rows().items():
+    for key, label in UNSYNC.items() if every else study.unsync_rows().items():
         counter(label, key)
     row("shadow pages in use, mean", [design.pages_mean for design in designs], digits=1)
     row("shadow pages in use, most", [design.pages_max for design in designs])
     table.add_section()
     counter("entries read by the processor's walks", "walk_references")
     counter("guest entries read at exits", "guest_walk_references")
-    if any(design.counters["tlb_misses"] for design in designs):
-        counter("TLB misses", "tlb_misses")
+    counter("TLB misses", "tlb_misses")
     table.add_section()
     row(f"cycles, estimated ({escape(study.costs.name)}), millions", [d.cost.total / 1e6 for d in designs], digits=1)
     slow = ["" if d.cost.slow_down is None else f"{d.cost.slow_down:,.2f}" for d in designs]
@@ -81,16 +80,34 @@ def comparison(study: Study) -> Table:
     table.add_section()
     if any(design.history is None for design in designs):
         row("accesses that reached another gpa", [design.gpa_mismatches or 0 for design in designs])
+        same = [not design.gpa_mismatches for design in designs]
     else:
-        table.add_row("the guest did the same", *("yes" if design.history_equal else "no" for design in designs))
+        same = [bool(design.history_equal) for design in designs]
+    table.add_row("the guest did the same", *("yes" if each else "no" for each in same))
     counter("guest faults", "guest_faults")
     row("seconds", [design.seconds for design in designs], digits=3)
     return table
 
 
-def print_comparison(study: Study) -> None:
-    """Print it."""
-    _console().print(comparison(study))
+def print_comparison(study: Study, every: bool = False, reasons: bool = False) -> None:
+    """Print it, and the verdict. reasons: and what the exits of each reason cost."""
+    console = _console()
+    console.print(comparison(study, every))
+    _end(console, study, every, reasons)
+
+
+def _end(console: Fitting, study: Study, every: bool, reasons: bool) -> None:
+    table = exits(study, every) if reasons else None
+    if table is not None:
+        console.print()
+        console.print(table)
+    _verdict(console, study.verdict)
+
+
+def _verdict(console: Fitting, text: str) -> None:
+    if text:
+        console.print()
+        console.print(escape(text), style="bold")
 
 
 Column = tuple[str, Callable[[StudyDesign], str]]
@@ -99,7 +116,7 @@ _COUNTS: tuple[Column, ...] = (
     ("emulated", lambda d: f"{d.counters['pf_emulate']:,}"),
     ("zapped", lambda d: f"{d.counters['mmu_shadow_zapped']:,}"),
     ("recycled", lambda d: f"{d.counters['mmu_recycled']:,}"),
-    ("pages", lambda d: f"{d.pages_mean:,.1f}"),
+    ("shadow pages", lambda d: f"{d.pages_mean:,.1f}"),
 )
 _SLOW_DOWN: Column = ("slow-down", lambda d: "" if d.cost.slow_down is None else f"{d.cost.slow_down:,.2f}")
 _SWEPT: tuple[Column, ...] = (*_COUNTS, ("Mcycles", lambda d: f"{d.cost.total / 1e6:,.1f}"), _SLOW_DOWN)
@@ -107,24 +124,22 @@ _REBASED: tuple[Column, ...] = (("cycles", lambda d: f"{d.cost.total / (d.work o
 """Where another guest does the same work, what the work costs comes first; counts are of unequal work."""
 
 
-def sweep(swept: Swept) -> Table:
-    """A row for each design and value of the settings that it has."""
-    from ..studies.settings import effective, written
-
+def sweep(swept: Swept, every: bool = False) -> Table:
+    """A row for each design and value of the settings that it has. every: also figures that are 0 in each row."""
     first = swept.points[0][1]
-    prices = escape(first.costs.name)
+    prices = first.costs.name
     if swept.base is None:
         columns = _SWEPT
-        caption = f"pages: shadow pages in use, mean. Cycles are estimated, by prices of {prices}."
+        caption = f"Shadow pages in use, mean. Cycles are estimated, by prices of {prices}."
     else:
         columns = _REBASED
         caption = (
             f"cycles: for each access of user code, estimated, by prices of {prices}. slow-down: of the same work, "
-            f"against native with {escape(swept.base)}. pages: shadow pages in use, mean."
+            f"against native with {swept.base}. Shadow pages in use, mean."
         )
-    title = escape(f"{first.title}, over {' and '.join(swept.names)}")
-    told = "\n".join([caption, *map(escape, swept.notes)])
-    table = Table(title=title, caption=told, title_style="bold", caption_justify="left")
+    designs = [design for _, study in swept.points for design in study.designs.values()]
+    columns = tuple(c for c in columns if every or any(c[1](each).strip("0.") for each in designs))
+    table = _made(f"{first.title}, over {' and '.join(swept.names)}", "\n".join([caption, *swept.notes]))
     table.add_column("design", no_wrap=True)
     for name in swept.names:
         table.add_column(escape(name), justify="right", no_wrap=True)
@@ -143,12 +158,18 @@ def sweep(swept: Swept) -> Table:
     return table
 
 
-def print_sweep(swept: Swept) -> None:
-    """Print it, in full width: a number that is cut looks like a number."""
+def print_sweep(swept: Swept, every: bool = False, reasons: bool = False) -> None:
+    """Print it, and the verdict. reasons: and what the exits of each reason cost, for each study."""
     console = _console()
-    table = sweep(swept)
-    console.width = max(console.width, Measurement.get(console, console.options.update(width=500), table).maximum)
-    console.print(table)
+    console.print(sweep(swept, every), labels=1 + len(swept.names))
+    for value, study in swept.points if reasons else ():
+        labels = ", ".join(f"{name}={written(of)}" for name, of in swept.labels(value).items())
+        table = exits(study, every)
+        if table is not None:
+            table.title = f"{escape(labels)}: {table.title}"
+            console.print()
+            console.print(table)
+    _verdict(console, swept.verdict)
 
 
 _POINT: tuple[tuple[str, str, float, int], ...] = (
@@ -156,7 +177,7 @@ _POINT: tuple[tuple[str, str, float, int], ...] = (
     ("emulated", "emulated", 1, 0),
     ("zapped", "zapped", 1, 0),
     ("recycled", "recycled", 1, 0),
-    ("pages", "pages_mean", 1, 1),
+    ("shadow pages", "pages_mean", 1, 1),
     ("Mcycles", "cycles", 1e6, 1),
     ("slow-down", "slow_down", 1, 2),
 )
@@ -166,13 +187,11 @@ _SHOWN = 60
 
 def points(found: Sweep) -> Table:
     """A row a point, with what it is told apart by."""
-    from ..studies.settings import written
-
     rows = found.rows()
-    caption = "pages: shadow pages in use, mean. Cycles and slow-down are estimated."
+    caption = "Shadow pages in use, mean. Cycles and slow-down are estimated."
     if len(rows) > _SHOWN:
         caption = f"The first {_SHOWN} of {len(rows):,} points; --csv and --html have all. " + caption
-    table = Table(title=escape(found.name), caption=caption, title_style="bold", caption_justify="left")
+    table = _made(found.name, caption)
     named = list(dict.fromkeys(("design", *found.axes)))
     numbers = [name for name in named if all(isinstance(row.get(name), (int, type(None))) for row in rows)]
     for name in named:
@@ -191,11 +210,8 @@ def points(found: Sweep) -> Table:
 
 
 def print_points(found: Sweep) -> None:
-    """Print it, in full width: a number that is cut looks like a number."""
-    console = _console()
-    table = points(found)
-    console.width = max(console.width, Measurement.get(console, console.options.update(width=500), table).maximum)
-    console.print(table)
+    """Print it."""
+    _console().print(points(found), labels=len(dict.fromkeys(("design", *found.axes))))
 
 
 _CHANGES = 100
@@ -208,7 +224,7 @@ def print_difference(found: Difference, too_much: Sequence[Change]) -> None:
     for name, first, second in found.settings:
         console.print(escape(f"{name}: {first} was, {second} is"), soft_wrap=True)
     if found.changes:
-        table = Table(box=SIMPLE_HEAD, pad_edge=False)
+        table = Table()
         for title in ("case", "figure"):
             table.add_column(title, no_wrap=True)
         for title in ("was", "is", "change"):
@@ -218,8 +234,7 @@ def print_difference(found: Difference, too_much: Sequence[Change]) -> None:
             shown = (_figure(change.first), _figure(change.second), share)
             style = "bold red" if change in too_much else ""
             table.add_row(escape(change.case), escape(change.figure), *shown, style=style)
-        console.width = max(console.width, Measurement.get(console, console.options.update(width=500), table).maximum)
-        console.print(table)
+        console.print(table, labels=2)
         if len(found.changes) > _CHANGES:
             console.print(f"The first {_CHANGES} of {len(found.changes):,} changes; --json has all.")
     equal = found.figures - len(found.changes)
@@ -239,18 +254,18 @@ def _figure(value: Any) -> str:
     return f"{value:,.4f}" if isinstance(value, float) else f"{value:,}" if type(value) is int else escape(str(value))
 
 
-def print_run(study: Study) -> None:
-    """What a guest did, and what each design did about it: every counter that is not 0."""
+def print_run(study: Study, every: bool = False) -> None:
+    """What a guest did, and what each design did about it: every counter that is not 0, or `every` one, and what the
+    exits of each reason cost."""
     designs = list(study.designs.values())
     chosen = ", ".join(f"{name} {value}" for name, value in study.settings.items())
-    caption = "\n".join([f"{chosen}. {study.command}", *study.notes])
-    table = Table(title=escape(study.title), caption=escape(caption), title_style="bold", caption_justify="left")
+    table = _made(study.title, "\n".join([f"{chosen}. {study.command}", *study.notes]))
     table.add_column("")
     for design in designs:
         table.add_column(design.name, justify="right", no_wrap=True)
 
     def section(name: str, rows: Iterable[tuple[str, list[float]]], digits: int = 0) -> None:
-        shown = [(label, values) for label, values in rows if any(values)]
+        shown = [(label, values) for label, values in rows if every or any(values)]
         if shown:
             table.add_section()
             table.add_row(name, style="bold")
@@ -273,7 +288,9 @@ def print_run(study: Study) -> None:
     )
     if any(d.history is not None for d in designs):
         table.add_row("history", *("" if d.history is None else f"{d.history:016x}" for d in designs))
-    _console().print(table)
+    console = _console()
+    console.print(table)
+    _end(console, study, every, True)
 
 
 def print_evolution(found: Evolution) -> None:
@@ -282,18 +299,13 @@ def print_evolution(found: Evolution) -> None:
         title="VM exits of KVM's shadow MMU, by release of Linux",
         caption="docs/evolution.md says what changed.",
         title_style="bold",
-        box=SIMPLE_HEAD,
-        pad_edge=False,
-        padding=(0, 1, 0, 0),
     )
     table.add_column("", no_wrap=True)
     for release in RELEASES:
         table.add_column(release.name.replace("-", " "), justify="right")
     for source in found.studies:
         table.add_row(source, *(found.shown(source, release.name) for release in RELEASES))
-    console = _console()
-    console.width = max(console.width, Measurement.get(console, console.options.update(width=200), table).maximum)
-    console.print(table)
+    _console().print(table)
 
 
 def print_reproduction(found: Reproduction) -> None:
@@ -303,7 +315,7 @@ def print_reproduction(found: Reproduction) -> None:
         "the processor's part. Given native: on top of the published native figure. Exits for each switch or message."
     )
     first = found.figures[0].test
-    table = Table(title="The figures of January 2007", caption=caption, title_style="bold", caption_justify="left")
+    table = Table(title="The figures of January 2007", caption=caption, title_style="bold")
     for name in ("test", "column", "published", "predicted", "error", "given native", "error", "exits"):
         table.add_column(name, justify="left" if name in ("test", "column") else "right")
     for f in found.figures:
@@ -334,10 +346,6 @@ def print_validity(found: Validity) -> None:
         title=escape(f"{found.source}: {SOURCES[found.source]}"),
         caption=escape("\n".join([told, *(f"Missed: {line}" for line in why)])),
         title_style="bold",
-        title_justify="left",
-        caption_justify="left",
-        box=SIMPLE_HEAD,
-        pad_edge=False,
     )
     for name in ("", "", "published", "predicted", "error", "counted"):
         table.add_column(name, justify="right" if name in ("published", "predicted", "error") else "left")
@@ -358,9 +366,6 @@ def print_choice(found: Choice) -> None:
         table = Table(
             title=f"Slow-down against native, estimated, at the prices of {preset}",
             title_style="bold",
-            title_justify="left",
-            box=SIMPLE_HEAD,
-            pad_edge=False,
         )
         table.add_column("", no_wrap=True)
         for name in found.designs:
@@ -376,7 +381,7 @@ def print_choice(found: Choice) -> None:
 def print_price_lists(presets: Mapping[str, Preset], aliases: Mapping[str, str], levels: Mapping[str, Levels]) -> None:
     """Lists of prices, and the levels by which exits are counted."""
     names = {name: ", ".join(alias for alias, of in aliases.items() if of == name) for name in presets}
-    table = Table(title="Prices", title_style="bold", title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
+    table = Table(title="Prices", title_style="bold")
     table.add_column("name", no_wrap=True)
     table.add_column("also", no_wrap=True)
     table.add_column("levels", no_wrap=True)
@@ -387,9 +392,6 @@ def print_price_lists(presets: Mapping[str, Preset], aliases: Mapping[str, str],
     table = Table(
         title="Levels: changes of world, and exits to an outer hypervisor among them, of",
         title_style="bold",
-        title_justify="left",
-        box=SIMPLE_HEAD,
-        pad_edge=False,
     )
     table.add_column("name", no_wrap=True)
     for what in ("an exit", "an EPT violation", "each table of it"):
@@ -411,10 +413,6 @@ def print_prices(preset: Preset, costs: Costs) -> None:
         title=escape(f"{preset.name}: {preset.machine}"),
         caption=f"levels {costs.levels.name}. What each is the price of: the reference of sc.Costs.",
         title_style="bold",
-        title_justify="left",
-        caption_justify="left",
-        box=SIMPLE_HEAD,
-        pad_edge=False,
     )
     table.add_column("price", no_wrap=True)
     table.add_column("cycles", justify="right", no_wrap=True)
@@ -435,7 +433,7 @@ def check(hosts: Sequence[HostTrace], study: Study) -> Table:
     made = counted(study)["designs"]
     title = f"{', '.join(host.file for host in hosts)} beside {study.title}"
     caption = "\n".join([*(note for host in hosts for note in host.notes()), *study.notes])
-    table = Table(title=escape(title), caption=escape(caption), title_style="bold", caption_justify="left")
+    table = _made(title, caption)
     table.add_column("")
     for name in [*(host.kind for host in hosts), *made]:
         table.add_column(name, justify="right", no_wrap=True)

@@ -21,6 +21,7 @@ from ..files import replace
 from ..recording.format import INCOMPLETE
 from ..recording.guest import Recording, RecordingFile
 from ..recording.holdings import told
+from . import verdict
 from .source import DETAILS, Result
 
 STEADY = 1.2
@@ -194,6 +195,11 @@ class Study:
         held = "" if self.holdings is None else told(self.holdings)
         return [*filter(None, (self.cold_start, held, "" if self.recording_complete else f"{INCOMPLETE}."))]
 
+    @property
+    def verdict(self) -> str:
+        """Which design the guest is fastest under, and by how much: a sentence. Nothing where there is no choice."""
+        return verdict.of_study(self)
+
     def against(self, base: Study, name: str) -> Study:
         """The same figures, with slow-downs against native of another study, of the same work by another guest.
 
@@ -225,6 +231,7 @@ class Study:
             "complete": self.complete,
             "recording_complete": self.recording_complete,
             "holdings": None if self.holdings is None else dict(self.holdings),
+            "verdict": self.verdict,
             "unsteady": [name for name, design in self.designs.items() if not design.steady],
             "designs": {name: design.as_dict() for name, design in self.designs.items()},
         }
@@ -303,19 +310,27 @@ class Swept:
             "values": [_plain(value) for value, _ in self.points],
             "base": self.base,
             "complete": self.complete,
+            "verdict": self.verdict,
             "studies": [study.as_dict() for _, study in self.points],
         }
 
     @property
     def notes(self) -> list[str]:
-        """Those of the first study whose halves differ, or of the first."""
+        """Those of the first study whose halves differ, or of the first; that it was interrupted."""
         studies = [study for _, study in self.points]
-        return next((study for study in studies if study.cold_start), studies[0]).notes
+        notes = next((study for study in studies if study.cold_start), studies[0]).notes
+        return notes if self.complete else [*notes, "Interrupted: values that were not done are left out."]
 
     @property
     def names(self) -> tuple[str, ...]:
         """The settings."""
         return (self.over,) if isinstance(self.over, str) else self.over
+
+    @property
+    def verdict(self) -> str:
+        """Which design, or value, is best: a sentence. Of runs with several seeds it says what is within their
+        spread."""
+        return verdict.of_sweep(self)
 
     def labels(self, value: Any) -> dict[str, Any]:
         """The settings at a point, by name."""

@@ -7,6 +7,7 @@ reports write, know no more of it than that.
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import os
 import shlex
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -561,6 +562,10 @@ def find(source: Any = None) -> Source:
         raise ConfigError(f"workload: a name, a path or a recording is needed, not {source!r:.60}")
     path = Path(source)
     looks_like_a_file = path.suffix in (".npz", SUFFIX) or len(path.parts) > 1 or isinstance(source, os.PathLike)
+    if path.is_dir():
+        raise ConfigError(f"{path}: it is a directory; a recording (.screc) or the name of a workload is needed")
+    if looks_like_a_file and not path.exists():
+        raise ConfigError(f"{path}: No such file or directory{_near(path)}")
     if not looks_like_a_file and not path.is_file():
         workload.find(str(source))
         raise AssertionError  # find has refused it
@@ -572,6 +577,16 @@ def find(source: Any = None) -> Source:
         if stream == PROGRAM:
             return ProgramSource([str(source)])
     return GuestSource(trace.open_recording(source), [str(source)])
+
+
+def _near(path: Path) -> str:
+    """The file beside it whose name is nearest."""
+    try:
+        there = [each.name for each in path.parent.iterdir() if each.suffix in (".npz", SUFFIX)]
+    except OSError:
+        return ""
+    near = difflib.get_close_matches(path.name, there, 1)
+    return f"; did you mean {str(path.with_name(near[0]))!r}?" if near else ""
 
 
 def _several(sources: Sequence[Any]) -> Source:

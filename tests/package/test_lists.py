@@ -257,7 +257,7 @@ LISTS = {
     "point": (
         engine("POINT_", "hooks.pxd"),
         {
-            "POINTS": (everything, sequence("pyx/engine/audit.pyx", "POINTS")),
+            "POINTS": (everything, sequence("shadowcore/engine/audits.py", "POINTS")),
             "VM.audit_points": (everything, points_in_words),
         },
     ),
@@ -441,7 +441,7 @@ ADDED = {
     "point": [
         line(ENGINE + "hooks.pxd", r"    POINT_<LAST> = ", "    POINT_DUMMY = <N>"),
         counted(ENGINE + "hooks.pxd", "POINT_COUNT"),
-        ("pyx/engine/audit.pyx", r"(\nPOINTS = \(.*?)\)", r'\1, "dummy")'),
+        ("shadowcore/engine/audits.py", r"(\nPOINTS = \(.*?)\)", r'\1, "dummy")'),
         (ENGINE + "machine.py", r'("post-sync")', r'\1, "dummy"'),
     ],
     "event": [
