@@ -17,7 +17,8 @@ python3 "$here/initramfs.py" --busybox "$guests/busybox-amd64" --init "$here/gue
 
 # The kernel comes unpacked: to unpack itself would be most of its boot.
 record() {      # name, more of the kernel's command line
-    shadowcore record-guest -o "$out/$1.screc" --name "$1" --filter "${FILTER:-2048}" -- \
+    shadowcore record-guest -o "$out/$1.screc" --name "$1" --filter "${FILTER:-2048}" \
+        --mark 1=pipelines --mark 2=interpreter --mark 3=files --mark 4=server --mark 5=end -- \
         "${QEMU:-qemu-system-x86_64}" -m 128 -nodefaults -display none -no-reboot -icount shift=0,sleep=off \
         -cpu max,la57=off -kernel "$guests/vmlinux-amd64" -initrd "$out/mix.gz" \
         -append "quiet panic=-1 nokaslr random.trust_cpu=off $2"

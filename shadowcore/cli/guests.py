@@ -7,7 +7,8 @@ from pathlib import Path
 
 import click
 
-from .options import JSON, Count, Output, command
+from ..errors import ConfigError
+from .options import JSON, Assignment, Count, Output, command
 from .progress import progress as _progress
 from .recording import go_on, written
 
@@ -40,6 +41,14 @@ from .recording import go_on, written
 )
 @click.option("--instructions", type=Count(1), help="End it after so many of its instructions.  [default: no]")
 @click.option("--name", metavar="NAME", help="What reports call the recording.  [default: as OUT]")
+@click.option(
+    "--mark",
+    "marks",
+    type=Assignment(),
+    multiple=True,
+    metavar="NUMBER=NAME",
+    help="The name of the phase that the guest's mark NUMBER begins; may be repeated.  [default: mark-NUMBER]",
+)
 @JSON
 def record_guest(
     command: tuple[str, ...],
@@ -48,6 +57,7 @@ def record_guest(
     seconds: float | None,
     instructions: int | None,
     name: str | None,
+    marks: tuple[tuple[str, str], ...],
     as_json: bool,
 ) -> None:
     """Run a whole guest under QEMU and record what its processors do to their page tables.
@@ -73,6 +83,7 @@ def record_guest(
             seconds=seconds,
             instructions=instructions,
             name=name,
+            marks=_numbers(marks),
             progress=bar and (lambda records, passed: bar(passed, 0, f"{label}: {records:,} records")),
         )
     written(writer, as_json, err=not as_json)
@@ -82,6 +93,13 @@ def record_guest(
         go_on(writer)
     if not writer.complete:
         sys.exit(1)
+
+
+def _numbers(marks: tuple[tuple[str, str], ...]) -> dict[int, str]:
+    for number, _ in marks:
+        if not number.isdecimal():
+            raise ConfigError(f"--mark: {number!r} is not the number of a mark")
+    return {int(number): str(phase) for number, phase in marks}
 
 
 COMMANDS = (record_guest,)

@@ -12,7 +12,7 @@ import subprocess
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -52,12 +52,14 @@ def record(
     seconds: float | None = None,
     instructions: int | None = None,
     name: str | None = None,
+    marks: Mapping[int, str] | None = None,
     progress: Progress | None = None,
 ) -> Writer:
     """Run a guest under QEMU, and write what its processors do from the moment that paging is first on.
 
     command: qemu-system-x86_64 with its arguments. filter_pages: pages whose accesses are told once (8-way, LRU).
-    seconds, instructions: end the guest after so much; None: it ends by itself. Returns the writer, closed.
+    seconds, instructions: end the guest after so much; None: it ends by itself. marks: names of the phases that the
+    guest's marks begin, by number. Returns the writer, closed.
     ConfigError if QEMU, a C compiler or the plug-in's source is not there, or if an argument does not go with
     recording. Where the recording is interrupted (Ctrl-C, SIGTERM), or QEMU dies, what was recorded is kept, marked as
     incomplete.
@@ -71,6 +73,9 @@ def record(
     limit = 0 if instructions is None else check_int("instructions", instructions, 1, 1 << 63)
     if seconds is not None and not seconds > 0:
         raise ConfigError(f"seconds: a positive time is needed, not {seconds}")
+    named = {str(check_int("marks", number, 0, (1 << 64) - 1)): phase for number, phase in (marks or {}).items()}
+    if "boot" in named.values() or len(set(named.values())) < len(named) or not all(named.values()):
+        raise ConfigError("marks: a name of its own for each is needed, and none of them 'boot'")
     command = [os.fspath(word) for word in command]
     arguments = command[1:]
     memory = _memory(arguments)
@@ -104,6 +109,8 @@ def record(
                 "qemu": found.text,
                 "filter_pages": filter_pages,
             }
+            if named:
+                source["marks"] = named
             title = Path(out).name.split(".")[0] if name is None else name
             stream = _Stream(ours, child, seconds, progress)
             return _write(stream, out, title, source, found)

@@ -30,7 +30,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.resources
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -85,6 +85,7 @@ class Recording:
     cr0, cr4, efer: registers at the start. nframes: guest RAM in frames of 4096 bytes.
     name: what reports call it. complete: False if it ended before its time.
     vcpus: number of processors. vcpu: u1, the processor that did it (None: 0 in all records).
+    marks: names of phases, by the number of the mark that begins each.
     """
 
     name: str
@@ -100,6 +101,7 @@ class Recording:
     complete: bool = True
     vcpus: int = 1
     vcpu: Any = None
+    marks: Mapping[int, str] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.vcpu is None:
@@ -272,7 +274,7 @@ class Recording:
 
         Boot ends at the first user-mode access. Each mark begins a phase, called mark-NUMBER unless the file names it.
         """
-        return _phases(self, {})
+        return _phases(self)
 
     def pieces(self, first: int = 0) -> Iterator[tuple[int, Recording]]:
         """The recording in one piece, as (number of its first record, piece)."""
@@ -324,8 +326,7 @@ class RecordingFile:
             self.name = reader.name
             self.operations = reader.records
             self.complete = reader.complete
-            named = reader.source.get("marks") if isinstance(reader.source, dict) else None
-            self._marks = {str(number): str(name) for number, name in named.items()} if isinstance(named, dict) else {}
+            self.marks = _named(reader.source)
             values = [_scalar(path, name, np.uint64(reader.guest[name])) for name in _SCALARS]
         self.cr0, self.cr4, self.efer, self.nframes, self.vcpus = values
         if not self.operations:
@@ -371,7 +372,7 @@ class RecordingFile:
         scalars = {name: getattr(self, name) for name in _SCALARS}
         members: dict[str, Any] = arrays | scalars
         try:
-            return Recording(name=self.name, complete=self.complete, **members)
+            return Recording(name=self.name, complete=self.complete, marks=self.marks, **members)
         except TraceError as error:
             raise TraceError(self.path, begin + (error.record or 0), error.expected) from None
 
@@ -411,17 +412,24 @@ class RecordingFile:
     @property
     def phases(self) -> dict[str, int]:
         """As Recording.phases. Names of marks are those of `marks` in the source that the header tells."""
-        return _phases(self, self._marks)
+        return _phases(self)
 
     def __repr__(self) -> str:
         return f"RecordingFile({self.name!r}, {self.operations} records)"
 
 
-def _phases(recording: Recording | RecordingFile, names: dict[str, str]) -> dict[str, int]:
+def _named(source: object) -> dict[int, str]:
+    """`marks` of a header's source: names by number; what is none is passed over."""
+    named = source.get("marks") if isinstance(source, dict) else None
+    pairs = named.items() if isinstance(named, dict) else ()
+    return {int(number): str(name) for number, name in pairs if str(number).isdecimal()}
+
+
+def _phases(recording: Recording | RecordingFile) -> dict[str, int]:
     marks = recording._survey.marks
     found = {} if recording.first_user is None else {"boot": recording.first_user}
     for record, number in marks:
-        found.setdefault(names.get(str(number), f"mark-{number}"), record)
+        found.setdefault(recording.marks.get(number, f"mark-{number}"), record)
     return found
 
 

@@ -202,7 +202,8 @@ def test_instructions_after_a_fault_are_not_counted_where_the_emulator_tells_of_
 
 def test_limits(emulator, kernel, tmp_path):
     out = tmp_path / "short.screc"
-    writer = emulated.record(modes_command(emulator, kernel, ends=False), out, instructions=40)
+    command = modes_command(emulator, kernel, ends=False)
+    writer = emulated.record(command, out, instructions=40, marks={7: "long mode", 9: "never"})
     assert writer.complete
     assert 0 < sc.trace.load(out).instructions <= 40
     began = time.monotonic()
@@ -210,6 +211,7 @@ def test_limits(emulator, kernel, tmp_path):
     assert writer.complete
     assert time.monotonic() - began >= 12
     assert sc.trace.load(out).counts["marks"] == 1
+    assert "mark-7" in sc.trace.open_recording(out).phases
 
 
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
@@ -311,6 +313,10 @@ def test_what_is_missing_is_named(tmp_path, monkeypatch):
     monkeypatch.setenv("CC", "false")
     assert "does not build" in refused("record-guest", "-o", out, "--", qemu)
     assert "power of two" in refused("record-guest", "-o", out, "--filter", 24, "--", qemu)
+    assert "'one' is not the number of a mark" in refused("record-guest", "-o", out, "--mark", "one=boots", "--", qemu)
+    for given in (("1=boot",), ("1=a", "2=a")):
+        options = [word for one in given for word in ("--mark", one)]
+        assert "marks: a name of its own" in refused("record-guest", "-o", out, *options, "--", qemu)
 
 
 def test_a_guest_without_paging(emulator, tmp_path):
