@@ -3,15 +3,17 @@
 import re
 from pathlib import Path
 
-from rich.console import Console
-
 import shadowcore as sc
 from shadowcore.report import terminal as report
+from shadowcore.report.fit import Fitting
 
 
 def main() -> None:
-    console = Console(record=True, width=96, highlight=False)
-    console.print(report.comparison(sc.study(windows=0)))
+    console = Fitting(record=True, width=96, highlight=False, force_terminal=True)
+    study = sc.study(windows=0)
+    console.print(report.comparison(study, seconds=False))
+    console.print()
+    console.print(study.verdict, style="bold")
     target = Path(__file__).parent / "images" / "compare.svg"
     target.parent.mkdir(exist_ok=True)
     svg = console.export_svg(title="shadowcore compare")

@@ -34,8 +34,8 @@ def _made(title: str, caption: str) -> Table:
     return Table(title=escape(title), caption=escape(caption), title_style="bold")
 
 
-def comparison(study: Study, every: bool = False) -> Table:
-    """Metrics down, designs across. every: also those that are 0 under each design."""
+def comparison(study: Study, every: bool = False, seconds: bool = True) -> Table:
+    """Metrics down, designs across. every: also those that are 0 under each design. seconds: of the engine, too."""
     designs = list(study.designs.values())
     told = (study.caption, left_out({design.name: design.cost.unpriced for design in designs}), *study.notes)
     table = _made(study.title, "\n".join(filter(None, told)))
@@ -85,7 +85,8 @@ def comparison(study: Study, every: bool = False) -> Table:
         same = [bool(design.history_equal) for design in designs]
     table.add_row("the guest did the same", *("yes" if each else "no" for each in same))
     counter("guest faults", "guest_faults")
-    row("seconds", [design.seconds for design in designs], digits=3)
+    if seconds:
+        row("seconds", [design.seconds for design in designs], digits=3)
     return table
 
 
