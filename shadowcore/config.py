@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import operator
 import re
 import sys
@@ -24,6 +25,10 @@ VENDORS = ("intel", "amd")
 """What `Features.vendor` can be."""
 MARKERS = ("never", "page", "synced", "walk")
 """When `Shadow.notpresent_marker` marks an entry."""
+POLICIES = ("fifo", "lru", "clock", "2q", "arc", "lirs", "sieve", "s3-fifo", "random", "cost", "optimal")
+"""What `Shadow.policy` can be."""
+USES = ("fault", "link", "cr3", "accessed", "walk")
+"""What `Shadow.uses` can name."""
 POOL_MAX = (1 << 22) - 1
 """Pages of a shadow pool at most: the number of an spte, plus one, has 31 bits, as lists of sptes need it."""
 _UNITS = {"": 1, "b": 1} | {f"{k}{s}": 1 << 10 * i for i, k in enumerate("kmgt", 1) for s in ("", "b", "ib")}
@@ -290,6 +295,17 @@ class Shadow:
         what is there, where the guest's entry asks for it. "2.6.28": INVLPG drops a leaf of any page and makes none;
         a table is out of sync only while it has one shadow page, and in sync again when a page of it is looked up.
     quirks: defects to reproduce: those of KVM_2007, or of KVM_6_1 where tables are `lagging`.
+    policy: which page is recycled when pages run short. "fifo": the one that was made first (patch 17; KVM to this
+        day). "lru", "clock", "2q", "arc", "lirs", "sieve", "s3-fifo": as their papers have it. "random". "cost": what
+        is cheapest to make again, and was not used for long. "optimal": what is not needed for longest, where a VM is
+        told what is to come (`VM(future=...)`; a study does that by itself).
+    uses: what is a use of a shadow page, to policies that ask. "fault": the walk at a page-fault exit came through it.
+        "link": an entry above was made to point to it. "cr3": it was put in place as a root. "accessed": when it is
+        about to be recycled, A is found set in an entry that points to it. "walk": any walk of the processor came
+        through it, which no real one tells; runs that ask for it take no fast path.
+    recycle_children: with a page that is recycled go the pages below it to which nothing else leads. Otherwise they
+        stay, to be found again (patch 15).
+    policy_seed: of what is random in a policy.
     """
 
     name: str = "cached"
@@ -305,6 +321,10 @@ class Shadow:
     prefetch: int = 8
     release: str = "6.1"
     quirks: Quirk = Quirk.NONE
+    policy: str = "fifo"
+    uses: tuple[str, ...] = ("fault", "link", "cr3")
+    recycle_children: bool = False
+    policy_seed: int = 0
 
     def __post_init__(self) -> None:
         min_free, threshold = check_int("min_free", self.min_free, 0, POOL_MAX), self.flood_threshold
@@ -323,7 +343,19 @@ class Shadow:
             prefetch=check_int("prefetch", self.prefetch, 0, 32),
             release=_check_text("release", self.release),
             quirks=_quirks(self.quirks, Quirk.KVM_6_1 if self.lagging else Quirk.KVM_2007),
+            policy=_check_policy(self.policy),
+            uses=_check_uses(self.uses),
+            recycle_children=check_bool("recycle_children", self.recycle_children),
+            policy_seed=check_int("policy_seed", self.policy_seed, 0, (1 << 64) - 1),
         )
+        if self.policy == "optimal":
+            _put(self, uses=("walk",))
+        if self.recycle_children and self.policy == "fifo" and self.quirks & Quirk.ROOT_EMPTIED:
+            raise ConfigError("recycle_children: the quirk ROOT_EMPTIED has policy 'fifo' empty roots in use instead")
+        if not self.keep and (self.policy != "fifo" or self.recycle_children):
+            raise ConfigError(
+                "policy, recycle_children: guest tables have to be shadowed (keep); `flush` recycles nothing"
+            )
         if self.prefetch & (self.prefetch - 1):
             raise ConfigError(f"prefetch: {self.prefetch} is not 0, 1, 2, 4, 8, 16 or 32")
         if self.pool_pages is None and not self.lagging:
@@ -551,6 +583,28 @@ def check_bool(name: str, value: object) -> bool:
     if numpy is not None and isinstance(value, numpy.bool_):
         return bool(value)
     raise ConfigError(f"{name}: True or False is needed, not {value!r:.60}")
+
+
+def _check_policy(value: object) -> str:
+    """One of POLICIES."""
+    if isinstance(value, str) and value in POLICIES:
+        return str.__str__(value)
+    near = difflib.get_close_matches(value, POLICIES, 1) if isinstance(value, str) else []
+    hint = f"; did you mean {near[0]!r}?" if near else f"; there are {', '.join(POLICIES)}"
+    raise ConfigError(f"policy: there is no {value!r:.60}{hint}")
+
+
+def _check_uses(value: object) -> tuple[str, ...]:
+    """Some of USES, in their order; as a text they are joined by +."""
+    names = value.split("+") if isinstance(value, str) else value
+    if not isinstance(names, (tuple, list)) or not all(isinstance(name, str) for name in names):
+        raise ConfigError(f"uses: some of {', '.join(USES)} are needed, not {value!r:.60}")
+    for name in names:
+        if name not in USES:
+            near = difflib.get_close_matches(name, USES, 1)
+            hint = f"; did you mean {near[0]!r}?" if near else f"; there are {', '.join(USES)}"
+            raise ConfigError(f"uses: there is no {name!r:.60}{hint}")
+    return tuple(name for name in USES if name in names)
 
 
 def _check_marker(value: object) -> str:

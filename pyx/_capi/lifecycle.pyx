@@ -15,7 +15,8 @@ from shadowcore._capi.header cimport (
 )
 from shadowcore.engine.types cimport RC_OK, u32, u64
 
-from shadowcore.config import FEATURES as _FEATURES, TLB, VENDORS as _VENDORS, Features, MemorySlot, Quirk
+from shadowcore.config import FEATURES as _FEATURES, POLICIES, TLB, USES, VENDORS as _VENDORS
+from shadowcore.config import Features, MemorySlot, Quirk
 from shadowcore.config import design as named_design
 from shadowcore.engine.machine import VM
 from shadowcore.errors import ConfigError
@@ -29,6 +30,24 @@ cdef object _caller_memory(void *memory, u64 size):
 
 cdef object _setting(u32 value, none=0):
     return none if value == <u32>SC_SETTING_ZERO else value
+
+
+cdef object _policy(const sc_config *c, dict settings):
+    cdef u32 i
+    if c.policy >= len(POLICIES) - 1:
+        raise ConfigError(f"policy: {c.policy} is not 0 to {len(POLICIES) - 2}")
+    if c.uses >> len(USES):
+        raise ConfigError(f"uses: {c.uses:#x} has bits that are no SC_USE_*")
+    if c.recycle_children > 1:
+        raise ConfigError(f"recycle_children: {c.recycle_children} is not 0 or 1")
+    if c.policy:
+        settings["policy"] = POLICIES[c.policy]
+    if c.uses:
+        settings["uses"] = tuple(USES[i] for i in range(len(USES)) if c.uses >> i & 1)
+    if c.recycle_children:
+        settings["recycle_children"] = True
+    if c.policy_seed:
+        settings["policy_seed"] = c.policy_seed
 
 
 cdef object _make(const sc_config *c):
@@ -50,6 +69,7 @@ cdef object _make(const sc_config *c):
         raise ConfigError(f"flood_threshold: the design {names[c.design]!r} has no such setting")
     if c.flood_threshold:
         settings["flood_threshold"] = _setting(c.flood_threshold, None)
+    _policy(c, settings)
     if c.quirks:
         bits = _setting(c.quirks)
         if bits & ~int(Quirk.KVM_2007 | Quirk.KVM_6_1):
@@ -99,12 +119,12 @@ cdef int api_vm_create(const sc_config *given, sc_vm *vm) noexcept nogil:
     vm[0] = 0
     if given == NULL or (given.slots == NULL and given.n_slots):
         return fail(SC_E_NULL, "config, or config->slots, is NULL")
-    if (given.struct_size != sizeof(sc_config) and given.struct_size != <size_t>&copy.vendor - <size_t>&copy
-            and given.struct_size != <size_t>&copy.prev_roots - <size_t>&copy):
+    if given.struct_size not in (sizeof(sc_config), <size_t>&copy.prev_roots - <size_t>&copy,
+                                 <size_t>&copy.vendor - <size_t>&copy, <size_t>&copy.policy - <size_t>&copy):
         return fail_struct("sc_config", given.struct_size, sizeof(sc_config))
-    memset(&copy, 0, sizeof(copy))  # what a caller of before does not know stays 0
+    memset(&copy, 0, sizeof(copy))  # what an earlier caller does not know stays 0
     memcpy(&copy, given, given.struct_size)     # what is checked is what is used
-    if config.reserved or config.reserved_2:
+    if config.reserved or config.reserved_2 or config.reserved_3:
         return fail(SC_E_ARGUMENT, "config->reserved is not 0")
     if <size_t>config.memory & 4095:
         return fail(SC_E_ALIGNMENT, "config->memory does not begin at a multiple of 4096")

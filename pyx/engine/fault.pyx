@@ -52,7 +52,7 @@ cdef inline void _found(const sc_mmu *mmu, sc_fault *f, const sc_walk *w) noexce
     f.dirty = f.gpte & PTE_D
 
 
-cdef int _page_fault(sc_mmu *mmu, sc_vcpu *v, u32 access, const sc_walk *hw, sc_walk *w) noexcept nogil:
+cdef inline int _page_fault(sc_mmu *mmu, sc_vcpu *v, u32 access, const sc_walk *hw, sc_walk *w) noexcept nogil:
     cdef sc_fault f
     cdef u64 epoch = mmu.memo_epoch
     cdef u32 looks
@@ -107,6 +107,11 @@ cdef int _page_fault(sc_mmu *mmu, sc_vcpu *v, u32 access, const sc_walk *hw, sc_
     if f.kind == EXIT_MMIO:
         return RC_MMIO
     return RC_OK if f.repeats else RC_RETRY
+
+
+cdef int page_fault_usual(sc_mmu *mmu, sc_vcpu *v, u32 access, const sc_walk *hw, sc_walk *w) noexcept nogil:
+    """page_fault, between its audits, of the designs that do not have another (sc_design.page_fault)."""
+    return _page_fault(mmu, v, access, hw, w)
 
 
 cdef int page_fault(sc_mmu *mmu, sc_vcpu *v, u32 access, const sc_walk *hw, sc_walk *w) noexcept nogil:

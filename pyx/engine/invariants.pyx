@@ -22,17 +22,18 @@ from shadowcore.engine.bits cimport (
 )
 from shadowcore.engine.counters cimport EXIT_FAULTS
 from shadowcore.engine.invariants cimport (
-    S_ABSENT, S_CHILD, S_CLEAN, S_COUNT, S_DIRTY_FREE, S_DYING, S_EXITS, S_FORMATS, S_FRAME, S_HASH, S_HEAD, S_HW_ROOT,
-    S_LEAF, S_LEVEL, S_LINK, S_LIST, S_MARKER, S_NONGLOBAL, S_NO_LARGE, S_PARENT_FOREIGN, S_PARENT_MISSING, S_RIGHTS,
-    S_RMAP_FOREIGN, S_RMAP_MISSING, S_ROOT, S_ROOTS, S_SHADOWED, S_SLOTS, S_SPTES, S_SUM, S_TABLE, S_TLB_LOG,
-    S_TLB_SHADOW, S_TLB_STALE, S_TLB_TABLE, S_TWICE, S_UNPROTECTED, S_USED, SC_MAX_FINDINGS, audit_head_tells,
-    audit_listed, audit_report, audit_stopped, entry_gpte, sc_audit, sc_finding,
+    S_ABSENT, S_BOOKS, S_CHILD, S_CLEAN, S_COUNT, S_DIRTY_FREE, S_DYING, S_EXITS, S_FORMATS, S_FRAME, S_HASH,
+    S_HEAD, S_HW_ROOT, S_LEAF, S_LEVEL, S_LINK, S_LIST, S_MARKER, S_NONGLOBAL, S_NO_LARGE, S_PARENT_FOREIGN,
+    S_PARENT_MISSING, S_RIGHTS, S_RMAP_FOREIGN, S_RMAP_MISSING, S_ROOT, S_ROOTS, S_SHADOWED, S_SLOTS, S_SPTES,
+    S_SUM, S_TABLE, S_TLB_LOG, S_TLB_SHADOW, S_TLB_STALE, S_TLB_TABLE, S_TWICE, S_UNPROTECTED, S_USED,
+    SC_MAX_FINDINGS, audit_head_tells, audit_listed, audit_report, audit_stopped, entry_gpte, sc_audit, sc_finding,
 )
 from shadowcore.engine.memory cimport (
     SC_RUNNING, SC_WRITTEN, mem_frame, mem_frame_hpa, mem_gfn, mem_is_rom, mem_leaf_frame, mem_may_write, mem_pool_hpa,
     mem_pool_page, mem_slot, mem_unlogged, sc_no_frame,
 )
 from shadowcore.engine.page cimport sc_page
+from shadowcore.engine.policies.queues cimport queues_sound
 from shadowcore.engine.pool cimport hash_bucket
 from shadowcore.engine.quirks cimport QUIRK_PAGING_OFF_UNPROTECTED, QUIRK_ROLE_WITHOUT_ACCESS, QUIRK_ROLE_WITHOUT_MODE
 from shadowcore.engine.rmap cimport list_first, list_next
@@ -49,8 +50,8 @@ from shadowcore.engine.types cimport (
 )
 
 cdef enum:
-    # I3 to I7, I10 to I13: what the engine follows leads somewhere.
-    STRUCTURE = 1 << 3 | 1 << 4 | 1 << 5 | 1 << 6 | 1 << 7 | 1 << 10 | 1 << 11 | 1 << 12 | 1 << 13
+    # I3 to I7, I10 to I14: what the engine follows leads somewhere.
+    STRUCTURE = 1 << 3 | 1 << 4 | 1 << 5 | 1 << 6 | 1 << 7 | 1 << 10 | 1 << 11 | 1 << 12 | 1 << 13 | 1 << 14
 
 # What a finding says, by sc_finding.what.
 SENTENCES = (
@@ -103,6 +104,7 @@ SENTENCES = (
     "a leaf maps what the host has no page for, or no large one",
     "a writable leaf maps what the host, or the memory slot, lets nobody write",
     "the shadow entry is marked as not present in the guest's tables, and the guest's entry is present",
+    "the policy's queues do not hold the pages in use, or do not end",
 )
 
 assert len(SENTENCES) == S_COUNT
@@ -713,6 +715,13 @@ cdef void check_tlb(sc_mmu *mmu, sc_audit *a) noexcept nogil:
                     audit_report(a, 8, S_TLB_LOG, SC_NONE, n, e.gpa >> 12)
 
 
+cdef void check_books(sc_mmu *mmu, sc_audit *a) noexcept nogil:
+    """I14: what the policy keeps of pages (queues, ghosts, an order) holds each page in use, and no other; every list
+    of it ends."""
+    if not queues_sound(mmu.policy.queues):
+        audit_report(a, 14, S_BOOKS, SC_NONE, 0, 0)
+
+
 cdef void _check(sc_mmu *mmu, sc_audit *a, u32 which) noexcept nogil:
     """The invariants `which` (bits by number) of the shadow structure."""
     cdef u32 found
@@ -731,6 +740,8 @@ cdef void _check(sc_mmu *mmu, sc_audit *a, u32 which) noexcept nogil:
         check_roots(mmu, a)
     if which >> 13 & 1:
         check_backing(mmu, a)
+    if which >> 14 & 1:
+        check_books(mmu, a)
     if mmu.design.audit != NULL:
         mmu.design.audit(mmu, a, which)
         return
@@ -742,7 +753,7 @@ cdef void _check(sc_mmu *mmu, sc_audit *a, u32 which) noexcept nogil:
 
 cdef int mmu_settle(sc_mmu *mmu, sc_audit *a) noexcept nogil:
     """The VM is to be used, and mem.busy is not 0. RC_OK, and it is 0, if the only reason was that the shadow structure
-    was written by hand, nobody can write to it any more, and I3 to I7 (I10 to I13) hold. Else RC_AUDIT; a.n is not 0 if
+    was written by hand, nobody can write to it any more, and I3 to I7 (I10 to I14) hold. Else RC_AUDIT; a.n is not 0 if
     they do not."""
     a.n = 0
     if mmu.mem.busy != SC_WRITTEN or mmu.mem.lent:

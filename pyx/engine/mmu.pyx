@@ -6,8 +6,10 @@ import os
 
 import numpy as np
 
+from cpython.buffer cimport PyBUF_WRITE
+from cpython.memoryview cimport PyMemoryView_FromMemory
 from libc.stdlib cimport calloc, free
-from libc.string cimport memset
+from libc.string cimport memcpy, memset
 
 from shadowcore.engine.backing cimport host_collapse, host_touch, host_unmap, sc_backing
 from shadowcore.engine.check cimport sc_check
@@ -27,7 +29,20 @@ from shadowcore.engine.memory cimport (
 )
 from shadowcore.engine.nested.tables cimport host_tables_of_walk
 from shadowcore.engine.page cimport sc_frame, sc_link, sc_page
+from shadowcore.engine.policies.arc cimport arc_policy
+from shadowcore.engine.policies.clock cimport clock_policy
+from shadowcore.engine.policies.cost cimport cost_policy
 from shadowcore.engine.policies.fifo cimport fifo_policy
+from shadowcore.engine.policies.lirs cimport lirs_policy
+from shadowcore.engine.policies.lru cimport lru_policy
+from shadowcore.engine.policies.optimal cimport optimal_policy
+from shadowcore.engine.policies.queues cimport queues_init, sc_member, sc_queues
+from shadowcore.engine.policies.random cimport random_policy
+from shadowcore.engine.policies.recorder cimport recorder_policy, references_free
+from shadowcore.engine.policies.s3fifo cimport s3fifo_policy
+from shadowcore.engine.policies.sieve cimport sieve_policy
+from shadowcore.engine.policies.twoq cimport twoq_policy
+from shadowcore.engine.policies.uses cimport uses_follow
 from shadowcore.engine.pool cimport pool_init
 from shadowcore.engine.quirks cimport QUIRK_COUNT, QUIRK_ROOT_EMPTIED
 from shadowcore.engine.record cimport RECORD_COUNT
@@ -48,9 +63,10 @@ from shadowcore.engine.watch cimport watch_due, watch_look, watch_raised
 from shadowcore.engine.zap cimport count_no_large, generation_next
 
 from shadowcore.config import (
-    HOST_PAGES, MARKERS as _MARKERS, Native, Nested, Shadow, check_bool, check_int, check_ints,
+    HOST_PAGES, MARKERS as _MARKERS, USES as _USES, Native, Nested, Shadow, check_bool, check_int, check_ints,
     design as checked_design,
 )
+from shadowcore.engine.future import Future
 from shadowcore.engine.memory import allocate, window
 from shadowcore.errors import AuditError, ConfigError, EngineError, PoolExhausted
 
@@ -67,6 +83,16 @@ cdef dict _DESIGNS = {
 }
 cdef dict _POLICIES = {
     "fifo": <size_t>fifo_policy,
+    "lru": <size_t>lru_policy,
+    "clock": <size_t>clock_policy,
+    "2q": <size_t>twoq_policy,
+    "arc": <size_t>arc_policy,
+    "lirs": <size_t>lirs_policy,
+    "sieve": <size_t>sieve_policy,
+    "s3-fifo": <size_t>s3fifo_policy,
+    "random": <size_t>random_policy,
+    "cost": <size_t>cost_policy,
+    "optimal": <size_t>optimal_policy,
 }
 
 
@@ -116,6 +142,7 @@ cdef void _host_withdrawn(void *context, u64 frame, u64 n) noexcept nogil:
 _COUNTS = ("n_free", "n_active", "n_pte4", "n_pte8")
 _LISTS = ("free_head", "young", "old")
 cdef object _WORD = 0xFFFFFFFFFFFFFFFF
+_SHIFT = <int>((<size_t>&(<sc_queues *>NULL).shift) // 4)      # its place among the words of the books
 FLUSHES = ("protect", "zap", "zap_upper", "store", "withheld", "leaf", "link", "log", "cr3", "context", "invlpg",
            "fault", "slots", "host")
 assert len(FLUSHES) == FLUSH_COUNT
@@ -150,6 +177,12 @@ LINK_DTYPE = np.dtype([("prev", "<u4"), ("next", "<u4")])
 assert (PAGE_DTYPE.itemsize, FRAME_DTYPE.itemsize, LINK_DTYPE.itemsize) == (
     sizeof(sc_page), sizeof(sc_frame), sizeof(sc_link))
 
+MEMBER_DTYPE = np.dtype([
+    ("gfn", "<u8"), ("rank", "<u8"), ("role", "<u4"), ("chain", "<u4"), ("prev", "<u4", 2), ("next", "<u4", 2),
+    ("slot", "<u4"), ("born", "<u4"), ("queue", "u1", 2), ("uses", "u1"), ("hot", "u1"), ("pad", "<u4"),
+])
+assert MEMBER_DTYPE.itemsize == sizeof(sc_member)
+
 # The arrays of Mmu._arrays, in their order; those from `below` on are there if pages can be unsync.
 _ARRAYS = {
     "pages": PAGE_DTYPE, "frames": FRAME_DTYPE, "links": LINK_DTYPE, "hash": np.dtype("<u4"), "below": np.dtype("<u8"),
@@ -174,7 +207,7 @@ PAGES_DTYPE = np.dtype([
 cdef class Mmu:
     """The MMU of a VM: `design`, `stats`, and the shadow structure as arrays."""
 
-    def __cinit__(self, Memory memory, design):
+    def __cinit__(self, Memory memory, design, future=None, record_uses=False):
         cdef u64 buckets = 4
         self.c = <sc_mmu *>calloc(1, sizeof(sc_mmu))
         if self.c == NULL:
@@ -192,11 +225,16 @@ cdef class Mmu:
         memset(&self.watch, 0, sizeof(self.watch))
         self.c.free_head = self.c.young = self.c.old = SC_NONE
         self._arrays = []
+        self._books = {}
         self._vcpus = []
+        memset(&self.books, 0, sizeof(self.books))
+        memset(&self.references, 0, sizeof(self.references))
         self._general = os.environ.get("SHADOWCORE_GENERAL", "0") not in ("", "0")
         self.c.quirks = int(design.quirks)
         (<sc_maker><size_t>_DESIGNS[design.engine])(self.c)
-        (<sc_maker><size_t>_POLICIES["fifo"])(self.c)
+        (<sc_maker><size_t>_POLICIES[design.policy if isinstance(design, Shadow) else "fifo"])(self.c)
+        if record_uses:
+            self._record_uses()
         if not self.c.shadow:
             self._marks = allocate(sizeof(u64) * memory.mem.nframes)
             self.c.marks = <u64 *><size_t>self._marks.ctypes.data
@@ -223,6 +261,11 @@ cdef class Mmu:
         pool_init(self.c)
         if self.c.lists_all:
             self._prepare_unsync(design)
+        self.c.policy.children = design.recycle_children
+        if self.c.policy.made != NULL:
+            self._prepare_policy(design, future)
+        elif future is not None:
+            raise ConfigError(f"future: policy 'optimal' is needed, not {design.policy!r}")
         self.host_backs()
 
     def host_backs(self) -> None:
@@ -337,7 +380,73 @@ cdef class Mmu:
             self.c.no_large[i] = <u32 *>self._array(sizeof(u32) * ((frames >> 9 * (i + 1)) + 1))
         return 0
 
+    cdef int _prepare_policy(self, design, future) except -1:
+        """The books of a policy that keeps some."""
+        cdef sc_queues *q = &self.books
+        cdef u64 members = 3 * <u64>self.c.pool_pages
+        cdef u32 buckets = 4
+        memset(q, 0, sizeof(sc_queues))
+        q.n_pages = self.c.pool_pages
+        q.n_ghosts = 2 * self.c.pool_pages
+        q.shift = 62
+        while buckets < q.n_ghosts:
+            buckets *= 2
+            q.shift -= 1
+        q.random = (design.policy_seed * 0x9E3779B97F4A7C15 + 0xD1B54A32D192ED03) & _WORD or 1
+        self._books = {"members": allocate(sizeof(sc_member) * members), "ghosts": allocate(sizeof(u32) * buckets),
+                       "order": allocate(sizeof(u32) * self.c.pool_pages)}
+        q.member = <sc_member *><size_t>self._books["members"].ctypes.data
+        q.bucket = <u32 *><size_t>self._books["ghosts"].ctypes.data
+        q.order = <u32 *><size_t>self._books["order"].ctypes.data
+        q.pages = self.c.pages
+        queues_init(q)
+        self.c.policy.queues = q
+        self.c.design.invariants |= 1 << 14
+        for i, name in enumerate(_USES):
+            if name == "walk" if self.c.policy.own != NULL else name in design.uses:
+                self.c.policy.uses |= 1 << i
+        if design.policy == "optimal" and self.c.policy.own == NULL:
+            if not isinstance(future, Future):
+                raise ConfigError("policy: 'optimal' needs to know what is to come: a study of a workload or recording,"
+                                  " or VM(future=...)")
+            self._future = future
+            q.n_future = len(future)
+            q.future = <const u64 *><size_t>future.next_use.ctypes.data
+            q.futures = <const u64 *><size_t>future.keys.ctypes.data
+            q.by_key = <const u64 *><size_t>future.by_key.ctypes.data
+        elif future is not None:
+            raise ConfigError(f"future: policy 'optimal' is needed, not {design.policy!r}")
+        uses_follow(self.c)
+        return 0
+
+    def _record_uses(self):
+        self.c.policy.own = &self.references
+        recorder_policy(self.c)
+
+    def recorded_uses(self):
+        """What a VM(record_uses=True) has recorded so far, for `Future`: keys of the shadow pages that the processor's
+        walks came through (uint64), and of the pages that the guest's own doing zapped, with the number of uses before
+        that (uint64 each)."""
+        if self.c.policy.own != &self.references:
+            raise ConfigError("recorded_uses: nothing is recorded, see VM(record_uses=True)")
+        if self.references.failed:
+            raise MemoryError
+        found = []
+        for at, n in ((<size_t>self.references.use, self.references.n), (<size_t>self.references.death,
+                      self.references.deaths), (<size_t>self.references.death_at, self.references.deaths)):
+            array = np.empty(n, dtype=np.uint64)
+            if n:
+                memcpy(<void *><size_t>array.ctypes.data, <const void *><size_t>at, n * sizeof(u64))
+            found.append(array)
+        return tuple(found)
+
+    @property
+    def strayed(self) -> int:
+        """Uses that were not of the page that `future` said."""
+        return self.books.strayed
+
     def __dealloc__(self):
+        references_free(&self.references)
         free(self.c)
 
     cdef int idle(self) except -1:
@@ -438,7 +547,9 @@ cdef class Mmu:
         """The live structures, as read-only arrays that share memory with the engine: table (uint64[pages, 512]), pages
         (PAGE_DTYPE), frames (FRAME_DTYPE, per frame of RAM), links (LINK_DTYPE, per spte), hash (uint32).
 
-        Design `unsync` has more: below (uint64[pages, 8]: a bit per entry, of those that are marked), mapped (uint16,
+        Of policies that keep books: members (MEMBER_DTYPE, per page, then per ghost), ghosts (uint32: heads of buckets)
+        and order (uint32: pages, a heap). Design `unsync` has more: below (uint64[pages, 8]: a bit per entry, of those
+        that are marked), mapped (uint16,
         per frame: leaves that map it); and per block of 2 MiB and of 1 GiB of RAM large_rmap_2m, large_rmap_1g (uint32:
         heads of the lists of large leaves) and no_large_2m, no_large_1g (uint32: reasons against such leaves).
 
@@ -466,6 +577,8 @@ cdef class Mmu:
             found[name] = window(array, lender).view(dtype)
         if self.c.lists_all:
             found["below"] = found["below"].reshape(-1, 8)
+        for name, array in self._books.items():
+            found[name] = window(array, lender).view(MEMBER_DTYPE if name == "members" else np.dtype("<u4"))
         return found
 
     def settle(self) -> None:
@@ -512,7 +625,8 @@ cdef class Mmu:
     def is_fast(self) -> bool:
         """Accesses may take fast paths. Under `native` these ask neither the host below nor read-only slots, of which
         the guest's tables tell nothing."""
-        return not self._general and (self.c.shadow or self.c.nested or not self.c.mem.special)
+        return not self._general and self.c.policy.walked == NULL and (
+            self.c.shadow or self.c.nested or not self.c.mem.special)
 
     def record(self, size) -> None:
         """Record what the shadow MMU does (`recorded`), up to `size` events; 0: nothing more."""
@@ -722,7 +836,14 @@ cdef class Mmu:
             state |= {"n_dying": c.n_dying, "generation": c.generation, "valid_gen": c.valid_gen,
                       "host_level": c.host_level}
         state["counters"] = self.stats.as_array().tolist()
+        if c.policy.queues != NULL:
+            state["policy"] = [int(word) for word in self._book_words()]
         return state
+
+    cdef object _book_words(self):
+        """What is saved of the books beside their arrays, as words that share memory with them."""
+        cdef u64 size = <u64>(<size_t>&self.books.member - <size_t>&self.books)
+        return np.frombuffer(PyMemoryView_FromMemory(<char *>&self.books, <Py_ssize_t>size, PyBUF_WRITE), dtype="<u4")
 
     def import_state(self, dict state) -> None:
         """Put back what export_state gave; the arrays and vcpus have to be put back with it.
@@ -745,14 +866,21 @@ cdef class Mmu:
         for name in _LISTS:
             page = state.get(name)
             lists.append(none if page == none else check_int(name, page, 0, max(1, c.pool_pages) - 1))
-        words = [check_int(name, state.get(name), 0, _WORD) for name in ("flush_epoch", "spte_base")]
+        epochs = [check_int(name, state.get(name), 0, _WORD) for name in ("flush_epoch", "spte_base")]
+        if c.policy.queues != NULL:
+            words = self._book_words()
+            kept = check_ints("policy", state.get("policy"), len(words), 0xFFFFFFFF)
+            for i in (0, 1, _SHIFT):
+                check_int("policy", kept[i], int(words[i]), int(words[i]))
         c.n_free, c.n_active, c.n_pte4, c.n_pte8 = pages
+        if c.policy.queues != NULL:
+            words[:] = kept
         c.n_dying = dying
         c.generation = generation
         c.host_level = level
         c.valid_gen = valid_gen
         c.free_head, c.young, c.old = lists
-        c.flush_epoch, c.spte_base = words
+        c.flush_epoch, c.spte_base = epochs
         for i, number in enumerate(counted):
             counters[i] = number
         c.mem.busy |= SC_WRITTEN

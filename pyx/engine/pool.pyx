@@ -6,17 +6,17 @@ is needed when it is taken again (patch 22 scanned all 512, twice).
 from libc.string cimport memset
 
 from shadowcore.engine.absent cimport page_mark
-from shadowcore.engine.bits cimport PTE_P, PTE_W, pte_addr, sc_ctz64
+from shadowcore.engine.bits cimport PTE_A, PTE_P, PTE_PS, PTE_W, pte_addr, sc_ctz64
 from shadowcore.engine.flushes cimport FLUSH_LOG, FLUSH_PROTECT, FLUSH_ZAP, FLUSH_ZAP_UPPER, entry_flush, request_flush
 from shadowcore.engine.hooks cimport EVENT_ZAP, event
 from shadowcore.engine.memory cimport mem_frame, mem_gfn, mem_leaf_frame, mem_pool_page, sc_no_frame
 from shadowcore.engine.page cimport sc_frame, sc_page
 from shadowcore.engine.pool cimport active_push, active_remove, count_shadowing, hash_bucket, pool_find
 from shadowcore.engine.quirks cimport QUIRK_ROOT_EMPTIED
-from shadowcore.engine.rmap cimport list_first, list_remove, rmap_remove, rmap_write_protect
+from shadowcore.engine.rmap cimport list_first, list_next, list_remove, rmap_remove, rmap_write_protect
 from shadowcore.engine.role cimport role_direct, role_level
 from shadowcore.engine.spte cimport leaf_is_listed, spte_drop, spte_is_writable, spte_wipe
-from shadowcore.engine.state cimport memo_drop, sc_mmu
+from shadowcore.engine.state cimport USE_ACCESSED, memo_drop, sc_mmu
 from shadowcore.engine.types cimport SC_NONE, u32, u64
 
 
@@ -56,6 +56,12 @@ cdef inline bint _must_fail(sc_mmu *mmu) noexcept nogil:
     return True
 
 
+cdef u32 _made(sc_mmu *mmu, u32 page) noexcept nogil:
+    mmu.policy.queues.member[page].born = <u32>mmu.policy.queues.clock
+    mmu.policy.made(mmu, page)
+    return page
+
+
 cdef u32 pool_take(sc_mmu *mmu, u64 gfn, u32 role) noexcept nogil:
     """A page from the free list for (gfn, role), of which there is none, to be counted by the caller; SC_NONE when none
     is free.
@@ -75,9 +81,9 @@ cdef u32 pool_take(sc_mmu *mmu, u64 gfn, u32 role) noexcept nogil:
     page.gfn = gfn
     page.role = role
     page.active = True
-    page.nonglobal = False
+    page.nonglobal = page.unsync = False
+    page.flood = 0
     page.slots = 0
-    page.unsync = False
     bucket = hash_bucket(mmu, gfn)
     page.hash_next = mmu.hash[bucket]
     mmu.hash[bucket] = number
@@ -89,6 +95,8 @@ cdef u32 pool_take(sc_mmu *mmu, u64 gfn, u32 role) noexcept nogil:
             request_flush(mmu, FLUSH_PROTECT)
         if mmu.absent:
             page_mark(mmu, number)
+    if mmu.policy.queues != NULL:
+        return _made(mmu, number)
     return number
 
 
@@ -214,6 +222,8 @@ cdef void pool_zap(sc_mmu *mmu, u32 number) noexcept nogil:
     mmu.n_free += 1
     mmu.n_active -= 1
     mmu.stats.page_frees += 1
+    if mmu.policy.gone != NULL:
+        mmu.policy.gone(mmu, number)
 
 
 cdef void _zap_all(sc_mmu *mmu) noexcept nogil:
@@ -244,15 +254,106 @@ cdef bint _unprotect(sc_mmu *mmu, u64 gfn) noexcept nogil:
     return found
 
 
+cdef bint _accessed(sc_mmu *mmu, u32 page) noexcept nogil:
+    """A is set in an entry that points to the page; it is cleared. TLBs are not flushed: what they hold sets no A."""
+    cdef u32 spte = list_first(mmu.pages[page].parents)
+    cdef bint found = False
+    while spte:
+        if mmu.table[spte - 1] & PTE_A:
+            mmu.table[spte - 1] &= ~<u64>PTE_A
+            found = True
+        spte = list_next(mmu, mmu.pages[page].parents, spte)
+    if found:
+        memo_drop(mmu)              # the next walk sets A again
+    return found
+
+
+cdef u32 pool_victim(sc_mmu *mmu, u32 *left) noexcept nogil:
+    """The next page to be recycled, no root in use, or SC_NONE. left: how many may still be looked at."""
+    cdef u32 victim
+    while left[0]:
+        left[0] -= 1
+        victim = mmu.policy.victim(mmu)
+        if victim == SC_NONE:
+            break
+        if mmu.policy.uses & USE_ACCESSED and _accessed(mmu, victim):
+            mmu.policy.used(mmu, victim)
+            continue
+        mmu.policy.queues.named = victim
+        return victim
+    return SC_NONE
+
+
+cdef void _recycle_children(sc_mmu *mmu, u32 victim) noexcept nogil:
+    """Zap a victim and the pages below it to which nothing else leads."""
+    cdef u32 child[512]
+    cdef u32 n = pool_children(mmu, victim, child)
+    cdef u32 i
+    mmu.stats.mmu_recycled += 1
+    pool_zap(mmu, victim)
+    for i in range(n):
+        if mmu.pages[child[i]].active and mmu.pages[child[i]].parents == 0 and mmu.pages[child[i]].root_count == 0:
+            if mmu.policy.queues != NULL:
+                mmu.policy.queues.named = child[i]
+            _recycle_children(mmu, child[i])
+
+
+cdef u32 pool_children(const sc_mmu *mmu, u32 page, u32 *child) noexcept nogil:
+    """The pages that entries of `page` point to, one by one; their number."""
+    cdef u32 n = 0
+    cdef u32 i
+    if role_level(mmu.pages[page].role) > 1:
+        for i in range(512):
+            if mmu.table[page * 512 + i] & PTE_P and not (mmu.lists_all and mmu.table[page * 512 + i] & PTE_PS):
+                child[n] = mem_pool_page(mmu.table[page * 512 + i])
+                n += 1
+    return n
+
+
+cdef void _recycle_known(sc_mmu *mmu, u32 target) noexcept nogil:
+    """pool_recycle by a policy with books."""
+    cdef u32 left = 2 * mmu.n_active
+    cdef u32 victim
+    while mmu.n_free < target:
+        victim = pool_victim(mmu, &left)
+        if victim == SC_NONE:
+            break
+        if mmu.policy.children:
+            _recycle_children(mmu, victim)
+        else:
+            mmu.stats.mmu_recycled += 1
+            pool_zap(mmu, victim)
+        mmu.policy.queues.named = SC_NONE
+
+
+cdef void _recycle_with_children(sc_mmu *mmu, u32 target) noexcept nogil:
+    """pool_recycle in the order of creation, where children go along. (There is no quirk with that setting.)"""
+    cdef u32 budget = mmu.n_active
+    cdef u32 victim
+    while mmu.n_free < target and budget:
+        budget -= 1
+        victim = mmu.policy.victim(mmu)
+        if mmu.pages[victim].root_count:
+            mmu.policy.spared(mmu, victim)
+        else:
+            _recycle_children(mmu, victim)
+
+
 cdef void pool_recycle(sc_mmu *mmu, u32 target) noexcept nogil:
     """Zap the pages that the policy names until `target` are free, or only roots in use are left (patch 17).
 
     A root in use is passed over (quirk: emptied first)."""
     cdef u32 budget = mmu.n_active
     cdef u32 victim
+    if mmu.policy.gone != NULL:
+        _recycle_known(mmu, target)
+        return
+    if mmu.policy.children:
+        _recycle_with_children(mmu, target)
+        return
     while mmu.n_free < target and budget:
         budget -= 1
-        victim = mmu.policy.victim(mmu)
+        victim = mmu.old            # without books, the order of the list is the policy's
         if mmu.pages[victim].root_count and not mmu.quirks & QUIRK_ROOT_EMPTIED:
             mmu.policy.spared(mmu, victim)
             continue

@@ -14,8 +14,8 @@ from shadowcore.engine.tlb cimport (
     TLB_FETCH, TLB_LOAD, TLB_STORE, cache_lookup, cache_walked, sc_tlb_entry, tlb_lookup, tlb_take, tlb_walked,
 )
 from shadowcore.engine.types cimport (
-    MODE_32, MODE_OFF, PF_I, PF_P, PF_W, RC_EXHAUSTED, RC_LIVELOCK, RC_MMIO, RC_OK, RC_PF, RC_RETRY, SC_NONE, u16, u32,
-    u64,
+    MODE_32, MODE_OFF, PF_I, PF_P, PF_W, RC_EMULATE, RC_EXHAUSTED, RC_LIVELOCK, RC_MMIO, RC_OK, RC_PF, RC_RETRY, SC_NONE,
+    u16, u32, u64,
 )
 from shadowcore.engine.walker cimport guest_walk, nested_walk, probe_walk, rights_fault, sc_walk, shadow_walk
 
@@ -184,10 +184,14 @@ cdef int resolve(sc_mmu *mmu, sc_vcpu *v, u64 va, u32 access, sc_walk *w) noexce
             if v.tlb != NULL:
                 hw.gpa = w.gpa
                 _tlb_fill(mmu, v, va, access, &hw, 12, _guest_shift(mmu, v, &hw))
+            if mmu.policy.walked != NULL:
+                mmu.policy.walked(mmu, v, va)
             return RC_OK
         if mmu.absent and _delivered(mmu, v, va, access, &hw, w):
             return RC_PF
         rc = page_fault(mmu, v, access, &hw, w)
+        if mmu.policy.walked != NULL and (rc == RC_OK or rc == RC_EMULATE):
+            mmu.policy.walked(mmu, v, va)       # the walk that is not made any more
         if rc != RC_RETRY or v.restarts:
             return RC_RETRY if rc == RC_OK and v.restarts else rc
         exits += 1

@@ -5,7 +5,9 @@ from shadowcore.engine.hooks cimport EVENT_ZAP, event
 from shadowcore.engine.marks cimport marks_clear, marks_first, marks_next, marks_walk, sc_unsync, sc_unsync_at
 from shadowcore.engine.memory cimport mem_frame, mem_leaf_frame, mem_pool_page, sc_no_frame
 from shadowcore.engine.page cimport sc_page
-from shadowcore.engine.pool cimport active_remove, count_shadowing, hash_bucket, hash_remove, shadows
+from shadowcore.engine.pool cimport (
+    active_remove, count_shadowing, hash_bucket, hash_remove, pool_children, pool_victim, shadows,
+)
 from shadowcore.engine.record cimport RECORD_ALL_ZAPPED, RECORD_SYNCED, RECORD_ZAPPED, record, record_page
 from shadowcore.engine.rmap cimport list_first, list_remove
 from shadowcore.engine.role cimport ROLE_INVALID, role_direct, role_invalid, role_level
@@ -106,6 +108,8 @@ cdef u32 zap_prepare(sc_mmu *mmu, u32 number, bint *others) noexcept nogil:
         count_no_large(mmu, page, -1)
         count_shadowing(mmu, page, -1)
         active_remove(mmu, number)
+        if mmu.policy.queues != NULL:
+            mmu.policy.gone(mmu, number)
         page.active = False
     if page.unsync:
         page_left_sync(mmu, number)
@@ -230,8 +234,40 @@ cdef bint frames_withdraw(sc_mmu *mmu, u64 frame, u64 n) noexcept nogil:
     return found
 
 
-cdef void zap_oldest(sc_mmu *mmu, u32 want) noexcept nogil:
-    """Zap the oldest pages, but for roots in use, until `want` have gone."""
+cdef u32 _zap_victim(sc_mmu *mmu, u32 victim, bint *others) noexcept nogil:
+    """Zap a victim; with sc_policy.children, the pages below to which nothing else leads. Pages that will be free."""
+    cdef u32 child[512]
+    cdef u32 n = 0
+    cdef u32 zapped, i
+    if mmu.policy.children:
+        n = pool_children(mmu, victim, child)
+    if mmu.policy.queues != NULL:
+        mmu.policy.queues.named = victim
+    zapped = zap_prepare(mmu, victim, others)
+    for i in range(n):
+        if mmu.pages[child[i]].active and mmu.pages[child[i]].parents == 0 and mmu.pages[child[i]].root_count == 0:
+            others[0] = True
+            zapped += _zap_victim(mmu, child[i], others)
+    return zapped
+
+
+cdef u32 _zap_known(sc_mmu *mmu, u32 want) noexcept nogil:
+    """zap_oldest by a policy with books."""
+    cdef u32 left = 2 * mmu.n_active
+    cdef u32 zapped = 0
+    cdef u32 victim
+    cdef bint others = False
+    while zapped < want:
+        victim = pool_victim(mmu, &left)
+        if victim == SC_NONE:
+            break
+        zapped += _zap_victim(mmu, victim, &others)
+        mmu.policy.queues.named = SC_NONE
+    return zapped
+
+
+cdef u32 _zap_oldest(sc_mmu *mmu, u32 want) noexcept nogil:
+    """zap_oldest in the order of creation, which policy fifo has: a root in use keeps its place."""
     cdef u32 zapped = 0
     cdef u32 number = mmu.old
     cdef u32 previous
@@ -242,9 +278,15 @@ cdef void zap_oldest(sc_mmu *mmu, u32 want) noexcept nogil:
             number = previous
             continue
         others = False
-        zapped += zap_prepare(mmu, number, &others)
+        zapped += _zap_victim(mmu, number, &others)
         if zapped >= want:
             break
         number = mmu.old if others else previous    # the page before may have gone too
+    return zapped
+
+
+cdef void zap_oldest(sc_mmu *mmu, u32 want) noexcept nogil:
+    """Zap the pages that the policy names, but for roots in use, until `want` have gone."""
+    cdef u32 zapped = _zap_known(mmu, want) if mmu.policy.queues != NULL else _zap_oldest(mmu, want)
     zap_commit(mmu, False)
     mmu.stats.mmu_recycled += zapped

@@ -52,6 +52,8 @@ cdef extern from "shadowcore.h" nogil:
         uint32_t reserved, prev_roots, prefetch
         uint64_t host_page_size
         uint32_t vendor, reserved_2
+        uint32_t policy, uses, recycle_children, reserved_3
+        uint64_t policy_seed
 
     ctypedef struct sc_access:
         uint32_t struct_size, vcpu

@@ -25,6 +25,7 @@ from . import diff as cli_diff
 from . import evolution as cli_evolution
 from . import explain as cli_explain
 from . import guests as cli_guests
+from . import pool as cli_pool
 from . import recording as cli_recording
 from . import replay as cli_replay
 from . import reproduce as cli_reproduce
@@ -127,6 +128,7 @@ for _module in (
     cli_costs,
     cli_designs,
     cli_evolution,
+    cli_pool,
     cli_about,
 ):
     for _command in _module.COMMANDS:

@@ -73,6 +73,7 @@ cdef enum:
     S_HOST_ABSENT
     S_HOST_READ_ONLY
     S_MARKER
+    S_BOOKS
     S_COUNT
 
 cdef void audit_all(sc_mmu *mmu, sc_audit *a) noexcept nogil

@@ -14,6 +14,7 @@ from ..errors import AuditError, ConfigError
 from . import snapshot
 from .audit import AuditPoints, audit
 from .counters import Stats
+from .future import Future
 from .memory import Memory
 from .mmu import Mmu
 from .tlbs import ProcessorTLB, check_tlb, label
@@ -59,6 +60,8 @@ class VM:
     backing: what the host has of guest RAM at first, where a MemorySlot does not say it: "warm", "cold" or "thp".
     outer_backing: the same of an outer host, where the host is a guest itself: what of the host's own pages it has.
         It is asked when the host first touches one, and keeps it. Other than "warm" it needs a backing that is, too.
+    future: for policy "optimal", how the shadow pages will be used, as an earlier run of the same operations has shown.
+        record_uses: be that earlier run: see `Future`.
     features: of the processors. Raises ConfigError, and MemoryError where the host has no room.
     """
 
@@ -74,6 +77,8 @@ class VM:
         host_page_size: int | str | None = None,
         backing: str = "warm",
         outer_backing: str = "warm",
+        future: Future | None = None,
+        record_uses: bool = False,
     ) -> None:
         chosen = design(mmu)
         count = check_int("vcpus", vcpus, 1, 64)
@@ -83,7 +88,8 @@ class VM:
         self.features = features
         self.tlb = tlb
         self.memory = Memory(memory, slots, host_page_size, backing, outer_backing)
-        self.mmu = Mmu(self.memory, chosen)
+        self._foresees = future is not None or bool(record_uses)
+        self.mmu = Mmu(self.memory, chosen, future, check_bool("record_uses", record_uses))
         self.memory.on_log = self.mmu.slot_logged
         self.memory.on_slots = self.mmu.slots_changed
         self.memory.on_backing = self.mmu.host_backs
@@ -195,7 +201,10 @@ class VM:
         self.mmu.host_collapse(gfn, n)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the complete state to one file. OSError where that cannot be written; an older file is then kept."""
+        """Write the complete state to one file. ConfigError for a machine that records uses, or knows what is to
+        come, which is no part of a state. OSError where that cannot be written; an older file is then kept."""
+        if self._foresees:
+            raise ConfigError("save: a machine that records uses, or knows what is to come, cannot be saved")
         snapshot.save(self, path)
 
     @staticmethod

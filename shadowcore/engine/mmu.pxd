@@ -1,6 +1,8 @@
 """The class Mmu, and the functions of the MMU that are published."""
 from shadowcore.engine.counters cimport Stats, sc_stats
 from shadowcore.engine.memory cimport Memory
+from shadowcore.engine.policies.queues cimport sc_queues
+from shadowcore.engine.policies.recorder cimport sc_references
 from shadowcore.engine.state cimport sc_event_ring, sc_mmu, sc_vcpu
 from shadowcore.engine.types cimport u32, u64
 from shadowcore.engine.walker cimport sc_walk
@@ -29,6 +31,10 @@ cdef class Mmu:
     cdef object _recorded           # what ring.event points into, or None
     cdef sc_event_ring ring         # behind c.ring
     cdef object event_hook          # keeps what c.event_context points to
+    cdef sc_queues books            # behind c.policy.queues
+    cdef dict _books                # the arrays of books, by name
+    cdef object _future             # what books.future points into, or None
+    cdef sc_references references   # uses of pages, if they are recorded
 
     cdef int idle(self) except -1
     cdef int enter(self, bint unsettled=*) except -1
@@ -38,5 +44,7 @@ cdef class Mmu:
     cdef list _list(self, u32 head)
     cdef void *_array(self, u64 nbytes) except NULL
     cdef int _prepare_unsync(self, design) except -1
+    cdef int _prepare_policy(self, design, future) except -1
+    cdef object _book_words(self)
     cdef int still(self) except -1
     cdef dict _windows(self, what, lender)

@@ -7,6 +7,7 @@ from typing_extensions import disjoint_base
 
 from ..config import Design, MemorySlot
 from .counters import Stats
+from .future import Future
 from .memory import Memory
 
 FLUSHES: Final[tuple[str, ...]]
@@ -14,13 +15,19 @@ HOST_PAGES: Final[tuple[int, ...]]
 PAGE_DTYPE: Final[np.dtype[np.void]]
 FRAME_DTYPE: Final[np.dtype[np.void]]
 LINK_DTYPE: Final[np.dtype[np.void]]
+MEMBER_DTYPE: Final[np.dtype[np.void]]
 PAGES_DTYPE: Final[np.dtype[np.void]]
 RECORD_DTYPE: Final[np.dtype[np.void]]
 RECORDED: Final[tuple[str, ...]]
 
 @disjoint_base
 class Mmu:
-    def __new__(cls, memory: Memory, design: Design) -> Self: ...
+    def __new__(
+        cls, memory: Memory, design: Design, future: Future | None = None, record_uses: bool = False
+    ) -> Self: ...
+    def recorded_uses(self) -> tuple[NDArray[np.uint64], NDArray[np.uint64], NDArray[np.uint64]]: ...
+    @property
+    def strayed(self) -> int: ...
     @property
     def memory(self) -> Memory: ...
     @property

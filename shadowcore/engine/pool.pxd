@@ -62,6 +62,8 @@ cdef void hash_remove(sc_mmu *mmu, u32 number) noexcept nogil
 cdef u32 pool_take(sc_mmu *mmu, u64 gfn, u32 role) noexcept nogil
 cdef u32 pool_get(sc_mmu *mmu, u64 gfn, u32 role) noexcept nogil
 cdef void pool_zap(sc_mmu *mmu, u32 number) noexcept nogil
+cdef u32 pool_victim(sc_mmu *mmu, u32 *left) noexcept nogil
+cdef u32 pool_children(const sc_mmu *mmu, u32 page, u32 *child) noexcept nogil
 cdef void pool_recycle(sc_mmu *mmu, u32 target) noexcept nogil
 cdef void pool_init(sc_mmu *mmu) noexcept nogil
 cdef bint pool_has(sc_mmu *mmu, u32 need) noexcept nogil

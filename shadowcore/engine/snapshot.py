@@ -19,7 +19,7 @@ from .. import npy
 from ..config import PAGE_SIZE, TLB, Design, Features, MemorySlot, Native, Nested, Quirk, Shadow
 from ..errors import AuditError, ConfigError, SnapshotError
 from ..files import Replacement, check_path
-from .mmu import FRAME_DTYPE, LINK_DTYPE, PAGE_DTYPE
+from .mmu import FRAME_DTYPE, LINK_DTYPE, MEMBER_DTYPE, PAGE_DTYPE
 from .slots import checked_slots
 from .tlbs import ProcessorTLB, restored, saved
 from .vcpu import tlb_sizes
@@ -281,6 +281,8 @@ def _settings(
     """What a VM is made of. _UNFIT for what cannot be."""
     design = dict(state["design"])
     kind, quirks = design.pop("kind"), Quirk(design.get("quirks", 0))
+    if "uses" in design:
+        design["uses"] = tuple(design["uses"])
     if kind not in ("Native", "Shadow", "Nested"):
         raise ValueError(f"design: Native, Shadow or Nested expected, not {state['design']!r:.60}")
     mmu: Design
@@ -341,6 +343,10 @@ def _expected(state: dict[str, Any]) -> dict[str, tuple[Any, ...]]:
         found["mmu_frames"] = byte, (state["memory"] >> 12, FRAME_DTYPE.itemsize)
         found["mmu_links"] = byte, (512 * pages, LINK_DTYPE.itemsize)
         found["mmu_hash"] = byte, (max(4, 1 << (pages - 1).bit_length()), 4)
+        if isinstance(mmu, Shadow) and mmu.policy != "fifo":
+            found["mmu_members"] = byte, (3 * pages, MEMBER_DTYPE.itemsize)
+            found["mmu_ghosts"] = byte, (max(4, 1 << (2 * pages - 1).bit_length()), 4)
+            found["mmu_order"] = byte, (pages, 4)
         if isinstance(mmu, Nested) or mmu.lagging:
             frames = state["memory"] >> 12
             found["mmu_below"], found["mmu_mapped"] = (byte, (pages, 64)), (byte, (frames, 2))

@@ -9,6 +9,7 @@ from shadowcore.engine.memo cimport sc_memo
 from shadowcore.engine.memory cimport sc_mem
 from shadowcore.engine.tlb cimport sc_tlb
 from shadowcore.engine.page cimport sc_frame, sc_link, sc_page
+from shadowcore.engine.policies.queues cimport sc_queues
 from shadowcore.engine.role cimport role_invalid
 from shadowcore.engine.types cimport MODE_64, MODE_LA57, u16, u32, u64
 from shadowcore.engine.walker cimport sc_paging, sc_walk
@@ -175,13 +176,35 @@ cdef struct sc_design:
     # The guest's INVPCID of a type (INVPCID_*) and with operands that there are. May be NULL.
     void (*invpcid)(sc_mmu *mmu, sc_vcpu *v, u32 kind, u16 pcid, u64 va) noexcept nogil
 
+# What is a use of a shadow page: bits of sc_policy.uses, in the order of config.USES.
+cdef enum:
+    USE_FAULT = 1                   # the walk at a page-fault exit came through it
+    USE_LINK = 2                    # an entry above was made to point to it
+    USE_ROOT = 4                    # it was put in place as a root
+    USE_ACCESSED = 8                # when it is about to be recycled, A is found set in an entry that points to it
+    USE_WALK = 16                   # any walk of the processor came through it: no real one tells
+
 # Which page is recycled when pages run short. New pages enter the active list at its young end; else its order is the
-# policy's.
+# policy's. A policy that keeps books (queues) fills in made, gone and used as well; NULL: it is not told.
 cdef struct sc_policy:
-    # The active page that goes next.
+    # The active page that goes next; SC_NONE: there is none but roots in use, which policies with books pass over.
     u32 (*victim)(sc_mmu *mmu) noexcept nogil
-    # It is a root in use and stays: the next victim is another one, while there is one.
+    # It is a root in use and stays: the next victim is another one, while there is one. NULL: policies with books.
     void (*spared)(sc_mmu *mmu, u32 page) noexcept nogil
+    # A page is in use, for (gfn, role) of its header, or is so no more; it was used, by what `uses` says is a use.
+    void (*made)(sc_mmu *mmu, u32 page) noexcept nogil
+    void (*gone)(sc_mmu *mmu, u32 page) noexcept nogil
+    void (*used)(sc_mmu *mmu, u32 page) noexcept nogil
+    # No page of this key is in use and one is about to be made, after room for it. May be NULL: made says so in time.
+    void (*missed)(sc_mmu *mmu, u64 gfn, u32 role) noexcept nogil
+    # USE_WALK alone: the processor's walk for va, from the roots of v, came to its end. Else NULL.
+    void (*walked)(sc_mmu *mmu, const sc_vcpu *v, u64 va) noexcept nogil
+    sc_queues *queues               # its books, or NULL
+    u32 uses                        # USE_*
+    bint new_too                    # with USE_WALK: the walk for which a page was made is a use of it as well
+    bint children                   # pages below the victim, to which nothing else leads, are recycled with it
+    sc_design below                 # the design's own hooks, where those of policies/uses.pyx stand before them
+    void *own                       # a policy's of another package
 
 cdef struct sc_mmu:
     sc_mem *mem

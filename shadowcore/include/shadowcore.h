@@ -108,6 +108,23 @@ enum {
     SC_CPL = 7 /* 0 or 3 */
 };
 
+/* Which page is recycled when pages run short, for sc_config.policy. "Optimal" is for Python alone. */
+enum {
+    SC_POLICY_FIFO = 0,
+    SC_POLICY_LRU = 1,
+    SC_POLICY_CLOCK = 2,
+    SC_POLICY_2Q = 3,
+    SC_POLICY_ARC = 4,
+    SC_POLICY_LIRS = 5,
+    SC_POLICY_SIEVE = 6,
+    SC_POLICY_S3_FIFO = 7,
+    SC_POLICY_RANDOM = 8,
+    SC_POLICY_COST = 9
+};
+
+/* What is a use of a shadow page, for sc_config.uses: bits. */
+enum { SC_USE_FAULT = 1, SC_USE_LINK = 2, SC_USE_CR3 = 4, SC_USE_ACCESSED = 8, SC_USE_WALK = 16 };
+
 /* Rights of a translation; a page that is mapped can be read. */
 enum { SC_RIGHT_EXECUTE = 1, SC_RIGHT_WRITE = 2, SC_RIGHT_USER = 4 };
 
@@ -217,6 +234,12 @@ typedef struct sc_config {
     /* Of the processors. A caller whose sc_config ends before this may go on. */
     uint32_t vendor;       /* SC_INTEL, SC_AMD: whose rules hold where they differ (shadowcore.Features) */
     uint32_t reserved_2;   /* 0 */
+    /* Of the shadow; 0 is the default. A caller whose sc_config ends before these may go on. */
+    uint32_t policy;       /* SC_POLICY_* */
+    uint32_t uses;         /* SC_USE_*; 0: FAULT, LINK and CR3 */
+    uint32_t recycle_children; /* 1: pages below a recycled one, to which nothing else leads, go with it */
+    uint32_t reserved_3;   /* 0 */
+    uint64_t policy_seed;  /* of what is random in a policy */
 } sc_config;
 
 typedef struct sc_access {

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from .. import notebook
 from ..config import TLB, Design, Features, Shadow, check_int, design
+from ..engine.future import Future, recorder_of
 from ..engine.machine import VM, set_registers
 from ..engine.reported import unsync_counts
 from ..engine.tlbs import ProcessorTLB
@@ -125,6 +126,7 @@ class ReplayResult:
     seconds: time that the engine took, audits left out.
     cr3_loads: of the guest.
     windows: counters in each window of records, by name (see `windows.WindowLog`); None where none were asked for.
+    future: how shadow pages were used, where that was recorded.
     """
 
     design: str
@@ -147,6 +149,7 @@ class ReplayResult:
     cr3_loads: int = 0
     warm_up: int = 0
     windows: dict[str, NDArray[np.uint64]] | None = dataclasses.field(default=None, compare=False, repr=False)
+    future: Future | None = dataclasses.field(default=None, compare=False, repr=False)
 
     def _repr_html_(self) -> str:
         return notebook.counters(
@@ -154,7 +157,7 @@ class ReplayResult:
         )
 
     def as_dict(self) -> dict[str, Any]:
-        """All of it but the windows in plain types, as `shadowcore compare --json` prints it for a design."""
+        """All but the windows and the future in plain types, as `shadowcore compare --json` prints it for a design."""
         plain = _phase_dict(self.whole)
         for name in (*_COUNTS, "pages_mean", "pages_max", "audits", "seconds", "warm_up"):
             plain[name] = getattr(self, name)
@@ -197,6 +200,8 @@ def replay(
     window: int = 0,
     tlb: TLB | ProcessorTLB | None = None,
     warm_up: int = 0,
+    future: Future | None = None,
+    record_uses: bool = False,
 ) -> ReplayResult:
     """Run the guest of a recording on a design, and count.
 
@@ -209,6 +214,8 @@ def replay(
     window: count by windows of this many records (0: do not).
     tlb: a TLB to model. Without one every access walks: they are those that missed a TLB when they were recorded.
     warm_up: count from this record on, from `start`; what was replayed before it has warmed tables and shadow.
+    future: for policy "optimal", how shadow pages will be used: `future` of the result of a replay of the same records
+        with record_uses. Where policy "optimal" is asked for without one, that replay is made first.
     """
     made = design(mmu)
     if pool is not None and isinstance(made, Shadow):
@@ -222,8 +229,11 @@ def replay(
     begin = start + check_int("warm_up", warm_up, 0, stop - start - 1)
 
     # The tables that the first CR3 load needs are put in place, like all that lies before the start.
+    if isinstance(made, Shadow) and made.policy == "optimal" and future is None:
+        finds_out = recorder_of(made)
+        future = replay(recording, finds_out, start=start, stop=stop, tlb=tlb, record_uses=True).future
     position = min(max(start, recording.first_cr3), stop)
-    vm = _machine(recording, made, position, tlb)
+    vm = _machine(recording, made, position, tlb, future, record_uses)
     vm.audit_points = audit_at
     vm.stats.reset()
     counts = dict.fromkeys(_COUNTS, 0)
@@ -327,6 +337,7 @@ def replay(
         cr3_loads=cr3_loads,
         warm_up=begin - start,
         windows=None if log is None else log.arrays(position - begin),
+        future=Future.of(vm.mmu) if record_uses else None,
         **counts,
     )
 
@@ -382,10 +393,23 @@ def piece_flags(piece: Recording, first_user: int | None, base: int) -> NDArray[
 
 
 def _machine(
-    recording: Recording | RecordingFile, made: Design, record: int, tlb: TLB | ProcessorTLB | None = None
+    recording: Recording | RecordingFile,
+    made: Design,
+    record: int,
+    tlb: TLB | ProcessorTLB | None = None,
+    future: Future | None = None,
+    record_uses: bool = False,
 ) -> VM:
     """A VM as the guest was just before `record` (a first CR3 load at `record` itself is taken early)."""
-    vm = VM(memory=recording.memory_size, mmu=made, tlb=tlb, vcpus=recording.vcpus, features=Features(maxphyaddr=52))
+    vm = VM(
+        memory=recording.memory_size,
+        mmu=made,
+        tlb=tlb,
+        vcpus=recording.vcpus,
+        features=Features(maxphyaddr=52),
+        future=future,
+        record_uses=record_uses,
+    )
     registers = [{"cr0": RESET_CR0, "cr3": 0, "cr4": 0, "efer": 0} for _ in vm.vcpus]
     registers[0] |= {name: getattr(recording, name) for name in ("cr0", "cr4", "efer")}
     frames = vm.memory.words.reshape(-1, 512)

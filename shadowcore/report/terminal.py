@@ -18,6 +18,7 @@ from ..studies.collect import Sweep
 from ..studies.difference import Change, Difference
 from ..studies.evolution import RELEASES, Evolution
 from ..studies.host import EVENTS, GROUPS, HostTrace, counted
+from ..studies.pools import PoolStudy
 from ..studies.reproduction import Reproduction
 from ..studies.results import Study, StudyDesign, Swept
 from ..studies.settings import effective, written
@@ -253,6 +254,34 @@ def _figure(value: Any) -> str:
     if value is None:
         return "none"
     return f"{value:,.4f}" if isinstance(value, float) else f"{value:,}" if type(value) is int else escape(str(value))
+
+
+def print_pools(found: PoolStudy) -> None:
+    """How many shadow pages a guest needs."""
+    table = _made(
+        f"{found.workload} under {found.design}: exits over shadow pages",
+        f"The curve bends at {found.bend:,} pages. "
+        + " ".join(
+            f"{pages:,} pages take at most {share:.0%} more exits than an endless pool."
+            for share, pages in found.within.items()
+        ),
+    )
+    for name in ("pages", "exits", "of endless", "made", "recycled", "lru misses"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for pages in found.exhausted:
+        table.add_row(f"{pages:,}", "no room", "", "", "", "")
+    for point in found.points:
+        table.add_row(
+            f"{point.pages:,}",
+            f"{point.exits:,}",
+            f"{point.exits / max(1, found.endless.exits):.3f}",
+            f"{point.made:,}",
+            f"{point.recycled:,}",
+            f"{found.misses(point.pages):,}",
+        )
+    table.add_section()
+    table.add_row("endless", f"{found.endless.exits:,}", "1.000", f"{found.endless.made:,}", "0", "")
+    _console().print(table)
 
 
 def print_run(study: Study, every: bool = False) -> None:

@@ -8,7 +8,20 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any, Protocol
 
-from ..config import TLB, Design, Native, Nested, Shadow, check_backing, check_int, design, parse_count, parse_size
+from ..config import (
+    POLICIES,
+    TLB,
+    USES,
+    Design,
+    Native,
+    Nested,
+    Shadow,
+    check_backing,
+    check_int,
+    design,
+    parse_count,
+    parse_size,
+)
 from ..engine.levels import Levels, find_levels
 from ..engine.tlbs import ProcessorTLB
 from ..errors import ConfigError
@@ -23,6 +36,10 @@ DESIGN = {
     "notpresent_marker": "page, synced, walk or never: when entries that the guest has not made are marked",
     "prev_roots": "roots of earlier CR3s that a vcpu keeps (unsync)",
     "prefetch": "entries of the group that a fault fills, a power of two, or 0 (unsync, kvm-6.1-direct)",
+    "policy": "which page is recycled: " + ", ".join(POLICIES),
+    "uses": "what is a use of a shadow page, joined by +: " + ", ".join(USES),
+    "recycle_children": "true: pages below a recycled one, to which nothing else leads, go with it",
+    "policy_seed": "of what is random in a policy",
     "release": "6.1, 6.12 or 2.6.28: what INVLPG and a sync do (unsync)",
     "host_levels": "levels of the host's tables, 4 or 5 (nested)",
 }
@@ -33,7 +50,7 @@ NESTED = ("pool", "min_free", "refill", "prefetch", "host_levels")
 """Those of nested paging; prefetch is the direct MMU's."""
 UNSYNC = ("prev_roots", "prefetch", "release")
 """Those that only `unsync`, and what is made of it, has; it has no flood_reset."""
-KEPT = ("notpresent_marker",)
+KEPT = ("notpresent_marker", "policy", "uses", "recycle_children", "policy_seed")
 """Those that a design has only if its tables belong to guest tables."""
 MACHINE = {
     "levels": "what lies below the guest, by which exits are costed: shadow, pvm, shadow-on-ept, ...",
@@ -139,8 +156,11 @@ def split(settings: Mapping[str, Any], source: Takes) -> Split:
             found.guest[name] = _guest(name, value)
         else:
             raise ConfigError(_unknown(name, source, [*own, *DESIGN, *source.machine]))
-    if "flood_reset" in found.design and not isinstance(found.design["flood_reset"], bool):
-        raise ConfigError(f"flood_reset: true or false is needed, not {found.design['flood_reset']!r}")
+    for name in ("flood_reset", "recycle_children"):
+        if name in found.design and not isinstance(found.design[name], bool):
+            raise ConfigError(f"{name}: true or false is needed, not {found.design[name]!r}")
+    if isinstance(found.design.get("policy"), int):
+        found.design["policy"] = str(found.design["policy"])
     for name, value in found.guest.items():
         if isinstance(getattr(KernelOptions(), name), bool) and not isinstance(value, bool):
             raise ConfigError(f"{name}: true or false is needed, not {value!r}")

@@ -18,7 +18,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .. import programs, workload
-from ..config import TLB, Design, Features, check_bool, check_int, parse_size
+from ..config import TLB, Design, Features, Shadow, check_bool, check_int, parse_size
+from ..engine.future import Future, recorder_of
 from ..engine.machine import VM
 from ..engine.tlbs import ProcessorTLB
 from ..errors import ConfigError, TraceError
@@ -46,7 +47,7 @@ class Setup:
     """How a source is run, under whatever design.
 
     start: where it begins. total: operations from there on, warm_up the first of them, which are not counted.
-    window: of the others, in each window. seed, options: of the guest kernel; parameters, machine: settings by name.
+    window: of the others, in each window. record_uses: Outcome.future is wanted. seed, options: of the guest kernel; parameters, machine: settings by name.
     """
 
     start: int
@@ -60,6 +61,7 @@ class Setup:
     machine: Mapping[str, Any]
     audit_every: int = 0
     audit_at: Sequence[str] = ()
+    record_uses: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,7 +72,7 @@ class Outcome:
     guest: what it did, by name. work: what it did of it that no setting of the guest changes (None: not known).
     gpa_mismatches: None where no gpas are known that they are compared with. history: checksum of what the guest saw.
     details: what only such a source has, in plain types. caption: what the guest did, as a text.
-    audits, violations: as of a ReplayResult.
+    audits, violations: as of a ReplayResult. future: how shadow pages were used, where that was asked for.
     """
 
     operations: int
@@ -88,6 +90,7 @@ class Outcome:
     work: int | None = None
     audits: int = 0
     violations: tuple[tuple[int, Any], ...] = ()
+    future: Future | None = None
 
 
 DETAILS = (
@@ -228,6 +231,9 @@ class WorkloadSource(Source):
 
     def run(self, made: Design, setup: Setup, report: Report) -> Outcome:
         more = {name: value for name, value in setup.machine.items() if name != "memory"}
+        if isinstance(made, Shadow) and made.policy == "optimal":
+            more["future"] = self.run(recorder_of(made), dataclasses.replace(setup, record_uses=True), None).future
+        more["record_uses"] = setup.record_uses
         vm = VM(self._memory(setup), made, tlb=setup.tlb, features=Features(), **more)
         vm.audit_points = setup.audit_at
         result = workload.run(
@@ -248,7 +254,8 @@ class WorkloadSource(Source):
             f"loads, {n['table_stores']:,} stores to tables, {n['faults']:,} faults; setup left out. "
             f"Seed {result.seed}."
         )
-        return _of_kernel(result, result.operations, {}, caption)
+        outcome = _of_kernel(result, result.operations, {}, caption)
+        return dataclasses.replace(outcome, future=Future.of(vm.mmu)) if setup.record_uses else outcome
 
 
 class GuestSource(Source):
@@ -305,6 +312,7 @@ class GuestSource(Source):
             tlb=setup.tlb,
             audit_every=setup.audit_every,
             audit_at=setup.audit_at,
+            record_uses=setup.record_uses,
         )
         whole = result.whole
         counters = whole.counters | {
@@ -347,6 +355,7 @@ class GuestSource(Source):
             result=result,
             audits=result.audits,
             violations=result.violations,
+            future=result.future,
         )
 
 

@@ -466,6 +466,16 @@ class Prepared:
         ((self._name, self._made),) = job.designs.items()
 
     @property
+    def made(self) -> Native | Shadow:
+        """The design, with its settings."""
+        return self._made
+
+    @property
+    def setup(self) -> Setup:
+        """How the source is run."""
+        return self._job.setup
+
+    @property
     def tlb(self) -> TLB | ProcessorTLB | None:
         """The TLB that is modelled."""
         return self._job.setup.tlb

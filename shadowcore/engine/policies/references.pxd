@@ -1,0 +1,1 @@
+"""A policy by itself, on a string of references: for Python."""
