@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
@@ -11,7 +11,13 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from ..config import Shadow
-    from .mmu import Mmu
+
+
+class Recorded(Protocol):
+    """An Mmu that has recorded what its pages were used for."""
+
+    def recorded_uses(self) -> tuple[NDArray[np.uint64], NDArray[np.uint64], NDArray[np.uint64]]: ...
+
 
 NEVER = (1 << 64) - 1
 """The next use of what is not used any more."""
@@ -52,7 +58,7 @@ class Future:
                 self.next_use[order[used - 1]] = NEVER
 
     @classmethod
-    def of(cls, mmu: Mmu) -> Future:
+    def of(cls, mmu: Recorded) -> Future:
         """That of a run that has been made with VM(record_uses=True)."""
         return cls(*mmu.recorded_uses())
 

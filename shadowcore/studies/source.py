@@ -47,7 +47,8 @@ class Setup:
     """How a source is run, under whatever design.
 
     start: where it begins. total: operations from there on, warm_up the first of them, which are not counted.
-    window: of the others, in each window. record_uses: Outcome.future is wanted. seed, options: of the guest kernel; parameters, machine: settings by name.
+    window: of the others, in each window. record_uses: Outcome.future is wanted.
+    seed, options: of the guest kernel; parameters, machine: settings by name.
     """
 
     start: int
