@@ -234,6 +234,8 @@ cdef class Mmu:
         (<sc_maker><size_t>_DESIGNS[design.engine])(self.c)
         (<sc_maker><size_t>_POLICIES[design.policy if isinstance(design, Shadow) else "fifo"])(self.c)
         if record_uses:
+            if not isinstance(design, Shadow):
+                raise ConfigError(f"record_uses: a shadow MMU is needed, not {design.name!r}")
             self._record_uses()
         if not self.c.shadow:
             self._marks = allocate(sizeof(u64) * memory.mem.nframes)
@@ -261,11 +263,12 @@ cdef class Mmu:
         pool_init(self.c)
         if self.c.lists_all:
             self._prepare_unsync(design)
-        self.c.policy.children = design.recycle_children
+        if isinstance(design, Shadow):
+            self.c.policy.children = design.recycle_children
         if self.c.policy.made != NULL:
             self._prepare_policy(design, future)
         elif future is not None:
-            raise ConfigError(f"future: policy 'optimal' is needed, not {design.policy!r}")
+            raise ConfigError("future: a shadow MMU with policy 'optimal' is needed")
         self.host_backs()
 
     def host_backs(self) -> None:
@@ -415,7 +418,7 @@ cdef class Mmu:
             q.futures = <const u64 *><size_t>future.keys.ctypes.data
             q.by_key = <const u64 *><size_t>future.by_key.ctypes.data
         elif future is not None:
-            raise ConfigError(f"future: policy 'optimal' is needed, not {design.policy!r}")
+            raise ConfigError("future: a shadow MMU with policy 'optimal' is needed")
         uses_follow(self.c)
         return 0
 

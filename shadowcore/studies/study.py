@@ -466,7 +466,7 @@ class Prepared:
         ((self._name, self._made),) = job.designs.items()
 
     @property
-    def made(self) -> Native | Shadow:
+    def made(self) -> Design:
         """The design, with its settings."""
         return self._made
 

@@ -48,9 +48,9 @@ ENGINE = (
     "lagging unsync.stores nested.logs nested.roots",
     "unsync.faults nested.faults",
     "fault fast",
-    "designs.native designs.flush designs.cached designs.unsync designs.nested policies.fifo policies.lru policies.clock "
-    "policies.twoq policies.arc policies.lirs policies.sieve policies.s3fifo policies.random policies.cost "
-    "policies.optimal policies.uses",
+    "designs.native designs.flush designs.cached designs.unsync designs.nested policies.fifo policies.lru "
+    "policies.clock policies.twoq policies.arc policies.lirs policies.sieve policies.s3fifo policies.random "
+    "policies.cost policies.optimal policies.uses",
     "resolve registers translation",
     "mmu access",
     "audit quick policies.references",
