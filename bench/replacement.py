@@ -1,12 +1,13 @@
 """Which policy recycles shadow pages best: `python -m bench.replacement`, in the root of the repository.
 
 A study of this repository, and not a command of `shadowcore`: it makes the figures and the picture of
-docs/replacement.md, which stay as they are until somebody runs it again. Sources are the recording in the package and
-workloads, each with pools that are smaller than what the guest uses; policies are compared with `optimal`, which knows
-what is to come. A seed is of a workload, and of `random`; a recording has one run, for `random` one of each seed.
+docs/replacement.md, which stay as they are until somebody runs it again. Sources are recordings of a Linux guest (the
+one in the package, the one of the tests) and workloads, each with pools that are smaller than what the guest uses;
+policies are compared with `optimal`, which knows what is to come. A seed is of a workload, and of `random`; a recording
+has one run, for `random` one of each seed.
 """
 
-import json
+import csv
 import statistics
 import sys
 from concurrent.futures import ProcessPoolExecutor
@@ -24,20 +25,24 @@ from shadowcore.errors import PoolExhausted
 from shadowcore.recording import replay as trace
 
 KEPT = Path(__file__).resolve().parents[1] / "docs" / "replacement"
-"""Figures and picture: .json, .svg."""
+"""Figures of each run, and a picture: .csv, .svg."""
 POOLS = (32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
-RECORDING = "the recording"
+RECORDINGS = {
+    "linux-mix-pti": None,
+    "linux-mix": Path(__file__).resolve().parents[1] / "tests" / "data" / "recordings" / "linux-mix.screc",
+}
+"""Recordings and their files; None: the one in the package."""
 
 
-def runs(source, seed, operations, uses, names):
+def runs(source, seed, operations, records, uses, names):
     """Rows of one source and seed: of each pool and policy what it came to."""
     made = Shadow.cached(uses=uses)
     costs = find_costs("modern")
 
     def one(design, future=None, record=False):
-        if source == RECORDING:
-            recording = trace.open_recording(None)
-            stop = min(operations, recording.operations)
+        if source in RECORDINGS:
+            recording = trace.open_recording(RECORDINGS[source])
+            stop = min(records, recording.operations)
             result = trace.replay(recording, design, stop=stop, future=future, record_uses=record)
             return result.whole.counters, result.future, result.pages_max
         vm = VM(workload.find(source).memory, design, features=Features(), future=future, record_uses=record)
@@ -72,7 +77,8 @@ def runs(source, seed, operations, uses, names):
 
 
 def summary(rows):
-    """Of each policy: how it compares with fifo and optimal, over (source, pool), means over seeds."""
+    """Of each policy: how it compares with fifo and optimal, over (source, pool), means over seeds; and the least and
+    the most that the mean against fifo is for a seed."""
     grouped = {}
     for row in rows:
         grouped.setdefault((row["source"], row["pool"]), {}).setdefault(row["policy"], []).append(row)
@@ -81,13 +87,15 @@ def summary(rows):
         told = {"points": 0}
         for what in ("exits", "cycles"):
             against = {"fifo": [], "optimal": []}
-            spread = []
+            seeds = {}
             for by_policy in grouped.values():
                 if policy not in by_policy:
                     continue
                 mean = statistics.fmean(row[what] for row in by_policy[policy])
-                values = [row[what] for row in by_policy[policy]]
-                spread.append((max(values) - min(values)) / mean)
+                fifo = {row["seed"]: row[what] for row in by_policy["fifo"]}
+                known = {row["seed"]: row[what] for row in by_policy[policy]}
+                for seed in fifo:
+                    seeds.setdefault(seed, []).append(known.get(seed, known[min(known)]) / fifo[seed])
                 for other in against:
                     if other in by_policy:
                         against[other].append(mean / statistics.fmean(row[what] for row in by_policy[other]))
@@ -96,14 +104,14 @@ def summary(rows):
                 "worst_of_fifo": max(against["fifo"]),
                 "mean_of_fifo": statistics.geometric_mean(against["fifo"]),
                 "mean_of_optimal": statistics.geometric_mean(against["optimal"]),
-                "spread": max(spread),
+                "seeds_of_fifo": [pick(map(statistics.geometric_mean, seeds.values())) for pick in (min, max)],
             }
         found[policy] = told
     return found
 
 
 def printed(found):
-    head = f"{'policy':<10}{'exits':>9}{'worst':>9}{'optimal':>9}{'cycles':>9}{'worst':>9}{'optimal':>9}{'spread':>8}"
+    head = f"{'policy':<10}{'exits':>9}{'worst':>9}{'optimal':>9}{'cycles':>9}{'worst':>9}{'optimal':>9}{'seeds':>14}"
     lines = [head]
     for policy, told in found.items():
         cells = [
@@ -111,7 +119,11 @@ def printed(found):
             for what in ("exits", "cycles")
             for key in ("mean_of_fifo", "worst_of_fifo", "mean_of_optimal")
         ]
-        lines.append(f"{policy:<10}" + "".join(f"{cell:>9.3f}" for cell in cells) + f"{told['exits']['spread']:>8.3f}")
+        lines.append(
+            f"{policy:<10}"
+            + "".join(f"{cell:>9.3f}" for cell in cells)
+            + "{:>8.3f}-{:.3f}".format(*told["exits"]["seeds_of_fifo"])
+        )
     return "\n".join(lines)
 
 
@@ -138,15 +150,16 @@ def picture(rows, file):
 
 
 @click.command()
-@click.option("--operations", default=100_000, help="Of each run.  [default: 100000]")
+@click.option("--operations", default=40_000, help="Of each run of a workload.  [default: 40000]")
+@click.option("--records", default=200_000, help="Of each replay of a recording.  [default: 200000]")
 @click.option("--seeds", default=5, help="Seeds of each workload.  [default: 5]")
 @click.option("--uses", default="fault+link+cr3", help="What is a use.  [default: fault+link+cr3]")
-@click.option("--source", "sources", multiple=True, help="A workload, or `recording`.  [default: all]")
+@click.option("--source", "sources", multiple=True, help="A workload or recording.  [default: all]")
 @click.option("--processes", default=1, help="At a time.  [default: 1]")
 @click.option("--update", is_flag=True, help="Keep figures and picture for docs/replacement.md.")
-def main(operations, seeds, uses, sources, processes, update):
+def main(operations, records, seeds, uses, sources, processes, update):
     """Refaults, exits and cycles of each policy, over sources and pools, against fifo and optimal."""
-    wanted = [RECORDING if name == "recording" else name for name in sources] or [RECORDING, *workload.WORKLOADS]
+    wanted = sources or [*RECORDINGS, *workload.WORKLOADS]
     jobs = [(source, seed) for source in wanted for seed in range(seeds)]
     rows = []
     with ProcessPoolExecutor(processes) as pool:
@@ -156,8 +169,9 @@ def main(operations, seeds, uses, sources, processes, update):
                 source,
                 seed,
                 operations,
+                records,
                 uses,
-                ("fifo", "random") if source == RECORDING and seed else POLICIES,
+                ("fifo", "random") if source in RECORDINGS and seed else POLICIES,
             )
             for source, seed in jobs
         ]
@@ -167,8 +181,10 @@ def main(operations, seeds, uses, sources, processes, update):
     found = summary(rows)
     print(printed(found))
     if update:
-        about = {"operations": operations, "seeds": seeds, "uses": uses, "costs": "modern"}
-        KEPT.with_suffix(".json").write_text(json.dumps({"about": about, "summary": found, "rows": rows}) + "\n")
+        with KEPT.with_suffix(".csv").open("w", newline="") as file:
+            table = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
+            table.writeheader()
+            table.writerows(rows)
         picture(rows, KEPT.with_suffix(".svg"))
 
 

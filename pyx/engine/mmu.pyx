@@ -43,7 +43,7 @@ from shadowcore.engine.policies.s3fifo cimport s3fifo_policy
 from shadowcore.engine.policies.sieve cimport sieve_policy
 from shadowcore.engine.policies.twoq cimport twoq_policy
 from shadowcore.engine.policies.uses cimport uses_follow
-from shadowcore.engine.pool cimport pool_init
+from shadowcore.engine.pool cimport pool_init, pool_recycles
 from shadowcore.engine.quirks cimport QUIRK_COUNT, QUIRK_ROOT_EMPTIED
 from shadowcore.engine.record cimport RECORD_COUNT
 from shadowcore.engine.resolve cimport resolve
@@ -269,6 +269,7 @@ cdef class Mmu:
             self._prepare_policy(design, future)
         elif future is not None:
             raise ConfigError("future: a shadow MMU with policy 'optimal' is needed")
+        pool_recycles(self.c)
         self.host_backs()
 
     def host_backs(self) -> None:

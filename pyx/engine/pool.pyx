@@ -339,17 +339,22 @@ cdef void _recycle_with_children(sc_mmu *mmu, u32 target) noexcept nogil:
             _recycle_children(mmu, victim)
 
 
+cdef void pool_recycles(sc_mmu *mmu) noexcept nogil:
+    """What the policy is, and whether children go along, is settled."""
+    if mmu.policy.gone != NULL:
+        mmu.policy.recycle = _recycle_known
+    elif mmu.policy.children:
+        mmu.policy.recycle = _recycle_with_children
+
+
 cdef void pool_recycle(sc_mmu *mmu, u32 target) noexcept nogil:
     """Zap the pages that the policy names until `target` are free, or only roots in use are left (patch 17).
 
     A root in use is passed over (quirk: emptied first)."""
     cdef u32 budget = mmu.n_active
     cdef u32 victim
-    if mmu.policy.gone != NULL:
-        _recycle_known(mmu, target)
-        return
-    if mmu.policy.children:
-        _recycle_with_children(mmu, target)
+    if mmu.policy.recycle != NULL:
+        mmu.policy.recycle(mmu, target)
         return
     while mmu.n_free < target and budget:
         budget -= 1

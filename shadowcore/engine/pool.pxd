@@ -65,6 +65,7 @@ cdef void pool_zap(sc_mmu *mmu, u32 number) noexcept nogil
 cdef u32 pool_victim(sc_mmu *mmu, u32 *left) noexcept nogil
 cdef u32 pool_children(const sc_mmu *mmu, u32 page, u32 *child) noexcept nogil
 cdef void pool_recycle(sc_mmu *mmu, u32 target) noexcept nogil
+cdef void pool_recycles(sc_mmu *mmu) noexcept nogil
 cdef void pool_init(sc_mmu *mmu) noexcept nogil
 cdef bint pool_has(sc_mmu *mmu, u32 need) noexcept nogil
 cdef void pool_design(sc_mmu *mmu) noexcept nogil

@@ -197,6 +197,8 @@ cdef struct sc_policy:
     void (*used)(sc_mmu *mmu, u32 page) noexcept nogil
     # No page of this key is in use and one is about to be made, after room for it. May be NULL: made says so in time.
     void (*missed)(sc_mmu *mmu, u64 gfn, u32 role) noexcept nogil
+    # pool.pool_recycle, where it is more than to zap the oldest page. pool.pool_recycles sets it.
+    void (*recycle)(sc_mmu *mmu, u32 target) noexcept nogil
     # USE_WALK alone: the processor's walk for va, from the roots of v, came to its end. Else NULL.
     void (*walked)(sc_mmu *mmu, const sc_vcpu *v, u64 va) noexcept nogil
     sc_queues *queues               # its books, or NULL
