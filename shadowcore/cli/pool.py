@@ -42,6 +42,10 @@ def pool(
     WORKLOAD is a name (`shadowcore workloads` lists them), RECORDING a file of what a guest did; without either, the
     recording that comes with the package. Each size is a run of its own. The column `lru` comes of one run alone, by
     the distances at which shadow pages are used again: pages that a policy would miss which sees every use.
+
+    \b
+    Example:
+      shadowcore pool demand --operations 20000
     """
     from ..report import terminal
     from ..studies.pools import pool_study
