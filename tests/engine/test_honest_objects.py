@@ -99,6 +99,7 @@ def test_plain_settings_are_kept_plain():
     assert [type(getattr(made, f.name)) for f in fields(made) if f.name != "quirks"] == [
         *(str, bool, int, int, int, int, bool),
         *(str, bool, int, int, str),
+        *(str, tuple, bool, int),
     ]
     copy = taken(sc.Shadow, made, "mmu")
     assert copy == made
