@@ -14,8 +14,8 @@ from shadowcore.engine.tlb cimport (
     TLB_FETCH, TLB_LOAD, TLB_STORE, cache_lookup, cache_walked, sc_tlb_entry, tlb_lookup, tlb_take, tlb_walked,
 )
 from shadowcore.engine.types cimport (
-    MODE_32, MODE_OFF, PF_I, PF_P, PF_W, RC_EMULATE, RC_EXHAUSTED, RC_LIVELOCK, RC_MMIO, RC_OK, RC_PF, RC_RETRY, SC_NONE,
-    u16, u32, u64,
+    MODE_32, MODE_OFF, PF_I, PF_P, PF_W, RC_EMULATE, RC_EXHAUSTED, RC_LIVELOCK, RC_MMIO, RC_OK, RC_PF, RC_RETRY,
+    SC_NONE, u16, u32, u64,
 )
 from shadowcore.engine.walker cimport guest_walk, nested_walk, probe_walk, rights_fault, sc_walk, shadow_walk
 
