@@ -50,11 +50,22 @@ def document(study: Any, windows: int = WINDOWS, heat: Mapping[str, Any] | None 
         "command": str(study.command),
         "settings": {str(name): _plain(value) for name, value in dict(study.settings).items()},
         "designs": designs,
+        "verdict": str(getattr(study, "verdict", "")),
+        "phases": _phases(study),
         "frames": frames,
         "processes": processes,
         # What `shadowcore compare --json` prints.
         "compare": _plain(study.as_dict()) if hasattr(study, "as_dict") else None,
     }
+
+
+def _phases(study: Any) -> dict[str, int]:
+    """Where boot ends and marked phases begin, in operations counted."""
+    found = getattr(getattr(study, "recording", None), "phases", {})
+    begin = int(dict(study.settings).get("start", 0)) + int(getattr(study, "warm_up", 0))
+    end = max((int(result.operations) for result in study.designs.values()), default=0)
+    named = {"boot ends" if name == "boot" else str(name): int(at) - begin for name, at in found.items()}
+    return {name: at for name, at in named.items() if 0 < at < end}
 
 
 def components(cost: Any) -> Mapping[str, float]:
@@ -120,15 +131,19 @@ def edges(operation: NDArray[Any]) -> NDArray[np.float64]:
 
 
 def merged(windows: Mapping[str, Any], limit: int) -> dict[str, NDArray[Any]]:
-    """Windows, neighbours put together until there are no more than `limit`: counters add up."""
+    """Windows, neighbours put together until there are no more than `limit`: counters add up. The last one is at least
+    half as long as the others."""
     arrays = {str(name): np.asarray(values) for name, values in windows.items()}
     operation = arrays.get("operation")
     if operation is None or not len(operation):
         return {}
     step = -(-len(operation) // limit)
-    if step == 1:
-        return arrays
     begins = np.arange(0, len(operation), step)
+    whole = np.diff(edges(operation))
+    if len(begins) > 2 and whole[begins[-1] :].sum() < whole[: begins[1]].sum() / 2:
+        begins = begins[:-1]  # a remnant, whose rates say more of chance than of the guest, joins its neighbour
+    if len(begins) == len(operation):
+        return arrays
     ends = np.append(begins[1:], len(operation)) - 1
     lengths = np.diff(edges(operation))
     made = {}

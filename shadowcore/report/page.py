@@ -9,6 +9,7 @@ import html
 import json
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import fields
 from importlib.resources import files
 from typing import Any
 
@@ -20,9 +21,11 @@ from ..engine.costs import left_out
 from ..engine.reported import UNSYNC
 from ..errors import ConfigError
 from ..files import replace
+from ..guest.options import KernelOptions
 from ..recording.format import INCOMPLETE
 from ..recording.guest import Recording, RecordingFile
 from ..studies.heat import heat, of_workload
+from ..workload import find
 from . import plots
 from .document import EXITS, WINDOWS, document, edges
 
@@ -49,16 +52,16 @@ _COUNTERS = (
     ("tlb_misses", "TLB misses", "part"),
 )
 _RATES = {
-    "tlb": ("TLB hits", "share of lookups", "Of 100 translations, those that the modelled TLB had."),
+    "tlb": ("TLB hits", "share of lookups", "Of all translations, the share that the modelled TLB had."),
     "hits": (
         "Accesses without an exit",
         "share of accesses",
-        "Of 100 accesses, those that the processor completed by itself.",
+        "Of all accesses, the share that the processor completed by itself.",
     ),
     "found": (
         "Shadow pages found rather than made",
         "share of lookups",
-        "Of 100 lookups of a shadow page, those that found one in the pool: what caching shadow tables is about.",
+        "Of all lookups of a shadow page, the share that found one in the pool: what caching shadow tables is about.",
     ),
     "refaults": (
         "Refaults at most",
@@ -78,7 +81,7 @@ def write(study: Any, path: str | os.PathLike[str], heat: Mapping[str, Any] | No
     """
     plots.check()
     if heat is None and not getattr(study, "frames", None):
-        heat = _of_recording(study)
+        heat = _of_recording(study) or _of_workload(study)
     limit = max(20, min(WINDOWS, 4800 // max(len(study.designs), 1)))
     while True:
         plain = document(study, limit, heat)
@@ -107,6 +110,23 @@ def _of_recording(study: Any) -> Mapping[str, Any] | None:
     return heat(recording, designs, start=start, stop=stop, warm_up=int(getattr(study, "warm_up", 0)))
 
 
+_MACHINE = ("vcpus", "host_page_size", "backing", "outer_backing", "warm_up", "levels", "host_levels")
+"""Settings of a machine that maps of heat do not know."""
+
+
+def _of_workload(study: Any) -> Mapping[str, Any] | None:
+    """The same of a workload, which is run once more for it; none of a machine that `of_workload` does not make."""
+    settings = dict(study.settings)
+    if getattr(study, "kind", None) != "workload" or not study.complete or any(settings.get(k) for k in _MACHINE):
+        return None
+    known = {name: settings.pop(name) for name in ("operations", "seed", "memory") if name in settings}
+    names = {field.name for field in fields(KernelOptions)} & set(settings)
+    options = KernelOptions(**{name: settings[name] for name in names}) if names else None
+    own = {name: settings[name] for name in find(study.workload).parameters if name in settings}
+    designs = [getattr(result, "design", name) for name, result in study.designs.items()]
+    return of_workload(study.workload, designs, options=options, **known, **own)
+
+
 def _embedded(plain: dict[str, Any]) -> str:
     embedded = json.dumps(plain, allow_nan=False, separators=(",", ":"))
     for character in "<>&\u2028\u2029":  # none of these can end the element, or the string
@@ -117,7 +137,18 @@ def _embedded(plain: dict[str, Any]) -> str:
 def _page(plain: dict[str, Any], embedded: str) -> str:
     asset = files(__package__) / "data"
     title = html.escape(f"{plain['workload']}: shadow paging under {len(plain['designs'])} designs")
-    sections = (_summary, _exits, _pages_in_use, _rates_section, _costs, _processes, _frames, _settings)
+    sections = (
+        _verdict,
+        _summary,
+        _exits,
+        _pages_in_use,
+        _rates_section,
+        _costs,
+        _prices,
+        _processes,
+        _frames,
+        _settings,
+    )
     body = "\n".join(filter(None, (section(plain) for section in sections)))
     policy = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data:"
     return f"""<!DOCTYPE html>
@@ -214,6 +245,10 @@ def _windowed(plain: dict[str, Any]) -> dict[str, Any]:
     return {name: result for name, result in plain["designs"].items() if result["windows"]}
 
 
+def _verdict(plain: dict[str, Any]) -> str:
+    return f'<p class="verdict">{html.escape(plain["verdict"])}</p>' if plain["verdict"] else ""
+
+
 def _summary(plain: dict[str, Any]) -> str:
     designs = plain["designs"]
     rows = []
@@ -227,11 +262,23 @@ def _summary(plain: dict[str, Any]) -> str:
         if any(each is not None for each in values):
             rows.append((label, kind, [number(each, digits) for each in values]))
 
+    own = ((plain["compare"] or {}).get("designs") or {}).items()
+    for part in ("boot", "workload"):
+        phases = [each.get(part) or {} for _, each in own]
+        if any(phases):
+            place = next(n for n, (label, _, _) in enumerate(rows) if label == "VM exits, all") + 1
+            of = [number(phase.get("exits_total")) for phase in phases]
+            rate = [number(phase.get("exits_per_million"), 2) for phase in phases]
+            place += 2 * (part == "workload")
+            rows[place:place] = [
+                (f"in the {part}", "part", of),
+                (f"in the {part}, per million instructions", "part", rate),
+            ]
     row("shadow pages in use, mean", lambda result: result["pages_mean"], 1)
     row("shadow pages in use, most", lambda result: result["pages_max"])
-    row("cycles", lambda result: (result["cost"] or {}).get("total"), kind="strong")
-    row("slow-down against native", lambda result: (result["cost"] or {}).get("slow_down"), 3, "strong")
-    row("microseconds", lambda result: (result["cost"] or {}).get("microseconds"), 1)
+    row("cycles, estimated", lambda result: (result["cost"] or {}).get("total"), kind="strong")
+    row("slow-down against native, estimated", lambda result: (result["cost"] or {}).get("slow_down"), 3, "strong")
+    row("microseconds, estimated", lambda result: (result["cost"] or {}).get("microseconds"), 1)
     row("seconds that the engine took", lambda result: result["seconds"], 3)
     notes = "".join(f'<p class="note">{html.escape(note)}</p>' for note in plain["notes"] if note != f"{INCOMPLETE}.")
     return f"<h2>Summary</h2>\n{_table('summary', ['', *designs], rows)}{notes}"
@@ -261,9 +308,10 @@ def _exits(plain: dict[str, Any]) -> str:
         for name in busy:
             operation = np.array(designs[name]["windows"]["operation"])
             series = [[EXITS[r], ["designs", name, "windows", f"exits_{r}"]] for r in reversed(shown)]
-            values = {"operation": ["designs", name, "windows", "operation"], "series": series}
+            values = {"operation": ["designs", name, "windows", "operation"], "series": series, "per": 1000}
             key = f"exits{suffix}-{places[name]}"
             plot = plots.stacked(key, operation, scaled[name], f"for 1,000 {unit}", cut, unit)
+            plot.mark(plain["phases"])
             total = number(designs[name]["counters"].get("exits_total"))
             label = f"VM exits by kind over time, {name}: {total} in all; the table below has the numbers"
             made.append(_figure(plot, name, label, values))
@@ -311,6 +359,7 @@ def _lines(
     if not values:
         return ""
     plot = plots.lines(name, series, y, top, plain["unit"])
+    plot.mark(plain["phases"])
     operation = ["designs", values[0][0], "windows", "operation"]
     label = f"{caption}, over time, under {_listed([each for each, _ in values])}"
     return _figure(plot, caption, label, {"operation": operation, "series": values})
@@ -373,22 +422,48 @@ def _costs(plain: dict[str, Any]) -> str:
     if rest:
         drawn["soft"] = np.array([sum(cost["cycles"].get(part, 0) for part in rest) for cost in costs.values()])
         legend.append(("soft", "others: " + ", ".join(part.replace("_", " ") for part in rest)))
-    label = "Cycles by component: " + "; ".join(f"{name} {number(cost['total'])}" for name, cost in costs.items())
-    picture = _figure(plots.bars("cost", list(costs), drawn, "cycles"), "Cycles by component", label, None)
+    label = "Cycles, estimated, by component: " + "; ".join(
+        f"{name} {number(cost['total'])}" for name, cost in costs.items()
+    )
+    picture = _figure(
+        plots.bars("cost", list(costs), drawn, "cycles, estimated"), "Cycles by component, estimated", label, None
+    )
     rows = [
         (part.replace("_", " "), "part", [number(cost["cycles"].get(part, 0)) for cost in costs.values()])
         for part in parts
     ]
+    listed = ((plain["compare"] or {}).get("costs") or {}).get("name")
+    prices = f", those of {html.escape(str(listed))}, which are listed below" if listed else ""
     note = left_out({name: cost["unpriced"] for name, cost in costs.items()})
     rows.append(("cycles, all", "strong", [number(cost["total"]) for cost in costs.values()]))
     return "\n".join(
         (
-            "<h2>Cost</h2>",
+            "<h2>Cost, estimated</h2>",
+            f"<p>Counts times prices{prices}. Nothing here was measured on a machine.</p>",
             _boxes(legend),
             f'<div class="plots wide">{picture}</div>',
-            _table("cost", ["cycles", *costs], rows),
+            _table("cost", ["cycles, estimated", *costs], rows),
             f'<p class="note">{html.escape(note)}</p>' if note else "",
         )
+    )
+
+
+def _prices(plain: dict[str, Any]) -> str:
+    """Each price with its source."""
+    costs = (plain["compare"] or {}).get("costs")
+    if not costs:
+        return ""
+    rows = []
+    for name, value in costs.items():
+        if name in ("name", "tlb", "levels", "sources"):
+            continue
+        shown = " ".join(f"{part:g}" for part in value) if isinstance(value, list) else f"{value:,g}"
+        source = html.escape(str(costs["sources"].get(name, "")))
+        rows.append(f'<tr><th scope="row">{html.escape(name)}</th><td>{shown}</td><td class="text">{source}</td></tr>')
+    return (
+        f"<details><summary>Prices: {html.escape(costs['name'])}, in cycles but for clock_ghz and shares</summary>"
+        '<div class="scroll"><table id="prices"><thead><tr><th scope="col">price</th><th scope="col">value</th>'
+        f'<th scope="col">source</th></tr></thead><tbody>{"".join(rows)}</tbody></table></div></details>'
     )
 
 
@@ -462,7 +537,7 @@ def _gfn_ticks(rows: int, per: int) -> tuple[list[float], list[str]]:
 def _settings(plain: dict[str, Any]) -> str:
     lines = []
     for name, value in _flat(plain["settings"]):
-        text = value if isinstance(value, str) else json.dumps(value)
+        text = value if isinstance(value, str) else "none" if value is None else json.dumps(value)
         lines.append(f'<tr><th scope="row">{html.escape(name)}</th><td class="text">{html.escape(text)}</td></tr>')
     table = (
         '<div class="scroll"><table id="settings"><thead><tr><th scope="col">setting</th>'

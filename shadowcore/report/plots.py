@@ -76,6 +76,22 @@ class Plot:
         self._colours[sentinel] = value
         return sentinel
 
+    def mark(self, marks: Mapping[str, float]) -> None:
+        """Dashed lines down, with their names beside them: where phases begin."""
+        for name, at in marks.items():
+            self.axes.axvline(at, color=_INK, linewidth=0.6, linestyle=(0, (2, 2)))
+            self.axes.annotate(
+                name,
+                (at, 1),
+                xycoords=("data", "axes fraction"),
+                xytext=(2, -1),
+                textcoords="offset points",
+                rotation=90,
+                verticalalignment="top",
+                fontsize=6.5,
+                color=_INK,
+            )
+
     def grid(self) -> None:
         self.axes.grid(axis="y", color=_FAINT, linewidth=0.5)
         self.axes.set_axisbelow(True)

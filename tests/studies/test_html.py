@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import studies
 from browsers import rendered
+from places import LINUX_FORK
 from samples import sampled
 
 import shadowcore as sc
@@ -289,6 +290,49 @@ def test_many_address_spaces_are_gathered(study):
     assert np.sum(shown["exits"]["cached"]) == 2 * counts.sum()
 
 
+def test_what_is_estimated_says_so_and_by_what(tmp_path):
+    made = sc.study("pingpong", ["native", "cached", "unsync"], operations=1_000, windows=500)
+    page.write(made, tmp_path / "out.html")
+    text = (tmp_path / "out.html").read_text("utf-8")
+    parsed = Parsed(text)
+    summary = by_row(parsed.tables["summary"])
+    estimated = {name for name in summary if name.startswith(("cycles", "slow-down", "microseconds"))}
+    assert len(estimated) == 3
+    assert all("estimated" in name for name in estimated)
+    assert "<h2>Cost, estimated</h2>" in text
+    assert made.verdict in html.unescape(text)
+    prices = {row[0]: row[1:] for row in parsed.tables["prices"][1:]}
+    priced = {name: value for name, value in made.costs.as_dict().items() if isinstance(value, float)}
+    assert {name: float(prices[name][0].replace(",", "")) for name in priced} == pytest.approx(priced, rel=1e-5)
+    assert all(prices[name][1] == made.costs.sources[name] for name in priced if name in made.costs.sources)
+
+
+def test_boot_and_phases_are_told_and_marked():
+    made = sc.study(LINUX_FORK, ["native", "cached"], windows=20_000)
+    plain = document.document(made)
+    text = page._summary(plain) + page._pages_in_use(plain)
+    boot = made.recording.phases["boot"]
+    assert plain["phases"]["boot ends"] == boot
+    summary = by_row(Parsed(text).tables["summary"])
+    design = made.designs["cached"]
+    assert summary["in the boot"][1] == design.details["boot"]["exits_total"]
+    assert summary["in the workload"][1] == design.details["workload"]["exits_total"]
+    assert text.count(">boot ends</text>") == 2  # in each picture over time
+    began = SimpleNamespace(**vars(made) | {"warm_up": boot})
+    assert "boot ends" not in document.document(began)["phases"]
+
+
+@pytest.mark.parametrize(("lengths", "expected"), [([10, 10, 10, 4], [10, 10, 14]), ([10, 10, 10, 6], [10, 10, 10, 6])])
+def test_no_window_is_a_remnant(lengths, expected):
+    windows = {"operation": np.cumsum(lengths), "exits_fill": np.array(lengths), "pages_max": np.array([1, 2, 3, 9])}
+    made = document.merged(windows, 320)
+    assert np.diff(made["operation"], prepend=0).tolist() == expected
+    assert made["exits_fill"].tolist() == expected
+    assert made["pages_max"][-1] == 9
+    long = {"operation": np.cumsum([10] * 41 + [3]), "exits_fill": np.ones(42)}
+    assert np.diff(document.merged(long, 20)["operation"], prepend=0).min() >= 15
+
+
 # In a browser.
 
 PROBE = """
@@ -301,8 +345,14 @@ PROBE = """
     const [left, right, top, bottom] = JSON.parse(plot.dataset.axes);
     const x = box.left + box.width * (left + 0.4 * (right - left));
     const y = box.top + box.height * (top + 0.6 * (bottom - top));
+    const finger = { clientX: x, clientY: y, bubbles: true, pointerType: "touch" };
+    plot.dispatchEvent(new PointerEvent("pointerdown", finger));
+    plot.focus();
+    const touched = plot.querySelector(".tip").textContent;
+    const below = getComputedStyle(plot.querySelector(".tip")).position;
     plot.dispatchEvent(new PointerEvent("pointermove", { clientX: x, clientY: y, bubbles: true }));
     shown.push({ values: JSON.parse(plot.dataset.values), tip: plot.querySelector(".tip").textContent,
+      touched, below,
       width: box.width, height: box.height });
   }
   const tables = {};
@@ -331,6 +381,8 @@ def test_in_chromium(tmp_path, study, text):
     for plot in seen["shown"]:
         assert plot["width"] > 200
         assert plot["height"] > 80
+        assert plot["touched"] == plot["tip"]  # a finger shows what is under it, beside the picture
+        assert plot["below"] == "static"
         head, *lines = plot["tip"].split("\n")
         first, last = (int(n.replace(",", "")) for n in re.fullmatch(r"operations ([\d,]+) to ([\d,]+)", head).groups())
 
@@ -352,4 +404,8 @@ def test_in_chromium(tmp_path, study, text):
             for line, (label, path) in zip(lines, plot["values"]["series"], strict=True):
                 name, _, value = line.rpartition(": ")
                 assert name == label
+                if per := plot["values"].get("per"):
+                    rate, value = re.fullmatch(rf"(.*) for {per:,}, (.*) in all", value).groups()
+                    expected = per * at(path)[column] / (last - first)
+                    assert float(rate.replace(",", "")) == pytest.approx(expected, abs=1e-4)
                 assert float(value.replace(",", "")) == pytest.approx(at(path)[column], abs=1e-4)

@@ -157,3 +157,19 @@ def test_heat_of_a_file_is_that_of_the_recording_in_memory(tmp_path):
     for part in ("frames", "processes"):
         assert (ours[part]["counts"] == theirs[part]["counts"]).all()
     assert (ours["processes"]["exits"]["cached"] == theirs["processes"]["exits"]["cached"]).all()
+
+
+def test_the_page_of_a_workload_has_maps_of_heat(tmp_path):
+    made = sc.study(
+        "shell", ["native", "cached"], operations=5_000, windows=500, settings={"mode": "pae", "children": 3}
+    )
+    page.write(made, tmp_path / "out.html")
+    shown = embedded(Parsed((tmp_path / "out.html").read_text("utf-8")))
+    expected = of_workload(
+        "shell", ["cached"], operations=5_000, children=3, options=sc.KernelOptions(mode="pae"), memory="64MiB"
+    )
+    assert np.array_equal(shown["frames"]["counts"], expected["frames"]["counts"])
+    assert np.array_equal(shown["processes"]["exits"]["cached"], expected["processes"]["exits"]["cached"])
+    several = sc.study("shell", ["native"], operations=2_000, windows=500, settings={"vcpus": 2})
+    page.write(several, tmp_path / "out.html")
+    assert embedded(Parsed((tmp_path / "out.html").read_text("utf-8")))["frames"] is None  # of one processor alone

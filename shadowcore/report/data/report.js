@@ -41,7 +41,9 @@
         for (const [label, path] of what.series) {
           const own = at(path.slice(0, -2).concat("windows", "operation"));
           const value = at(path)[own === ends ? chosen : column(own, (from + ends[chosen]) / 2)];
-          lines.push(`${label}: ${number(value)}`);
+          const length = ends[chosen] - from;
+          const rate = what.per ? `${number((what.per * value) / length)} for ${number(what.per)}, ` : "";
+          lines.push(rate ? `${label}: ${rate}${number(value)} in all` : `${label}: ${number(value)}`);
         }
       }
       tip.textContent = lines.join("\n");
@@ -57,7 +59,8 @@
     };
     const hide = () => { mark.hidden = tip.hidden = true; };
 
-    plot.addEventListener("pointermove", (event) => {
+    const point = (event) => {
+      plot.classList.toggle("touched", event.pointerType === "touch");
       const box = plot.querySelector("svg").getBoundingClientRect();
       const x = ((event.clientX - box.left) / box.width - left) / (right - left);
       const y = ((event.clientY - box.top) / box.height - top) / (bottom - top);
@@ -65,9 +68,11 @@
       chosen = column(ends, x * last);
       if (what.rows) row = Math.min(what.rows.length - 1, Math.floor(y * what.rows.length));
       show();
-    });
-    plot.addEventListener("pointerleave", hide);
-    plot.addEventListener("focus", show);
+    };
+    plot.addEventListener("pointermove", point);
+    plot.addEventListener("pointerdown", point); // a finger comes without moving before
+    plot.addEventListener("pointerleave", (event) => { if (event.pointerType !== "touch") hide(); });
+    plot.addEventListener("focus", () => { if (plot.matches(":focus-visible")) show(); });
     plot.addEventListener("blur", hide);
     plot.addEventListener("keydown", (event) => {
       const by = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1] }[event.key];
