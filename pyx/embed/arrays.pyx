@@ -1,21 +1,15 @@
-"""What an embedding simulator needs that is not there otherwise: batches of plain arrays, and events as they happen."""
+"""What an embedding simulator needs that is not there otherwise: batches of plain arrays."""
 import numpy as np
 
 from libc.string cimport memset
 
 from shadowcore.engine.batch cimport columns_check, run_columns, sc_columns
 from shadowcore.engine.held cimport Held
-from shadowcore.engine.hooks cimport EVENT_COUNT, HOOK_RAISED
-from shadowcore.engine.mmu cimport Mmu
-from shadowcore.engine.state cimport sc_mmu
-from shadowcore.engine.types cimport SC_NONE, i64, u8, u32, u64
+from shadowcore.engine.types cimport i64, u8, u64
 from shadowcore.engine.vcpu cimport VCpu
 
 from shadowcore.config import Op
 from shadowcore.errors import ConfigError
-
-EVENTS = ("exit", "zap", "protect", "flush")
-assert len(EVENTS) == EVENT_COUNT
 
 cdef dict _KINDS = {"r": Op.READ.value, "w": Op.WRITE.value, "x": Op.FETCH.value}
 cdef object _WORDS = np.dtype("<u8")
@@ -106,45 +100,3 @@ def access_many(VCpu cpu, gva, kind="r", *, size=8, user=None, value=None, data=
         raise ConfigError(f"element {bad}: a load, store or fetch ({Op.READ:d}, {Op.WRITE:d}, {Op.FETCH:d}) of 1, 2, 4"
                           " or 8 bytes is needed")
     return run_columns(cpu.mmu, cpu.c.number, &c, n, value is not None if data is None else data)
-
-
-cdef void _on_event(sc_mmu *mmu, u32 kind, u32 detail, u32 vcpu, u64 address) noexcept with gil:
-    cdef EventHook hook = <EventHook>mmu.event_context
-    cdef int busy = mmu.mem.busy
-    if hook.mmu.hook_error is not None:
-        return                      # one has raised, and its caller is not there yet
-    mmu.mem.busy = True             # the callback may not use its VM
-    try:
-        hook.function(EVENTS[kind], detail, None if vcpu == SC_NONE else vcpu, address)
-    except BaseException as error:
-        hook.mmu.hook_error = error
-        mmu.audit_found = HOOK_RAISED
-    finally:
-        mmu.mem.busy = busy
-
-
-cdef class EventHook:
-    """Calls function(kind, detail, vcpu, address) at events of `mmu`; kept by it until there is another, or None."""
-    cdef Mmu mmu
-    cdef object function
-
-    def __cinit__(self, Mmu mmu, function, kinds):
-        mmu.idle()
-        if not callable(function):
-            raise ConfigError(f"on_event: a callable or None is needed, not {function!r}")
-        for kind in kinds:
-            if kind not in EVENTS:
-                raise ConfigError(f"on_event: {kind!r} is not one of {', '.join(EVENTS)}")
-        self.mmu = mmu
-        self.function = function
-        mmu.event_hook = self
-        mmu.c.event_context = <void *>self
-        mmu.c.event = _on_event
-        mmu.c.events = sum(1 << EVENTS.index(kind) for kind in set(kinds))
-
-    @staticmethod
-    def remove(Mmu mmu) -> None:
-        """No more events."""
-        mmu.idle()
-        mmu.c.events = 0
-        mmu.event_hook = None

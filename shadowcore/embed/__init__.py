@@ -10,18 +10,17 @@ C and C++ code gets at the same VM by `handle`. See docs/embedding.md.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
 from .._capi.table import from_handle, get_include, handle, release, table_address
 from ..config import PAGE_SIZE, Design, parse_size
-from ..engine.counters import EXIT_REASONS
+from ..engine.events import EVENTS, Event
 from ..engine.machine import VM
 from ..engine.memory import allocate as _allocate
-from ..engine.mmu import FLUSHES
 from ..errors import ConfigError
-from .arrays import EVENTS, EventHook, access_many
+from .arrays import access_many
 
 if TYPE_CHECKING:
     from typing import Literal
@@ -47,20 +46,6 @@ __all__ = [
     "table_address",
     "translate",
 ]
-
-
-class Event(NamedTuple):
-    """Something the MMU did: `kind`, one of EVENTS.
-
-    exit: `detail` is the reason, `vcpu` took it, `address` is the linear address or the value of the register.
-    zap: the shadow page number `detail` goes, that of gfn `address`. protect: the shadow entry number `detail` lost
-    write access, its frame, gfn `address`, became a guest table. flush: TLBs have to be flushed, `detail` says why.
-    """
-
-    kind: str
-    detail: str | int
-    vcpu: int | None
-    address: int
 
 
 def allocate(size: int | str) -> NDArray[np.uint8]:
@@ -112,24 +97,5 @@ def translate(cpu: VCpu, gva: int, access: Literal["r", "w", "x"] = "r", user: b
 
 
 def on_event(vm: VM, callback: Callable[[Event], object] | None, kinds: Iterable[str] = EVENTS) -> None:
-    """Call `callback` with an Event whenever one of these `kinds` happens; None: no more. A VM has one callback.
-
-    It is called in the middle of what the engine does and may not use its VM (EngineError); others it may. What it
-    raises comes out of the call that was under way, after the operation is done; until then it is not called again.
-    Without a callback events cost nothing; with one, a call of it for each that happens.
-    """
-    if callback is None:
-        EventHook.remove(vm.mmu)
-        return
-    if not callable(callback):
-        raise ConfigError(f"on_event: a callable or None is needed, not {callback!r}")
-
-    def tell(kind: str, detail: int, vcpu: int | None, address: int) -> None:
-        named: str | int = detail
-        if kind == "exit":
-            named = EXIT_REASONS[detail]
-        elif kind == "flush":
-            named = FLUSHES[detail]
-        callback(Event(kind, named, vcpu, address))
-
-    EventHook(vm.mmu, tell, (kinds,) if isinstance(kinds, str) else tuple(kinds))
+    """As `vm.on_event(callback, kinds)`."""
+    vm.on_event(callback, kinds)

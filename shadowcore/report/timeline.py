@@ -1,7 +1,9 @@
 """A study as a timeline: the trace-event JSON that Perfetto (ui.perfetto.dev) and chrome://tracing open.
 
-Each design is a process with tracks of counters. The format counts time in microseconds; what stands there is the
-number of operations done, so that the designs lie one under the other, or the microseconds that the model says.
+Each design is a process with tracks of counters, slices for the phases that a recording marks and for the address
+spaces that its guest loads, and an instant for each window in which pages were zapped, recycled, or synced. The format
+counts time in microseconds; what stands there is the number of operations done, so that the designs lie one under the
+other, or the microseconds that the model says.
 """
 
 from __future__ import annotations
@@ -18,9 +20,11 @@ from .._version import __version__
 from ..engine.reported import UNSYNC
 from ..errors import ConfigError
 from ..files import replace
+from ..recording.kinds import LOAD_CR3
+from ..studies.heat import ROOT
 from ..studies.results import Swept
 from ..studies.settings import written
-from .document import edges
+from .document import EXITS, edges
 
 __all__ = [
     "events",
@@ -29,11 +33,29 @@ __all__ = [
 
 TIMES = ("operations", "microseconds")
 
+UNITS = {"operations": "1 us is one operation", "microseconds": "microseconds of the cost model"}
+
+_INSTANTS = {
+    "zap": "mmu_shadow_zapped",
+    "flood": "mmu_flooded",
+    "recycle": "mmu_recycled",
+    "sync": "synced",
+}
+"""Of a window: what happened in it, and the counter that says how often."""
+_SPACES = 20_000
+"""Slices of address spaces, at most: beyond, the shortest are left out."""
+_PHASES, _ADDRESS_SPACES, _EVENTS = 1, 2, 3
+"""Tracks of a process, beside those of counters."""
+
 _RATES = {
     "shadow pages zapped": "mmu_shadow_zapped",
     "entries read by walks": "walk_references",
     **{label: name for name, label in UNSYNC.items()},
 }
+
+
+_Spans = list[tuple[str, int, int]]
+"""Slices: name, first operation, end."""
 
 
 def write(study: Any, path: str | os.PathLike[str], time: str = "operations") -> None:
@@ -61,10 +83,15 @@ def events(study: Any, time: str = "operations") -> dict[str, Any]:
             labels = ", ".join(f"{name}={written(each)}" for name, each in study.labels(value).items())
             told += [(name, f"{name}, {labels} ({one.workload})", each) for name, each in one.designs.items()]
         study = study.points[0][1]
+    phases, spaces = _phases(study), _spaces(study) if len(told) == len(study.designs) else []
     for place, (name, title, result) in enumerate(told):
         pid = place + 1
-        named += _names(pid, place, title)
-        counted += _counters(pid, name, result, time)
+        named += _names(pid, place, title, UNITS[time])
+        counters = list(_counters(pid, name, result, time))
+        counted += counters
+        if counters:
+            counted += _instants(pid, name, result, time)
+            counted += _slices(pid, name, result, time, phases, spaces)
     if not counted:
         raise ConfigError("timeline: the study has no windows: counters every N operations are needed")
     counted.sort(key=lambda event: event["ts"])
@@ -80,14 +107,17 @@ def events(study: Any, time: str = "operations") -> dict[str, Any]:
             "recording_complete": bool(getattr(study, "recording_complete", True)),
             "command": str(study.command),
             "settings": json.dumps(study.settings, default=str),
-            "time": "operations: 1 us is one" if time == "operations" else "microseconds of the cost model",
+            "time": UNITS[time],
         },
     }
 
 
-def _names(pid: int, place: int, name: str) -> Iterator[dict[str, Any]]:
-    for kind, value in (("process_name", {"name": name}), ("process_sort_index", {"sort_index": place})):
+def _names(pid: int, place: int, name: str, unit: str) -> Iterator[dict[str, Any]]:
+    labels = {"process_name": {"name": name}, "process_sort_index": {"sort_index": place}}
+    for kind, value in (labels | {"process_labels": {"labels": unit}}).items():
         yield {"name": kind, "ph": "M", "pid": pid, "tid": 0, "args": value}
+    for track, title in ((_PHASES, "phases"), (_ADDRESS_SPACES, "address spaces"), (_EVENTS, "in the window")):
+        yield {"name": "thread_name", "ph": "M", "pid": pid, "tid": track, "args": {"name": title}}
 
 
 def _counters(pid: int, name: str, result: Any, time: str) -> Iterator[dict[str, Any]]:
@@ -98,9 +128,9 @@ def _counters(pid: int, name: str, result: Any, time: str) -> Iterator[dict[str,
     borders = _times(name, result, windows, time)
     tracks: dict[str, dict[str, NDArray[Any]]] = {
         "VM exits": {
-            key.removeprefix("exits_"): values
-            for key, values in windows.items()
-            if key.startswith("exits_") and key != "exits_total" and values.any()
+            label: windows[f"exits_{reason}"]
+            for reason, label in EXITS.items()
+            if f"exits_{reason}" in windows and windows[f"exits_{reason}"].any()
         },
         "shadow pages": {
             key.removeprefix("pages_"): windows[key] for key in ("pages_mean", "pages_max") if key in windows
@@ -113,6 +143,69 @@ def _counters(pid: int, name: str, result: Any, time: str) -> Iterator[dict[str,
         for i, begin in enumerate(borders[:-1]):
             yield _event(pid, track, begin, {key: values[i] for key, values in plain.items()})
         yield _event(pid, track, borders[-1], dict.fromkeys(plain, 0))
+
+
+def _instants(pid: int, name: str, result: Any, time: str) -> Iterator[dict[str, Any]]:
+    """One at the beginning of each window in which it happened, with how often."""
+    windows = {key: np.asarray(values) for key, values in result.windows.items()}
+    borders = _times(name, result, windows, time)
+    for label, key in _INSTANTS.items():
+        values = windows.get(key, np.zeros(0))
+        for i in np.flatnonzero(values):
+            at = {"name": label, "ph": "i", "s": "t", "pid": pid, "tid": _EVENTS, "ts": borders[i]}
+            yield at | {"args": {"in the window": int(values[i])}}
+
+
+def _slices(pid: int, name: str, result: Any, time: str, phases: _Spans, spaces: _Spans) -> Iterator[dict[str, Any]]:
+    windows = {key: np.asarray(values) for key, values in result.windows.items()}
+    operations, borders = edges(windows["operation"]), _times(name, result, windows, time)
+    for track, title, spans in ((_PHASES, "phases", phases), (_ADDRESS_SPACES, "address spaces", spaces)):
+        for label, begin, end in spans:
+            begins, ends = (float(each) for each in np.interp((begin, end), operations, borders))
+            if ends > begins:
+                at = {"name": label, "ph": "X", "pid": pid, "tid": track, "ts": round(begins, 4)}
+                yield at | {"dur": round(ends - begins, 4), "args": {"kind": title, "operation": begin}}
+
+
+def _phases(study: Any) -> _Spans:
+    """Boot and the phases that a recording marks: name, first operation counted, end."""
+    recording = getattr(study, "recording", None)
+    found = sorted(getattr(recording, "phases", {}).items(), key=lambda item: item[1])
+    begin, length = _counted(study)
+    names = ["boot" if "boot" in dict(found) else "", *("workload" if n == "boot" else n for n, _ in found)]
+    borders = [0, *(min(max(at - begin, 0), length) for _, at in found), length]
+    return [(n, a, b) for n, a, b in zip(names, borders, borders[1:], strict=False) if n and b > a]
+
+
+def _spaces(study: Any) -> _Spans:
+    """What a recorded guest's CR3 points to, while it does: its root, first operation counted, end. Of a guest with one
+    processor."""
+    recording = getattr(study, "recording", None)
+    if recording is None or recording.holdings.get("vcpus", 1) > 1:
+        return []
+    begin, length = _counted(study)
+    at, roots = [np.zeros(0, np.int64)], [np.zeros(0, np.uint64)]
+    for base, piece in recording.pieces():
+        here = np.flatnonzero(piece.kind == LOAD_CR3)
+        at.append(here + base)
+        roots.append(np.asarray(piece.addr)[here] & ROOT)
+    places, loaded = np.concatenate(at) - begin, np.concatenate(roots)
+    if not len(loaded):
+        return []
+    changed = np.flatnonzero(np.append(True, loaded[1:] != loaded[:-1]))
+    starts = np.clip(places[changed], 0, length)
+    ends = np.append(starts[1:], length)
+    lengths = ends - starts
+    kept = np.flatnonzero(lengths > 0)
+    if len(kept) > _SPACES:
+        kept = np.sort(kept[np.argsort(-lengths[kept], kind="stable")[:_SPACES]])
+    return [(f"root {int(loaded[changed[k]]):#x}", int(starts[k]), int(ends[k])) for k in kept]
+
+
+def _counted(study: Any) -> tuple[int, int]:
+    """The record at which counting begins, and how many operations are counted."""
+    begin = int(dict(study.settings).get("start", 0)) + int(getattr(study, "warm_up", 0))
+    return begin, max((int(result.operations) for result in study.designs.values()), default=0)
 
 
 def _event(pid: int, track: str, begin: float, values: dict[str, float]) -> dict[str, Any]:

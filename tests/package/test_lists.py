@@ -264,7 +264,7 @@ LISTS = {
     "event": (
         engine("EVENT_", "hooks.pxd"),
         {
-            "EVENTS": (everything, sequence("pyx/embed/arrays.pyx", "EVENTS")),
+            "EVENTS": (everything, sequence("pyx/engine/callbacks.pyx", "EVENTS")),
             "SC_EVENT_*": (everything, header("SC_EVENT_", "SC_EVENT_EXIT")),
         },
     ),
@@ -447,7 +447,7 @@ ADDED = {
     "event": [
         line(ENGINE + "hooks.pxd", r"    EVENT_<LAST> = ", "    EVENT_DUMMY = <N>"),
         counted(ENGINE + "hooks.pxd", "EVENT_COUNT"),
-        ("pyx/embed/arrays.pyx", r"(\nEVENTS = \(.*?)\)", r'\1, "dummy")'),
+        ("pyx/engine/callbacks.pyx", r"(\nEVENTS = \(.*?)\)", r'\1, "dummy")'),
         enumerator("EVENT_", "<N>"),
         counted(HEADER, "SC_EVENTS"),
     ],

@@ -1,14 +1,19 @@
 """The timeline of a study keeps the rules of the trace-event format, and has the study's numbers."""
 
+import itertools
 import json
 import math
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from places import LINUX_FORK
 
 import shadowcore as sc
+from shadowcore.recording import replay as trace
+from shadowcore.recording.kinds import LOAD_CR3
 from shadowcore.report import timeline
+from shadowcore.report.document import EXITS
 
 DESIGNS = ("native", "flush", "cached")
 
@@ -41,18 +46,22 @@ def check_format(trace):
                 assert set(event["args"]) == {"name"}
                 named[event["pid"]] = event["args"]["name"]
             else:
-                assert event["name"] == "process_sort_index"
-                assert type(event["args"]["sort_index"]) is int
+                kinds = {"process_sort_index": int, "process_labels": str, "thread_name": str}
+                (value,) = event["args"].values()
+                assert type(value) is kinds[event["name"]]
             continue
-        assert event["ph"] == "C"
-        assert set(event) == {"name", "ph", "pid", "tid", "ts", "args"}
+        more = {"C": set(), "X": {"dur"}, "i": {"s"}}[event["ph"]]
+        assert set(event) == {"name", "ph", "pid", "tid", "ts", "args"} | more
+        if event["ph"] == "X":
+            assert event["dur"] > 0
         assert isinstance(event["ts"], (int, float))
         assert event["ts"] >= 0
         assert event["ts"] >= last, "sorted by time"
         last = event["ts"]
         assert event["args"]
         assert all(
-            isinstance(key, str) and type(n) in (int, float) and math.isfinite(n) for key, n in event["args"].items()
+            isinstance(key, str) and (type(n) is str or (type(n) in (int, float) and math.isfinite(n)))
+            for key, n in event["args"].items()
         )
         pids.add(event["pid"])
     assert pids
@@ -79,7 +88,8 @@ def test_the_format_and_the_numbers(tmp_path, study, time):
         exits = tracks.get((label, "VM exits"), [])
         assert bool(exits) == (name != "native")
         for i, event in enumerate(exits[:-1]):
-            for reason, count in event["args"].items():
+            for kind, count in event["args"].items():
+                (reason,) = (reason for reason, known in EXITS.items() if known == kind)
                 assert count == windows[f"exits_{reason}"][i]
             assert sum(event["args"].values()) == windows["exits_total"][i]
         if exits:
@@ -129,3 +139,40 @@ def test_a_study_of_the_package(tmp_path):
     made = module.study("pingpong", DESIGNS, operations=200_000)
     tracks = check_format(written(made, tmp_path / "out.json"))
     assert tracks[f"cached ({made.workload})", "VM exits"]
+
+
+@pytest.fixture(scope="module")
+def guest():
+    return sc.study(LINUX_FORK, ["native", "cached"], windows=10_000)
+
+
+def test_slices_of_address_spaces_and_phases(tmp_path, guest):
+    trace_ = written(guest, tmp_path / "out.json")
+    check_format(trace_)
+    slices = [event for event in trace_["traceEvents"] if event["ph"] == "X" and event["pid"] == 2]
+    spaces = [event for event in slices if event["name"].startswith("root ")]
+    recording = trace.load(LINUX_FORK)
+    loads = np.flatnonzero(recording.kind == LOAD_CR3)
+    roots = recording.addr[loads] & np.uint64(0x000F_FFFF_FFFF_F000)
+    assert {event["name"] for event in spaces} == {f"root {int(root):#x}" for root in roots}
+    assert spaces[0]["ts"] == loads[0]
+    for event, after in itertools.pairwise(spaces):
+        assert event["ts"] + event["dur"] == after["ts"]  # one is loaded at any time
+        assert event["name"] != after["name"]
+        at = int(np.searchsorted(loads, event["ts"], side="right")) - 1
+        assert event["name"] == f"root {int(roots[at]):#x}"
+    assert spaces[-1]["ts"] + spaces[-1]["dur"] == guest.designs["cached"].operations
+    boot, *_ = (event for event in slices if event["name"] == "boot")
+    assert (boot["ts"], boot["dur"]) == (0, guest.recording.phases["boot"])
+
+
+def test_instants_are_what_windows_count(tmp_path, guest):
+    trace_ = written(guest, tmp_path / "out.json")
+    windows = guest.designs["cached"].windows
+    for name, counter in (("zap", "mmu_shadow_zapped"), ("flood", "mmu_flooded"), ("recycle", "mmu_recycled")):
+        told = [e for e in trace_["traceEvents"] if e["ph"] == "i" and e["name"] == name and e["pid"] == 2]
+        values = windows[counter]
+        assert [event["args"]["in the window"] for event in told] == values[values > 0].tolist()
+        begins = np.concatenate(([0], windows["operation"][:-1]))[values > 0]
+        assert [event["ts"] for event in told] == begins.tolist()
+    assert any(event["ph"] == "i" for event in trace_["traceEvents"])
