@@ -6,7 +6,7 @@ from shadowcore._capi.handles cimport (
 )
 from shadowcore._capi.header cimport (
     SC_AC, SC_CPL, SC_CR0, SC_CR2, SC_CR3, SC_CR4, SC_E_ARGUMENT, SC_E_NULL, SC_E_PYTHON, SC_EFER, SC_PKRU,
-    sc_audit_result, sc_counters, sc_event, sc_event_function, sc_vm,
+    sc_audit_result, sc_counters, sc_event, sc_event_function, sc_reference, sc_reference_function, sc_vm,
 )
 from shadowcore.engine.access cimport (
     OP_CR0, OP_CR3, OP_CR4, OP_EFER, OP_INVLPG, OP_INVPCID, OP_PKRU, sc_op, sc_result, vcpu_op,
@@ -14,9 +14,10 @@ from shadowcore.engine.access cimport (
 from shadowcore.engine.counters cimport sc_stats
 from shadowcore.engine.hooks cimport EVENT_COUNT
 from shadowcore.engine.invariants cimport audit_all, sc_audit
+from shadowcore.engine.mmu cimport mmu_listen
 from shadowcore.engine.prices cimport prices_are_sane, prices_cycles, prices_of, sc_prices
 from shadowcore.engine.registers cimport load_ac, load_init
-from shadowcore.engine.state cimport sc_mmu, sc_vcpu
+from shadowcore.engine.state cimport sc_mmu, sc_reference as engine_reference, sc_reference_hook, sc_vcpu
 from shadowcore.engine.types cimport RC_AUDIT, RC_OK, SC_NONE, u8, u32, u64
 
 from shadowcore.engine.costs import find as find_costs
@@ -249,6 +250,28 @@ cdef int api_on_event(sc_vm vm, u32 mask, sc_event_function function, void *cont
     p.mmu.event_context = p
     leave(p)
     return RC_OK
+
+
+assert sizeof(sc_reference) == sizeof(engine_reference)     # the same fields in the same order: tests have them read
+
+
+cdef int _listen_with_gil(sc_vm vm, sc_reference_function function, void *context) noexcept with gil:
+    cdef sc_place *p = enter(vm)
+    if p == NULL:
+        return refused(vm)
+    p.mmu.mem.busy = False          # as slots.pyx
+    try:
+        mmu_listen((<object>p.owner).mmu, <sc_reference_hook>function, context)
+        p.listens = function != NULL
+        return RC_OK
+    except BaseException as error:
+        return fail_python(error)
+    finally:
+        leave(p)
+
+
+cdef int api_on_references(sc_vm vm, sc_reference_function function, void *context) noexcept nogil:
+    return _listen_with_gil(vm, function, context) if with_python() == RC_OK else SC_E_PYTHON
 
 
 cdef int api_audit(sc_vm vm, sc_audit_result *result) noexcept nogil:

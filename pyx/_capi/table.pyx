@@ -11,8 +11,8 @@ from shadowcore._capi.handles cimport INDEX_BITS, MAX_VMS, api_last_error, handl
 from shadowcore._capi.header cimport SC_ABI_VERSION, SC_CAPSULE, sc_api, sc_vm
 from shadowcore._capi.lifecycle cimport api_save, api_vm_adopt, api_vm_create, api_vm_destroy, api_vm_load
 from shadowcore._capi.look cimport (
-    api_audit, api_counters, api_cycles, api_invlpg, api_invpcid, api_on_event, api_prices, api_register_load,
-    api_register_read, api_set_prices, api_vcpu_init,
+    api_audit, api_counters, api_cycles, api_invlpg, api_invpcid, api_on_event, api_on_references, api_prices,
+    api_register_load, api_register_read, api_set_prices, api_vcpu_init,
 )
 from shadowcore._capi.slots cimport (
     api_host_collapse, api_host_touch, api_host_unmap, api_slot_add, api_slot_move, api_slot_remove,
@@ -58,6 +58,7 @@ _api.host_touch = api_host_touch
 _api.host_collapse = api_host_collapse
 _api.invpcid = api_invpcid
 _api.vcpu_init = api_vcpu_init
+_api.on_references = api_on_references
 _C_API = PyCapsule_New(&_api, SC_CAPSULE, NULL)
 
 

@@ -18,6 +18,7 @@ from shadowcore.engine.invalidate cimport inject_fault, invalidate_pcid
 from shadowcore.engine.memory cimport (
     mem_frame, mem_gfn, mem_guest_frame, mem_is_device, mem_mark_dirty, mem_touch, sc_no_frame,
 )
+from shadowcore.engine.references cimport walk_ended
 from shadowcore.engine.registers cimport (
     ac_put, load_ac, load_cr0, load_cr3, load_cr4, load_efer, load_pkru, load_refused,
 )
@@ -104,6 +105,8 @@ cdef int _walk_only(sc_mmu *mmu, sc_vcpu *v, u64 va, u32 access, sc_walk *w) noe
         walk_updated(mmu, v, w)
     else:
         mmu.stats.walk_references += w.references
+        if mmu.walks != NULL and not mmu.nested:
+            walk_ended(mmu, v, va, access, w, False)
     if rc == RC_PF:
         v.cr2 = va
         mmu.stats.pf_guest += 1

@@ -61,7 +61,7 @@ cdef inline int _page_fault(sc_mmu *mmu, sc_vcpu *v, u32 access, const sc_walk *
     f.code = hw.error_code
     f.mode = v.guest.mode
     f.quirks = mmu.quirks
-    f.tlb = v.tlb != NULL
+    f.tlb = v.tlb != NULL or mmu.walks != NULL     # the repeated walk has to be seen
     f.logging = mmu.mem.logging
     f.special = mmu.mem.special
     f.changed = False

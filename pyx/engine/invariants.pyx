@@ -680,6 +680,33 @@ cdef bint _in_host_tables(const sc_mmu *mmu, u32 page, const sc_tlb_entry *e) no
     return False
 
 
+cdef bint _maps_host(const sc_mmu *mmu, u32 page, const sc_tlb_entry *e) noexcept nogil:
+    """The host's tables, from root `page`, still translate what an entry of a nested TLB does, to the same, and let
+    stores pass if it does."""
+    cdef int level = mmu.host_levels
+    cdef u64 gpa = e.page & ~<u64>1
+    cdef u64 value
+    while page < mmu.pool_pages and level > 0:
+        value = mmu.table[page * 512 + level_index(gpa, level)]
+        if not value & PTE_P:
+            return False
+        if level == 1 or value & PTE_PS:
+            return ((value & PTE_W or not e.dirty)
+                    and (value & pte_addr() & ~level_mask(level) | gpa & level_mask(level)) == e.gpa)
+        page = mem_pool_page(value)
+        level -= 1
+    return False
+
+
+cdef void _check_nested_tlb(sc_mmu *mmu, sc_audit *a, const sc_vcpu *v) noexcept nogil:
+    cdef const sc_tlb_entry *e
+    cdef u32 n
+    for n in range(v.tlb.nested.sets * v.tlb.nested.ways):
+        e = &v.tlb.nested.entry[n]
+        if e.page & 1 and e.mmu_epoch == mmu.flush_epoch and not _maps_host(mmu, v.roots[0], e):
+            audit_report(a, 8, S_TLB_SHADOW, SC_NONE, n, e.page >> 12)
+
+
 cdef void check_tlb(sc_mmu *mmu, sc_audit *a) noexcept nogil:
     """I8: no TLB entry grants more than the guest's tables did at some moment since the last flush that covers it: it
     was filled after that flush. Under a shadow MMU the shadow still leads where it leads: what is withdrawn there is
@@ -693,6 +720,8 @@ cdef void check_tlb(sc_mmu *mmu, sc_audit *a) noexcept nogil:
         t = mmu.vcpus[i].tlb
         if t == NULL:
             continue
+        if mmu.nested:
+            _check_nested_tlb(mmu, a, mmu.vcpus[i])
         for bank in range(t.banks):
             for n in range(t.bank[bank].sets * t.bank[bank].ways):
                 e = &t.bank[bank].entry[n]

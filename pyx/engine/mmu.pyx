@@ -53,7 +53,9 @@ from shadowcore.engine.role cimport (
     role_field, role_level,
 )
 from shadowcore.engine.roots cimport root_slots
-from shadowcore.engine.state cimport SLOT_ADDED, SLOT_MOVED, SLOT_REMOVED, memo_drop, sc_event, sc_mmu, sc_vcpu
+from shadowcore.engine.state cimport (
+    SLOT_ADDED, SLOT_MOVED, SLOT_REMOVED, memo_drop, sc_event, sc_mmu, sc_reference, sc_reference_hook, sc_vcpu,
+)
 from shadowcore.engine.types cimport (
     u16,
     MODE_64, RC_AUDIT, RC_EXHAUSTED, RC_HOOK, RC_LIVELOCK, RC_OK, RC_UNGRANTED, RC_UNHANDLED, SC_NONE, u8, u32, u64,
@@ -196,12 +198,28 @@ assert len(RECORDED) == RECORD_COUNT
 RECORD_DTYPE = np.dtype([("a", "<u8"), ("b", "<u8"), ("kind", "<u4"), ("c", "<u4")])
 assert RECORD_DTYPE.itemsize == sizeof(sc_event)
 
+REFERENCE_DTYPE = np.dtype([
+    ("hpa", "<u8"), ("gva", "<u8"), ("walk", "<u4"), ("vcpu", "u1"), ("level", "u1"), ("dimension", "u1"),
+    ("size", "u1"),
+])
+assert REFERENCE_DTYPE.itemsize == sizeof(sc_reference)
+DIMENSIONS = ("guest", "host", "shadow")
+
 PAGES_DTYPE = np.dtype([
     ("page", "<u4"), ("gfn", "<u8"), ("glevels", "u1"), ("level", "u1"), ("quadrant", "u1"), ("direct", "u1"),
     ("access", "u1"), ("nxe", "u1"), ("pse", "u1"), ("wp0", "u1"), ("global_", "u1"), ("pkey", "u1"),
     ("root_count", "<u4"), ("present", "<u2"), ("parents", "<u4"), ("age", "<u4"), ("unsync", "u1"), ("flood", "u1"),
     ("unsync_children", "<u4"),
 ])
+
+
+cdef int mmu_listen(object mmu, sc_reference_hook hook, void *context) except -1:
+    cdef Mmu listened = mmu
+    listened.idle()
+    listened.walk_log.hook = hook
+    listened.walk_log.context = context
+    listened._walks_settled()
+    return 0
 
 
 cdef class Mmu:
@@ -223,6 +241,7 @@ cdef class Mmu:
         self.c.mem = &memory.mem
         self.c.stats = &self.counters
         memset(&self.watch, 0, sizeof(self.watch))
+        memset(&self.walk_log, 0, sizeof(self.walk_log))
         self.c.free_head = self.c.young = self.c.old = SC_NONE
         self._arrays = []
         self._books = {}
@@ -629,7 +648,7 @@ cdef class Mmu:
     def is_fast(self) -> bool:
         """Accesses may take fast paths. Under `native` these ask neither the host below nor read-only slots, of which
         the guest's tables tell nothing."""
-        return not self._general and self.c.policy.walked == NULL and (
+        return not self._general and self.c.policy.walked == NULL and self.c.walks == NULL and (
             self.c.shadow or self.c.nested or not self.c.mem.special)
 
     def record(self, size) -> None:
@@ -656,6 +675,35 @@ cdef class Mmu:
         if count > self.ring.size:
             raise EngineError(f"{count} events happened, there was room for {self.ring.size}")
         return self._recorded[:count].copy()
+
+    def _walks_settled(self):
+        """Whether anybody is told of walks has changed. While somebody is, no fast path is open: those tell nobody."""
+        self.c.walks = &self.walk_log if self.walk_log.hook != NULL or self.walk_log.size else NULL
+        for cpu in self._vcpus:
+            cpu._take_fast_paths(self.is_fast())
+
+    def record_walks(self, size) -> None:
+        """See `VM.record_walks`."""
+        self.idle()
+        cdef u64 room = check_int("size", size, 0, 1 << 32)
+        array = np.zeros(room, dtype=REFERENCE_DTYPE) if room else None
+        self.walk_log.reference = <sc_reference *><size_t>array.ctypes.data if room else NULL
+        self.walk_log.size = room
+        self.walk_log.count = 0
+        self.walk_log.walks = 0
+        self._walked = array
+        self._walks_settled()
+
+    def walks(self):
+        """See `VM.walks`."""
+        self.idle()
+        if self._walked is None:
+            raise ConfigError("walks: none are recorded, see VM.record_walks")
+        cdef u64 count = self.walk_log.count
+        self.walk_log.count = 0
+        if count > self.walk_log.size:
+            raise EngineError(f"walks made {count} references, there was room for {self.walk_log.size}")
+        return self._walked[:count].copy()
 
     def fail_pages(self, after, count=1) -> None:
         """For tests: `after` more pages can be taken from the pool, then `count` attempts fail."""

@@ -8,14 +8,16 @@ from shadowcore.engine.hooks cimport POINT_POST_FAULT, POINT_PRE_FAULT, audit_po
 from shadowcore.engine.invalidate cimport deliver_fault, inject_fault
 from shadowcore.engine.memory cimport SC_POOL_HFN, mem_gfn, mem_is_device, mem_touch
 from shadowcore.engine.nested.tables cimport host_tables_of_walk
+from shadowcore.engine.references cimport walk_ended
 from shadowcore.engine.roots cimport root_slots
 from shadowcore.engine.state cimport sc_mmu, sc_vcpu, vcpu_pcid
 from shadowcore.engine.tlb cimport (
-    TLB_FETCH, TLB_LOAD, TLB_STORE, cache_lookup, cache_walked, sc_tlb_entry, tlb_lookup, tlb_take, tlb_walked,
+    TLB_FETCH, TLB_LOAD, TLB_STORE, sc_tlb_entry, tlb_flush_caches, tlb_flush_fault, tlb_lookup, tlb_take,
+    tlb_violated, tlb_walked,
 )
 from shadowcore.engine.types cimport (
     MODE_32, MODE_OFF, PF_I, PF_P, PF_W, RC_EMULATE, RC_EXHAUSTED, RC_LIVELOCK, RC_MMIO, RC_OK, RC_PF, RC_RETRY,
-    SC_NONE, u16, u32, u64,
+    SC_NONE, npf_table, u16, u32, u64,
 )
 from shadowcore.engine.walker cimport guest_walk, nested_walk, probe_walk, rights_fault, sc_walk, shadow_walk
 
@@ -38,18 +40,10 @@ cdef inline void _missed(sc_mmu *mmu, u32 kind) noexcept nogil:
     (&mmu.stats.tlb_load_misses)[kind >> 1] += 1
 
 
-cdef void _left_out(sc_mmu *mmu, sc_vcpu *v, u64 va, const sc_walk *w) noexcept nogil:
-    """Paging-structure caches spare a complete walk its upper entries, and learn those that it has read."""
-    cdef u16 pcid = vcpu_pcid(v)
-    cdef int width = 9 if w.pte_size == 8 else 10
-    cdef int first = w.top
-    cdef int found = cache_lookup(v.tlb, va, pcid, mmu.flush_epoch, w.top, width)
-    if found > w.level:
-        mmu.stats.walk_cache_hits += 1
-        mmu.stats.walk_cache_references += w.top - found + 1
-        mmu.stats.walk_references -= w.top - found + 1
-        first = found - 1
-    cache_walked(v.tlb, va, pcid, mmu.flush_epoch, first, w.level, width)
+cdef inline void _ended(sc_mmu *mmu, sc_vcpu *v, u64 va, u32 access, const sc_walk *w, bint complete) noexcept nogil:
+    """A walk has ended, while no fast path is open: caches may spare it entries, somebody may want to know of them."""
+    if mmu.walks != NULL or (complete and v.tlb != NULL and v.tlb.caching):
+        walk_ended(mmu, v, va, access, w, complete)
 
 
 cdef inline bint _tlb_hit(sc_mmu *mmu, sc_vcpu *v, u64 va, u32 access, sc_walk *w) noexcept nogil:
@@ -91,8 +85,6 @@ cdef inline void _tlb_fill(sc_mmu *mmu, sc_vcpu *v, u64 va, u32 access, const sc
     cdef u32 root = SC_NONE
     if mmu.shadow:
         root = v.roots[0 if root_slots(v) == 1 else <int>(va >> 30) & 3]
-    if v.tlb.caching:
-        _left_out(mmu, v, va, w)
     tlb_walked(v.tlb, va, w.gpa, shift, guest, vcpu_pcid(v), w.access, w.pkey, leaf & PTE_D != 0,
                leaf & PTE_G != 0 and v.cr4 & CR4_PGE != 0, mmu.flush_epoch, root, _kind(access))
 
@@ -120,6 +112,15 @@ cdef void _tlb_fill_nested(sc_mmu *mmu, sc_vcpu *v, u64 va, u32 access, const sc
                SC_NONE, _kind(access))
 
 
+cdef void _violated(sc_vcpu *v, u64 va, const sc_walk *w) noexcept nogil:
+    """The host's tables refused w.refused_gpa: what was cached of them for it goes and, if it is what `va` leads to,
+    what was cached for that (SDM vol. 3, 28.3.3.1)."""
+    tlb_violated(v.tlb, w.refused_gpa)
+    if not w.refused_code & npf_table():
+        tlb_flush_fault(v.tlb, va, vcpu_pcid(v), False)
+        tlb_flush_caches(v.tlb, va, vcpu_pcid(v), False)
+
+
 cdef int _resolve_nested(sc_mmu *mmu, sc_vcpu *v, u64 va, u32 access, sc_walk *w) noexcept nogil:
     """resolve, where the host's tables translate each address of the walk."""
     cdef int rc
@@ -128,6 +129,8 @@ cdef int _resolve_nested(sc_mmu *mmu, sc_vcpu *v, u64 va, u32 access, sc_walk *w
         design_enter(mmu, v)
         rc = nested_walk(mmu.mem, &v.guest, va, access, w)
         mmu.stats.walk_references += w.references
+        if v.memo == NULL:
+            _ended(mmu, v, va, access, w, rc == RC_OK)
         if rc == RC_OK:
             if v.tlb != NULL and v.guest.mode != MODE_OFF:
                 _tlb_fill_nested(mmu, v, va, access, w)
@@ -135,6 +138,8 @@ cdef int _resolve_nested(sc_mmu *mmu, sc_vcpu *v, u64 va, u32 access, sc_walk *w
         if rc == RC_PF:
             inject_fault(mmu, v, va, w.error_code)
             return RC_PF
+        if v.tlb != NULL:
+            _violated(v, va, w)
         audit_point(mmu, POINT_PRE_FAULT)
         rc = mmu.design.host_fault(mmu, v, va, access, w)
         audit_point(mmu, POINT_POST_FAULT)
@@ -165,6 +170,8 @@ cdef int resolve(sc_mmu *mmu, sc_vcpu *v, u64 va, u32 access, sc_walk *w) noexce
             return _resolve_nested(mmu, v, va, access, w)
         rc = guest_walk(mmu.mem, &v.guest, va, access, w)
         mmu.stats.walk_references += w.references
+        if v.memo == NULL:
+            _ended(mmu, v, va, access, w, rc == RC_OK and not mem_is_device(mmu.mem, w.gpa >> 12, access))
         if rc == RC_PF:
             inject_fault(mmu, v, va, w.error_code)
         elif mem_is_device(mmu.mem, w.gpa >> 12, access):
@@ -179,6 +186,8 @@ cdef int resolve(sc_mmu *mmu, sc_vcpu *v, u64 va, u32 access, sc_walk *w) noexce
         design_enter(mmu, v)
         rc = shadow_walk(mmu.mem, &v.hw, va, access, &hw)
         mmu.stats.walk_references += hw.references
+        if v.memo == NULL:
+            _ended(mmu, v, va, access, &hw, rc == RC_OK)
         if rc == RC_OK:
             w.gpa = (mem_gfn(mmu.mem, (hw.gpa >> 12) - mmu.mem.ram_hfn) << 12) | (va & 4095)
             if v.tlb != NULL:

@@ -6,8 +6,8 @@ a processor may do at any time, for it may forget what it has cached. So no stal
 `lost`, in the flush functions, is for tests alone: the flush becomes due and does not happen.
 """
 from shadowcore.engine.tlb cimport (
-    INVPCID_ADDRESS, INVPCID_ALL, INVPCID_CONTEXT, TLB_ANY_PCID, TLB_EVERY, TLB_NOT_GLOBAL, TLB_PAGES, sc_tlb,
-    sc_tlb_bank, sc_tlb_entry, tlb_valid,
+    INVPCID_ADDRESS, INVPCID_ALL, INVPCID_CONTEXT, TLB_ANY_PCID, TLB_CACHES, TLB_EVERY, TLB_NOT_GLOBAL, TLB_PAGES,
+    sc_tlb, sc_tlb_bank, sc_tlb_entry, tlb_valid,
 )
 from shadowcore.engine.types cimport SC_NONE, u16, u32, u64
 
@@ -204,7 +204,8 @@ cdef void tlb_fill(sc_tlb *t, u64 va, u64 gpa, int shift, int guest_shift, u16 p
     tlb_enter(t, va, gpa, shift, guest_shift, pcid, access, pkey, dirty, is_global, mmu_epoch, SC_NONE)
 
 
-# Paging-structure caches: their entries are never global, `shift` is that of what the table entry covers.
+# Paging-structure caches: their entries are never global, `shift` is that of what the table entry covers. Those of the
+# host's tables have no PCID, and the guest's flushes do not reach them: SDM vol. 3, 28.3 (guest-physical mappings).
 
 cdef inline int _covers(int level, int width) noexcept nogil:
     return 12 + width * (level - 1)
@@ -221,9 +222,9 @@ cdef sc_tlb_entry *_cached(sc_tlb *t, sc_tlb_bank *b, u64 va, int shift, u16 pci
     victim[0] = set_ + (_next_by_tree(set_, b.ways) if b.plru else 0)
     for way in range(b.ways):
         e = set_ + way
-        valid = (e.page & 1 and e.mmu_epoch == mmu_epoch and e.epoch == t.epoch
-                 and e.pcid_epoch == t.cache_epoch[e.pcid & 4095])
-        if valid and e.page == ((va >> shift) << shift | 1) and e.pcid == pcid:
+        valid = e.page & 1 and e.mmu_epoch == mmu_epoch and (
+            not b.kinds or (e.epoch == t.epoch and e.pcid_epoch == t.cache_epoch[e.pcid & 4095]))
+        if valid and e.page == ((va >> shift) << shift | 1) and e.shift == shift and e.pcid == pcid:
             return e
         if not valid and not empty:
             victim[0] = e
@@ -233,48 +234,102 @@ cdef sc_tlb_entry *_cached(sc_tlb *t, sc_tlb_bank *b, u64 va, int shift, u16 pci
     return NULL
 
 
-cdef int cache_lookup(sc_tlb *t, u64 va, u16 pcid, u64 mmu_epoch, int top, int width) noexcept nogil:
+cdef inline void _used(sc_tlb *t, sc_tlb_bank *b, sc_tlb_entry *e, u64 va, int shift) noexcept nogil:
+    cdef sc_tlb_entry *set_ = _set(b, va, shift)
+    _touch(set_, b.ways, <u32>(e - set_), b.plru, t.clock)
+
+
+cdef int _lowest(sc_tlb *t, sc_tlb_bank *cache, u64 va, u16 pcid, u64 mmu_epoch, int top, int width) noexcept nogil:
     cdef sc_tlb_entry *e
-    cdef sc_tlb_entry *set_
     cdef sc_tlb_entry *victim
-    cdef sc_tlb_bank *b
     cdef int level
     for level in range(2, top + 1):
-        b = &t.cache[level - 2]
-        if b.ways == 0:
+        if cache[level - 2].ways == 0:
             continue
-        e = _cached(t, b, va, _covers(level, width), pcid, mmu_epoch, &victim)
+        e = _cached(t, &cache[level - 2], va, _covers(level, width), pcid, mmu_epoch, &victim)
         if e != NULL:
             t.clock += 1
-            set_ = _set(b, va, _covers(level, width))
-            _touch(set_, b.ways, <u32>(e - set_), b.plru, t.clock)
+            _used(t, &cache[level - 2], e, va, _covers(level, width))
             return level
     return 0
 
 
-cdef void cache_walked(sc_tlb *t, u64 va, u16 pcid, u64 mmu_epoch, int first, int level, int width) noexcept nogil:
-    cdef sc_tlb_entry *e
-    cdef sc_tlb_entry *set_
+cdef sc_tlb_entry *_learn(sc_tlb *t, sc_tlb_bank *b, u64 va, int shift, u16 pcid, u64 mmu_epoch) noexcept nogil:
+    """The entry of a cache for what covers `va`, made now or anew."""
     cdef sc_tlb_entry *to
-    cdef sc_tlb_bank *b
-    cdef int shift
+    cdef sc_tlb_entry *e = _cached(t, b, va, shift, pcid, mmu_epoch, &to)
+    if e != NULL:
+        to = e
+    to.page = (va >> shift) << shift | 1
+    to.shift = shift
+    to.mmu_epoch = mmu_epoch
+    to.epoch = t.epoch
+    to.pcid = pcid
+    to.pcid_epoch = t.cache_epoch[pcid]
+    _used(t, b, to, va, shift)
+    return to
+
+
+cdef void _walked(sc_tlb *t, sc_tlb_bank *cache, u64 va, u16 pcid, u64 mmu_epoch, int first, int level,
+                  int width) noexcept nogil:
     t.clock += 1
     for level in range(level + 1, first + 1):
-        b = &t.cache[level - 2]
-        if b.ways == 0:
+        if cache[level - 2].ways:
+            _learn(t, &cache[level - 2], va, _covers(level, width), pcid, mmu_epoch)
+
+
+cdef int cache_lookup(sc_tlb *t, u64 va, u16 pcid, u64 mmu_epoch, int top, int width) noexcept nogil:
+    return _lowest(t, t.cache, va, pcid, mmu_epoch, top, width)
+
+
+cdef void cache_walked(sc_tlb *t, u64 va, u16 pcid, u64 mmu_epoch, int first, int level, int width) noexcept nogil:
+    _walked(t, t.cache, va, pcid, mmu_epoch, first, level, width)
+
+
+cdef int host_cache_lookup(sc_tlb *t, u64 gpa, u64 mmu_epoch, int top) noexcept nogil:
+    return _lowest(t, t.host, gpa, 0, mmu_epoch, top, 9)
+
+
+cdef void host_cache_walked(sc_tlb *t, u64 gpa, u64 mmu_epoch, int first, int level) noexcept nogil:
+    _walked(t, t.host, gpa, 0, mmu_epoch, first, level, 9)
+
+
+cdef bint nested_tlb_has(sc_tlb *t, u64 gpa, u64 mmu_epoch, bint store) noexcept nogil:
+    cdef sc_tlb_entry *e
+    cdef sc_tlb_entry *victim
+    cdef int shift
+    for shift in range(12, 31, 9):
+        if not t.nested.sizes >> _class(shift) & 1:
             continue
-        shift = _covers(level, width)
-        e = _cached(t, b, va, shift, pcid, mmu_epoch, &to)
-        if e != NULL:
-            to = e
-        to.page = (va >> shift) << shift | 1
-        to.shift = shift
-        to.mmu_epoch = mmu_epoch
-        to.epoch = t.epoch
-        to.pcid = pcid
-        to.pcid_epoch = t.cache_epoch[pcid]
-        set_ = _set(b, va, shift)
-        _touch(set_, b.ways, <u32>(to - set_), b.plru, t.clock)
+        e = _cached(t, &t.nested, gpa, shift, 0, mmu_epoch, &victim)
+        if e != NULL and (e.dirty or not store):
+            t.clock += 1
+            _used(t, &t.nested, e, gpa, shift)
+            return True
+    return False
+
+
+cdef void nested_tlb_filled(sc_tlb *t, u64 gpa, u64 hpa, int shift, bint dirty, u64 mmu_epoch, u32 root) noexcept nogil:
+    cdef sc_tlb_entry *e
+    if not t.nested.sizes >> _class(shift) & 1:
+        return
+    t.clock += 1
+    e = _learn(t, &t.nested, gpa, shift, 0, mmu_epoch)
+    e.gpa = (hpa >> shift) << shift
+    e.dirty = dirty
+    e.root = root
+
+
+cdef void tlb_violated(sc_tlb *t, u64 gpa) noexcept nogil:
+    """An exit at gpa, which the host's tables refuse: what was cached of them for it goes (SDM vol. 3, 28.3.3.1)."""
+    cdef sc_tlb_bank *b
+    cdef u64 i
+    cdef int level
+    for level in range(TLB_CACHES + 1):
+        b = &t.host[level] if level < TLB_CACHES else &t.nested
+        for i in range(<u64>b.sets * b.ways):
+            if (b.entry[i].page ^ gpa) >> (b.entry[i].shift & 63) == 0:
+                b.entry[i].page = 0
 
 
 # Flushes

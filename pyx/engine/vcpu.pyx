@@ -36,7 +36,7 @@ from shadowcore.engine.walker cimport probe_walk, sc_walk
 from shadowcore._version import __version__
 from shadowcore.config import FEATURES as _FEATURES, Features, check_bool, check_int, check_ints, taken
 from shadowcore.engine.memory import allocate, window
-from shadowcore.engine.tlbs import caches as tlb_caches, check_tlb, rows as tlb_rows
+from shadowcore.engine.tlbs import caches as tlb_caches, check_tlb, host as tlb_host, rows as tlb_rows
 from shadowcore.errors import ConfigError, GeneralProtection, MMIOAccess, PageFault, UndefinedInstruction
 
 TLB_DTYPE = np.dtype([
@@ -151,7 +151,7 @@ def tlb_sizes(tlb) -> list:
     if tlb is None:
         return []
     header = sizeof(sc_tlb) - <size_t>&(<sc_tlb *>NULL).clock
-    every = [*tlb_rows(tlb), *[row for row in tlb_caches(tlb) if row is not None]]
+    every = [*tlb_rows(tlb), *[row for row in (*tlb_caches(tlb), *tlb_host(tlb)) if row is not None]]
     return [header, *[max(1, row.entries) * sizeof(sc_tlb_entry) for row in every]]
 
 
@@ -332,6 +332,10 @@ cdef class VCpu:
         for i, row in enumerate(tlb_caches(tlb)):
             if row is not None:
                 self._make_bank(&t.cache[<int>i], row)
+                t.caching = True
+        for i, row in enumerate(tlb_host(tlb)):
+            if row is not None:
+                self._make_bank(&t.host[<int>i] if i < TLB_CACHES else &t.nested, row)
                 t.caching = True
 
     cdef _make_bank(self, sc_tlb_bank *b, row):

@@ -18,6 +18,7 @@ cdef struct sc_place:
     const sc_prices *prices         # what accesses cost; NULL: they do not say
     sc_event_function function      # told of events, or NULL
     void *context                   # and what it is given
+    bint listens                    # somebody was told of walks by this handle
 
 cdef sc_place places[MAX_VMS]
 

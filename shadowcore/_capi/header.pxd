@@ -101,6 +101,13 @@ cdef extern from "shadowcore.h" nogil:
 
     ctypedef void (*sc_event_function)(void *context, const sc_event *event) noexcept nogil
 
+    ctypedef struct sc_reference:
+        uint64_t hpa, gva
+        uint32_t walk
+        uint8_t vcpu, level, dimension, size
+
+    ctypedef void (*sc_reference_function)(void *context, const sc_reference *, uint32_t) noexcept nogil
+
     ctypedef struct sc_audit_result:
         uint32_t struct_size, violations
         uint64_t sptes
@@ -145,3 +152,4 @@ cdef extern from "shadowcore.h" nogil:
         int (*host_collapse)(sc_vm, uint64_t, uint64_t) noexcept nogil
         int (*invpcid)(sc_vm, uint32_t, uint64_t, const uint64_t *) noexcept nogil
         int (*vcpu_init)(sc_vm, uint32_t) noexcept nogil
+        int (*on_references)(sc_vm, sc_reference_function, void *) noexcept nogil

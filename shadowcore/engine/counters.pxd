@@ -83,7 +83,10 @@ cdef struct sc_stats:
     u64 tlb_store_misses            # ... stores
     u64 tlb_fetch_misses            # ... fetches
     u64 walk_cache_hits             # complete walks that began below the root, by a paging-structure cache
-    u64 walk_cache_references       # references that such walks left out
+    u64 walk_cache_references       # references that caches left out, of both dimensions
+    u64 nested_tlb_hits             # addresses that the nested TLB translated, of walks in two dimensions, ...
+    u64 nested_tlb_misses           # ... and that it did not
+    u64 host_cache_hits             # walks of the host's tables that began below their root, by a cache of these
 
 cdef class Stats:
     cdef sc_stats *c                # counters of a VM, or `own`

@@ -88,6 +88,9 @@ class Stats:
     tlb_fetch_misses: Final[int]
     walk_cache_hits: Final[int]
     walk_cache_references: Final[int]
+    nested_tlb_hits: Final[int]
+    nested_tlb_misses: Final[int]
+    host_cache_hits: Final[int]
 
     @property
     def exits(self) -> dict[str, int]: ...

@@ -3,7 +3,7 @@ from shadowcore.engine.counters cimport Stats, sc_stats
 from shadowcore.engine.memory cimport Memory
 from shadowcore.engine.policies.queues cimport sc_queues
 from shadowcore.engine.policies.recorder cimport sc_references
-from shadowcore.engine.state cimport sc_event_ring, sc_mmu, sc_vcpu
+from shadowcore.engine.state cimport sc_event_ring, sc_mmu, sc_reference_hook, sc_vcpu, sc_walk_log
 from shadowcore.engine.types cimport u32, u64
 from shadowcore.engine.walker cimport sc_walk
 from shadowcore.engine.watch cimport sc_watch
@@ -13,6 +13,8 @@ cdef void mmu_new_cr3(sc_mmu *mmu, sc_vcpu *v) noexcept nogil
 cdef void mmu_reset(sc_mmu *mmu, sc_vcpu *v) noexcept nogil
 cdef void mmu_invlpg(sc_mmu *mmu, sc_vcpu *v, u64 va) noexcept nogil
 cdef void mmu_protect_slot(sc_mmu *mmu, int slot) noexcept nogil
+# hook is told of the references of every walk, until there is another, or NULL. ConfigError: mmu is no Mmu.
+cdef int mmu_listen(object mmu, sc_reference_hook hook, void *context) except -1
 
 cdef class Mmu:
     cdef sc_mmu *c                  # its own; outside of the object, whose size other modules are compiled with
@@ -35,6 +37,8 @@ cdef class Mmu:
     cdef dict _books                # the arrays of books, by name
     cdef object _future             # what books.future points into, or None
     cdef sc_references references   # uses of pages, if they are recorded
+    cdef sc_walk_log walk_log       # behind c.walks
+    cdef object _walked             # what walk_log.reference points into, or None
 
     cdef int idle(self) except -1
     cdef int enter(self, bint unsettled=*) except -1

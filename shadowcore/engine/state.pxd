@@ -11,7 +11,7 @@ from shadowcore.engine.tlb cimport sc_tlb
 from shadowcore.engine.page cimport sc_frame, sc_link, sc_page
 from shadowcore.engine.policies.queues cimport sc_queues
 from shadowcore.engine.role cimport role_invalid
-from shadowcore.engine.types cimport MODE_64, MODE_LA57, u16, u32, u64
+from shadowcore.engine.types cimport MODE_64, MODE_LA57, u8, u16, u32, u64
 from shadowcore.engine.walker cimport sc_paging, sc_walk
 from shadowcore.engine.watch cimport sc_watch
 
@@ -71,7 +71,7 @@ cdef struct sc_vcpu:
     u32 device_rights               # ... and the rights there: ACC_W, ACC_U
     u64 device_generation           # ... and sc_mmu.generation
     sc_tlb *tlb                     # NULL: no TLB is modelled
-    sc_memo *memo                   # NULL: no fast path is open (a TLB is modelled, or Mmu.general)
+    sc_memo *memo                   # NULL: no fast path is open (a TLB is modelled, walks are told of, or Mmu.general)
 
 # Can the store of nbytes at gva, gpa be emulated? 1 yes, 0 no (an embedder's instruction emulator may not know it), -1
 # the callback failed and the access is to be given up.
@@ -88,6 +88,32 @@ cdef struct sc_event_ring:
     sc_event *event
     u64 size                        # room
     u64 count                       # events, of which those beyond `size` are lost
+
+# Of which tables an entry is that a walk reads, in the order of references.DIMENSIONS.
+cdef enum:
+    REFERENCE_GUEST = 0             # the guest's
+    REFERENCE_HOST = 1              # the host's, that translate the guest's addresses (nested)
+    REFERENCE_SHADOW = 2            # the shadow's
+
+# A reference to memory that a walk of a processor makes.
+cdef struct sc_reference:
+    u64 hpa                         # of the entry
+    u64 gva                         # linear address that is translated
+    u32 walk                        # number of the walk
+    u8 vcpu
+    u8 level                        # of the entry, in its tables
+    u8 dimension                    # REFERENCE_*
+    u8 size                         # bytes of the entry
+
+ctypedef void (*sc_reference_hook)(void *context, const sc_reference *reference, u32 n) noexcept nogil
+
+cdef struct sc_walk_log:
+    sc_reference *reference
+    u64 size                        # room
+    u64 count                       # references, of which those beyond `size` are lost
+    u32 walks                       # so far: the number of the next one
+    sc_reference_hook hook          # told of each walk, or NULL
+    void *context                   # for it
 
 cdef struct sc_mmu                  # for the callback
 ctypedef void (*sc_audit_hook)(sc_mmu *mmu, u32 point) noexcept nogil
@@ -282,6 +308,7 @@ cdef struct sc_mmu:
     sc_watch *watch                 # what takes long looks for signals; NULL: it does not
     sc_design design                # what the design does where little depends on its speed
     sc_policy policy                # which page is recycled
+    sc_walk_log *walks              # where references of walks are told; NULL: nowhere
 
 cdef inline void memo_drop(sc_mmu *mmu) noexcept nogil:
     """Something was withdrawn, or changed, that a translation may have been made of."""

@@ -1,5 +1,5 @@
 """A hardware TLB, one for each vcpu: banks of set-associative entries in one or two levels, tagged by PCID, with global
-entries; and caches of the entries above the leaves.
+entries; caches of the entries above the leaves; and, of nested paging, a TLB and caches of the host's tables.
 
 An entry is valid while three things have not moved since it was filled: the MMU's flush epoch (flushes that a shadow
 MMU asks for), the TLB's own epoch (loads that drop everything), and the epoch of its PCID (unless it is global). So a
@@ -52,15 +52,17 @@ cdef struct sc_tlb_bank:
     u32 sets
     u32 ways
     u32 sizes                       # of pages that it holds, a bit each
-    u32 kinds                       # TLB_*: what looks in it
+    u32 kinds                       # TLB_*: what looks in it; 0: it is of guest physical addresses
     u32 level                       # 1 or 2
     bint plru                       # replaced by a tree of bits, else the least recently used
 
 cdef struct sc_tlb:
     sc_tlb_bank bank[TLB_BANKS]     # those of the first level come first
     u32 banks                       # how many there are
-    bint caching                    # there are paging-structure caches:
+    bint caching                    # there are such caches, or a nested TLB:
     sc_tlb_bank cache[TLB_CACHES]   # of table entries at level 2, 3, 4, 5; ways 0: none
+    sc_tlb_bank host[TLB_CACHES]    # nested paging: the same of the host's tables
+    sc_tlb_bank nested              # ... and whole translations there: page is a gpa, gpa where it leads; ways 0: none
     u64 clock                       # counts fills, hits and flushes
     u64 epoch                       # a new one drops every entry
     u64 fragments                   # fills with a part of a larger page of the guest, ever
@@ -94,6 +96,13 @@ cdef void tlb_walked(sc_tlb *t, u64 va, u64 gpa, int shift, int guest_shift, u16
 cdef int cache_lookup(sc_tlb *t, u64 va, u16 pcid, u64 mmu_epoch, int top, int width) noexcept nogil
 # A complete walk has read the entries from `first` down to the leaf at `level`.
 cdef void cache_walked(sc_tlb *t, u64 va, u16 pcid, u64 mmu_epoch, int first, int level, int width) noexcept nogil
+# The same of the host's tables, by guest physical addresses.
+cdef int host_cache_lookup(sc_tlb *t, u64 gpa, u64 mmu_epoch, int top) noexcept nogil
+cdef void host_cache_walked(sc_tlb *t, u64 gpa, u64 mmu_epoch, int first, int level) noexcept nogil
+# The nested TLB translates gpa, for a store or another access; it learns the page of `shift` at gpa, that is at hpa.
+cdef bint nested_tlb_has(sc_tlb *t, u64 gpa, u64 mmu_epoch, bint store) noexcept nogil
+cdef void nested_tlb_filled(sc_tlb *t, u64 gpa, u64 hpa, int shift, bint dirty, u64 mmu_epoch, u32 root) noexcept nogil
+cdef void tlb_violated(sc_tlb *t, u64 gpa) noexcept nogil
 cdef void tlb_flush_all(sc_tlb *t, bint lost) noexcept nogil
 cdef void tlb_flush_pcid(sc_tlb *t, u16 pcid, bint lost) noexcept nogil
 cdef void tlb_flush_page(sc_tlb *t, u64 va, bint lost) noexcept nogil

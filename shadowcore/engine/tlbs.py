@@ -20,6 +20,8 @@ MOST_BANKS = 16
 MOST_WAYS = 64
 """Of a set that is replaced by a tree."""
 LOAD, STORE, FETCH = 1, 2, 4
+HOST = ("host_pd", "host_pdpt", "host_pml4", "host_pml5", "nested")
+"""Structures of guest physical addresses."""
 
 
 class Row(NamedTuple):
@@ -71,6 +73,13 @@ class ProcessorTLB:
     pml5, pml4, pdpt, pd: caches of entries of these levels that lead to tables (None: there is none). A walk begins
         below the lowest entry that one of them has. They count: what the tables say is read anew, as a processor may do
         at any time, so nothing that is stale is ever used. A walk that ends in a fault counts whole.
+    nested: of nested paging (design "nested"): a TLB of guest physical addresses, for the sizes of pages that the host
+        maps. Each address of a walk in two dimensions that it has takes no walk of the host's tables.
+    host_pml5, host_pml4, host_pdpt, host_pd: caches of entries of the host's tables that lead to tables. Under "nested"
+        pml5 to pd say where the guest's table below lies in the host's memory, so that what the host's tables say of
+        that is left out as well (SDM vol. 3, 28.3: combined and guest-physical mappings). The guest's flushes reach the
+        caches of both dimensions and the TLB, never those of the host's tables alone, which go where the hypervisor
+        flushes, and where a walk was refused.
     replacement: "lru", or "plru": a tree of bits, with ways that are a power of two up to 64.
     name: what reports call it.
     """
@@ -84,6 +93,11 @@ class ProcessorTLB:
     pml4: TLBBank | None = None
     pdpt: TLBBank | None = None
     pd: TLBBank | None = None
+    nested: TLBBank | None = None
+    host_pml5: TLBBank | None = None
+    host_pml4: TLBBank | None = None
+    host_pdpt: TLBBank | None = None
+    host_pd: TLBBank | None = None
     replacement: str = "lru"
     name: str = "own"
 
@@ -106,7 +120,7 @@ class ProcessorTLB:
                 found = [bank for bank in banks if size in bank.sizes]
                 if len(found) > 2:
                     raise ConfigError(f"tlb.{name}: {len(found)} banks hold pages of size {SIZES[i]}, 2 are the most")
-        for name in ("pml5", "pml4", "pdpt", "pd"):
+        for name in ("pd", "pdpt", "pml4", "pml5", *HOST):
             bank = getattr(self, name)
             if bank is not None:
                 object.__setattr__(self, name, taken(TLBBank, bank, f"tlb.{name}"))
@@ -140,6 +154,13 @@ class ProcessorTLB:
         found = (self.pd, self.pdpt, self.pml4, self.pml5)
         return tuple(None if bank is None else bank.row(LOAD | STORE | FETCH, 0, plru) for bank in found)
 
+    @property
+    def host(self) -> tuple[Row | None, ...]:
+        """Those of entries of the host's tables, of level 2, 3, 4 and 5, and the nested TLB."""
+        plru = self.replacement == "plru"
+        found = [getattr(self, name) for name in HOST]
+        return tuple(None if bank is None else bank.row(0, 0, plru) for bank in found)
+
     @classmethod
     def preset(cls, name: str) -> ProcessorTLB:
         """One of PRESETS, by its name; ConfigError, with the nearest, if there is none such.
@@ -156,7 +177,9 @@ class ProcessorTLB:
             both sizes; 8 of zen5 and the 512 or 2048 entries for fetches, 4 and 8 ways, are the manual's.
         Paging-structure caches of all of them are from memory: Intel's PDE 32 entries, PDPTE 4, PML4E 2 (RevAnC, 2017,
         and others; PML5E as PML4E); AMD keeps PDEs in the second level, here 64 of
-        their own, PDPTE and PML4E as Intel's.
+        their own, PDPTE and PML4E as Intel's. Of the host's tables there are as many as of the guest's, 32 PDEs
+        (constants of the artifact of DMT, ASPLOS 2024, for guest and host each); AMD's nested TLB of 16 entries is
+        that of its paper of 2008 (ASPLOS), from memory, and of today's unknown.
         That replacement is LRU is assumed of all.
         """
         if name in PRESETS:
@@ -171,7 +194,8 @@ def _presets() -> dict[str, ProcessorTLB]:
         return TLBBank(entries, ways, sizes or SIZES)
 
     intel: dict[str, Any] = {"pml5": bank(2), "pml4": bank(2), "pdpt": bank(4), "pd": bank(32, 4)}
-    amd: dict[str, Any] = intel | {"pd": bank(64, 4)}
+    intel |= {f"host_{name}": cache for name, cache in intel.items()}
+    amd: dict[str, Any] = intel | {"pd": bank(64, 4), "nested": bank(16)}
     halves = (bank(1024, 8, "4k", "2m"), bank(1024, 8, "4k", "1g"))
     large = (bank(32, 4, "2m"), bank(8, None, "1g"))
     found = {
@@ -245,6 +269,11 @@ def rows(tlb: TLB | ProcessorTLB) -> tuple[Row, ...]:
 def caches(tlb: TLB | ProcessorTLB) -> tuple[Row | None, ...]:
     """Paging-structure caches of level 2 to 5."""
     return tlb.caches if isinstance(tlb, ProcessorTLB) else (None,) * 4
+
+
+def host(tlb: TLB | ProcessorTLB) -> tuple[Row | None, ...]:
+    """Structures of guest physical addresses: see ProcessorTLB.host."""
+    return tlb.host if isinstance(tlb, ProcessorTLB) else (None,) * 5
 
 
 def saved(tlb: TLB | ProcessorTLB | None) -> dict[str, Any] | None:

@@ -372,6 +372,9 @@ typedef struct sc_counters {
     uint64_t tlb_fetch_misses;
     uint64_t walk_cache_hits;
     uint64_t walk_cache_references;
+    uint64_t nested_tlb_hits;
+    uint64_t nested_tlb_misses;
+    uint64_t host_cache_hits;
 } sc_counters;
 
 typedef struct sc_event {
@@ -386,6 +389,27 @@ typedef struct sc_event {
 /* Called in the middle of what the engine does, without the GIL. It must return (no longjmp, no C++ exception), and
  * may use every VM but its own. */
 typedef void (*sc_event_function)(void *context, const sc_event *event);
+
+/* Of which tables an entry is that a walk reads. */
+enum {
+    SC_DIMENSION_GUEST = 0,
+    SC_DIMENSION_HOST = 1,   /* those that translate the guest's addresses (nested) */
+    SC_DIMENSION_SHADOW = 2
+};
+
+/* A reference to memory that a walk of a processor makes. */
+typedef struct sc_reference {
+    uint64_t hpa;          /* of the entry */
+    uint64_t gva;          /* linear address that is translated */
+    uint32_t walk;         /* number of the walk */
+    uint8_t vcpu;
+    uint8_t level;         /* of the entry, in its tables: 1 to 5 */
+    uint8_t dimension;     /* SC_DIMENSION_* */
+    uint8_t size;          /* bytes of the entry: 4 or 8 */
+} sc_reference;
+
+/* Called once for each walk, with its references in their order, as sc_event_function is. */
+typedef void (*sc_reference_function)(void *context, const sc_reference *references, uint32_t count);
 
 typedef struct sc_audit_result {
     uint32_t struct_size;
@@ -516,6 +540,12 @@ typedef struct sc_api {
     int (*invpcid)(sc_vm vm, uint32_t vcpu, uint64_t type, const uint64_t descriptor[2]);
     /* The state that an INIT leaves in what this library has of a processor (SDM vol. 3, table 10-1). */
     int (*vcpu_init)(sc_vm vm, uint32_t vcpu);
+
+    /* The references to memory of every walk of a processor, as they are made: what the TLB and the caches of the
+     * processor leave out, if they are modelled, is not among them, nor are the walks of the hypervisor. While there is
+     * such a function all accesses take the engine's general path. function NULL: no more. One for a VM; takes the
+     * GIL. */
+    int (*on_references)(sc_vm vm, sc_reference_function function, void *context);
 } sc_api;
 
 /* 1 if the table has all that this header declares. */

@@ -60,9 +60,12 @@ def structure(name):
 
 
 STRUCTS = ("sc_memory_slot", "sc_config", "sc_access", "sc_outcome", "sc_accesses", "sc_counters", "sc_event")
-STRUCTS += ("sc_audit_result", "sc_prices", "sc_new_slot")
-MemorySlot, Config, Access, Outcome, Accesses, Counters, Event, AuditResult, Prices, NewSlot = map(structure, STRUCTS)
+STRUCTS += ("sc_audit_result", "sc_prices", "sc_new_slot", "sc_reference")
+MemorySlot, Config, Access, Outcome, Accesses, Counters, Event, AuditResult, Prices, NewSlot, Reference = map(
+    structure, STRUCTS
+)
 EVENT = ctypes.CFUNCTYPE(None, c_void_p, POINTER(Event))
+REFERENCES = ctypes.CFUNCTYPE(None, c_void_p, POINTER(Reference), c_uint32)
 PROTOTYPES = {
     "vm_create": (POINTER(Config), POINTER(c_uint64)),
     "vm_destroy": (c_uint64,),
@@ -93,6 +96,7 @@ PROTOTYPES = {
     "host_collapse": (c_uint64, c_uint64, c_uint64),
     "invpcid": (c_uint64, c_uint32, c_uint64, POINTER(c_uint64)),
     "vcpu_init": (c_uint64, c_uint32),
+    "on_references": (c_uint64, REFERENCES, c_void_p),
 }
 
 

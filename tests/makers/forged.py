@@ -168,6 +168,16 @@ def lagging(mode, vcpus=1, base=LINEAR):
     return vm
 
 
+PROCESSOR = sc.ProcessorTLB(
+    load=(sc.TLBBank(4, 2),),
+    fetch=(sc.TLBBank(2),),
+    second=(sc.TLBBank(8, 4),),
+    pd=sc.TLBBank(2),
+    nested=sc.TLBBank(4, 2),
+    host_pd=sc.TLBBank(2),
+    replacement="plru",
+)
+
 MACHINES = {
     "cached-64-tlb": lambda: machine("cached", "64", sc.TLB(8, 2, 4, 2, 2, 2), vcpus=2, logged=True),
     "cached-pae": lambda: machine("cached", "pae"),
@@ -179,6 +189,7 @@ MACHINES = {
     "unsync-pae-tlb": lambda: machine("unsync", "pae", sc.TLB(8, 2, 4, 2, 2, 2), vcpus=2, logged=True),
     "backed-cached-64": lambda: backed("cached", "64", logged=True),
     "backed-unsync-pae": lambda: backed("unsync", "pae", tlb=sc.TLB(8, 2, 4, 2, 2, 2)),
+    "nested-64-tlb": lambda: machine("nested", "64", PROCESSOR, vcpus=2),
     "native-64-tlb": lambda: machine("native", "64", sc.TLB(8, 2, 4, 2, 2, 2)),
 }
 

@@ -36,7 +36,7 @@ ENGINE = (
     "walker features page quirks role future",
     "policies.queues",
     "state",
-    "hooks record policies.recorder",
+    "hooks record policies.recorder references",
     "flushes design",
     "rmap",
     "spte marks",
@@ -189,9 +189,9 @@ def test_a_file_format_knows_no_machine(graph):
 
 
 ASKED = {
-    "shadow": {"access", "invariants", "mmu", "quick", "resolve", "state", "_capi", "unicorn"},
+    "shadow": {"access", "invariants", "mmu", "quick", "references", "resolve", "state", "_capi", "unicorn"},
     "by_table": {"fast", "leaf", "state"},
-    "nested": {"access", "gmode", "invariants", "mmu", "quick", "resolve", "state", "_capi"},
+    "nested": {"access", "gmode", "invariants", "mmu", "quick", "references", "resolve", "state", "_capi"},
 }
 """Where the three constants are read by which designs differ inline: modules of the engine, packages above it.
 docs/design.md says what for."""

@@ -192,7 +192,13 @@ def test_hits_of_each_level_are_the_models(name, replacement):
 def test_random_programs_with_each_preset(mode, design, number):
     """Every outcome is one that the architecture allows, and I8 holds; small ones replace more."""
     small = sc.ProcessorTLB(
-        load=(bank(2, 2),), store=(bank(1, 1),), second=(bank(4, 2), bank(2, 1, "4k")), pd=bank(2, 2), pml4=bank(1, 1)
+        load=(bank(2, 2),),
+        store=(bank(1, 1),),
+        second=(bank(4, 2), bank(2, 1, "4k")),
+        pd=bank(2, 2),
+        pml4=bank(1, 1),
+        nested=bank(4, 2),
+        host_pd=bank(2, 1),
     )
     kinds = [*PRESETS.values(), small, dataclasses.replace(small, replacement="plru")]
     for seed, _, program in seeded(9000, number):
