@@ -37,7 +37,13 @@ _COUNT = re.compile(r"([0-9](?:_?[0-9])*)(?:\.([0-9]{1,18}))?(?:[eE]\+?([0-9]{1,
 
 
 class Op(IntEnum):
-    """Codes of the `op` field of OP_DTYPE."""
+    """Codes of the `op` field of OP_DTYPE.
+
+    >>> ops = np.zeros(2, sc.OP_DTYPE)
+    >>> ops["op"] = sc.Op.READ, sc.Op.INVLPG
+    >>> sc.Op(int(ops["op"][1])).name
+    'INVLPG'
+    """
 
     READ = 0
     WRITE = 1
@@ -67,6 +73,11 @@ class Quirk(IntFlag):
     """Defects and costs of KVM's code, of January 2007 and of Linux 6.1, each to be switched on by itself.
 
     The names say what is done wrongly; the docstrings name the commit that mended it.
+
+    >>> sc.Shadow.kvm_2007().quirks == sc.Quirk.KVM_2007
+    True
+    >>> sc.Shadow.kvm_2007(quirks=sc.Quirk.NONE).quirks
+    <Quirk.NONE: 0>
     """
 
     NONE = 0
@@ -143,6 +154,12 @@ class Features:
     5.3.3; ignored by Intel's: SDM volume 3, table 4-15); a load of EFER has to leave LMA as it is (APM volume 2, 3.1.7;
     Intel's ignore what is written to it), and may set FFXSR and TCE; with TCE INVLPG leaves paging-structure caches of
     other addresses alone (APM volume 2, 3.1.7). What else is built here is the same for both.
+
+    >>> vm = sc.VM("16MiB", features=sc.Features(pcid=False))
+    >>> vm.vcpus[0].cr4 = 1 << 17  # CR4.PCIDE
+    Traceback (most recent call last):
+        ...
+    shadowcore.errors.GeneralProtection: #GP, error code 0x0
     """
 
     maxphyaddr: int = 46
@@ -187,6 +204,11 @@ class MemorySlot:
         and a first touch makes 2 MiB where nothing else is mapped in the aligned block of guest RAM. What a caller's
         array holds comes back at its first touch. None: as the VM says; of a slot that is added later, as its frames
         are.
+
+    >>> vm = sc.VM([sc.MemorySlot(0, "1MiB"), sc.MemorySlot(1 << 32, "1MiB", dirty_log=True)])
+    >>> vm.write_physical(1 << 32, b"7")
+    >>> vm.memory.dirty_log(1)[:2].tolist()
+    [True, False]
     """
 
     gpa: int
@@ -224,6 +246,10 @@ class TLB:
 
     entries, ways: for 4 KiB pages (`small`), 2 and 4 MiB pages (`large`), 1 GiB pages (`huge`); entries is a multiple
     of ways, the number of sets need not be a power of two; 0 entries: pages of that size are not kept.
+
+    >>> vm = sc.VM("16MiB", tlb=sc.TLB(small_entries=64, small_ways=4))
+    >>> vm.tlb.small_entries
+    64
     """
 
     small_entries: int = 64
@@ -257,6 +283,9 @@ class Native:
     """No virtualization: the processor walks the guest's own tables.
 
     quirks: NONE, or IGNORED_BITS_REFUSED; the others are of a shadow MMU.
+
+    >>> sc.VM("16MiB", sc.Native()).mmu.design.name
+    'native'
     """
 
     name: str = field(default="native", init=False)
@@ -306,6 +335,11 @@ class Shadow:
     recycle_children: with a page that is recycled go the pages below it to which nothing else leads. Otherwise they
         stay, to be found again (patch 15).
     policy_seed: of what is random in a policy.
+
+    >>> sc.Shadow.cached(flood_threshold=1).flood_threshold
+    1
+    >>> sc.VM("16MiB", sc.Shadow.unsync()).mmu.design.name
+    'unsync'
     """
 
     name: str = "cached"
@@ -438,6 +472,9 @@ class Nested:
     min_free, refill: of "direct": as Shadow's.
     quirks: NONE, or of these: ACCESSED_EARLY, a processor that sets accessed bits on the way down, as real ones may do;
         IGNORED_BITS_REFUSED.
+
+    >>> sc.VM("16MiB", sc.Nested(host_page_size="2MiB")).mmu.design.host_page_size
+    2097152
     """
 
     name: str = "nested"

@@ -14,6 +14,12 @@ class ShadowcoreError(Exception):
     """Base of everything that this package raises by itself.
 
     Errors survive pickle and copy with all their attributes, so that they arrive from another process as what they are.
+
+    >>> try:
+    ...     sc.VM("16MiB", "no such design")
+    ... except sc.ShadowcoreError as error:
+    ...     print(type(error).__name__)
+    ConfigError
     """
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -22,7 +28,13 @@ class ShadowcoreError(Exception):
 
 
 class ConfigError(ShadowcoreError, ValueError):
-    """A setting or an argument that cannot be: the message names the field and what is allowed."""
+    """A setting or an argument that cannot be: the message names the field and what is allowed.
+
+    >>> sc.VM(1000)
+    Traceback (most recent call last):
+        ...
+    shadowcore.errors.ConfigError: memory: 1000 is not 4096 or more
+    """
 
 
 class TraceError(ShadowcoreError, ValueError):
@@ -30,6 +42,12 @@ class TraceError(ShadowcoreError, ValueError):
 
     `file` is its name, `record` the number of the offending record (None: the file as a whole), `expected` what
     should have stood there. `unit`: what is counted; lines of text are counted from 1, all else from 0.
+
+    >>> try:
+    ...     sc.trace.load(sc.__file__)
+    ... except sc.TraceError as error:
+    ...     print("not a recording")
+    not a recording
     """
 
     def __init__(self, file: object, record: int | None, expected: str, unit: str = "record") -> None:
@@ -42,7 +60,14 @@ class TraceError(ShadowcoreError, ValueError):
 
 
 class SnapshotError(ShadowcoreError, ValueError):
-    """A saved VM that cannot be loaded: `file`, and what was `expected` of it. No half-loaded machine is left."""
+    """A saved VM that cannot be loaded: `file`, and what was `expected` of it. No half-loaded machine is left.
+
+    >>> try:
+    ...     sc.VM.load(sc.__file__)
+    ... except sc.SnapshotError as error:
+    ...     print("not a saved VM")
+    not a saved VM
+    """
 
     def __init__(self, file: object, expected: str) -> None:
         self.file = str(file)
@@ -54,6 +79,17 @@ class PoolExhausted(ShadowcoreError):
     """The shadow pool cannot hold what a vCPU needs at once: `needed` pages, of `had`, `roots` (gfns) pin the rest.
 
     Where the pool would have held it, the failure was injected (`vm.mmu.fail_pages`).
+
+    >>> vm = sc.VM("16MiB", sc.Shadow.cached(pool_pages=4, min_free=0), vcpus=2)
+    >>> for cpu, frames in zip(vm.vcpus, (range(256, 512), range(512, 768))):
+    ...     tables = sc.PageTables(vm.memory, mode="pae", allocate=frames)
+    ...     for gva in (0x400000, 0x40000000, 0x80000000, 0xC0000000):
+    ...         tables.map(gva, 0x200000, 0x1000, "rw")
+    ...     tables.activate(cpu)
+    ...     found = cpu.read(0x400000)
+    Traceback (most recent call last):
+        ...
+    shadowcore.errors.PoolExhausted: shadow pool exhausted: 6 pages needed, the pool has 4; pinned by roots ...
     """
 
     def __init__(self, needed: int, had: int, roots: tuple[int, ...]) -> None:
@@ -72,6 +108,9 @@ class AuditError(ShadowcoreError):
 
     From a batch it has `.result`, the operations done, the last of which is the one that was audited; from a
     replay or a run `.record`, the number of the record, or of operations done, and `.audits`, how many were made.
+
+    >>> issubclass(sc.AuditError, sc.ShadowcoreError)
+    True
     """
 
     def __init__(self, violations: tuple[object, ...], count: int | None = None, point: str | None = None) -> None:
@@ -87,21 +126,46 @@ class AuditError(ShadowcoreError):
 
 
 class EngineError(ShadowcoreError):
-    """The engine caught itself in a state that must not be (an access that never completes): a defect to report."""
+    """The engine caught itself in a state that must not be (an access that never completes): a defect to report.
+
+    >>> vm = sc.VM("16MiB")
+    >>> tables = sc.PageTables(vm.memory, mode="64", allocate=range(256, 512))
+    >>> tables.map(0x400000, 0x200000, 0x10000, "rw")
+    >>> cpu = vm.vcpus[0]
+    >>> tables.activate(cpu)
+    >>> vm.on_event(lambda event: vm.read_physical(0, 8))
+    >>> cpu.read(0x400000)
+    Traceback (most recent call last):
+        ...
+    shadowcore.errors.EngineError: this VM is in use, ...
+    """
 
 
 class GuestOutOfMemory(ShadowcoreError, MemoryError):
-    """The guest kernel has no frame, or no room in one of its tables, for what it was asked; it can go on."""
+    """The guest kernel has no frame, or no room in one of its tables, for what it was asked; it can go on.
+
+    >>> sc.Kernel(sc.VM("64KiB"))
+    Traceback (most recent call last):
+        ...
+    shadowcore.errors.GuestOutOfMemory: the guest's memory of 65536 bytes does not hold its kernel
+    """
 
 
 class GuestPanic(ShadowcoreError):
-    """The guest kernel cannot go on: its tables or registers are not what it made them."""
+    """The guest kernel cannot go on: its tables or registers are not what it made them.
+
+    >>> issubclass(sc.GuestPanic, sc.ShadowcoreError)
+    True
+    """
 
 
 class Interrupted(ShadowcoreError, KeyboardInterrupt):
     """Ctrl-C during a batch; `result` holds the operations that were completed.
 
     It is looked for at least every 0.1 seconds. What else the handler of a signal raises is given a `result` as well.
+
+    >>> issubclass(sc.Interrupted, KeyboardInterrupt)
+    True
     """
 
     def __init__(self, result: object) -> None:
@@ -110,11 +174,35 @@ class Interrupted(ShadowcoreError, KeyboardInterrupt):
 
 
 class GuestFault(ShadowcoreError):
-    """An access that ends in the guest, not here: #PF, #GP or a device."""
+    """An access that ends in the guest, not here: #PF, #GP or a device.
+
+    >>> vm = sc.VM("16MiB")
+    >>> tables = sc.PageTables(vm.memory, mode="64", allocate=range(256, 512))
+    >>> tables.map(0x400000, 0x200000, 0x10000, "rw")
+    >>> cpu = vm.vcpus[0]
+    >>> tables.activate(cpu)
+    >>> try:
+    ...     cpu.read(0x500000)
+    ... except sc.GuestFault as fault:
+    ...     print(type(fault).__name__)
+    PageFault
+    """
 
 
 class PageFault(GuestFault):
-    """Guest #PF: `address` is the linear address (CR2), `error_code` as in SDM vol. 3, 4.7."""
+    """Guest #PF: `address` is the linear address (CR2), `error_code` as in SDM vol. 3, 4.7.
+
+    >>> vm = sc.VM("16MiB")
+    >>> tables = sc.PageTables(vm.memory, mode="64", allocate=range(256, 512))
+    >>> tables.map(0x400000, 0x200000, 0x10000, "rw")
+    >>> cpu = vm.vcpus[0]
+    >>> tables.activate(cpu)
+    >>> try:
+    ...     cpu.write(0x500000, 1)
+    ... except sc.PageFault as fault:
+    ...     print(fault)
+    #PF at 0x500000, error code 0x2
+    """
 
     def __init__(self, address: int, error_code: int) -> None:
         self.address = address
@@ -123,7 +211,14 @@ class PageFault(GuestFault):
 
 
 class GeneralProtection(GuestFault):
-    """Guest #GP, with its error code."""
+    """Guest #GP, with its error code.
+
+    >>> cpu = sc.VM("16MiB").vcpus[0]
+    >>> cpu.cr4 = 1 << 40
+    Traceback (most recent call last):
+        ...
+    shadowcore.errors.GeneralProtection: #GP, error code 0x0
+    """
 
     def __init__(self, error_code: int = 0) -> None:
         self.error_code = error_code
@@ -131,7 +226,14 @@ class GeneralProtection(GuestFault):
 
 
 class UndefinedInstruction(GuestFault):
-    """Guest #UD: the processor has no such instruction."""
+    """Guest #UD: the processor has no such instruction.
+
+    >>> cpu = sc.VM("16MiB", features=sc.Features(invpcid=False)).vcpus[0]
+    >>> cpu.invpcid(2)
+    Traceback (most recent call last):
+        ...
+    shadowcore.errors.UndefinedInstruction: #UD
+    """
 
     def __init__(self) -> None:
         super().__init__("#UD")
@@ -142,6 +244,15 @@ class MMIOAccess(GuestFault):
 
     Nothing was loaded or stored. If the access crosses a page boundary, `gpa` is that of the first byte in no slot, and
     a half that lies in RAM is the embedder's as well, as an access of its own.
+
+    >>> vm = sc.VM("16MiB")
+    >>> tables = sc.PageTables(vm.memory, mode="64")
+    >>> tables.map(0x400000, 0x40000000, 4096, "rw")
+    >>> tables.activate(vm.vcpus[0])
+    >>> vm.vcpus[0].read(0x400000)
+    Traceback (most recent call last):
+        ...
+    shadowcore.errors.MMIOAccess: device access at gpa 0x40000000
     """
 
     def __init__(self, gpa: int) -> None:

@@ -116,6 +116,11 @@ class PageTables:
     accessed bit clear. PAE root entries have no rights and are created present; a processor caches them when
     CR3 is loaded, so load it again after the first mapping within another GiB.
     A call that raises has changed nothing in memory. Frames of tables that fall out of use are not reused.
+
+    >>> tables = sc.PageTables(sc.VM("16MiB").memory, mode="64", allocate=range(256, 512))
+    >>> tables.map(0x400000, 0x200000, 0x10000, "rw")
+    >>> [entry.level for entry in tables.walk(0x401000)]
+    [4, 3, 2, 1]
     """
 
     def __init__(

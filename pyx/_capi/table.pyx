@@ -63,7 +63,11 @@ _C_API = PyCapsule_New(&_api, SC_CAPSULE, NULL)
 
 
 def get_include() -> str:
-    """The directory that holds shadowcore.h, for a C or C++ compiler."""
+    """The directory that holds shadowcore.h, for a C or C++ compiler.
+
+    >>> sc.get_include().endswith("include")
+    True
+    """
     return os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "include")
 
 

@@ -26,7 +26,12 @@ assert len(POINTS) == POINT_COUNT
 
 @dataclass(frozen=True)
 class AuditReport:
-    """violations: the first 64 of `count`; sptes: present shadow entries looked at."""
+    """violations: the first 64 of `count`; sptes: present shadow entries looked at.
+
+    >>> report = sc.VM("16MiB").audit()
+    >>> report.ok, report.count, report.violations
+    (True, 0, ())
+    """
 
     violations: tuple
     count: int

@@ -39,6 +39,17 @@ cdef class Stats:
     Page-fault exits are the reasons "fill", "write", "emulate", "guest" and "mmio": pf_taken is their sum (design
     `unsync`: with pf_mmio_spte_hit, which KVM does not count among them). mmu_unsync, pages_4k, pages_2m and pages_1g
     are gauges: what there is now; in the stats of a run, at its end.
+
+    >>> vm = sc.VM("16MiB")
+    >>> tables = sc.PageTables(vm.memory, mode="64", allocate=range(256, 512))
+    >>> tables.map(0x400000, 0x200000, 0x10000, "rw")
+    >>> cpu = vm.vcpus[0]
+    >>> tables.activate(cpu)
+    >>> before = vm.stats.copy()
+    >>> cpu.write(0x401000, 7)
+    >>> made = vm.stats - before
+    >>> made.exits_fill, made["mmu_cache_miss"]
+    (1, 3)
     """
 
     def __cinit__(self, owner=None):

@@ -112,7 +112,11 @@ assert len(SENTENCES) == S_COUNT
 
 @dataclass(frozen=True)
 class Violation:
-    """`invariant` ("I1", ...) does not hold: `what`, at entry `index` of pool page `page` (None: the whole), `gfn`."""
+    """`invariant` ("I1", ...) does not hold: `what`, at entry `index` of pool page `page` (None: the whole), `gfn`.
+
+    >>> sc.Violation.__match_args__
+    ('invariant', 'what', 'page', 'index', 'gfn')
+    """
 
     invariant: str
     what: str

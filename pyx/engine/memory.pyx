@@ -131,6 +131,11 @@ cdef class Memory:
     host_page_size: of that one slot.
     backing: of the slots that do not say it for themselves, and of what is free.
     outer_backing: what an outer host has, where the host is a guest itself.
+
+    >>> memory = sc.VM("16MiB").memory
+    >>> memory.words[0x1000 // 8] = 7
+    >>> int(memory.bytes[0x1000])
+    7
     """
 
     def __cinit__(self, memory, slots=None, host_page_size=None, backing="warm", outer_backing="warm"):

@@ -223,7 +223,19 @@ cdef int mmu_listen(object mmu, sc_reference_hook hook, void *context) except -1
 
 
 cdef class Mmu:
-    """The MMU of a VM: `design`, `stats`, and the shadow structure as arrays."""
+    """The MMU of a VM: `design`, `stats`, and the shadow structure as arrays.
+
+    >>> vm = sc.VM("16MiB")
+    >>> tables = sc.PageTables(vm.memory, mode="64", allocate=range(256, 512))
+    >>> tables.map(0x400000, 0x200000, 0x10000, "rw")
+    >>> cpu = vm.vcpus[0]
+    >>> tables.activate(cpu)
+    >>> cpu.write(0x401000, 7)
+    >>> vm.mmu
+    Mmu(cached, 8 of 256 pages in use)
+    >>> vm.mmu.pages["level"].tolist()
+    [1, 2, 3, 4, 2, 2, 2, 2]
+    """
 
     def __cinit__(self, Memory memory, design, future=None, record_uses=False):
         cdef u64 buckets = 4

@@ -80,6 +80,18 @@ cdef class RunResult:
     exits: uint16: page-fault exits it took. emulated: uint8: stores that the emulator did.
     value_high: uint64, upper half of 16-byte values; None when no operation has that size.
     stats: the difference that the run made to the VM's counters.
+
+    >>> vm = sc.VM("16MiB")
+    >>> tables = sc.PageTables(vm.memory, mode="64", allocate=range(256, 512))
+    >>> tables.map(0x400000, 0x200000, 0x10000, "rw")
+    >>> cpu = vm.vcpus[0]
+    >>> tables.activate(cpu)
+    >>> ops = np.zeros(3, sc.OP_DTYPE)
+    >>> ops["addr"] = 0x400000, 0x400008, 0x500000
+    >>> ops["size"] = 8
+    >>> result = cpu.run(ops)
+    >>> result.outcome.tolist(), result.exits.tolist()
+    ([0, 0, 1], [1, 0, 1])
     """
 
     def __init__(self, *args, **kwargs):

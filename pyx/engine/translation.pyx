@@ -14,6 +14,14 @@ cdef class Translation:
     gpa: int. page_size: bytes. writable, user, executable: rights of the whole walk (SDM volume 3, 4.6.1).
     entry: the guest's leaf entry. level: its level. levels: (level, gpa of the entry, entry) from the top. With paging
     off there are no entries.
+
+    >>> vm = sc.VM("16MiB")
+    >>> tables = sc.PageTables(vm.memory, mode="64", allocate=range(256, 512))
+    >>> tables.map(0x400000, 0x200000, 0x10000, "rw")
+    >>> cpu = vm.vcpus[0]
+    >>> tables.activate(cpu)
+    >>> cpu.translate(0x401000)
+    Translation(gpa=0x201000, page_size=4096, rights=rw--)
     """
 
     @property

@@ -162,6 +162,17 @@ cdef class VCpu:
     1, 2, 4, 8 or 16 bytes, user says in which mode (default: by cpl). implicit: the processor makes the access
     itself, to the IDT, GDT, LDT or TSS: as the supervisor whatever the mode is, and SMAP refuses it whatever AC is
     (SDM volume 3, 4.6.1). Guest faults raise PageFault, GeneralProtection or MMIOAccess.
+
+    >>> vm = sc.VM("16MiB")
+    >>> tables = sc.PageTables(vm.memory, mode="64", allocate=range(256, 512))
+    >>> tables.map(0x400000, 0x200000, 0x10000, "rw")
+    >>> cpu = vm.vcpus[0]
+    >>> tables.activate(cpu)
+    >>> cpu.write(0x401000, 7)
+    >>> cpu.cmpxchg(0x401000, 7, 8)
+    True
+    >>> cpu.read(0x401000)
+    8
     """
 
     def __cinit__(self, Mmu mmu, features, tlb=None):

@@ -138,6 +138,16 @@ cdef class Kernel(KernelBase):
     A guest that runs out of frames raises GuestOutOfMemory and goes on. GuestPanic: its memory or registers are not
     what it made them (somebody else wrote there, or a sloppy kernel freed a frame that is still in use); like an error
     of the engine in the middle of a call it is the end of the guest.
+
+    >>> kernel = sc.Kernel(sc.VM("16MiB"))
+    >>> parent = kernel.spawn()
+    >>> parent.switch()
+    >>> heap = parent.mmap(4096)
+    >>> parent.write(heap, 7)
+    >>> child = parent.fork()
+    >>> child.switch()
+    >>> child.read(heap)
+    7
     """
 
     def run(self, calls):

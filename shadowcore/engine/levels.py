@@ -44,6 +44,9 @@ class Levels:
         exit.
 
     ConfigError for fields that contradict each other.
+
+    >>> sc.Costs.preset("nested").levels.exit_switches
+    4
     """
 
     name: str

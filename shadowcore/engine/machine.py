@@ -67,6 +67,19 @@ class VM:
     future: for policy "optimal", how the shadow pages will be used, as an earlier run of the same operations has shown.
         record_uses: be that earlier run: see `Future`.
     features: of the processors. Raises ConfigError, and MemoryError where the host has no room.
+
+    >>> vm = sc.VM("16MiB")
+    >>> tables = sc.PageTables(vm.memory, mode="64", allocate=range(256, 512))
+    >>> tables.map(0x400000, 0x200000, 0x10000, "rw")
+    >>> cpu = vm.vcpus[0]
+    >>> tables.activate(cpu)
+    >>> cpu.write(0x401000, 7)
+    >>> cpu.read(0x401000)
+    7
+    >>> vm.stats.exits["fill"]
+    1
+    >>> vm.audit().ok
+    True
     """
 
     def __init__(

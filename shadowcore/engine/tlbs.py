@@ -38,7 +38,11 @@ class Row(NamedTuple):
 @dataclasses.dataclass(frozen=True)
 class TLBBank:
     """One structure: `entries` in sets of `ways` (None: one set, fully associative), for pages of these `sizes`, which
-    share the ways. The number of sets need not be a power of two. Of a cache of tables `sizes` says nothing."""
+    share the ways. The number of sets need not be a power of two. Of a cache of tables `sizes` says nothing.
+
+    >>> sc.TLBBank(64, 4, ("4k",)).sizes
+    ('4k',)
+    """
 
     entries: int
     ways: int | None = None
@@ -82,6 +86,10 @@ class ProcessorTLB:
         flushes, and where a walk was refused.
     replacement: "lru", or "plru": a tree of bits, with ways that are a power of two up to 64.
     name: what reports call it.
+
+    >>> tlb = sc.ProcessorTLB(load=(sc.TLBBank(64, 4),), second=(sc.TLBBank(1536, 12),))
+    >>> sc.VM("16MiB", tlb=tlb).tlb.second[0].entries
+    1536
     """
 
     load: tuple[TLBBank, ...]

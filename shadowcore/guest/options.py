@@ -14,7 +14,13 @@ SLOPPY = {"munmap": 1, "mprotect": 2, "fork": 4, "cow": 8, "swap": 16, "age": 32
 
 
 class Call(IntEnum):
-    """Codes of the `op` field of CALL_DTYPE; the fields that each uses, beside `process`, are in its docstring."""
+    """Codes of the `op` field of CALL_DTYPE; the fields that each uses, beside `process`, are in its docstring.
+
+    >>> calls = np.zeros(1, sc.CALL_DTYPE)
+    >>> calls["op"] = sc.Call.SYSCALL
+    >>> sc.Call(int(calls["op"][0])).name
+    'SYSCALL'
+    """
 
     TOUCH = 0
     """`count` accesses of `size` bytes from `addr` on, every `value` bytes or, with Touch.RANDOM, at random within
@@ -61,7 +67,11 @@ class Call(IntEnum):
 
 
 class Touch(IntFlag):
-    """The `flags` field of Call.TOUCH."""
+    """The `flags` field of Call.TOUCH.
+
+    >>> sc.Touch(0)
+    <Touch.READ: 0>
+    """
 
     READ = 0
     WRITE = 1
@@ -70,7 +80,11 @@ class Touch(IntFlag):
 
 
 class Prot(IntFlag):
-    """Rights of a mapping."""
+    """Rights of a mapping.
+
+    >>> sc.Prot.READ | sc.Prot.WRITE
+    <Prot.READ|WRITE: 3>
+    """
 
     NONE = 0
     READ = 1
@@ -130,6 +144,10 @@ class KernelOptions:
     age_flush: clearing an accessed bit is followed by a flush (Linux until 2014; without one, TLBs hide accesses).
     max_processes, max_mappings (of each), max_files, max_file_pages (of all), max_programs, max_pipes: room in tables.
     seed: of the kernel's random numbers (Touch.RANDOM), 64 bits.
+
+    >>> kernel = sc.Kernel(sc.VM("16MiB"), options=sc.KernelOptions(mode="pae", direct_map="4k"))
+    >>> kernel.options.mode
+    'pae'
     """
 
     mode: str = "64"
@@ -191,7 +209,11 @@ class KernelOptions:
 @dataclass(frozen=True)
 class File:
     """A file of the guest, or shared memory: its number, its pages of 4096 bytes, and whether they begin as
-    zeros, and are large."""
+    zeros, and are large.
+
+    >>> sc.File(3, 16).pages
+    16
+    """
 
     number: int
     pages: int
@@ -201,7 +223,11 @@ class File:
 
 @dataclass(frozen=True)
 class Program:
-    """What exec maps: its number, and pages of each part."""
+    """What exec maps: its number, and pages of each part.
+
+    >>> sc.Program(0, text=16, data=4, bss=4).text
+    16
+    """
 
     number: int
     text: int

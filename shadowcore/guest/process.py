@@ -73,6 +73,13 @@ class Process:
     """A process of a guest kernel. Whatever it does, it is scheduled first, if it is not the one that runs.
 
     number: under which the kernel knows it. Everything but `alive` raises ConfigError once it has ended.
+
+    >>> process = sc.Kernel(sc.VM("16MiB")).spawn()
+    >>> process.switch()
+    >>> heap = process.mmap(8192)
+    >>> process.write(heap, 7)
+    >>> process.read(heap), process.alive
+    (7, True)
     """
 
     __slots__ = ("_generation", "kernel", "number")

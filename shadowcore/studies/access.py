@@ -50,6 +50,17 @@ class AccessExplanation:
     changes: what the access changes, a sentence each, in the MMU and in the guest's tables.
     counters: what counters grow by. outcome: "done", "#PF", "#GP" or "device".
     gpa: that is reached (None: none). value: what a read returns. error_code: of a fault. sees: what the guest sees.
+
+    >>> vm = sc.VM("16MiB")
+    >>> tables = sc.PageTables(vm.memory, mode="64", allocate=range(256, 512))
+    >>> tables.map(0x400000, 0x200000, 0x10000, "rw")
+    >>> cpu = vm.vcpus[0]
+    >>> tables.activate(cpu)
+    >>> found = sc.explain(vm, 0x401000)
+    >>> found.design, found.access, found.guest.mode
+    ('cached', 'r', '64')
+    >>> len(found.guest.steps)
+    4
     """
 
     gva: int
@@ -159,6 +170,14 @@ def explain(
     gva: linear address. access: "r", "w" or "x". user: None: by cpu.cpl. vcpu: number of the processor.
     size: bytes, 1, 2, 4 or 8 (None: as many as the address is aligned to). A write stores what is there already.
     ConfigError for what cannot be asked; PoolExhausted where the access would meet it.
+
+    >>> vm = sc.VM("16MiB")
+    >>> tables = sc.PageTables(vm.memory, mode="64", allocate=range(256, 512))
+    >>> tables.map(0x400000, 0x200000, 0x10000, "rw")
+    >>> cpu = vm.vcpus[0]
+    >>> tables.activate(cpu)
+    >>> sc.explain(vm, 0x401000, "w").guest.steps[0].leads_to
+    'leads to the level 3 table at gpa 0x101000'
     """
     if access not in ACCESS_NAMES:
         raise ConfigError(f"access: one of r, w, x is needed, not {access!r:.40}")

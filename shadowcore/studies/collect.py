@@ -43,6 +43,13 @@ class Sweep:
 
     manifest: its points and prices, as the store has them. folders: where results are; results: those that are in none,
     by run. there: runs that were done before. seconds: that it took. complete: False if it was interrupted.
+
+    >>> spec = {"sources": ["pingpong"], "designs": ["cached"], "settings": {"pool": [16, 32]}, "operations": 1000}
+    >>> found = sc.sweep(spec, jobs=1)
+    >>> found.counts()
+    {'done': 2, 'failed': 0, 'missing': 0}
+    >>> [row["pool"] for row in found.rows()]
+    [16, 32]
     """
 
     manifest: dict[str, Any]
@@ -123,7 +130,15 @@ class Sweep:
 
 
 def collect(*folders: str | os.PathLike[str]) -> Sweep:
-    """The results in one or several folders of one sweep. ConfigError: there is none, or they are of several sweeps."""
+    """The results in one or several folders of one sweep. ConfigError: there is none, or they are of several sweeps.
+
+    >>> import tempfile
+    >>> spec = {"sources": ["pingpong"], "designs": ["cached"], "seed": [0, 1], "operations": 1000}
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     made = sc.sweep(spec, jobs=1, store=folder)
+    ...     sc.collect(folder).counts()
+    {'done': 2, 'failed': 0, 'missing': 0}
+    """
     if not folders:
         raise ConfigError("collect: at least one folder is needed")
     names = tuple(check_path(folder, "folder") for folder in folders)

@@ -49,6 +49,13 @@ class StudyDesign:
         settings of the guest make neither more nor less.
     details: what only a source of this kind has, in plain types. result: of the run itself: a trace.ReplayResult,
         workload.WorkloadResult, programs.ProgramResult or OperationsResult.
+
+    >>> study = sc.study("pingpong", ["native", "cached"], operations=2000, windows=0)
+    >>> design = study.designs["cached"]
+    >>> design.exits_total == sum(design.exits.values())
+    True
+    >>> design.cost.slow_down > 1
+    True
     """
 
     name: str
@@ -147,6 +154,12 @@ class Study:
     recording: of a guest, that was replayed, or None. recording_complete: False if what was recorded ended before its
     time. holdings: what a recording has and lacks, by name. caption: what the guest did, as a text. settles: the
     warm-up that leaves out the boot, or the first half of what is counted.
+
+    >>> study = sc.study("pingpong", ["native", "cached"], operations=2000, windows=0)
+    >>> list(study.designs)
+    ['native', 'cached']
+    >>> study.designs["cached"].exits_total > 0
+    True
     """
 
     workload: str
@@ -293,6 +306,10 @@ class Swept:
     settings the value is a tuple. base: of a setting of the guest, the one whose native run slow-downs are against, as
     "isolation=false"; None: each study's are against its own.
     complete: False if it was interrupted; the points are then those that were done.
+
+    >>> swept = sc.compare("pingpong", ["cached"], over={"pool": [16, 32]}, operations=1000)
+    >>> [(value, study.designs["cached"].exits_total) for value, study in swept.points]
+    [(16, 64), (32, 44)]
     """
 
     over: str | tuple[str, ...]

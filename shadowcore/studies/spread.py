@@ -32,7 +32,11 @@ _UNKNOWN = 64
 
 
 class SweepError(ShadowcoreError):
-    """What a sweep ran on has failed. Results that were kept by then stay: a sweep that resumes goes on from them."""
+    """What a sweep ran on has failed. Results that were kept by then stay: a sweep that resumes goes on from them.
+
+    >>> issubclass(sc.SweepError, sc.ShadowcoreError)
+    True
+    """
 
 
 class Executor(Protocol):

@@ -32,7 +32,11 @@ _KEY = re.compile(r"[0-9a-f]{32}")
 
 
 class StoreError(ShadowcoreError):
-    """A result cannot be kept: the file, and why. Nothing that was kept before is lost by it."""
+    """A result cannot be kept: the file, and why. Nothing that was kept before is lost by it.
+
+    >>> issubclass(sc.StoreError, sc.ShadowcoreError)
+    True
+    """
 
 
 class Damaged(ValueError):

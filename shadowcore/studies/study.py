@@ -33,7 +33,11 @@ Progress = Callable[[str], AbstractContextManager[Callable[[int, int], None] | N
 
 class StudyInterrupted(KeyboardInterrupt):
     """Ctrl-C in a study; `study` has the designs that were done by then, or, over several values, is a Swept of
-    those."""
+    those.
+
+    >>> issubclass(sc.StudyInterrupted, KeyboardInterrupt)
+    True
+    """
 
     def __init__(self, study: Study | Swept) -> None:
         super().__init__("interrupted")
@@ -79,6 +83,12 @@ def study(
         operations done, and all.
 
     ConfigError, TraceError. Ctrl-C raises StudyInterrupted.
+
+    >>> study = sc.study("fork-storm", ["native", "flush", "cached"], operations=5000, windows=0)
+    >>> study.designs["cached"].exits["emulate"] > 0
+    True
+    >>> study.verdict.split(":")[0]
+    'At these prices the guest is fastest under flush'
     """
     given = parameters | dict(settings or {})
     job = _Job(find(source), designs, find_costs(costs), given, operations, seed, skip_boot, warm_up, windows)
@@ -101,6 +111,9 @@ def compare(
     base: of a setting of the guest kernel (isolation, mode, ...) the value, one of those, whose native run all
         slow-downs are against (None: the first). Of other settings each study's are against native of its own.
     ConfigError, TraceError. Ctrl-C raises StudyInterrupted.
+
+    >>> sc.compare("pingpong", over={"pool": [16, 32]}, operations=1000)
+    Swept('pool', 2 studies of 'pingpong')
     """
     if over is None:
         if base is not None:

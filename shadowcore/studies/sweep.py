@@ -23,7 +23,11 @@ Progress = Callable[[int, int, int, bool], None]
 
 
 class SweepInterrupted(KeyboardInterrupt):
-    """Ctrl-C in a sweep; `sweep` has what was done by then."""
+    """Ctrl-C in a sweep; `sweep` has what was done by then.
+
+    >>> issubclass(sc.SweepInterrupted, KeyboardInterrupt)
+    True
+    """
 
     def __init__(self, sweep: Sweep) -> None:
         super().__init__("interrupted")
@@ -71,6 +75,10 @@ def sweep(
 
     ConfigError, TraceError: nothing has run. SweepError: the executor failed. StoreError: a result could not be kept.
     Ctrl-C raises SweepInterrupted when what was running has ended; a second one drops that.
+
+    >>> spec = {"sources": ["pingpong"], "designs": ["cached"], "seed": [0, 1], "operations": 1000}
+    >>> sc.sweep(spec, jobs=1)
+    Sweep(sweep: 2 points, 2 done)
     """
     plan = planned(_together(spec, keys))
     share = _shard(shard)
