@@ -356,7 +356,7 @@ def print_reproduction(found: Reproduction) -> None:
         shown = given if f.column != "native" and f.test != first else ["", ""]
         cells = (f"{f.published:g}", f"{f.predicted:.2f}", error, *shown, f"{f.exits:.2f}")
         table.add_row(f.test, f.column, *cells)
-    _console().print(table)
+    _console().print(table, labels=2)
     table = Table(title="hackbench with caching, given native, by shadow pages in the pool", title_style="bold")
     table.add_column("test")
     for pool in next(iter(found.pools.values())):
@@ -387,7 +387,7 @@ def print_validity(found: Validity) -> None:
                 cells = (validity.published(row), validity.number(row.predicted), validity.error(row))
                 style = "" if row.kind == "predicted" else "dim"
                 table.add_row(escape(row.test), row.column, *cells, validity.counted(row), style=style)
-    _console().print(table)
+    _console().print(table, labels=2)
 
 
 def print_choice(found: Choice) -> None:

@@ -2,6 +2,7 @@
 
 import io
 import re
+from types import SimpleNamespace
 
 import pytest
 from commands import run
@@ -13,6 +14,7 @@ from shadowcore.engine.counters import PF_REASONS
 from shadowcore.report import exits, terminal
 from shadowcore.report.fit import Fitting, console
 from shadowcore.report.terminal import comparison, points, sweep
+from shadowcore.studies.reproduction import Figure
 
 WIDTHS = (60, 80, 100, 200)
 
@@ -69,6 +71,23 @@ def test_any_table(width):
     assert max(map(len, output.splitlines())) <= width
     assert output.startswith("a title\n")
     assert output.endswith("and what is below it\n")
+
+
+def test_each_part_has_all_labels(monkeypatch):
+    """Of the figures of 2007: test and column, wherever a row is."""
+    figures = [
+        Figure("hackbench 5, s", "no caching", 9.4, 10.0, 10.7, False, 9.45),
+        Figure("hackbench 5, s", "caching", 2.8, 1.3, 2.0, False, 1.05),
+    ]
+    found = SimpleNamespace(costs=sc.Costs.modern(), figures=figures, pools={"hackbench 5, s": {2048: (2.0, 0.0)}})
+    file = io.StringIO()
+    made = Fitting(file=file, width=60, force_terminal=True, color_system=None)
+    monkeypatch.setattr(terminal, "_console", lambda: made)
+    terminal.print_reproduction(found)
+    rows = [line for line in file.getvalue().splitlines() if line.startswith("hackbench 5, s") and "caching" in line]
+    assert len(rows) == 4  # two rows in each of two parts
+    for number in ("9.4", "10.00", "9.45", "1.30"):
+        assert number in file.getvalue()
 
 
 def test_what_is_wider_than_the_terminal_is_printed_as_wide_as_it_is():
