@@ -28,6 +28,7 @@ from shadowcore.recordings import Event, Writer
 from shadowcore.studies import evolution, explain, host, images, reproduction
 from shadowcore.studies import study as studies
 from shadowcore.studies.choice import Choice
+from shadowcore.studies.pools import pool_study
 from shadowcore.studies.validity import Row, Validity
 
 PROTOCOLS = range(pickle.HIGHEST_PROTOCOL + 1)
@@ -260,6 +261,7 @@ RESULTS = {
     "Figure, Reproduction": lambda _: reproduction.Reproduction(
         sc.Costs.modern(), (reproduction.Figure("a", "b", 1.0, 2.0, 3.0, True, 4.0),), {}, {}, {}
     ),
+    "PoolPoint, PoolStudy": lambda _: pool_study("demand", "cached", sizes=(8, 16), operations=2000),
     "Evolution, Release": lambda _: (evolution.evolution(["idle"], 2000), evolution.RELEASES),
     "ProcessState": lambda _: process.ProcessState(*range(7), mappings=np.zeros(2, dtype=[("start", "<u8")])),
     "Entry": lambda _: [sc.pagetables.Entry(1, 0x1000, 7)],

@@ -291,6 +291,7 @@ COMMANDS = {
     "reproduce": (),
     "costs": (),
     "designs": ("pingpong", "--operations", 1000),
+    "pool": ("demand", "--operations", 1000),
     "show": ("demand-paging",),
     "sweep": ("SPEC", "--jobs", 1),
     "collect": ("RESULTS",),
