@@ -310,6 +310,12 @@ class Shadow:
     min_free: the pool is refilled when fewer pages than this are free (KVM_MIN_FREE_MMU_PAGES = 5).
     refill: recycling goes on until this many are free (KVM_REFILL_PAGES = 25).
     flood_threshold: consecutive emulated stores to one frame that zap its shadow pages (3); None: never.
+    flood_pages: each shadow page has a count of its own, of the emulated stores to its table since a fault last came
+        through it, as in Linux 6.1: a table that is in use is in no flood, and stores to several tables in
+        turn are one in each. At most 255. Lagging tables always count so, those above the leaves alone, as leaf tables
+        run out of sync instead; otherwise leaf tables count as well.
+    flood_forget: where pages have counts, emulated stores to other tables after which a page's count is forgotten;
+        None: never.
     flood_reset: start counting anew at a fault that is no store to a guest table, as since a25f7e1f8c1f (2.6.23), so
         that demand paging is not taken for a flood. The series counted on.
     notpresent_marker: mark entries of leaf tables that the guest's tables do not have either, so that the processor
@@ -317,12 +323,17 @@ class Shadow:
         where the shadow MMU looks at the guest's entry, which is when a page is made or synced, at an emulated store,
         and at a walk; only in pages in sync. "synced": at a walk alone, in pages in sync. "walk" (lagging): at a walk
         alone, in unsync pages too, so that the guest's entry is looked at again before a marker serves.
-    lagging: leaf tables of the guest may run out of sync (`unsync`). The settings that follow are of that alone.
-    prev_roots: roots of earlier CR3s that each vcpu keeps, 0 to 16 (KVM_MMU_NUM_PREV_ROOTS = 3); 4- and 5-level paging.
-    prefetch: entries of the aligned group that a fault fills: 0, or a power of two up to 32 (PTE_PREFETCH_NUM = 8).
-    release: "6.1": INVLPG drops a leaf and makes it again at once, and a sync rewrites every leaf. "6.12": both change
-        what is there, where the guest's entry asks for it. "2.6.28": INVLPG drops a leaf of any page and makes none;
-        a table is out of sync only while it has one shadow page, and in sync again when a page of it is looked up.
+    update_in_place: after an emulated store to an entry of a leaf table its leaf is made at once, if the entry is
+        present and accessed (KVM's update_pte, until c5e2184d1544, 2021); else a fault makes it.
+    prefetch: entries of the aligned group that a fault fills: 0, or a power of two up to 32 (PTE_PREFETCH_NUM = 8), as
+        far as the guest's entries are present and accessed. None: 8 for lagging tables, else 0.
+    lagging: leaf tables of the guest may run out of sync (`unsync`).
+    prev_roots: of lagging tables: roots of earlier CR3s that each vcpu keeps, 0 to 16 (KVM_MMU_NUM_PREV_ROOTS = 3);
+        4- and 5-level paging.
+    release: of lagging tables. "6.1": INVLPG drops a leaf and makes it again at once, and a sync rewrites every leaf.
+        "6.12": both change what is there, where the guest's entry asks for it. "2.6.28": INVLPG drops a leaf of any
+        page and makes none; a table is out of sync only while it has one shadow page, and in sync again when a page of
+        it is looked up.
     quirks: defects to reproduce: those of KVM_2007, or of KVM_6_1 where tables are `lagging`.
     policy: which page is recycled when pages run short. "fifo": the one that was made first (patch 17; KVM to this
         day). "lru", "clock", "2q", "arc", "lirs", "sieve", "s3-fifo": as their papers have it. "random". "cost": what
@@ -348,11 +359,14 @@ class Shadow:
     min_free: int = 5
     refill: int = 25
     flood_threshold: int | None = 3
+    flood_pages: bool = False
+    flood_forget: int | None = None
     flood_reset: bool = False
     notpresent_marker: str = "never"
+    update_in_place: bool = False
+    prefetch: int | None = None
     lagging: bool = False
     prev_roots: int = 3
-    prefetch: int = 8
     release: str = "6.1"
     quirks: Quirk = Quirk.NONE
     policy: str = "fifo"
@@ -362,6 +376,9 @@ class Shadow:
 
     def __post_init__(self) -> None:
         min_free, threshold = check_int("min_free", self.min_free, 0, POOL_MAX), self.flood_threshold
+        lagging, forget, prefetch = check_bool("lagging", self.lagging), self.flood_forget, self.prefetch
+        if prefetch is None:
+            prefetch = 8 if lagging else 0
         _put(
             self,
             name=_check_text("name", self.name),
@@ -372,9 +389,12 @@ class Shadow:
             flood_threshold=None if threshold is None else check_int("flood_threshold", threshold, 1, 1 << 31),
             flood_reset=check_bool("flood_reset", self.flood_reset),
             notpresent_marker=_check_marker(self.notpresent_marker),
-            lagging=check_bool("lagging", self.lagging),
+            flood_pages=check_bool("flood_pages", self.flood_pages),
+            flood_forget=None if forget is None else check_int("flood_forget", forget, 1, 1 << 31),
+            update_in_place=check_bool("update_in_place", self.update_in_place),
+            prefetch=check_int("prefetch", prefetch, 0, 32),
+            lagging=lagging,
             prev_roots=check_int("prev_roots", self.prev_roots, 0, 16),
-            prefetch=check_int("prefetch", self.prefetch, 0, 32),
             release=_check_text("release", self.release),
             quirks=_quirks(self.quirks, Quirk.KVM_6_1 if self.lagging else Quirk.KVM_2007),
             policy=_check_policy(self.policy),
@@ -390,8 +410,9 @@ class Shadow:
             raise ConfigError(
                 "policy, recycle_children: guest tables have to be shadowed (keep); `flush` recycles nothing"
             )
-        if self.prefetch & (self.prefetch - 1):
-            raise ConfigError(f"prefetch: {self.prefetch} is not 0, 1, 2, 4, 8, 16 or 32")
+        if prefetch & (prefetch - 1):
+            raise ConfigError(f"prefetch: {prefetch} is not 0, 1, 2, 4, 8, 16 or 32")
+        self._check_following()
         if self.pool_pages is None and not self.lagging:
             raise ConfigError("pool_pages: a number is needed; None is for lagging tables")
         if self.release not in RELEASES:
@@ -402,8 +423,29 @@ class Shadow:
             raise ConfigError("notpresent_marker: 'walk' is for lagging tables; others have no page out of sync")
         if self.lagging and not self.keep:
             raise ConfigError("lagging: shadow tables have to belong to guest tables (keep)")
-        if self.lagging and (self.flood_reset or (self.flood_threshold or 0) > 255):
-            raise ConfigError("flood_reset, flood_threshold: lagging tables count floods page by page, to 255 at most")
+        if self.lagging and (self.flood_reset or self.flood_pages or (self.flood_threshold or 0) > 255):
+            raise ConfigError(
+                "flood_reset, flood_pages, flood_threshold: lagging tables count floods page by page, to 255 at most"
+            )
+
+    def _check_following(self) -> None:
+        """Settings of all designs whose tables belong to guest tables."""
+        if not self.keep and (self.update_in_place or self.prefetch or self.flood_pages or self.flood_forget):
+            raise ConfigError(
+                "update_in_place, prefetch, flood_pages, flood_forget: guest tables have to be shadowed (keep)"
+            )
+        roles = Quirk.ROLE_WITHOUT_ACCESS | Quirk.ROLE_WITHOUT_MODE
+        if (self.update_in_place or (self.prefetch and not self.lagging)) and self.quirks & roles:
+            raise ConfigError(
+                "update_in_place, prefetch: leaves are made without a walk, by the role of their page, and with the "
+                "quirks ROLE_WITHOUT_ACCESS and ROLE_WITHOUT_MODE it does not say which rights there are"
+            )
+        if self.flood_pages and self.flood_reset:
+            raise ConfigError("flood_pages, flood_reset: a page's own count starts anew at each fault through it")
+        if self.flood_pages and (self.flood_threshold or 0) > 255:
+            raise ConfigError(f"flood_threshold: {self.flood_threshold}, and flood_pages counts to 255 at most")
+        if self.flood_forget is not None and not (self.flood_pages or self.lagging):
+            raise ConfigError("flood_forget: pages have to have counts of their own (flood_pages, or lagging tables)")
 
     def of_memory(self, frames: int) -> Shadow:
         """The same, with the pool that it has in a guest of so many frames."""

@@ -10,8 +10,8 @@ from shadowcore._capi.handles cimport (
     enter, fail, fail_python, fail_struct, handle_new, leave, refused, sc_place, with_python,
 )
 from shadowcore._capi.header cimport (
-    SC_AMD, SC_E_ALIGNMENT, SC_E_ARGUMENT, SC_E_FILE, SC_E_NULL, SC_E_PYTHON, SC_NESTED, SC_SETTING_ZERO, SC_UNSYNC,
-    sc_config, sc_vm,
+    SC_AMD, SC_CACHED, SC_E_ALIGNMENT, SC_E_ARGUMENT, SC_E_FILE, SC_E_NULL, SC_E_PYTHON, SC_NESTED, SC_SETTING_ZERO,
+    SC_UNSYNC, sc_config, sc_vm,
 )
 from shadowcore.engine.mmu cimport mmu_listen
 from shadowcore.engine.types cimport RC_OK, u32, u64
@@ -63,7 +63,7 @@ cdef object _make(const sc_config *c):
             settings[name] = _setting(value)
     for name, value in (("prev_roots", c.prev_roots), ("prefetch", c.prefetch)):
         if value:
-            if c.design < SC_UNSYNC or (c.design >= SC_NESTED and name == "prev_roots"):
+            if (c.design < SC_CACHED if name == "prefetch" else not SC_UNSYNC <= c.design < SC_NESTED):
                 raise ConfigError(f"{name}: the design {names[c.design]!r} has no such setting")
             settings[name] = _setting(value)
     if c.flood_threshold and c.design >= SC_NESTED:

@@ -6,6 +6,7 @@ from libc.string cimport memcpy
 
 from shadowcore.engine.absent cimport MARK_PAGE, entry_mark
 from shadowcore.engine.bits cimport PTE_P
+from shadowcore.engine.floods cimport page_floods
 from shadowcore.engine.flushes cimport FLUSH_STORE, entry_flush
 from shadowcore.engine.hooks cimport POINT_POST_WRITE, POINT_PRE_WRITE, audit_point
 from shadowcore.engine.memory cimport mem_frame, mem_mark_dirty, mem_touch, sc_no_frame
@@ -15,9 +16,17 @@ from shadowcore.engine.quirks cimport QUIRK_PDE_WRITE
 from shadowcore.engine.role cimport ROLE_QUADRANT, role_direct, role_field, role_level, role_pte_size
 from shadowcore.engine.spte cimport spte_unlink, spte_wipe
 from shadowcore.engine.state cimport is_shadowed, sc_mmu, sc_vcpu
+from shadowcore.engine.sync cimport entry_update
 from shadowcore.engine.types cimport MODE_32, SC_NONE, u8, u32, u64
 from shadowcore.engine.walker cimport sc_walk, walk_index
 from shadowcore.engine.zap cimport entry_zap
+
+
+# Is a store part of a flood?
+cdef enum:
+    SINGLE = 0
+    FLOOD = 1
+    ASK_PAGE = 2                    # the page that shadows the table has a count of its own
 
 
 cdef inline void _drop_entry(sc_mmu *mmu, u32 number, u32 index) noexcept nogil:
@@ -56,8 +65,8 @@ cdef inline void _drop_gpte(sc_mmu *mmu, u32 number, u32 offset) noexcept nogil:
             _drop_entry(mmu, number, (entry * 2 + 1) & 511)
 
 
-cdef inline void _drop_written(sc_mmu *mmu, u64 gpa, u64 frame, u32 nbytes, bint flooded) noexcept nogil:
-    """table_written, in a known frame of RAM."""
+cdef inline void _drop_written(sc_mmu *mmu, u64 gpa, u64 frame, u32 nbytes, u32 flooded) noexcept nogil:
+    """table_written, in a known frame of RAM. flooded: SINGLE, FLOOD, ASK_PAGE."""
     cdef u64 gfn = gpa >> 12
     cdef u32 offset = gpa & 4095
     cdef u32 number, following, misaligned
@@ -71,7 +80,7 @@ cdef inline void _drop_written(sc_mmu *mmu, u64 gpa, u64 frame, u32 nbytes, bint
         following = page.hash_next
         if page.gfn == gfn and not role_direct(page.role):
             misaligned = (offset ^ (offset + nbytes - 1)) & ~<u32>(role_pte_size(page.role) - 1)
-            if misaligned or flooded:
+            if misaligned or (flooded and (flooded == FLOOD or page_floods(mmu, &mmu.pages[number]))):
                 mmu.stats.mmu_flooded += 1
                 pool_zap(mmu, number)
             else:
@@ -89,8 +98,9 @@ cdef void table_written(sc_mmu *mmu, u64 gpa, u32 nbytes, bint flooded) noexcept
         _drop_written(mmu, gpa, frame, nbytes, flooded)
 
 
-cdef void _mark_written(sc_mmu *mmu, u64 gpa, u32 nbytes) noexcept nogil:
-    """The bytes at gpa have changed: what shadows an entry there that is not present now is marked."""
+cdef void _look_again(sc_mmu *mmu, const sc_vcpu *v, u64 gpa, u32 nbytes) noexcept nogil:
+    """The bytes at gpa have changed, by a store of v, or of a device (NULL): leaves are made of entries there that
+    serve, and what shadows an entry that is not present is marked, as far as settings ask for it."""
     cdef u64 gfn = gpa >> 12
     cdef u32 number, size, entry
     if not is_shadowed(mmu, mem_frame(mmu.mem, gfn)):
@@ -100,7 +110,11 @@ cdef void _mark_written(sc_mmu *mmu, u64 gpa, u32 nbytes) noexcept nogil:
         if shadows(mmu, number, gfn) and role_level(mmu.pages[number].role) == 1 and not mmu.pages[number].unsync:
             size = role_pte_size(mmu.pages[number].role)
             for entry in range((gpa & 4095) // size, ((gpa & 4095) + nbytes - 1) // size + 1):
-                if size == 8 or entry >> 9 == role_field(mmu.pages[number].role, ROLE_QUADRANT, 3):
+                if size == 4 and entry >> 9 != role_field(mmu.pages[number].role, ROLE_QUADRANT, 3):
+                    continue
+                if mmu.in_place and v != NULL:
+                    entry_update(mmu, v, number * 512 + (entry & 511))
+                if mmu.absent == MARK_PAGE:
                     entry_mark(mmu, number * 512 + (entry & 511))
         number = mmu.pages[number].hash_next
 
@@ -120,7 +134,7 @@ cdef void _store_marked(sc_mmu *mmu, u64 gpa, const u8 *data, u32 nbytes, bint f
     """The same, where entries that are not present afterwards are marked."""
     _store(mmu, gpa, data, nbytes, flooded)
     if mmu.absent == MARK_PAGE:
-        _mark_written(mmu, gpa, nbytes)
+        _look_again(mmu, NULL, gpa, nbytes)
 
 
 cdef void _store_first(sc_mmu *mmu, sc_vcpu *v, u64 gpa, const u8 *data, u32 nbytes) noexcept nogil:
@@ -131,25 +145,40 @@ cdef void _store_first(sc_mmu *mmu, sc_vcpu *v, u64 gpa, const u8 *data, u32 nby
     memcpy(mmu.mem.ram + (frame << 12) + (gpa & 4095), data, nbytes)
     mem_mark_dirty(mmu.mem, gpa >> 12)
     mmu.design.stored(mmu, v, gpa, nbytes)
-    if mmu.absent == MARK_PAGE:
-        _mark_written(mmu, gpa, nbytes)
+    if mmu.in_place or mmu.absent == MARK_PAGE:
+        _look_again(mmu, v, gpa, nbytes)
     audit_point(mmu, POINT_POST_WRITE)
 
 
-cdef void emulate_store(sc_mmu *mmu, sc_vcpu *v, u64 gpa, const u8 *data, u32 nbytes) noexcept nogil:
-    """The guest's store of `nbytes`, within one frame of RAM, done by the emulator; counts towards a write flood."""
-    cdef u64 gfn = gpa >> 12
-    cdef bint flooded
-    if mmu.design.stored != NULL:   # it counts floods itself
-        _store_first(mmu, v, gpa, data, nbytes)
-        return
+cdef inline bint _counted(sc_mmu *mmu, sc_vcpu *v, u64 gfn) noexcept nogil:
+    """One more store of v. True: with those before it, to the same frame, it is a flood."""
     if gfn == v.flood_gfn:
         v.flood_count += 1
     else:
         v.flood_gfn = gfn
         v.flood_count = 1
+    return mmu.flood_threshold != 0 and v.flood_count >= mmu.flood_threshold
+
+
+cdef void store_followed(sc_mmu *mmu, sc_vcpu *v, u64 gpa, u32 nbytes) noexcept nogil:
+    """sc_design.stored of designs in which no page is unsync: for settings that look at what is there afterwards, or
+    count floods page by page."""
+    cdef u32 flooded = SINGLE
+    if v != NULL:
+        mmu.stats.pf_emulate += 1
+        mmu.store_clock += 1
+        flooded = ASK_PAGE if mmu.flood_pages else FLOOD if _counted(mmu, v, gpa >> 12) else SINGLE
+    _drop_written(mmu, gpa, mem_frame(mmu.mem, gpa >> 12), nbytes, flooded)
+
+
+cdef void emulate_store(sc_mmu *mmu, sc_vcpu *v, u64 gpa, const u8 *data, u32 nbytes) noexcept nogil:
+    """The guest's store of `nbytes`, within one frame of RAM, done by the emulator; counts towards a write flood."""
+    cdef bint flooded
+    if mmu.design.stored != NULL:   # it counts floods itself
+        _store_first(mmu, v, gpa, data, nbytes)
+        return
+    flooded = _counted(mmu, v, gpa >> 12)
     mmu.stats.pf_emulate += 1
-    flooded = mmu.flood_threshold != 0 and v.flood_count >= mmu.flood_threshold
     if mmu.absent:
         _store_marked(mmu, gpa, data, nbytes, flooded)
     else:

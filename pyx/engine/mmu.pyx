@@ -27,6 +27,7 @@ from shadowcore.engine.invariants cimport audit_violations, mmu_settle, sc_audit
 from shadowcore.engine.memory cimport (
     SC_RUNNING, SC_WRITTEN, Memory, mem_frame, mem_guest_frame, mem_is_rom, mem_touch, sc_no_frame, sc_slot,
 )
+from shadowcore.engine.neighbours cimport neighbours_follow
 from shadowcore.engine.nested.tables cimport host_tables_of_walk
 from shadowcore.engine.page cimport sc_frame, sc_link, sc_page
 from shadowcore.engine.policies.arc cimport arc_policy
@@ -172,7 +173,7 @@ cdef int _ask_can_emulate(void *hook, u64 gva, u64 gpa, u32 nbytes) noexcept wit
 PAGE_DTYPE = np.dtype([
     ("gfn", "<u8"), ("role", "<u4"), ("root_count", "<u4"), ("hash_next", "<u4"), ("prev", "<u4"), ("next", "<u4"),
     ("parents", "<u4"), ("present", "<u4"), ("active", "u1"), ("nonglobal", "u1"), ("unsync", "u1"), ("flood", "u1"),
-    ("unsync_children", "<u4"), ("pad", "<u4"), ("slots", "<u8"), ("used", "<u8", 8),
+    ("unsync_children", "<u4"), ("flood_at", "<u4"), ("slots", "<u8"), ("used", "<u8", 8),
 ])
 FRAME_DTYPE = np.dtype([("rmap", "<u4"), ("shadowed", "<u2"), ("stale", "<u2")])
 LINK_DTYPE = np.dtype([("prev", "<u4"), ("next", "<u4")])
@@ -281,6 +282,10 @@ cdef class Mmu:
         if isinstance(design, Shadow):
             self.c.flood_threshold = design.flood_threshold or 0
             self.c.flood_reset = design.flood_reset
+            self.c.flood_pages = design.flood_pages
+            self.c.flood_forget = design.flood_forget or 0
+            self.c.in_place = design.update_in_place
+            self.c.prefetch = design.prefetch
             self.c.absent = _MARKERS.index(design.notpresent_marker)
         self.c.hash_shift = 62
         while buckets < self.c.pool_pages:
@@ -296,6 +301,8 @@ cdef class Mmu:
             self._prepare_unsync(design)
         if isinstance(design, Shadow):
             self.c.policy.children = design.recycle_children
+            if not self.c.lists_all and (design.prefetch or design.flood_pages or design.update_in_place):
+                neighbours_follow(self.c)       # before the policy, whose hooks stand before these
         if self.c.policy.made != NULL:
             self._prepare_policy(design, future)
         elif future is not None:
@@ -895,7 +902,8 @@ cdef class Mmu:
         self.still()
         cdef sc_mmu *c = self.c
         state = {"n_free": c.n_free, "n_active": c.n_active, "free_head": c.free_head, "young": c.young, "old": c.old,
-                 "n_pte4": c.n_pte4, "n_pte8": c.n_pte8, "flush_epoch": c.flush_epoch, "spte_base": c.spte_base}
+                 "n_pte4": c.n_pte4, "n_pte8": c.n_pte8, "flush_epoch": c.flush_epoch, "spte_base": c.spte_base,
+                 "store_clock": c.store_clock}
         if c.lists_all:
             state |= {"n_dying": c.n_dying, "generation": c.generation, "valid_gen": c.valid_gen,
                       "host_level": c.host_level}
@@ -926,6 +934,7 @@ cdef class Mmu:
         generation = check_int("generation", state.get("generation"), 0, _WORD) if c.lists_all else 0
         level = check_int("host_level", state.get("host_level"), c.host_level, 3) if c.lists_all else c.host_level
         valid_gen = check_int("valid_gen", state.get("valid_gen"), 0, 1) if c.lists_all else 0
+        clock = check_int("store_clock", state.get("store_clock"), 0, 0xFFFFFFFF)
         cdef list lists = []
         for name in _LISTS:
             page = state.get(name)
@@ -945,6 +954,7 @@ cdef class Mmu:
         c.valid_gen = valid_gen
         c.free_head, c.young, c.old = lists
         c.flush_epoch, c.spte_base = epochs
+        c.store_clock = clock
         for i, number in enumerate(counted):
             counters[i] = number
         c.mem.busy |= SC_WRITTEN

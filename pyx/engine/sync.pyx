@@ -6,10 +6,11 @@ leaf anew.
 """
 from shadowcore.engine.absent cimport is_marker, marker_stays, page_mark, page_unmark
 from shadowcore.engine.bits cimport (
-    PTE_A, PTE_D, PTE_P, PTE_PS, PTE_W, SPTE_GENERATION, SPTE_GUEST_U, SPTE_GUEST_W, SPTE_MARK, SPTE_MMU_W, pte_addr,
-    pte_nx, pte_pkey, pte_rights,
+    PTE_A, PTE_D, PTE_G, PTE_P, PTE_PS, PTE_W, SPTE_GENERATION, SPTE_GUEST_U, SPTE_GUEST_W, SPTE_MARK, SPTE_MMU_W,
+    pte_addr, pte_nx, pte_pkey, pte_rights,
 )
 from shadowcore.engine.flushes cimport FLUSH_LEAF, request_flush
+from shadowcore.engine.leaf cimport leaf_decide, leaf_install, sc_fault
 from shadowcore.engine.marks cimport (
     marks_clear, marks_first, marks_next, marks_set_above, marks_walk, sc_unsync, sc_unsync_at,
 )
@@ -18,16 +19,17 @@ from shadowcore.engine.memory cimport (
     mem_pool_page, mem_slot, mem_touch, sc_no_frame,
 )
 from shadowcore.engine.pool cimport hash_bucket, shadows
-from shadowcore.engine.quirks cimport QUIRK_DEVICE_UNASKED
+from shadowcore.engine.quirks cimport QUIRK_DEVICE_UNASKED, QUIRK_ROLE_WITHOUT_NXE
 from shadowcore.engine.record cimport RECORD_DEVICE, RECORD_LEAF, RECORD_UNSYNC, record, record_page, record_read_only
 from shadowcore.engine.rmap cimport list_add, list_length, list_remove, rmap_write_protect
 from shadowcore.engine.role cimport (
-    ROLE_PKEY, role_access, role_direct, role_field, role_level, role_pte_size,
+    ROLE_GLEVELS, ROLE_NXE, ROLE_PKEY, ROLE_QUADRANT, role_access, role_direct, role_field, role_level, role_pte_size,
 )
+from shadowcore.engine.roots cimport make_role
 from shadowcore.engine.spte cimport leaf_gpte, leaf_gtable, leaf_guest_rights, spte_is_writable, spte_put, spte_wipe
 from shadowcore.engine.state cimport memo_drop, sc_mmu, sc_vcpu
 from shadowcore.engine.sync cimport gpte_granting, leaf_bits, leaf_fill, leaf_key, leaf_value, leaf_writable
-from shadowcore.engine.types cimport ACC_U, ACC_W, ACC_X, SC_NONE, u8, u32, u64
+from shadowcore.engine.types cimport ACC_U, ACC_W, ACC_X, MODE_32, MODE_OFF, SC_NONE, u8, u32, u64
 from shadowcore.engine.zap cimport (
     GENERATIONS, leaf_counted, leaf_drop, leaf_list, page_left_sync, zap_commit, zap_prepare,
 )
@@ -60,6 +62,7 @@ cdef bint _has_roles(const sc_mmu *mmu, u64 gfn) noexcept nogil:
 cdef bint _let_go(sc_mmu *mmu, u64 gfn, u64 frame, bint can_unsync, bint prefetch) noexcept nogil:
     """A leaf that maps `gfn` is about to get W: what shadows that frame becomes unsync. False: it must not."""
     cdef u32 number
+    cdef bint asked = False
     if mmu.frames[frame].shadowed == 0:
         return True
     if is_tracked(mmu, gfn) or (mmu.one_role and _has_roles(mmu, gfn)):
@@ -70,8 +73,9 @@ cdef bint _let_go(sc_mmu *mmu, u64 gfn, u64 frame, bint can_unsync, bint prefetc
             if not can_unsync:
                 return False
             if not mmu.pages[number].unsync:
-                if prefetch:
+                if prefetch or (mmu.may_unsync != NULL and not asked and not mmu.may_unsync(mmu.decider, gfn)):
                     return False
+                asked = True        # before the first page of the table is changed
                 record_page(mmu, RECORD_UNSYNC, number)
                 mmu.pages[number].unsync = True
                 mmu.stats.mmu_unsync += 1
@@ -327,6 +331,86 @@ cdef void _prefetch_direct(sc_mmu *mmu, const sc_vcpu *v, u32 first, u32 spte) n
             mmu.stats.prefetched += 1
             begin += 1
             gfn += 1
+
+
+cdef bint _follow(sc_mmu *mmu, const sc_vcpu *v, u32 spte, u64 gfn, u64 gpte, u32 rights, u32 pkey) noexcept nogil:
+    """Fill an entry of a page that is never unsync, without an access: with the leaf that a load would get. gpte: the
+    guest's leaf, `rights` and `pkey` those of the whole walk."""
+    cdef sc_fault f
+    if mmu.table[spte] or not _can_prefetch(mmu, gfn):
+        return False
+    f.access = 0
+    f.mode = v.guest.mode
+    f.quirks = mmu.quirks
+    f.logging = mmu.mem.logging
+    f.special = mmu.mem.special
+    f.gpa = gfn << 12
+    f.frame = mem_frame(mmu.mem, gfn)
+    f.gpte = gpte
+    f.dirty = gpte & PTE_D
+    f.rights = rights
+    f.pkey = pkey
+    f.refused = f.dirtied = f.unprotected = False
+    f.old = 0
+    leaf_decide(mmu, v, &f)
+    leaf_install(mmu, v, spte, gfn, 0, f.value)
+    mmu.stats.prefetched += 1
+    return True
+
+
+cdef bint _follow_gpte(sc_mmu *mmu, const sc_vcpu *v, u32 spte, u64 gpte) noexcept nogil:
+    """The same, of the guest's entry behind `spte`, if it serves."""
+    cdef u32 role = mmu.pages[spte >> 9].role
+    if is_marker(mmu.table[spte]) and marker_stays(mmu, spte, gpte):
+        return False
+    return _serves(v, gpte) and _follow(mmu, v, spte, _gpte_gfn(mmu, spte, gpte), gpte,
+                                        role_access(role) & pte_rights(gpte),
+                                        pte_pkey(gpte) if role_pte_size(role) == 8 else 0)
+
+
+cdef void prefetch_followed(sc_mmu *mmu, const sc_vcpu *v, u32 spte) noexcept nogil:
+    """prefetch_around, where no page is unsync. Entries of a direct page have all but the frame in common."""
+    cdef u32 first = spte & ~(mmu.prefetch - 1)
+    cdef u64 value = mmu.table[spte]
+    cdef bint direct = role_direct(mmu.pages[spte >> 9].role)
+    cdef const u8 *table = NULL if direct else leaf_gtable(mmu, spte >> 9)
+    cdef u32 at
+    cdef bint made
+    if not value & PTE_P or (table == NULL and not direct):
+        return
+    for at in range(first, first + mmu.prefetch):
+        if at == spte or mmu.table[at] & PTE_P:
+            continue
+        if direct:
+            made = _follow(mmu, v, at, mem_gfn(mmu.mem, mem_leaf_frame(mmu.mem, value)) + at - spte,
+                           value & (PTE_A | PTE_D | PTE_G), leaf_guest_rights(value), pte_pkey(value))
+        else:
+            made = _follow_gpte(mmu, v, at, leaf_gpte(mmu, table, at))
+        if not made:
+            return
+
+
+cdef bint _is_made_for(const sc_mmu *mmu, const sc_vcpu *v, u32 page) noexcept nogil:
+    """The page's table is read by the rules that v's registers ask for now, so that v can say what serves."""
+    cdef u32 role = mmu.pages[page].role
+    if not mmu.lists_all:
+        return not (role ^ make_role(mmu, v, 0, 1, False, role_access(role))) & ~<u32>(3 << ROLE_QUADRANT)
+    if v.guest.mode == MODE_OFF or role_pte_size(role) != (4 if v.guest.mode == MODE_32 else 8):
+        return False
+    return mmu.quirks & QUIRK_ROLE_WITHOUT_NXE or (
+        role_field(role, ROLE_GLEVELS, 15) == <u32>v.guest.mode and role_field(role, ROLE_NXE, 1) == v.guest.nxe)
+
+
+cdef void entry_update(sc_mmu *mmu, const sc_vcpu *v, u32 spte) noexcept nogil:
+    """The emulator stored to the guest's entry behind `spte`, of a page of level 1 in sync: its leaf is made at once,
+    if one can be (KVM's update_pte, until c5e2184d1544, 2021)."""
+    cdef const u8 *table = leaf_gtable(mmu, spte >> 9)
+    if table == NULL or mmu.table[spte] & PTE_P or not _is_made_for(mmu, v, spte >> 9):
+        return
+    if mmu.lists_all:
+        _prefetch(mmu, v, spte, leaf_gpte(mmu, table, spte), True)
+    else:
+        _follow_gpte(mmu, v, spte, leaf_gpte(mmu, table, spte))
 
 
 cdef void prefetch_around(sc_mmu *mmu, const sc_vcpu *v, u32 spte) noexcept nogil:

@@ -116,7 +116,7 @@ cdef void _store_at_gpa(sc_mmu *mmu, sc_vcpu *v, u64 gpa, const u8 *data, u32 nb
     cdef u64 frame = mem_frame(mmu.mem, gpa >> 12)
     cdef u64 unsync = mmu.stats.unsync_made
     cdef bint shadowed = is_shadowed(mmu, frame)
-    cdef bint native = shadowed and mmu.design.stored != NULL and table_let_go(mmu, gpa >> 12, frame)
+    cdef bint native = shadowed and mmu.lists_all and table_let_go(mmu, gpa >> 12, frame)
     if shadowed and not (native and mmu.stats.unsync_made == unsync):
         memset(&f, 0, sizeof(f))
         f.va = gpa
@@ -125,7 +125,7 @@ cdef void _store_at_gpa(sc_mmu *mmu, sc_vcpu *v, u64 gpa, const u8 *data, u32 nb
         f.changed = native
         fault_count(mmu, v, &f)
     if shadowed and not native:
-        if mmu.design.stored != NULL:   # it leaves that count to the fault
+        if mmu.lists_all:           # it leaves that count to the fault
             mmu.stats.pf_emulate += 1
         emulate_store(mmu, v, gpa, data, nbytes)
         return

@@ -31,6 +31,7 @@ cdef extern from "shadowcore.h" nogil:
         SC_IMPLICIT
         SC_AMD
         SC_SETTING_ZERO
+        SC_CACHED
         SC_UNSYNC
         SC_NESTED
         SC_EXITS

@@ -7,3 +7,4 @@ cdef void table_written(sc_mmu *mmu, u64 gpa, u32 nbytes, bint flooded) noexcept
 cdef void emulate_store(sc_mmu *mmu, sc_vcpu *v, u64 gpa, const u8 *data, u32 nbytes) noexcept nogil
 cdef void device_store(sc_mmu *mmu, u64 gpa, const u8 *data, u32 nbytes) noexcept nogil
 cdef void walk_updated(sc_mmu *mmu, const sc_vcpu *v, const sc_walk *w) noexcept nogil
+cdef void store_followed(sc_mmu *mmu, sc_vcpu *v, u64 gpa, u32 nbytes) noexcept nogil

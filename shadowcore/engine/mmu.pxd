@@ -39,6 +39,8 @@ cdef class Mmu:
     cdef sc_references references   # uses of pages, if they are recorded
     cdef sc_walk_log walk_log       # behind c.walks
     cdef object _walked             # what walk_log.reference points into, or None
+    cdef object _policy             # plugged.Plugged behind c.policy.own, or None
+    cdef object _decides            # plugged.Deciding behind c.decider, or None
 
     cdef int idle(self) except -1
     cdef int enter(self, bint unsettled=*) except -1

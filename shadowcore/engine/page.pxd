@@ -13,9 +13,9 @@ cdef struct sc_page:                # header of one shadow page, beside its fram
     u8 active                       # in use
     u8 nonglobal                    # a leaf without G was installed: goes at a CR3 load (flush)
     u8 unsync                       # its guest table may be stored to unseen: it lags until the next sync
-    u8 flood                        # emulated stores to the table since the page was last used (unsync)
+    u8 flood                        # emulated stores to the table since the page was last used (sc_mmu.flood_pages)
     u32 unsync_children             # bits set among sc_mmu.below of this page
-    u32 pad
+    u32 flood_at                    # sc_mmu.store_clock at the last of these
     u64 slots                       # bit per memslot of which it maps a frame
     u64 used[8]                     # bit per entry that is not 0
 

@@ -50,7 +50,7 @@ M = TypeVar("M", bound="Machine")
 T = TypeVar("T")
 
 FORMAT = "shadowcore VM"
-VERSION = 2
+VERSION = 3
 """Of the format; a file of another one is refused."""
 SC_NONE = 0xFFFFFFFF
 LIST_MANY = 0x80000000
@@ -270,7 +270,11 @@ def _from_dict(cls: type[T], given: Any, **found: Any) -> T:
         kind = type(defaults[name])
         if kind is type(None):
             kind = int  # a number, once the memory is known
-        if name not in found and type(value) is not kind and not (value is None and name == "flood_threshold"):
+        if (
+            name not in found
+            and type(value) is not kind
+            and not (value is None and name in ("flood_threshold", "flood_forget"))
+        ):
             raise ValueError(f"{name}: {kind.__name__} expected, not {value!r:.60}")
     return cls(**{**given, **found})
 

@@ -76,6 +76,7 @@ cdef struct sc_vcpu:
 # Can the store of nbytes at gva, gpa be emulated? 1 yes, 0 no (an embedder's instruction emulator may not know it), -1
 # the callback failed and the access is to be given up.
 ctypedef int (*sc_can_emulate)(void *hook, u64 gva, u64 gpa, u32 nbytes) noexcept nogil
+ctypedef bint (*sc_may_unsync)(void *decider, u64 gfn) noexcept nogil
 
 # An event by its number in EVENTS (unsync): gfn or gpa, role or entry, what else there is to say.
 cdef struct sc_event:
@@ -238,6 +239,7 @@ cdef struct sc_mmu:
     sc_mem *mem
     sc_stats *stats
     bint shadow                     # the processor walks shadow tables, else the guest's
+    u32 prefetch                    # entries of the aligned group that a fault fills, a power of two; 0: none
     bint by_table                   # a shadow page belongs to a guest table (or large page), else to linear addresses
     bint nested                     # the processor walks the guest's tables through the host's, which are in the pool
     u32 quirks                      # QUIRK_*
@@ -246,6 +248,10 @@ cdef struct sc_mmu:
     u32 refill                      # until this many are free
     u32 flood_threshold             # 0: never
     bint flood_reset                # a fault that is no store to a guest table starts the count anew
+    bint flood_pages                # each page has a count of its own, which a fault that comes through it ends
+    u32 flood_forget                # emulated stores to other tables after which a page's count is forgotten; 0: never
+    u32 store_clock                 # emulated stores so far, where a page has a count of its own
+    bint in_place                   # after an emulated store the leaf is made at once, if the guest's entry serves
     u32 n_free
     u32 n_active
     u32 free_head                   # free list, or SC_NONE
@@ -270,6 +276,8 @@ cdef struct sc_mmu:
     sc_vcpu *vcpus[SC_MAX_VCPUS]
     sc_can_emulate can_emulate      # asked before a store is emulated; NULL: the answer is yes
     void *hook                      # its first argument
+    sc_may_unsync may_unsync        # asked before a leaf table is left unsync for an access; NULL: the answer is yes
+    void *decider                   # its first argument
     u32 audit_points                # bit per POINT_*: audit there
     # POINT_* + 1 of the first audit that found something, or HOOK_RAISED, until it is reported.
     u32 audit_found
@@ -283,7 +291,6 @@ cdef struct sc_mmu:
     # As 2.6.28: INVLPG drops a leaf and makes none; a table is unsync only while it has one shadow page.
     bint one_role
     u32 prev_roots                  # roots of earlier CR3s that a vcpu keeps, 0 to SC_MAX_PREV
-    u32 prefetch                    # entries of the aligned group that a fault fills, a power of two; 0: none
     u32 host_level                  # level of the host's pages under guest RAM: 1, 2 or 3
     # Of design nested.
     bint tdp                        # host tables come and go with their parents (KVM's TDP MMU), else as shadow pages
@@ -309,6 +316,7 @@ cdef struct sc_mmu:
     sc_design design                # what the design does where little depends on its speed
     sc_policy policy                # which page is recycled
     sc_walk_log *walks              # where references of walks are told; NULL: nowhere
+    sc_design alone                 # the design's own hooks, where those of neighbours.pyx stand before them
 
 cdef inline void memo_drop(sc_mmu *mmu) noexcept nogil:
     """Something was withdrawn, or changed, that a translation may have been made of."""

@@ -55,6 +55,8 @@ cdef bint table_let_go(sc_mmu *mmu, u64 gfn, u64 frame) noexcept nogil
 cdef int leaf_set(sc_mmu *mmu, const sc_vcpu *v, u32 spte, u64 gfn, u32 rights, u32 pkey, int what) noexcept nogil
 cdef int leaf_put(sc_mmu *mmu, const sc_vcpu *v, u32 spte, u64 gfn, u32 rights, int what) noexcept nogil
 cdef void prefetch_around(sc_mmu *mmu, const sc_vcpu *v, u32 spte) noexcept nogil
+cdef void prefetch_followed(sc_mmu *mmu, const sc_vcpu *v, u32 spte) noexcept nogil
+cdef void entry_update(sc_mmu *mmu, const sc_vcpu *v, u32 spte) noexcept nogil
 cdef void leaf_refetch(sc_mmu *mmu, const sc_vcpu *v, u32 spte) noexcept nogil
 cdef int page_sync(sc_mmu *mmu, const sc_vcpu *v, u32 page) noexcept nogil
 cdef int leaf_level(const sc_mmu *mmu, u64 gfn, u64 frame, int most) noexcept nogil

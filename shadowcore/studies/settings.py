@@ -32,10 +32,13 @@ DESIGN = {
     "min_free": "the pool is refilled when fewer pages than this are free",
     "refill": "pages that are free after that",
     "flood_threshold": "consecutive stores to a guest table that zap its shadow pages; none: never",
+    "flood_pages": "true: each shadow page counts them by itself, and a fault through it ends that",
+    "flood_forget": "stores to other tables after which a page's count is forgotten; none: never",
     "flood_reset": "true: a fault in between makes them count anew",
     "notpresent_marker": "page, synced, walk or never: when entries that the guest has not made are marked",
     "prev_roots": "roots of earlier CR3s that a vcpu keeps (unsync)",
-    "prefetch": "entries of the group that a fault fills, a power of two, or 0 (unsync, kvm-6.1-direct)",
+    "update_in_place": "true: an emulated store makes the leaf of the new entry at once",
+    "prefetch": "entries of the group that a fault fills, a power of two, or 0 (not flush, kvm-6.1-tdp)",
     "policy": "which page is recycled: " + ", ".join(POLICIES),
     "uses": "what is a use of a shadow page, joined by +: " + ", ".join(USES),
     "recycle_children": "true: pages below a recycled one, to which nothing else leads, go with it",
@@ -48,9 +51,21 @@ FIELDS = {"pool": "pool_pages", "host_levels": "levels"}
 """What they are called in config, where it is another name."""
 NESTED = ("pool", "min_free", "refill", "prefetch", "host_levels")
 """Those of nested paging; prefetch is the direct MMU's."""
-UNSYNC = ("prev_roots", "prefetch", "release")
-"""Those that only `unsync`, and what is made of it, has; it has no flood_reset."""
-KEPT = ("notpresent_marker", "policy", "uses", "recycle_children", "policy_seed")
+UNSYNC = ("prev_roots", "release")
+"""Those that only `unsync`, and what is made of it, has."""
+IN_SYNC = ("flood_reset", "flood_pages")
+"""Those that it has not."""
+KEPT = (
+    "notpresent_marker",
+    "policy",
+    "uses",
+    "recycle_children",
+    "policy_seed",
+    "update_in_place",
+    "prefetch",
+    "flood_pages",
+    "flood_forget",
+)
 """Those that a design has only if its tables belong to guest tables."""
 MACHINE = {
     "levels": "what lies below the guest, by which exits are costed: shadow, pvm, shadow-on-ept, ...",
@@ -131,7 +146,7 @@ def has(which: Design, name: str) -> bool:
         return name in NESTED and (name != "prefetch" or which.mmu == "direct")
     if not isinstance(which, Shadow) or name == "host_levels" or (not which.keep and name != "pool"):
         return False
-    return which.lagging if name in UNSYNC else not (which.lagging and name == "flood_reset")
+    return which.lagging if name in UNSYNC else not (which.lagging and name in IN_SYNC)
 
 
 def effective(labels: Mapping[str, Any], which: Design) -> dict[str, Any]:
@@ -156,7 +171,7 @@ def split(settings: Mapping[str, Any], source: Takes) -> Split:
             found.guest[name] = _guest(name, value)
         else:
             raise ConfigError(_unknown(name, source, [*own, *DESIGN, *source.machine]))
-    for name in ("flood_reset", "recycle_children"):
+    for name in ("flood_reset", "flood_pages", "update_in_place", "recycle_children"):
         if name in found.design and not isinstance(found.design[name], bool):
             raise ConfigError(f"{name}: true or false is needed, not {found.design[name]!r}")
     if isinstance(found.design.get("policy"), int):

@@ -97,8 +97,8 @@ def test_settings_that_lie(kind, name):
 def test_plain_settings_are_kept_plain():
     made = sc.Shadow.cached(pool_pages=np.int64(64), min_free=Changing(5), name=type("S", (str,), {})("mine"))
     assert [type(getattr(made, f.name)) for f in fields(made) if f.name != "quirks"] == [
-        *(str, bool, int, int, int, int, bool),
-        *(str, bool, int, int, str),
+        *(str, bool, int, int, int, int, bool, type(None), bool),
+        *(str, bool, int, bool, int, str),
         *(str, tuple, bool, int),
     ]
     copy = taken(sc.Shadow, made, "mmu")

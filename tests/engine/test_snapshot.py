@@ -123,9 +123,9 @@ def set_in(array, value):
 
 
 CHANGES = {
-    "version": lambda state, arrays: state.update(version=3),
+    "version": lambda state, arrays: state.update(version=4),
     "an older version": lambda state, arrays: state.update(version=1),
-    "a version that is no number": lambda state, arrays: state.update(version="2"),
+    "a version that is no number": lambda state, arrays: state.update(version="3"),
     "format": lambda state, arrays: state.update(format="else"),
     "no registers": lambda state, arrays: state["vcpus"][0].pop("cr3"),
     "more vcpus": lambda state, arrays: state["vcpus"].append(state["vcpus"][0]),
@@ -158,7 +158,7 @@ def test_a_state_that_cannot_be(tmp_path, what):
 
 @pytest.mark.parametrize(
     ("version", "message"),
-    [(1, "version 1, by an older shadowcore"), (3, "version 3, by a newer shadowcore"), (None, "expected, not None")],
+    [(1, "version 1, by an older shadowcore"), (4, "version 4, by a newer shadowcore"), (None, "expected, not None")],
 )
 def test_a_file_of_another_version(tmp_path, version, message):
     """It says whose file it is, and what knows it."""

@@ -3,39 +3,16 @@
 Who follows uses stands before hooks of the design: faults, and loads of registers. A design whose policy does not
 follow any runs without a trace of this; and a hit costs nothing under either. That a page is made is no use of it.
 """
-from shadowcore.engine.bits cimport PTE_A, PTE_P, PTE_PS, level_index
+from shadowcore.engine.bits cimport PTE_A, level_index
 from shadowcore.engine.fault cimport page_fault_usual
-from shadowcore.engine.memory cimport mem_pool_page
+from shadowcore.engine.path cimport MAX_LEVELS, path_find, sc_path
 from shadowcore.engine.policies.queues cimport queues_key, sc_queues
 from shadowcore.engine.role cimport role_level
 from shadowcore.engine.state cimport (
     FAST_EMULATE, USE_ACCESSED, USE_FAULT, USE_LINK, USE_ROOT, USE_WALK, sc_loaded, sc_mmu, sc_vcpu,
 )
-from shadowcore.engine.types cimport MODE_64, RC_OK, SC_NONE, u32, u64
+from shadowcore.engine.types cimport RC_OK, SC_NONE, u32, u64
 from shadowcore.engine.walker cimport sc_walk
-
-cdef enum:
-    MAX_LEVELS = 5
-
-cdef struct sc_path:                # the pages from the root of an address down
-    u32 page[MAX_LEVELS]
-    int n
-
-
-cdef inline void _find(const sc_mmu *mmu, const sc_vcpu *v, u64 va, sc_path *path) noexcept nogil:
-    cdef u32 page = v.roots[0 if v.guest.mode >= MODE_64 else <int>(va >> 30) & 3]
-    cdef u64 value
-    cdef int level
-    path.n = 0
-    while page != SC_NONE and path.n < MAX_LEVELS:
-        path.page[path.n] = page
-        path.n += 1
-        level = role_level(mmu.pages[page].role)
-        value = mmu.table[page * 512 + level_index(va, level)]
-        if level == 1 or not value & PTE_P or (mmu.lists_all and value & PTE_PS):
-            break
-        page = mem_pool_page(value)
-
 
 cdef inline void _used(sc_mmu *mmu, u32 page) noexcept nogil:
     if mmu.pages[page].active and mmu.policy.queues.member[page].born != <u32>mmu.policy.queues.clock:
@@ -58,7 +35,7 @@ cdef void _linked(sc_mmu *mmu, const sc_vcpu *v, u64 va, const sc_path *before) 
     """What the fault has linked."""
     cdef sc_path path
     cdef int i
-    _find(mmu, v, va, &path)
+    path_find(mmu, v, va, &path)
     for i in range(path.n):
         if mmu.policy.uses & USE_LINK and i and (i >= before.n or path.page[i] != before.page[i]):
             _used(mmu, path.page[i])
@@ -70,7 +47,7 @@ cdef void _accessed(sc_mmu *mmu, const sc_vcpu *v, u64 va) noexcept nogil:
     cdef int i
     if not mmu.policy.uses & USE_ACCESSED:
         return
-    _find(mmu, v, va, &path)
+    path_find(mmu, v, va, &path)
     for i in range(path.n - 1):
         mmu.table[path.page[i] * 512 + level_index(va, role_level(mmu.pages[path.page[i]].role))] |= PTE_A
 
@@ -81,15 +58,21 @@ cdef u64 _fast_fault(sc_mmu *mmu, sc_vcpu *v, u64 va, u32 access, u32 *told) noe
     cdef sc_path before
     cdef u64 exits = mmu.stats.pf_taken
     cdef u64 gpa
-    _find(mmu, v, va, &before)
+    cdef u32 last, present, then
+    path_find(mmu, v, va, &before)
     if before.n == 0 or role_level(mmu.pages[before.page[before.n - 1]].role) > 1:
         return ~<u64>0
+    last = before.page[before.n - 1]
+    then = mmu.pages[last].present
     _begin(mmu)
     gpa = mmu.policy.below.fast_fault(mmu, v, va, access, told)
     if mmu.stats.pf_taken == exits:
         mmu.policy.queues.clock -= 1        # no exit, no event
     else:
+        present = mmu.pages[last].present
+        mmu.pages[last].present = then      # as it was when the walk came through: `cost` asks
         _came_through(mmu, &before)
+        mmu.pages[last].present = present
         _linked(mmu, v, va, &before)
     if gpa != ~<u64>0 and told[0] != FAST_EMULATE:
         _accessed(mmu, v, va)
@@ -101,7 +84,7 @@ cdef int _page_fault(sc_mmu *mmu, sc_vcpu *v, u32 access, const sc_walk *hw, sc_
     cdef sc_path before
     cdef u64 va = hw.va
     cdef int rc
-    _find(mmu, v, va, &before)
+    path_find(mmu, v, va, &before)
     _begin(mmu)
     _came_through(mmu, &before)
     if mmu.policy.below.page_fault != NULL:
@@ -144,7 +127,7 @@ cdef void _walked(sc_mmu *mmu, const sc_vcpu *v, u64 va) noexcept nogil:
     cdef u64 key
     cdef int i
     cdef bint same = True
-    _find(mmu, v, va, &path)
+    path_find(mmu, v, va, &path)
     for i in range(MAX_LEVELS):
         key = 0
         if i < path.n:

@@ -2,6 +2,7 @@
 from libc.string cimport memcpy
 
 from shadowcore.engine.bits cimport CR4_PAE, PTE_P
+from shadowcore.engine.floods cimport page_floods
 from shadowcore.engine.memory cimport mem_frame, mem_guest_frame
 from shadowcore.engine.pool cimport hash_bucket, shadows
 from shadowcore.engine.quirks cimport QUIRK_STORE_ROUNDED
@@ -65,13 +66,9 @@ cdef bint _drop_written(sc_mmu *mmu, u32 number, u32 offset, bint counts) noexce
     return flush
 
 
-cdef inline bint _floods(sc_mmu *mmu, u32 number, const sc_vcpu *v) noexcept nogil:
+cdef inline bint _floods(const sc_mmu *mmu, u32 number, const sc_vcpu *v) noexcept nogil:
     """So many stores to a table above the leaves since it was last used are a flood."""
-    if role_level(mmu.pages[number].role) == 1 or v == NULL or mmu.flood_threshold == 0:
-        return False
-    if mmu.pages[number].flood < 255:
-        mmu.pages[number].flood += 1
-    return mmu.pages[number].flood >= mmu.flood_threshold
+    return role_level(mmu.pages[number].role) > 1 and v != NULL and page_floods(mmu, &mmu.pages[number])
 
 
 cdef void stored(sc_mmu *mmu, sc_vcpu *v, u64 gpa, u32 nbytes) noexcept nogil:
@@ -84,6 +81,7 @@ cdef void stored(sc_mmu *mmu, sc_vcpu *v, u64 gpa, u32 nbytes) noexcept nogil:
     cdef bint ignored = False
     if v != NULL:
         other_instruction(mmu, v)
+        mmu.store_clock += 1
     elif mmu.frames[mem_frame(mmu.mem, gfn)].shadowed == 0:
         return
     if mmu.n_pte4 + mmu.n_pte8 == 0:
