@@ -1,7 +1,7 @@
 /*
  * A host program that embeds Python for the engine's sake: it has the guest's memory, and asks where accesses lead.
  *
- * The guest: 16 MiB of RAM, 4-level tables in its first pages, and 512 pages mapped at 4 MiB. It reads and writes them,
+ * The guest: 16 MiB of RAM, 4-level tables in its first frames, and 512 pages mapped at 4 MiB. It reads and writes them,
  * edits an entry of its own tables, and switches between two address spaces.
  */
 #define SHADOWCORE_PYTHON
@@ -15,27 +15,7 @@
 #define PAGES 512u
 #define TABLES_AT 0x7f0000000000u /* gva at which the kernel sees the leaf table of the first address space */
 
-enum { PRESENT = 1, WRITABLE = 2, USER = 4, ACCESSED = 32, DIRTY = 64 };
-
 static _Alignas(4096) unsigned char ram[RAM];
-
-static void set_entry(uint64_t table, unsigned index, uint64_t value) {
-    memcpy(ram + table + 8 * index, &value, 8);
-}
-
-/* Tables from gpa `at` on, four pages and three more, that map the data and, for the kernel, their own leaf table. */
-static void make_tables(uint64_t at) {
-    unsigned i;
-    set_entry(at, 0, (at + PAGE) | 7);
-    set_entry(at + PAGE, 0, (at + 2 * PAGE) | 7);
-    set_entry(at + 2 * PAGE, DATA >> 21, (at + 3 * PAGE) | 7);
-    for (i = 0; i < PAGES; i++)
-        set_entry(at + 3 * PAGE, i, (DATA + i * PAGE) | PRESENT | WRITABLE | USER | ACCESSED | DIRTY);
-    set_entry(at, (TABLES_AT >> 39) & 511, (at + 4 * PAGE) | 3);
-    set_entry(at + 4 * PAGE, 0, (at + 5 * PAGE) | 3);
-    set_entry(at + 5 * PAGE, 0, (at + 6 * PAGE) | 3);
-    set_entry(at + 6 * PAGE, 0, (at + 3 * PAGE) | 3);
-}
 
 static const sc_api *api;
 
@@ -45,6 +25,31 @@ static void must(int rc, const char *what) {
         return;
     fprintf(stderr, "%s: %d: %s\n", what, rc, rc < 0 ? api->last_error() : "a fault of the guest");
     exit(1);
+}
+
+/* Tables in the frames from `first` on, that map the data and, for the kernel, their own leaf table. */
+static void make_tables(sc_vm vm, uint64_t first, sc_tables *tables) {
+    sc_mapping mapping;
+    sc_entry leaf;
+    SC_INIT(tables);
+    tables->mode = SC_TABLES_64;
+    tables->next_gfn = first;
+    tables->frames = 8;
+    SC_INIT(&mapping);
+    mapping.gva = mapping.gpa = DATA;
+    mapping.size = PAGES * PAGE;
+    mapping.page_size = PAGE;
+    mapping.rights = SC_RIGHT_WRITE | SC_RIGHT_USER | SC_RIGHT_EXECUTE;
+    mapping.accessed = mapping.dirty = 1;
+    must(api->tables_map(vm, tables, &mapping), "tables_map");
+    SC_INIT(&leaf);
+    leaf.level = 1;
+    must(api->tables_entry(vm, tables, DATA, &leaf), "tables_entry");
+    mapping.gva = TABLES_AT;
+    mapping.gpa = leaf.gpa & ~(uint64_t)(PAGE - 1);
+    mapping.size = PAGE;
+    mapping.rights = SC_RIGHT_WRITE;
+    must(api->tables_map(vm, tables, &mapping), "tables_map");
 }
 
 static void count_event(void *context, const sc_event *event) {
@@ -67,6 +72,7 @@ static int access_at(sc_vm vm, unsigned kind, uint64_t gva, uint64_t value, sc_o
 static void run(const char *path) {
     unsigned events[SC_EVENTS] = {0};
     sc_config config;
+    sc_tables first, second;
     sc_outcome outcome;
     sc_counters counters;
     sc_audit_result audit;
@@ -76,19 +82,16 @@ static void run(const char *path) {
     static uint8_t what[PAGES];
     unsigned i;
 
-    make_tables(0x1000);
-    make_tables(0x10000);
     SC_INIT(&config);
     config.design = SC_CACHED;
     config.memory = ram;
     config.memory_size = RAM;
     config.pool_pages = 64;
     must(api->vm_create(&config, &vm), "vm_create");
+    make_tables(vm, 1, &first);
+    make_tables(vm, 16, &second);
     must(api->on_event(vm, SC_EVENT_MASK(SC_EVENT_EXIT) | SC_EVENT_MASK(SC_EVENT_ZAP), count_event, events), "on_event");
-    must(api->register_load(vm, 0, SC_EFER, 0x900), "efer");
-    must(api->register_load(vm, 0, SC_CR4, 0x20), "cr4");
-    must(api->register_load(vm, 0, SC_CR3, 0x1000), "cr3");
-    must(api->register_load(vm, 0, SC_CR0, 0x80010011), "cr0");
+    must(api->tables_activate(vm, 0, &first), "tables_activate");
 
     /* One by one. The first access of a page takes an exit, the second none. */
     must(access_at(vm, SC_WRITE, DATA + 0x18, 42, &outcome), "store");
@@ -122,9 +125,9 @@ static void run(const char *path) {
     printf("page fault, error code %#x\n", outcome.error_code);
 
     /* Another address space, and back: the shadow of the first is still there. */
-    must(api->register_load(vm, 0, SC_CR3, 0x10000), "cr3");
+    must(api->register_load(vm, 0, SC_CR3, second.root), "cr3");
     must(access_at(vm, SC_READ, DATA + 5 * PAGE, 0, &outcome), "load");
-    must(api->register_load(vm, 0, SC_CR3, 0x1000), "cr3");
+    must(api->register_load(vm, 0, SC_CR3, first.root), "cr3");
     must(access_at(vm, SC_READ, DATA + 6 * PAGE, 0, &outcome), "load");
     printf("back in the first address space: %u exits\n", outcome.exits);
 

@@ -21,6 +21,7 @@ from shadowcore.engine.state cimport sc_mmu, sc_reference as engine_reference, s
 from shadowcore.engine.types cimport RC_AUDIT, RC_OK, SC_NONE, u8, u32, u64
 
 from shadowcore.engine.costs import find as find_costs
+from shadowcore.engine.levels import of_design
 
 cdef sc_prices _price_lists[MAX_VMS]  # each of the handle in the place of that number
 
@@ -174,31 +175,64 @@ cdef int api_counters(sc_vm vm, sc_counters *counters) noexcept nogil:
 assert sizeof(sc_counters) == 8 + sizeof(sc_stats)
 
 
-cdef int _prices_with_gil(const char *preset, sc_prices *prices) noexcept with gil:
+cdef bint _size_is_known(const sc_prices *prices) noexcept nogil:
+    return prices.struct_size == sizeof(sc_prices) or (
+        prices.struct_size == <size_t>&prices.violation - <size_t>prices)
+
+
+cdef int _prices_with_gil(sc_vm vm, const char *preset, sc_prices *prices) noexcept with gil:
+    """vm: 0 for that of no design."""
+    cdef sc_place *p
+    cdef u32 size = prices.struct_size
+    cdef sc_prices full
     try:
-        return prices_of(find_costs((<bytes>preset).decode()), prices)
+        costs = find_costs((<bytes>preset).decode())
+        if vm:
+            p = enter(vm)
+            if p == NULL:
+                return refused(vm)
+            owner = <object>p.owner
+            leave(p)
+            costs = costs.replace(levels=of_design(costs.levels, owner.mmu.design.engine))
+        prices_of(costs, &full)
+        memcpy(prices, &full, size)
+        prices.struct_size = size
+        return RC_OK
     except BaseException as error:
         return fail_python(error)
 
 
-cdef int api_prices(const char *preset, sc_prices *prices) noexcept nogil:
+cdef int _prices(sc_vm vm, const char *preset, sc_prices *prices) noexcept nogil:
     if preset == NULL or prices == NULL:
         return fail(SC_E_NULL, "preset or prices is NULL")
-    if prices.struct_size != sizeof(sc_prices):
+    if not _size_is_known(prices):
         return fail_struct("sc_prices", prices.struct_size, sizeof(sc_prices))
     if with_python() != RC_OK:
         return SC_E_PYTHON
-    return _prices_with_gil(preset, prices)
+    return _prices_with_gil(vm, preset, prices)
+
+
+cdef int api_prices(const char *preset, sc_prices *prices) noexcept nogil:
+    return _prices(0, preset, prices)
+
+
+cdef int api_prices_for(sc_vm vm, const char *preset, sc_prices *prices) noexcept nogil:
+    cdef sc_place *p = enter(vm)
+    if p == NULL:
+        return refused(vm)
+    leave(p)
+    return _prices(vm, preset, prices)
 
 
 cdef int api_set_prices(sc_vm vm, const sc_prices *prices) noexcept nogil:
     cdef sc_place *p
     cdef sc_prices copy
     if prices != NULL:
-        copy = prices[0]
-        prices = &copy
-        if prices.struct_size != sizeof(sc_prices):
+        if not _size_is_known(prices):
             return fail_struct("sc_prices", prices.struct_size, sizeof(sc_prices))
+        memset(&copy, 0, sizeof(copy))  # what a caller of before does not know stays 0
+        memcpy(&copy, prices, prices.struct_size)
+        prices = &copy
         if prices.reserved or not prices_are_sane(prices):
             return fail(SC_E_ARGUMENT, "prices->reserved is not 0, or a price is negative or no number")
     p = enter(vm)
@@ -233,6 +267,7 @@ cdef void _on_engine_event(sc_mmu *mmu, u32 kind, u32 detail, u32 vcpu, u64 addr
     event.vcpu = vcpu
     event.address = address
     event.vm = p.handle
+    event.frames = mmu.event_frames
     p.function(p.context, &event)
 
 

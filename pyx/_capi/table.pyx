@@ -12,10 +12,14 @@ from shadowcore._capi.header cimport SC_ABI_VERSION, SC_CAPSULE, sc_api, sc_vm
 from shadowcore._capi.lifecycle cimport api_save, api_vm_adopt, api_vm_create, api_vm_destroy, api_vm_load
 from shadowcore._capi.look cimport (
     api_audit, api_counters, api_cycles, api_invlpg, api_invpcid, api_on_event, api_on_references, api_prices,
-    api_register_load, api_register_read, api_set_prices, api_vcpu_init,
+    api_prices_for, api_register_load, api_register_read, api_set_prices, api_vcpu_init,
 )
+from shadowcore._capi.shadow cimport api_shadow_page, api_shadow_pool, api_shadow_root
 from shadowcore._capi.slots cimport (
     api_host_collapse, api_host_touch, api_host_unmap, api_slot_add, api_slot_move, api_slot_remove,
+)
+from shadowcore._capi.tables cimport (
+    api_tables_activate, api_tables_entry, api_tables_map, api_tables_protect, api_tables_unmap,
 )
 from shadowcore.engine.types cimport u64
 
@@ -59,6 +63,15 @@ _api.host_collapse = api_host_collapse
 _api.invpcid = api_invpcid
 _api.vcpu_init = api_vcpu_init
 _api.on_references = api_on_references
+_api.prices_for = api_prices_for
+_api.shadow_root = api_shadow_root
+_api.shadow_pool = api_shadow_pool
+_api.shadow_page = api_shadow_page
+_api.tables_map = api_tables_map
+_api.tables_unmap = api_tables_unmap
+_api.tables_protect = api_tables_protect
+_api.tables_entry = api_tables_entry
+_api.tables_activate = api_tables_activate
 _C_API = PyCapsule_New(&_api, SC_CAPSULE, NULL)
 
 

@@ -17,7 +17,8 @@ cdef void _on_event(sc_mmu *mmu, u32 kind, u32 detail, u32 vcpu, u64 address) no
         return                      # one has raised, and its caller is not there yet
     mmu.mem.busy = True             # the callback may not use its VM
     try:
-        hook.function(EVENTS[kind], detail, None if vcpu == SC_NONE else vcpu, address)
+        hook.function(EVENTS[kind], detail, None if vcpu == SC_NONE else vcpu, address,
+                      mmu.event_frames)
     except BaseException as error:
         hook.mmu.hook_error = error
         mmu.audit_found = HOOK_RAISED
@@ -26,7 +27,7 @@ cdef void _on_event(sc_mmu *mmu, u32 kind, u32 detail, u32 vcpu, u64 address) no
 
 
 cdef class EventHook:
-    """Calls function(kind, detail, vcpu, address) at events of `mmu`; kept by it until there is another, or None."""
+    """Calls function(kind, detail, vcpu, address, frames) at events of `mmu`; kept by it until there is another one."""
     cdef Mmu mmu
     cdef object function
 

@@ -21,7 +21,7 @@ from shadowcore.engine.designs.native cimport native_design
 from shadowcore.engine.designs.nested cimport nested_design
 from shadowcore.engine.designs.unsync cimport unsync_design
 from shadowcore.engine.emulate cimport device_store
-from shadowcore.engine.flushes cimport FLUSH_COUNT, FLUSH_HOST, FLUSH_SLOTS, request_flush
+from shadowcore.engine.flushes cimport FLUSH_COUNT, FLUSH_HOST, FLUSH_SLOTS, request_flush, request_flush_of
 from shadowcore.engine.hooks cimport EVENT_COUNT, HOOK_RAISED, POINT_COUNT
 from shadowcore.engine.invariants cimport audit_violations, mmu_settle, sc_audit
 from shadowcore.engine.memory cimport (
@@ -129,17 +129,24 @@ cdef void _host_withdrawn(void *context, u64 frame, u64 n) noexcept nogil:
     cdef sc_slot *slot
     cdef int i
     cdef u64 concerned = 0
+    cdef u64 gfn = 0
+    cdef u64 first = 0
+    cdef u64 last = 0
     for i in range(mmu.mem.nslots):
         slot = &mmu.mem.slots[i]
         if slot.npages and slot.frame < frame + n and frame < slot.frame + slot.npages:
             concerned += 1
+            first = max(frame, slot.frame)
+            last = min(frame + n, slot.frame + slot.npages)
+            gfn = slot.base_gfn + (first - slot.frame)
     if concerned == 0:
         return
     mmu.mem.host.changes += concerned
     mmu.stats.host_unmaps += 1
     memo_drop(mmu)
     if mmu.design.withdraw == NULL or mmu.design.withdraw(mmu, frame, n):
-        request_flush(mmu, FLUSH_HOST)
+        # Of frames of several slots, nobody is told where they are mapped.
+        request_flush_of(mmu, FLUSH_HOST, gfn if concerned == 1 else 0, last - first if concerned == 1 else 0)
 
 
 _COUNTS = ("n_free", "n_active", "n_pte4", "n_pte8")

@@ -7,7 +7,9 @@ from libc.string cimport memset
 
 from shadowcore.engine.absent cimport page_mark
 from shadowcore.engine.bits cimport PTE_A, PTE_P, PTE_PS, PTE_W, pte_addr, sc_ctz64
-from shadowcore.engine.flushes cimport FLUSH_LOG, FLUSH_PROTECT, FLUSH_ZAP, FLUSH_ZAP_UPPER, entry_flush, request_flush
+from shadowcore.engine.flushes cimport (
+    FLUSH_LOG, FLUSH_PROTECT, FLUSH_ZAP, FLUSH_ZAP_UPPER, entry_flush, request_flush, request_flush_of,
+)
 from shadowcore.engine.hooks cimport EVENT_ZAP, event
 from shadowcore.engine.memory cimport mem_frame, mem_gfn, mem_leaf_frame, mem_pool_page, sc_no_frame
 from shadowcore.engine.page cimport sc_frame, sc_page
@@ -92,7 +94,8 @@ cdef u32 pool_take(sc_mmu *mmu, u64 gfn, u32 role) noexcept nogil:
         count_shadowing(mmu, page, 1)
         frame = mem_frame(mmu.mem, gfn)
         if frame != sc_no_frame() and rmap_write_protect(mmu, frame) and mmu.lists_all:
-            request_flush(mmu, FLUSH_PROTECT)
+            # A large leaf loses W for all that it maps.
+            request_flush_of(mmu, FLUSH_PROTECT, 0 if mmu.host_level > 1 else gfn, mmu.host_level == 1)
         if mmu.absent:
             page_mark(mmu, number)
     if mmu.policy.queues != NULL:
@@ -383,7 +386,7 @@ cdef void _protect_slot(sc_mmu *mmu, int slot) noexcept nogil:
                 mmu.table[spte] &= ~<u64>PTE_W
                 memo_drop(mmu)
     for _ in range(mmu.n_vcpus):
-        request_flush(mmu, FLUSH_LOG)
+        request_flush_of(mmu, FLUSH_LOG, mmu.mem.slots[slot].base_gfn, mmu.mem.slots[slot].npages)
 
 
 cdef bint _withdraw(sc_mmu *mmu, u64 frame, u64 n) noexcept nogil:

@@ -1,6 +1,6 @@
 """The reverse map at work: write protection of a frame."""
 from shadowcore.engine.bits cimport PTE_W, SPTE_MMU_W
-from shadowcore.engine.flushes cimport FLUSH_PROTECT, request_flush
+from shadowcore.engine.flushes cimport FLUSH_PROTECT, request_flush_of
 from shadowcore.engine.hooks cimport EVENT_PROTECT, event
 from shadowcore.engine.memory cimport mem_gfn
 from shadowcore.engine.rmap cimport list_first, list_next, rmap_remove
@@ -70,5 +70,5 @@ cdef bint rmap_write_protect(sc_mmu *mmu, u64 frame) noexcept nogil:
         mmu.stats.rmap_protected += 1
         memo_drop(mmu)
         event(mmu, EVENT_PROTECT, spte, SC_NONE, mem_gfn(mmu.mem, frame))
-        request_flush(mmu, FLUSH_PROTECT)
+        request_flush_of(mmu, FLUSH_PROTECT, mem_gfn(mmu.mem, frame), 1)
     return False

@@ -35,6 +35,7 @@ cdef extern from "shadowcore.h" nogil:
         SC_UNSYNC
         SC_NESTED
         SC_EXITS
+        SC_ANY_LEVEL
     const char *SC_CAPSULE
     ctypedef uint64_t sc_vm
 
@@ -99,6 +100,7 @@ cdef extern from "shadowcore.h" nogil:
         uint32_t struct_size, kind, detail, vcpu
         uint64_t address
         sc_vm vm
+        uint64_t frames
 
     ctypedef void (*sc_event_function)(void *context, const sc_event *event) noexcept nogil
 
@@ -120,6 +122,37 @@ cdef extern from "shadowcore.h" nogil:
         uint64_t gpa, size, offset, host_page_size
         uint8_t dirty_log, read_only, backing
         uint8_t reserved[5]
+
+    ctypedef struct sc_tables:
+        uint32_t struct_size, mode
+        uint64_t root, next_gfn, frames
+
+    ctypedef struct sc_mapping:
+        uint32_t struct_size, rights
+        uint64_t gva, gpa, size, page_size, bits
+        uint8_t global_, pkey, accessed, dirty
+        uint8_t reserved[4]
+
+    ctypedef struct sc_entry:
+        uint32_t struct_size, level
+        uint64_t gpa, value
+
+    ctypedef struct sc_root:
+        uint32_t struct_size, mode
+        uint64_t hpa
+        uint64_t pdpte[4]
+
+    ctypedef struct sc_pool:
+        uint32_t struct_size, pages, active, reserved
+        const uint64_t *tables
+        uint64_t tables_hpa
+        void *ram
+        uint64_t ram_hpa, ram_size
+
+    ctypedef struct sc_shadow_page:
+        uint32_t struct_size, root_count
+        uint64_t hpa, gfn
+        uint8_t active, level, guest_mode, quadrant, direct, rights, unsync, reserved
 
     ctypedef struct sc_api:
         uint32_t abi_version, struct_size
@@ -154,3 +187,12 @@ cdef extern from "shadowcore.h" nogil:
         int (*invpcid)(sc_vm, uint32_t, uint64_t, const uint64_t *) noexcept nogil
         int (*vcpu_init)(sc_vm, uint32_t) noexcept nogil
         int (*on_references)(sc_vm, sc_reference_function, void *) noexcept nogil
+        int (*prices_for)(sc_vm, const char *, sc_prices *) noexcept nogil
+        int (*shadow_root)(sc_vm, uint32_t, sc_root *) noexcept nogil
+        int (*shadow_pool)(sc_vm, sc_pool *) noexcept nogil
+        int (*shadow_page)(sc_vm, uint32_t, sc_shadow_page *) noexcept nogil
+        int (*tables_map)(sc_vm, sc_tables *, const sc_mapping *) noexcept nogil
+        int (*tables_unmap)(sc_vm, sc_tables *, uint64_t, uint64_t) noexcept nogil
+        int (*tables_protect)(sc_vm, sc_tables *, const sc_mapping *) noexcept nogil
+        int (*tables_entry)(sc_vm, const sc_tables *, uint64_t, sc_entry *) noexcept nogil
+        int (*tables_activate)(sc_vm, uint32_t, const sc_tables *) noexcept nogil

@@ -12,6 +12,7 @@ cdef int api_invpcid(sc_vm vm, uint32_t vcpu, uint64_t kind, const uint64_t *des
 cdef int api_vcpu_init(sc_vm vm, uint32_t vcpu) noexcept nogil
 cdef int api_counters(sc_vm vm, sc_counters *counters) noexcept nogil
 cdef int api_prices(const char *preset, sc_prices *prices) noexcept nogil
+cdef int api_prices_for(sc_vm vm, const char *preset, sc_prices *prices) noexcept nogil
 cdef int api_set_prices(sc_vm vm, const sc_prices *prices) noexcept nogil
 cdef int api_cycles(sc_vm vm, double *cycles) noexcept nogil
 cdef int api_on_event(sc_vm vm, uint32_t mask, sc_event_function function, void *context) noexcept nogil

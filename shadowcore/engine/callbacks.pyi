@@ -10,7 +10,7 @@ EVENTS: Final[tuple[str, ...]]
 @disjoint_base
 class EventHook:
     def __new__(
-        cls, mmu: Mmu, function: Callable[[str, int, int | None, int], object], kinds: Iterable[str]
+        cls, mmu: Mmu, function: Callable[[str, int, int | None, int, int], object], kinds: Iterable[str]
     ) -> Self: ...
     @staticmethod
     def remove(mmu: Mmu) -> None: ...

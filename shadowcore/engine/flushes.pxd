@@ -2,7 +2,7 @@
 from shadowcore.engine.hooks cimport EVENT_FLUSH, event
 from shadowcore.engine.quirks cimport QUIRK_EXIT_FLUSHES
 from shadowcore.engine.state cimport REQUEST_FLUSH, sc_mmu, vcpu_request
-from shadowcore.engine.types cimport SC_NONE, u32
+from shadowcore.engine.types cimport SC_NONE, u32, u64
 
 # Why a TLB has to be flushed, in the order of mmu.FLUSHES.
 cdef enum:
@@ -30,8 +30,8 @@ cdef inline void exit_flush(sc_mmu *mmu) noexcept nogil:
     if mmu.quirks & QUIRK_EXIT_FLUSHES:
         mmu.flush_epoch += 1
 
-cdef inline void request_flush(sc_mmu *mmu, int why) noexcept nogil:
-    """The shadow MMU withdrew something that a TLB may hold: no entry of any vcpu outlives this."""
+cdef inline void untold_flush(sc_mmu *mmu, int why) noexcept nogil:
+    """request_flush, of which the caller tells."""
     cdef u32 i
     if mmu.deferred:
         mmu.stats.remote_tlb_flush_requests += 1
@@ -43,6 +43,11 @@ cdef inline void request_flush(sc_mmu *mmu, int why) noexcept nogil:
             mmu.stats.remote_tlb_flush += 1
     if not flush_lost(mmu, why):
         mmu.flush_epoch += 1
+
+cdef inline void request_flush(sc_mmu *mmu, int why) noexcept nogil:
+    """The shadow MMU withdrew something that a TLB may hold: no entry of any vcpu outlives this. Who is told is told
+    that it may be anything."""
+    untold_flush(mmu, why)
     event(mmu, EVENT_FLUSH, why, SC_NONE, 0)
 
 cdef inline void entry_flush(sc_mmu *mmu, int why) noexcept nogil:
@@ -51,3 +56,5 @@ cdef inline void entry_flush(sc_mmu *mmu, int why) noexcept nogil:
         exit_flush(mmu)
     else:
         request_flush(mmu, why)
+
+cdef void request_flush_of(sc_mmu *mmu, int why, u64 gfn, u64 frames) noexcept nogil

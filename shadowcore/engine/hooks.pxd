@@ -22,7 +22,7 @@ cdef enum:
     EVENT_EXIT = 0                  # detail: EXIT_*; address: linear address, or the value of the register
     EVENT_ZAP = 1                   # a shadow page goes. detail: its number; address: its gfn
     EVENT_PROTECT = 2               # an spte lost W, its frame became a guest table. detail: spte; address: gfn
-    EVENT_FLUSH = 3                 # a TLB has to be flushed. detail: FLUSH_*
+    EVENT_FLUSH = 3                 # a TLB has to be flushed. detail: FLUSH_*; address: gfn, of sc_mmu.event_frames
     EVENT_COUNT = 4
 
 cdef inline void audit_point(sc_mmu *mmu, u32 point) noexcept nogil:

@@ -131,8 +131,8 @@ class VM:
             counted._become(self.stats - before)
 
     def on_event(self, callback: Callable[[Event], object] | None, kinds: Iterable[str] = EVENTS) -> None:
-        """Call `callback` with an Event (kind, detail, vcpu, address) whenever one of these `kinds` happens: "exit",
-        "zap", "protect", "flush". None: no more. A VM has one callback.
+        """Call `callback` with an Event (kind, detail, vcpu, address, frames) whenever one of these `kinds` happens:
+        "exit", "zap", "protect", "flush". None: no more. A VM has one callback.
 
         It is called in the middle of what the engine does and may not use its VM (EngineError); others it may. What it
         raises comes out of the call that was under way, after the operation is done; until then it is not called

@@ -11,6 +11,7 @@ cdef extern from "shadowcore.h" nogil:
         double exit_fault, exit_register, exit_invlpg, dispatch
         double fill, rights, inject, mmio, emulate, load, flush_page
         double guest_reference, page_new, page_zap, entry
+        double violation, violation_table, first_touch, first_touch_large, outer_touch
 
 # Cycles of the processor's walks: `references` entries read at `misses` misses, one of each the last of its walk.
 cdef inline double prices_translation(const sc_prices *p, u64 misses, u64 references) noexcept nogil:

@@ -312,6 +312,7 @@ cdef struct sc_mmu:
     u32 events                      # bit per EVENT_*: tell of them
     sc_event_hook event             # whom; NULL only if events is 0
     void *event_context             # for it
+    u64 event_frames                # EVENT_FLUSH, while it is told: of so many guest frames from the gfn on; 0: of all
     sc_watch *watch                 # what takes long looks for signals; NULL: it does not
     sc_design design                # what the design does where little depends on its speed
     sc_policy policy                # which page is recycled

@@ -16,7 +16,7 @@
  * Threads. A VM is used by one thread at a time: who has several makes a lock for each VM. A call that comes while
  * another one is under way is SC_E_BUSY, and so is one that a callback makes on its own VM. Different VMs never wait
  * for each other. vm_create, vm_destroy, vm_adopt, save, vm_load and prices take Python's GIL, from whatever state the
- * thread is in; nothing else does.
+ * thread is in; so do functions of which it is said below; nothing else does.
  *
  * Versions. Functions are only ever added at the end of sc_api, fields at the end of structures. Each structure begins
  * with its own size, which the caller sets (SC_INIT); a library knows the sizes that its predecessors had.
@@ -167,7 +167,7 @@ enum {
     SC_EVENT_EXIT = 0,    /* detail: SC_EXIT_*; address: the linear address, or the value of the register */
     SC_EVENT_ZAP = 1,     /* a shadow page goes. detail: its number; address: its gfn */
     SC_EVENT_PROTECT = 2, /* a shadow entry lost W: its frame became a guest table. detail: entry; address: gfn */
-    SC_EVENT_FLUSH = 3,   /* TLBs have to be flushed. detail: SC_FLUSH_* */
+    SC_EVENT_FLUSH = 3,   /* TLBs have to be flushed. detail: SC_FLUSH_*; address, frames: of what */
     SC_EVENTS = 4
 };
 /* Why TLBs have to be flushed, the detail of SC_EVENT_FLUSH. */
@@ -384,6 +384,9 @@ typedef struct sc_event {
     uint32_t vcpu;         /* or SC_NO_VCPU */
     uint64_t address;
     sc_vm vm;
+    /* SC_EVENT_FLUSH: what was translated to one of so many guest frames from gfn `address` on holds no more; 0: what was
+     * translated at all. Of the guest's own flushes (registers, INVLPG, INVPCID, its page faults) the caller knows. */
+    uint64_t frames;
 } sc_event;
 
 /* Called in the middle of what the engine does, without the GIL. It must return (no longjmp, no C++ exception), and
@@ -459,7 +462,89 @@ typedef struct sc_prices {
     double page_new;          /* a shadow page made, ... */
     double page_zap;          /* ... zapped */
     double entry;             /* a shadow entry that becomes present, or ceases to be */
+    /* A caller whose sc_prices ends before these may go on: they are 0. */
+    double violation;         /* an EPT violation, its exit and handler; 0: as a page fault's exit and fill or rights */
+    double violation_table;   /* ... and of each table made for one, what another hypervisor does beside page_new */
+    double first_touch;       /* a page that a host finds for a frame that nothing was behind; of an outer host, too */
+    double first_touch_large; /* ... one of 2 MiB */
+    double outer_touch;       /* the exit to an outer host for such a page of its own */
 } sc_prices;
+
+/* Formats of page tables; the number of levels. */
+enum { SC_TABLES_32 = 2, SC_TABLES_PAE = 3, SC_TABLES_64 = 4, SC_TABLES_LA57 = 5 };
+
+/* A guest's page tables, which the functions tables_* build in its memory. Set up by the caller, who keeps it. */
+typedef struct sc_tables {
+    uint32_t struct_size;
+    uint32_t mode;         /* SC_TABLES_* */
+    uint64_t root;         /* gpa of the root table, what CR3 is to be; 0: tables_map makes one and sets it */
+    uint64_t next_gfn;     /* frames for tables: calls take the next ones, ... */
+    uint64_t frames;       /* ... and say how many are left */
+} sc_tables;
+
+/* What is to be mapped; for tables_protect gva, size, and rights or bits. As in shadowcore.PageTables.map. */
+typedef struct sc_mapping {
+    uint32_t struct_size;
+    uint32_t rights;       /* SC_RIGHT_*; SC_TABLES_32 needs SC_RIGHT_EXECUTE */
+    uint64_t gva;          /* all multiples of 4096 */
+    uint64_t gpa;
+    uint64_t size;
+    uint64_t page_size;    /* bytes of a page; 0: at each address the largest that its alignment allows */
+    uint64_t bits;         /* bits of the leaves beside address and size, taken as they are; 0: what the rest says */
+    uint8_t global_;
+    uint8_t pkey;          /* protection key, 0 to 15 */
+    uint8_t accessed;
+    uint8_t dirty;
+    uint8_t reserved[4];   /* 0 */
+} sc_mapping;
+
+/* An entry of a table. */
+#define SC_ANY_LEVEL 0u
+typedef struct sc_entry {
+    uint32_t struct_size;
+    uint32_t level;        /* of its table, 1 maps 4096-byte pages; asked for with SC_ANY_LEVEL: where the walk ends */
+    uint64_t gpa;          /* where it lies: sc_api.store changes it */
+    uint64_t value;
+} sc_entry;
+
+/* Where the walks of a vcpu's processor begin. Tables are those of x86, 4- and 5-level or PAE; hpas are those of
+ * sc_pool. */
+typedef struct sc_root {
+    uint32_t struct_size;
+    uint32_t mode;         /* SC_TABLES_*, of the shadow; nested paging: of the host's tables */
+    uint64_t hpa;          /* of the top table; SC_NOWHERE: none is in place yet, the next access sees to it. PAE: none */
+    uint64_t pdpte[4];     /* PAE: of the four directories, or SC_NOWHERE */
+} sc_root;
+
+/* Host physical space. Tables of the pool follow each other, and so do the frames of RAM; entries of tables hold hpas.
+ * All of it may be read while the VM is not in use, and is the VM's to write. */
+typedef struct sc_pool {
+    uint32_t struct_size;
+    uint32_t pages;          /* in the pool; 0: the design has none */
+    uint32_t active;         /* ... and in use */
+    uint32_t reserved;
+    const uint64_t *tables;  /* 512 entries a page; with nested paging the host's tables */
+    uint64_t tables_hpa;     /* hpa of the first page */
+    void *ram;
+    uint64_t ram_hpa;        /* hpa of the first byte of RAM */
+    uint64_t ram_size;
+} sc_pool;
+
+/* A page of the pool. */
+typedef struct sc_shadow_page {
+    uint32_t struct_size;
+    uint32_t root_count;   /* vcpus' roots that it is */
+    uint64_t hpa;
+    uint64_t gfn;          /* of the guest's table that it stands for; direct: the first that it maps */
+    uint8_t active;        /* in use; else all but hpa and root_count is 0 */
+    uint8_t level;         /* 1: its entries map pages */
+    uint8_t guest_mode;    /* SC_TABLES_* of the guest; 0: paging was off */
+    uint8_t quadrant;      /* which part of a table of 4-byte entries */
+    uint8_t direct;        /* there is no table of the guest behind it */
+    uint8_t rights;        /* SC_RIGHT_* that the levels above allow */
+    uint8_t unsync;        /* it may lag behind the guest's table */
+    uint8_t reserved;
+} sc_shadow_page;
 
 typedef struct sc_api {
     uint32_t abi_version;  /* SC_ABI_VERSION */
@@ -546,6 +631,24 @@ typedef struct sc_api {
      * such a function all accesses take the engine's general path. function NULL: no more. One for a VM; takes the
      * GIL. */
     int (*on_references)(sc_vm vm, sc_reference_function function, void *context);
+
+    /* A preset as sc_api.prices gives it, with what lies below nested paging where that is the design of the VM: what
+     * `shadowcore compare --costs` uses. Takes the GIL. */
+    int (*prices_for)(sc_vm vm, const char *preset, sc_prices *prices);
+
+    /* What the processor walks. SC_E_ARGUMENT under SC_NATIVE, which has no such root. */
+    int (*shadow_root)(sc_vm vm, uint32_t vcpu, sc_root *root);
+    int (*shadow_pool)(sc_vm vm, sc_pool *pool);
+    int (*shadow_page)(sc_vm vm, uint32_t number, sc_shadow_page *page);
+
+    /* Page tables of a guest, as shadowcore.PageTables builds them: stores are a device's, so that the guest may run.
+     * All of these take the GIL. SC_E_ARGUMENT, and nothing is changed, for what cannot be. */
+    int (*tables_map)(sc_vm vm, sc_tables *tables, const sc_mapping *mapping);
+    int (*tables_unmap)(sc_vm vm, sc_tables *tables, uint64_t gva, uint64_t size);
+    int (*tables_protect)(sc_vm vm, sc_tables *tables, const sc_mapping *mapping);
+    int (*tables_entry)(sc_vm vm, const sc_tables *tables, uint64_t gva, sc_entry *entry);
+    /* Load EFER, CR4, CR3 and CR0 as the guest would, which turns paging on. */
+    int (*tables_activate)(sc_vm vm, uint32_t vcpu, const sc_tables *tables);
 } sc_api;
 
 /* 1 if the table has all that this header declares. */

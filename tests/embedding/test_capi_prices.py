@@ -16,6 +16,7 @@ from capi import (
 )
 
 import shadowcore as sc
+from shadowcore.engine.levels import of_design
 
 # -- cycles ----------------------------------------------------------------------------------------------
 
@@ -75,6 +76,61 @@ def test_cycles_are_those_of_costs(design, tlb, preset):
     assert guest.access(C["SC_READ"], 0x40_0000)[1].cycles == 0
     guest.close()
     free.close()
+
+
+def backed(design, **settings):
+    """A VM of Python's with account of the host, behind a handle, and prices of its own."""
+    vm = sc.VM("8MiB", design, backing="cold", outer_backing="cold", **settings)
+    tables = sc.PageTables(vm.memory, allocate=range(16, 64))
+    tables.map(0x40_0000, 0x20_0000, 1 << 20, "rwxu")
+    tables.activate(vm.vcpus[0])
+    return vm
+
+
+@pytest.mark.parametrize("preset", ["modern", "nested", "pvm", "kvm-2023-8269cy"])
+@pytest.mark.parametrize("design", ["native", "cached", "unsync", "nested", "kvm-6.1-direct"])
+def test_what_lies_below_has_its_prices(design, preset):
+    """EPT violations and first touches: as Costs has them with the levels that belong to the design."""
+    vm = backed(design)
+    handle, prices, plain = ctypes.c_uint64(sc.embed.handle(vm)), made(Prices), made(Prices)
+    assert API.prices_for(handle, preset.encode(), prices) == 0, error()
+    assert API.prices(preset.encode(), plain) == 0
+    assert API.set_prices(handle, prices) == 0
+    for n in range(200):
+        vm.vcpus[0].write(0x40_0000 + n * 4096, n)
+    vm.host_unmap(0x200, 32)
+    for n in range(200):
+        vm.vcpus[0].read(0x40_0000 + n * 4096)
+    cycles = ctypes.c_double()
+    assert API.cycles(handle, cycles) == 0
+    costs = sc.Costs.preset(preset)
+    costs = costs.replace(levels=of_design(costs.levels, sc.config.design(design).engine))
+    parts = costs.of(vm.stats.as_dict()).components
+    assert cycles.value == pytest.approx(sum(v for name, v in parts.items() if name not in ("work", "guest")))
+    assert vm.stats.host_faults > 200
+    assert (prices.violation > 0) == (sc.config.design(design).engine == "nested")
+    assert (bytes(prices) == bytes(plain)) == (sc.config.design(design).engine != "nested")
+    sc.embed.release(handle.value)
+
+
+def test_callers_of_before():
+    """A structure that ends before the later prices is still filled and taken; they are 0."""
+    vm = backed("nested")
+    handle, short, full = ctypes.c_uint64(sc.embed.handle(vm)), made(Prices), made(Prices)
+    short.struct_size = Prices.violation.offset
+    assert API.prices_for(handle, b"modern", short) == API.prices_for(handle, b"modern", full) == 0
+    assert short.struct_size == Prices.violation.offset
+    assert bytes(short)[4 : short.struct_size] == bytes(full)[4 : short.struct_size]
+    assert short.violation == short.first_touch == 0 < min(full.violation, full.first_touch)
+    short.violation = 1e9  # beyond its end
+    assert API.set_prices(handle, short) == 0
+    vm.vcpus[0].write(0x40_0000, 1)
+    cycles = ctypes.c_double()
+    assert API.cycles(handle, cycles) == 0
+    assert 0 < cycles.value < 1e9
+    assert API.prices_for(7, b"modern", full) == C["SC_E_HANDLE"]
+    assert API.prices_for(handle, None, full) == C["SC_E_NULL"]
+    sc.embed.release(handle.value)
 
 
 def test_prices_that_cannot_be():

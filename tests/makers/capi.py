@@ -64,6 +64,9 @@ STRUCTS += ("sc_audit_result", "sc_prices", "sc_new_slot", "sc_reference")
 MemorySlot, Config, Access, Outcome, Accesses, Counters, Event, AuditResult, Prices, NewSlot, Reference = map(
     structure, STRUCTS
 )
+LATER = ("sc_tables", "sc_mapping", "sc_entry", "sc_root", "sc_pool", "sc_shadow_page")
+Tables, Mapping, Entry, Root, Pool, ShadowPage = map(structure, LATER)
+STRUCTS += LATER
 EVENT = ctypes.CFUNCTYPE(None, c_void_p, POINTER(Event))
 REFERENCES = ctypes.CFUNCTYPE(None, c_void_p, POINTER(Reference), c_uint32)
 PROTOTYPES = {
@@ -97,6 +100,15 @@ PROTOTYPES = {
     "invpcid": (c_uint64, c_uint32, c_uint64, POINTER(c_uint64)),
     "vcpu_init": (c_uint64, c_uint32),
     "on_references": (c_uint64, REFERENCES, c_void_p),
+    "prices_for": (c_uint64, c_char_p, POINTER(Prices)),
+    "shadow_root": (c_uint64, c_uint32, POINTER(Root)),
+    "shadow_pool": (c_uint64, POINTER(Pool)),
+    "shadow_page": (c_uint64, c_uint32, POINTER(ShadowPage)),
+    "tables_map": (c_uint64, POINTER(Tables), POINTER(Mapping)),
+    "tables_unmap": (c_uint64, POINTER(Tables), c_uint64, c_uint64),
+    "tables_protect": (c_uint64, POINTER(Tables), POINTER(Mapping)),
+    "tables_entry": (c_uint64, POINTER(Tables), c_uint64, POINTER(Entry)),
+    "tables_activate": (c_uint64, c_uint32, POINTER(Tables)),
 }
 
 

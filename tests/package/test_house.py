@@ -19,9 +19,9 @@ FLOORS = (
     ("errors", "_version"),
     ("config", "files", "notebook", "npy"),
     ("engine",),
-    ("_capi", "guest", "pagetables", "recording", "unicorn"),
-    ("embed", "workload"),
-    ("programs",),
+    ("guest", "pagetables", "recording", "unicorn"),
+    ("_capi", "workload"),
+    ("embed", "programs"),
     ("studies",),
     ("report",),
     ("cli", "heat", "html", "importers", "recordings", "steps", "timeline", "trace"),
@@ -66,7 +66,7 @@ ENGINE = (
 BOOKKEEPING = {"queues", "recorder", "references", "uses"}
 """Modules of engine/policies that are no policy."""
 
-CAPI = ("header", "handles", "accesses lifecycle look slots", "table")
+CAPI = ("header", "handles", "accesses lifecycle look shadow slots tables", "table")
 """Those of shadowcore._capi."""
 
 PYTHON = re.compile(r"^[ \t]*((?:from[ \t]+[\w.]+[ \t]+)?import[ \t]+(?:\([^)]*\)|[^\n#]*))", re.M)

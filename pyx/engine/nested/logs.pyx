@@ -5,7 +5,7 @@ and the first store to one makes a small leaf. A log that begins with every fram
 cleared: then large leaves are met here.
 """
 from shadowcore.engine.bits cimport PTE_P, PTE_PS, PTE_W, SPTE_MMU_W, sc_ctz64
-from shadowcore.engine.flushes cimport FLUSH_LOG, FLUSH_ZAP, request_flush
+from shadowcore.engine.flushes cimport FLUSH_LOG, FLUSH_ZAP, request_flush, request_flush_of
 from shadowcore.engine.memory cimport mem_frame, mem_pool_page, sc_slot
 from shadowcore.engine.nested.tables cimport host_role, leaf_protect, leaf_split, tree_zap
 from shadowcore.engine.pool cimport pool_find
@@ -46,7 +46,7 @@ cdef void slot_protect(sc_mmu *mmu, int slot) noexcept nogil:
             leaf_protect(mmu, list_first(mmu.large_rmap[0][at >> 9]) - 1)
         if mmu.frames[at].rmap:
             leaf_protect(mmu, list_first(mmu.frames[at].rmap) - 1)
-    request_flush(mmu, FLUSH_LOG)
+    request_flush_of(mmu, FLUSH_LOG, mmu.mem.slots[slot].base_gfn, n)
 
 
 cdef void _protect_large(sc_mmu *mmu, u64 frame) noexcept nogil:

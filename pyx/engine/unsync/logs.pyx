@@ -1,6 +1,6 @@
 """Dirty logs under design unsync: what a slot's log does to the leaves that map its frames."""
 from shadowcore.engine.bits cimport PTE_P
-from shadowcore.engine.flushes cimport FLUSH_LOG, request_flush
+from shadowcore.engine.flushes cimport FLUSH_LOG, request_flush, request_flush_of
 from shadowcore.engine.memory cimport mem_frame
 from shadowcore.engine.rmap cimport rmap_log
 from shadowcore.engine.role cimport role_direct, role_level
@@ -20,7 +20,7 @@ cdef void slot_protect(sc_mmu *mmu, int slot) noexcept nogil:
     for level in range(2, 4):
         for i in range(frame >> (9 * (level - 1)), ((frame + mmu.mem.slots[slot].npages - 1) >> (9 * (level - 1))) + 1):
             rmap_log(mmu, mmu.large_rmap[level - 2][i])
-    request_flush(mmu, FLUSH_LOG)
+    request_flush_of(mmu, FLUSH_LOG, mmu.mem.slots[slot].base_gfn, mmu.mem.slots[slot].npages)
 
 
 cdef void log_cleared(sc_mmu *mmu, int slot, u64 first, u64 n) noexcept nogil:
@@ -34,7 +34,7 @@ cdef void log_cleared(sc_mmu *mmu, int slot, u64 first, u64 n) noexcept nogil:
             any_ = True
             rmap_log(mmu, mmu.frames[mmu.mem.slots[slot].frame + i].rmap)
     if any_:
-        request_flush(mmu, FLUSH_LOG)
+        request_flush_of(mmu, FLUSH_LOG, mmu.mem.slots[slot].base_gfn + first, n)
 
 
 cdef void log_stopped(sc_mmu *mmu, int slot) noexcept nogil:
