@@ -16,6 +16,8 @@ DESIGNS = {
     "flush": sc.Shadow.flush(quirks=0),
     "unsync": "unsync",
     "markers": sc.Shadow.unsync(notpresent_marker="walk", release="6.12"),
+    "nested": "nested",
+    "nested, direct": sc.Nested(mmu="direct", levels=5),
 }
 """Without the defects that their originals had."""
 G = 1 << 8

@@ -13,7 +13,12 @@ from samples import strided
 
 import shadowcore as sc
 
-DESIGNS = {"native": "native", "cached": sc.Shadow.cached(pool_pages=4096), "unsync": sc.Shadow.unsync(pool_pages=4096)}
+DESIGNS = {
+    "native": "native",
+    "cached": sc.Shadow.cached(pool_pages=4096),
+    "unsync": sc.Shadow.unsync(pool_pages=4096),
+    "nested": "nested",
+}
 # The leaf bits of the listing: W, U, PWT, PCD, A, D, PS, G, NX.
 LISTED = NX | oracle.bits(8, 1)
 
