@@ -17,12 +17,14 @@ from .errors import (
     Interrupted,
     MMIOAccess,
     PageFault,
+    PluginError,
     PoolExhausted,
     ShadowcoreError,
     SnapshotError,
     TraceError,
     UndefinedInstruction,
 )
+from .plugins import Decisions, Policy, TableStore
 
 if TYPE_CHECKING:
     from . import embed, importers, pagetables, programs, recordings, trace, workload
@@ -63,6 +65,7 @@ __all__ = [
     "ConfigError",
     "CostBreakdown",
     "Costs",
+    "Decisions",
     "EngineError",
     "Features",
     "File",
@@ -83,6 +86,8 @@ __all__ = [
     "Op",
     "PageFault",
     "PageTables",
+    "PluginError",
+    "Policy",
     "PoolExhausted",
     "Process",
     "ProcessorTLB",
@@ -103,6 +108,7 @@ __all__ = [
     "SweepInterrupted",
     "Swept",
     "TLBBank",
+    "TableStore",
     "Touch",
     "TraceError",
     "Translation",

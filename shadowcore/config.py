@@ -12,6 +12,8 @@ from functools import partial
 from typing import Any, ClassVar, TypeVar
 
 from .errors import ConfigError
+from .plugins import Decisions, Policy
+from .plugins import names as plugins
 
 PAGE_SIZE = 4096
 T = TypeVar("T")
@@ -346,6 +348,7 @@ class Shadow:
     recycle_children: with a page that is recycled go the pages below it to which nothing else leads. Otherwise they
         stay, to be found again (patch 15).
     policy_seed: of what is random in a policy.
+    decides: a class of Decisions, by its name, that says what becomes of stores to guest tables; "": the design does.
 
     >>> sc.Shadow.cached(flood_threshold=1).flood_threshold
     1
@@ -373,6 +376,7 @@ class Shadow:
     uses: tuple[str, ...] = ("fault", "link", "cr3")
     recycle_children: bool = False
     policy_seed: int = 0
+    decides: str = ""
 
     def __post_init__(self) -> None:
         min_free, threshold = check_int("min_free", self.min_free, 0, POOL_MAX), self.flood_threshold
@@ -401,6 +405,7 @@ class Shadow:
             uses=_check_uses(self.uses),
             recycle_children=check_bool("recycle_children", self.recycle_children),
             policy_seed=check_int("policy_seed", self.policy_seed, 0, (1 << 64) - 1),
+            decides="" if self.decides == "" else _check_plugin("decides", self.decides, plugins(Decisions)),
         )
         if self.policy == "optimal":
             _put(self, uses=("walk",))
@@ -430,9 +435,10 @@ class Shadow:
 
     def _check_following(self) -> None:
         """Settings of all designs whose tables belong to guest tables."""
-        if not self.keep and (self.update_in_place or self.prefetch or self.flood_pages or self.flood_forget):
+        asked = self.update_in_place or self.prefetch or self.flood_pages or self.flood_forget or self.decides
+        if not self.keep and asked:
             raise ConfigError(
-                "update_in_place, prefetch, flood_pages, flood_forget: guest tables have to be shadowed (keep)"
+                "update_in_place, prefetch, flood_pages, flood_forget, decides: guest tables have to be shadowed (keep)"
             )
         roles = Quirk.ROLE_WITHOUT_ACCESS | Quirk.ROLE_WITHOUT_MODE
         if (self.update_in_place or (self.prefetch and not self.lagging)) and self.quirks & roles:
@@ -665,12 +671,18 @@ def check_bool(name: str, value: object) -> bool:
 
 
 def _check_policy(value: object) -> str:
-    """One of POLICIES."""
+    """One of POLICIES, or of another package."""
     if isinstance(value, str) and value in POLICIES:
         return str.__str__(value)
-    near = difflib.get_close_matches(value, POLICIES, 1) if isinstance(value, str) else []
-    hint = f"; did you mean {near[0]!r}?" if near else f"; there are {', '.join(POLICIES)}"
-    raise ConfigError(f"policy: there is no {value!r:.60}{hint}")
+    return _check_plugin("policy", value, [*POLICIES, *plugins(Policy)])
+
+
+def _check_plugin(name: str, value: object, known: list[str]) -> str:
+    if isinstance(value, str) and value in known:
+        return str.__str__(value)
+    near = difflib.get_close_matches(value, known, 1) if isinstance(value, str) else []
+    hint = f"; did you mean {near[0]!r}?" if near else f"; there are {', '.join(known) or 'none'}"
+    raise ConfigError(f"{name}: there is no {value!r:.60}{hint}")
 
 
 def _check_uses(value: object) -> tuple[str, ...]:

@@ -125,6 +125,22 @@ class AuditError(ShadowcoreError):
         super().__init__(f"{self.count} violation(s){where}, first: {first}")
 
 
+class PluginError(ShadowcoreError):
+    """A policy or decision of another package raised, or answered what is no answer: `plugin`, its name.
+
+    From a batch it has `.result`, the operations done.
+
+    >>> raise sc.PluginError("mine", "KeyError: 3")
+    Traceback (most recent call last):
+    shadowcore.errors.PluginError: mine: KeyError: 3
+    """
+
+    def __init__(self, plugin: str, what: str) -> None:
+        self.plugin = plugin
+        self.result: object = None
+        super().__init__(f"{plugin}: {what}")
+
+
 class EngineError(ShadowcoreError):
     """The engine caught itself in a state that must not be (an access that never completes): a defect to report.
 

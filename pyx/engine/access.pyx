@@ -176,6 +176,8 @@ cdef int _ask_embedder(sc_mmu *mmu, sc_vcpu *v, const sc_op *o, u32 access, sc_p
                 answer = mmu.can_emulate(mmu.hook, parts[i].va, parts[i].gpa, parts[i].nbytes)
             if answer < 0:
                 return RC_HOOK
+            if answer > 1 and parts[i].table:
+                mmu.design.unprotect(mmu, parts[i].gpa >> 12)
             if (answer and mmu.design.run_again != NULL and parts[i].table and not _writes_tables(v, o)
                     and refusals < 2 * n):
                 again = mmu.design.run_again(mmu, v, parts[i].va, parts[i].gpa)

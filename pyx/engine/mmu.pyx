@@ -37,6 +37,7 @@ from shadowcore.engine.policies.fifo cimport fifo_policy
 from shadowcore.engine.policies.lirs cimport lirs_policy
 from shadowcore.engine.policies.lru cimport lru_policy
 from shadowcore.engine.policies.optimal cimport optimal_policy
+from shadowcore.engine.policies.plugged cimport Plugged, PluggedDecisions, plug_decisions, plug_policy
 from shadowcore.engine.policies.queues cimport queues_init, sc_member, sc_queues
 from shadowcore.engine.policies.random cimport random_policy
 from shadowcore.engine.policies.recorder cimport recorder_policy, references_free
@@ -72,6 +73,7 @@ from shadowcore.config import (
 from shadowcore.engine.future import Future
 from shadowcore.engine.memory import allocate, window
 from shadowcore.errors import AuditError, ConfigError, EngineError, PoolExhausted
+from shadowcore.plugins import Decisions, Policy, made as plugin
 
 ctypedef void (*sc_maker)(sc_mmu *mmu) noexcept nogil
 
@@ -271,7 +273,10 @@ cdef class Mmu:
         self._general = os.environ.get("SHADOWCORE_GENERAL", "0") not in ("", "0")
         self.c.quirks = int(design.quirks)
         (<sc_maker><size_t>_DESIGNS[design.engine])(self.c)
-        (<sc_maker><size_t>_POLICIES[design.policy if isinstance(design, Shadow) else "fifo"])(self.c)
+        policy = design.policy if isinstance(design, Shadow) else "fifo"
+        (<sc_maker><size_t>_POLICIES.get(policy, _POLICIES["fifo"]))(self.c)
+        if policy not in _POLICIES:
+            self._policy = plug_policy(self.c, policy, plugin(Policy, policy))
         if record_uses:
             if not isinstance(design, Shadow):
                 raise ConfigError(f"record_uses: a shadow MMU is needed, not {design.name!r}")
@@ -315,6 +320,7 @@ cdef class Mmu:
         elif future is not None:
             raise ConfigError("future: a shadow MMU with policy 'optimal' is needed")
         pool_recycles(self.c)
+        self._plug(design)
         self.host_backs()
 
     def host_backs(self) -> None:
@@ -468,6 +474,21 @@ cdef class Mmu:
         uses_follow(self.c)
         return 0
 
+    def _plug(self, design):
+        """Policy and decisions in Python, from now on told and asked."""
+        if self._policy is not None and self.c.policy.own != &self.references:
+            self.c.policy.own = <void *>self._policy
+        if isinstance(design, Shadow) and design.decides:
+            self._decides = plug_decisions(self.c, design.decides, plugin(Decisions, design.decides))
+        for plugged in (self._policy, self._decides):
+            if plugged is not None:
+                (<Plugged>plugged).plugin.pages = window(self._arrays[0], None).view(PAGE_DTYPE)
+
+    def _plugin_error(self):
+        """What a plug-in has done wrong, or None."""
+        errors = [(<Plugged>plugged).take() for plugged in (self._policy, self._decides) if plugged is not None]
+        return next((error for error in errors if error is not None), None)
+
     def _record_uses(self):
         self.c.policy.own = &self.references
         recorder_policy(self.c)
@@ -541,6 +562,8 @@ cdef class Mmu:
 
     cdef object failure(self, int rc):
         """The exception for a negative return code."""
+        if rc in (RC_AUDIT, RC_HOOK) and self.hook_error is None:
+            self.hook_error = self._plugin_error()
         if rc == RC_AUDIT and self.hook_error is None:
             self.hook_error = watch_raised(&self.watch)
         if rc == RC_HOOK or (rc == RC_AUDIT and self.hook_error is not None):
@@ -653,6 +676,9 @@ cdef class Mmu:
         if callback is not None and not callable(callback):
             raise ConfigError(f"can_emulate: a callable or None is needed, not {callback!r}")
         self._can_emulate = callback
+        if self._decides is not None:
+            (<PluggedDecisions>self._decides).embedder = callback
+            return
         self.c.hook = <void *>self
         self.c.can_emulate = NULL
         if callback is not None:
@@ -952,6 +978,9 @@ cdef class Mmu:
             kept = check_ints("policy", state.get("policy"), len(words), 0xFFFFFFFF)
             for i in (0, 1, _SHIFT):
                 check_int("policy", kept[i], int(words[i]), int(words[i]))
+        if self._policy is not None:    # a new one, that is told of the pages that there are then
+            self._policy = plug_policy(c, self.design.policy, plugin(Policy, self.design.policy))
+            self._plug(None)
         c.n_free, c.n_active, c.n_pte4, c.n_pte8 = pages
         if c.policy.queues != NULL:
             words[:] = kept

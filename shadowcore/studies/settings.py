@@ -43,6 +43,7 @@ DESIGN = {
     "uses": "what is a use of a shadow page, joined by +: " + ", ".join(USES),
     "recycle_children": "true: pages below a recycled one, to which nothing else leads, go with it",
     "policy_seed": "of what is random in a policy",
+    "decides": "a plug-in that says what becomes of stores to guest tables, by its name",
     "release": "6.1, 6.12 or 2.6.28: what INVLPG and a sync do (unsync)",
     "host_levels": "levels of the host's tables, 4 or 5 (nested)",
 }
@@ -61,6 +62,7 @@ KEPT = (
     "uses",
     "recycle_children",
     "policy_seed",
+    "decides",
     "update_in_place",
     "prefetch",
     "flood_pages",

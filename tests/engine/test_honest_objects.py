@@ -99,7 +99,7 @@ def test_plain_settings_are_kept_plain():
     assert [type(getattr(made, f.name)) for f in fields(made) if f.name != "quirks"] == [
         *(str, bool, int, int, int, int, bool, type(None), bool),
         *(str, bool, int, bool, int, str),
-        *(str, tuple, bool, int),
+        *(str, tuple, bool, int, str),
     ]
     copy = taken(sc.Shadow, made, "mmu")
     assert copy == made

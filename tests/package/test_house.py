@@ -17,6 +17,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 FLOORS = (
     ("errors", "_version"),
+    ("plugins",),
     ("config", "files", "notebook", "npy"),
     ("engine",),
     ("guest", "pagetables", "recording", "unicorn"),
@@ -52,7 +53,7 @@ ENGINE = (
     "fault fast",
     "designs.native designs.flush designs.cached designs.unsync designs.nested policies.fifo policies.lru "
     "policies.clock policies.twoq policies.arc policies.lirs policies.sieve policies.s3fifo policies.random "
-    "policies.cost policies.optimal policies.uses neighbours",
+    "policies.cost policies.optimal policies.plugged policies.uses neighbours",
     "resolve registers translation",
     "mmu access",
     "audit quick policies.references callbacks",
@@ -63,7 +64,7 @@ ENGINE = (
 )
 """The modules of shadowcore.engine in the same way."""
 
-BOOKKEEPING = {"queues", "recorder", "references", "uses"}
+BOOKKEEPING = {"plugged", "queues", "recorder", "references", "uses"}
 """Modules of engine/policies that are no policy."""
 
 CAPI = ("header", "handles", "accesses lifecycle look shadow slots tables", "table")

@@ -1,0 +1,38 @@
+"""What a package adds to shadowcore: a policy of replacement, and decisions about stores to guest tables."""
+
+import shadowcore as sc
+
+
+class LeastFrequentlyUsed(sc.Policy):
+    """Recycles the page that was used least often; among equals the one that was made first."""
+
+    def __init__(self):
+        self.uses = {}
+
+    def made(self, page):
+        self.uses[page] = 0
+
+    def used(self, page):
+        self.uses[page] += 1
+
+    def gone(self, page):
+        del self.uses[page]
+
+    def victim(self):
+        free = [page for page in self.uses if self.pages["root_count"][page] == 0]
+        return min(free, key=self.uses.__getitem__, default=None)
+
+
+class Patient(sc.Decisions):
+    """Emulates stores to a table until there have been eight, then lets the guest store by itself."""
+
+    def __init__(self):
+        self.stores = {}
+
+    def store(self, table):
+        if table.unsync:
+            return "unsync"
+        count = self.stores[table.gfn] = self.stores.get(table.gfn, 0) + 1
+        if count % 8:
+            return "emulate"
+        return "unprotect"
