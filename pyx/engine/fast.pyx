@@ -21,6 +21,7 @@ from shadowcore.engine.leaf cimport (
 from shadowcore.engine.memory cimport (
     SC_POOL_HFN, mem_frame, mem_gfn, mem_guest_frame, mem_leaf_frame, mem_pool_page, sc_mem, sc_no_frame,
 )
+from shadowcore.engine.page cimport sc_page
 from shadowcore.engine.pool cimport pool_find, pool_take
 from shadowcore.engine.quirks cimport QUIRK_NX_LEAF_ONLY, QUIRK_PROCESSOR_CODE, QUIRK_ROLE_WITHOUT_ACCESS
 from shadowcore.engine.role cimport ROLE_LEVEL
@@ -280,6 +281,8 @@ cdef inline u64 _lagging(sc_mmu *mmu, sc_vcpu *v, sc_fault *f, const sc_leaf *le
     cdef u64 frame = mem_frame(mmu.mem, gpa >> 12)
     cdef u32 rights = _rights(leaf.all_)
     cdef u32 page = mem_pool_page(v.hw.root if hw_top > 2 else v.hw.pdpte[(f.va >> 30) & 3])
+    cdef sc_page *pages = mmu.pages
+    cdef const u64 *sptes = mmu.table
     cdef int level
     if f.repeats and not f.linked:
         # The leaf may lag: it says where.
@@ -294,9 +297,9 @@ cdef inline u64 _lagging(sc_mmu *mmu, sc_vcpu *v, sc_fault *f, const sc_leaf *le
     if f.access & PF_W and (not rights & ACC_W or (v.guest.pke and not v.guest.wp)):
         return ~<u64>0              # D has to be set, or CR0.WP is off
     for level in range(hw_top, 1, -1):
-        mmu.pages[page].flood = 0
-        page = mem_pool_page(mmu.table[page * 512 + level_index(f.va, level)])
-    mmu.pages[page].flood = 0
+        pages[page].flood = 0
+        page = mem_pool_page(sptes[page * 512 + level_index(f.va, level)])
+    pages[page].flood = 0
     leaf_fill(mmu, f.spte, frame, leaf_bits(mmu, v, frame, rights, pte_pkey(leaf.entry) if g.pte_size == 8 else 0)
               | PTE_A | (leaf_writable() if rights & ACC_W else 0))
     prefetch_around(mmu, v, f.spte)

@@ -11,7 +11,7 @@ from shadowcore.engine.flushes cimport (
     FLUSH_LOG, FLUSH_PROTECT, FLUSH_ZAP, FLUSH_ZAP_UPPER, entry_flush, request_flush, request_flush_of,
 )
 from shadowcore.engine.hooks cimport EVENT_ZAP, event
-from shadowcore.engine.memory cimport mem_frame, mem_gfn, mem_leaf_frame, mem_pool_page, sc_no_frame
+from shadowcore.engine.memory cimport mem_gfn, mem_leaf_frame, mem_pool_page, sc_no_frame
 from shadowcore.engine.page cimport sc_frame, sc_page
 from shadowcore.engine.pool cimport active_push, active_remove, count_shadowing, hash_bucket, pool_find
 from shadowcore.engine.quirks cimport QUIRK_ROOT_EMPTIED
@@ -71,7 +71,7 @@ cdef u32 pool_take(sc_mmu *mmu, u64 gfn, u32 role) noexcept nogil:
     A new page of a guest table write-protects that table's frame (patch 10).
     """
     cdef u32 number = mmu.free_head
-    cdef u32 bucket
+    cdef u32 *bucket
     cdef u64 frame
     cdef sc_page *page
     if number == SC_NONE or _must_fail(mmu):
@@ -86,13 +86,12 @@ cdef u32 pool_take(sc_mmu *mmu, u64 gfn, u32 role) noexcept nogil:
     page.nonglobal = page.unsync = False
     page.flood = 0
     page.slots = 0
-    bucket = hash_bucket(mmu, gfn)
-    page.hash_next = mmu.hash[bucket]
-    mmu.hash[bucket] = number
+    bucket = &mmu.hash[hash_bucket(mmu, gfn)]
+    page.hash_next = bucket[0]
+    bucket[0] = number
     active_push(mmu, number)
     if not role_direct(role):
-        count_shadowing(mmu, page, 1)
-        frame = mem_frame(mmu.mem, gfn)
+        frame = count_shadowing(mmu, page, 1)
         if frame != sc_no_frame() and rmap_write_protect(mmu, frame) and mmu.lists_all:
             # A large leaf loses W for all that it maps.
             request_flush_of(mmu, FLUSH_PROTECT, 0 if mmu.host_level > 1 else gfn, mmu.host_level == 1)

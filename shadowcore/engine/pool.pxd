@@ -11,10 +11,12 @@ cdef inline u32 hash_bucket(const sc_mmu *mmu, u64 gfn) noexcept nogil:
 
 cdef inline void active_push(sc_mmu *mmu, u32 number) noexcept nogil:
     """The page enters the active list as its youngest."""
-    mmu.pages[number].prev = SC_NONE
-    mmu.pages[number].next = mmu.young
-    if mmu.young != SC_NONE:
-        mmu.pages[mmu.young].prev = number
+    cdef sc_page *page = &mmu.pages[number]
+    cdef u32 young = mmu.young
+    page.prev = SC_NONE
+    page.next = young
+    if young != SC_NONE:
+        mmu.pages[young].prev = number
     else:
         mmu.old = number
     mmu.young = number
@@ -45,11 +47,11 @@ cdef inline bint shadows(const sc_mmu *mmu, u32 number, u64 gfn) noexcept nogil:
     cdef const sc_page *page = &mmu.pages[number]
     return page.gfn == gfn and not role_direct(page.role) and not role_invalid(page.role)
 
-cdef inline void count_shadowing(sc_mmu *mmu, const sc_page *page, int change) noexcept nogil:
-    """Keep the per-frame and per-format counts of pages that shadow a guest table."""
+cdef inline u64 count_shadowing(sc_mmu *mmu, const sc_page *page, int change) noexcept nogil:
+    """Keep the per-frame and per-format counts of pages that shadow a guest table: its frame, if it has one."""
     cdef u64 frame
     if role_direct(page.role):
-        return
+        return sc_no_frame()
     frame = mem_frame(mmu.mem, page.gfn)
     if frame != sc_no_frame():
         mmu.frames[frame].shadowed += change
@@ -57,6 +59,7 @@ cdef inline void count_shadowing(sc_mmu *mmu, const sc_page *page, int change) n
         mmu.n_pte4 += change
     else:
         mmu.n_pte8 += change
+    return frame
 
 cdef void hash_remove(sc_mmu *mmu, u32 number) noexcept nogil
 cdef u32 pool_take(sc_mmu *mmu, u64 gfn, u32 role) noexcept nogil
