@@ -227,9 +227,9 @@ typedef struct sc_config {
     uint32_t tlb_entries[3];
     uint32_t tlb_ways[3];
     uint32_t reserved;     /* 0 */
-    /* Of the shadow from SC_UNSYNC on; 0 is the default. A caller whose sc_config ends before these may go on. */
-    uint32_t prev_roots;   /* roots of earlier CR3s that a vcpu keeps */
-    uint32_t prefetch;     /* entries that a fault fills */
+    /* Of the shadow; 0 is the default. A caller whose sc_config ends before these may go on. */
+    uint32_t prev_roots;   /* roots of earlier CR3s that a vcpu keeps; SC_UNSYNC and later */
+    uint32_t prefetch;     /* entries that a fault fills; SC_CACHED and later */
     uint64_t host_page_size; /* bytes of the host's pages under guest RAM; 0: 4096 */
     /* Of the processors. A caller whose sc_config ends before this may go on. */
     uint32_t vendor;       /* SC_INTEL, SC_AMD: whose rules hold where they differ (shadowcore.Features) */
