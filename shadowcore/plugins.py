@@ -7,7 +7,6 @@ package in the group `shadowcore.policies` or `shadowcore.designs`, which is imp
 from __future__ import annotations
 
 from dataclasses import dataclass
-from importlib.metadata import entry_points
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from .errors import ConfigError
@@ -126,16 +125,23 @@ def _known(cls: type, base: type, name: object) -> None:
     _CLASSES[base][name] = cls
 
 
+def _entries(base: type) -> Any:
+    """Entry points of the group, by name."""
+    from importlib.metadata import entry_points  # slow to import, and seldom asked
+
+    return entry_points(group=GROUPS[base])
+
+
 def names(base: type) -> list[str]:
     """The names of all that there are of Policy or Decisions, as far as is known without an import."""
-    return sorted({*_CLASSES[base], *entry_points(group=GROUPS[base]).names})
+    return sorted({*_CLASSES[base], *_entries(base).names})
 
 
 def find(base: type, name: str) -> Any:
     """The class of that name. ConfigError if there is none, or its package cannot be imported, or has no such class."""
     if name in _CLASSES[base]:
         return _CLASSES[base][name]
-    for entry in entry_points(group=GROUPS[base], name=name):
+    for entry in _entries(base).select(name=name):
         try:
             cls = entry.load()
         except Exception as error:

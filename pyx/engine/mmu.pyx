@@ -232,6 +232,15 @@ cdef int mmu_listen(object mmu, sc_reference_hook hook, void *context) except -1
     return 0
 
 
+cdef u32 _host_level(const sc_mmu *c, u32 level):
+    """The level of the largest pages that a slot has in the host, at least `level`."""
+    cdef int i
+    for i in range(c.mem.nslots):
+        if c.mem.slots[i].npages:
+            level = max(level, <u32>c.mem.slots[i].host_level)
+    return level
+
+
 cdef class Mmu:
     """The MMU of a VM: `design`, `stats`, and the shadow structure as arrays.
 
@@ -338,15 +347,12 @@ cdef class Mmu:
     def _slots_settled(self):
         """What follows from the memory slots as they are, and from the host below."""
         cdef u32 level = 1 if self.c.mem.host == NULL else 2
-        cdef int i
         cdef u32 page
         for cpu in self._vcpus:
             cpu._take_fast_paths(self.is_fast())
         if not self.c.lists_all:
             return
-        for i in range(self.c.mem.nslots):
-            if self.c.mem.slots[i].npages:
-                level = max(level, <u32>self.c.mem.slots[i].host_level)
+        level = _host_level(self.c, level)
         if level > 1 and self.c.host_level <= 1:
             self.c.host_level = level               # from now on reasons against large leaves are counted
             for page in range(self.c.pool_pages):
@@ -425,9 +431,7 @@ cdef class Mmu:
             self.c.prev_roots = design.prev_roots
             self.c.rewrites = design.release != "6.12"
             self.c.one_role = design.release == "2.6.28"
-        self.c.host_level = 1
-        for i in range(self.memory.mem.nslots):
-            self.c.host_level = max(self.c.host_level, self.memory.mem.slots[i].host_level)
+        self.c.host_level = _host_level(self.c, 1)
         self.c.below = <u64 *>self._array(8 * sizeof(u64) * self.c.pool_pages)
         self.c.mapped = <u16 *>self._array(sizeof(u16) * frames)
         for i in range(2):
@@ -965,7 +969,9 @@ cdef class Mmu:
         pages = [check_int(name, state.get(name), 0, c.pool_pages) for name in _COUNTS]
         dying = check_int("n_dying", state.get("n_dying"), 0, c.pool_pages) if c.lists_all else 0
         generation = check_int("generation", state.get("generation"), 0, _WORD) if c.lists_all else 0
-        level = check_int("host_level", state.get("host_level"), c.host_level, 3) if c.lists_all else c.host_level
+        level = c.host_level
+        if c.lists_all:
+            level = check_int("host_level", state.get("host_level"), _host_level(c, 1 if c.mem.host == NULL else 2), 3)
         valid_gen = check_int("valid_gen", state.get("valid_gen"), 0, 1) if c.lists_all else 0
         clock = check_int("store_clock", state.get("store_clock"), 0, 0xFFFFFFFF)
         cdef list lists = []

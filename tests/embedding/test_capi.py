@@ -278,13 +278,12 @@ def test_settings_of_unsync():
     assert API.vm_destroy(vm) == OK
 
 
-@pytest.mark.parametrize("name", ["prev_roots", "prefetch"])
-def test_settings_that_a_design_has_not(name):
+@pytest.mark.parametrize(("name", "design"), [("prev_roots", "cached"), ("prefetch", "flush"), ("prefetch", "native")])
+def test_settings_that_a_design_has_not(name, design):
     vm = ctypes.c_uint64()
-    assert (
-        API.vm_create(made(Config, design=C["SC_CACHED"], memory_size=1 << 20, **{name: 1}), vm) == C["SC_E_ARGUMENT"]
-    )
-    assert error() == f"ConfigError: {name}: the design 'cached' has no such setting"
+    config = made(Config, design=C[f"SC_{design.upper()}"], memory_size=1 << 20, **{name: 1})
+    assert API.vm_create(config, vm) == C["SC_E_ARGUMENT"]
+    assert error() == f"ConfigError: {name}: the design '{design}' has no such setting"
 
 
 @pytest.mark.parametrize("design", [C["SC_NATIVE"], C["SC_FLUSH"], C["SC_CACHED"], C["SC_KVM_2007"]])

@@ -243,7 +243,7 @@ def test_formats_are_guessed_by_contents(tmp_path):
 def test_guests_keep_every_record(tmp_path):
     short = trace.load().head(70_000)
     short.save(tmp_path / "guest.npz")
-    assert "70,000 records of guest" in run("import", tmp_path / "guest.npz", "-o", tmp_path / "guest.screc")
+    assert "70,000 records of a guest" in run("import", tmp_path / "guest.npz", "-o", tmp_path / "guest.screc")
     again = trace.load(tmp_path / "guest.screc")
     assert all((array == again.arrays[name]).all() for name, array in short.arrays.items())
     assert (again.cr0, again.cr4, again.efer, again.nframes) == (short.cr0, short.cr4, short.efer, short.nframes)
@@ -375,7 +375,7 @@ def test_record(tmp_path):
         check=False,
     )
     assert (done.returncode, done.stdout) == (0, "hello")
-    assert "records of program" in done.stderr
+    assert "records of a program" in done.stderr
     assert "\x1b" not in done.stderr
     plain = json.loads(run("info", tmp_path / "out.screc", "--json"))
     assert plain["source"]["command"] == ["echo", "-n", "hello"]
