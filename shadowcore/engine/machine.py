@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+    from . import events
     from .audit import AuditReport
-    from .events import Event
 
 
 CR4_PCIDE, EFER_LMA = 1 << 17, 1 << 10
@@ -130,7 +130,7 @@ class VM:
         finally:
             counted._become(self.stats - before)
 
-    def on_event(self, callback: Callable[[Event], object] | None, kinds: Iterable[str] = EVENTS) -> None:
+    def on_event(self, callback: Callable[[events.Event], object] | None, kinds: Iterable[str] = EVENTS) -> None:
         """Call `callback` with an Event (kind, detail, vcpu, address, frames) whenever one of these `kinds` happens:
         "exit", "zap", "protect", "flush". None: no more. A VM has one callback.
 
