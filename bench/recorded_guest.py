@@ -19,17 +19,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests" / "makers"))
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 
-from emulated import linux_command
+from emulated import LINUX, linux_command
 
 from shadowcore.recording import emulated
-
-GUESTS = {
-    "4-level": ("vmlinuz-amd64", "amd64", "max,la57=off", ""),
-    "isolation": ("vmlinuz-amd64", "amd64", "max,la57=off", "pti=on"),
-    "5-level": ("vmlinuz-amd64", "amd64", "max,la57=on", ""),
-    "PAE": ("vmlinuz-686-pae", "i386", "max", ""),
-    "32-bit": ("vmlinuz-686", "i386", "max", ""),
-}
 
 
 def used(run):
@@ -47,7 +39,7 @@ def used(run):
 
 def measured(emulator, guest, rounds, folder):
     """For each round: (emulator's, emulator's and writer's, elapsed) as ratios, and seconds of QEMU alone."""
-    command = linux_command(emulator, folder, *GUESTS[guest])
+    command = linux_command(emulator, folder, *LINUX[guest])
     for _ in range(rounds):
         alone = used(lambda: subprocess.run(command, check=True, stdout=subprocess.DEVNULL))
         recorded = used(lambda: emulated.record(command, folder / "guest.screc"))
@@ -64,7 +56,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("emulators", metavar="EMULATOR", nargs="*", default=["qemu-system-x86_64"])
     parser.add_argument("--rounds", type=int, default=6)
-    parser.add_argument("--guest", dest="guests", action="append", choices=GUESTS)
+    parser.add_argument("--guest", dest="guests", action="append", choices=LINUX)
     options = parser.parse_args()
     print(f"{'guest':<12}{'emulator':>10}{'with writer':>13}{'elapsed':>9}{'alone, s':>10}  (least to most, emulator)")
     for emulator in options.emulators:

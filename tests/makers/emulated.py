@@ -17,6 +17,20 @@ GUESTS = ROOT / "build" / "guests"
 EMULATORS = os.environ.get("SHADOWCORE_QEMU", "qemu-system-x86_64").split(os.pathsep)
 """Programs to record under; several are separated as in PATH."""
 
+LINUX = {
+    "unpacked": ("vmlinux-amd64", "amd64", "max,la57=off", ""),
+    "4-level": ("vmlinuz-amd64", "amd64", "max,la57=off", ""),
+    "isolation": ("vmlinuz-amd64", "amd64", "max,la57=off", "pti=on"),
+    "5-level": ("vmlinuz-amd64", "amd64", "max,la57=on", ""),
+    "no-kaslr": ("vmlinuz-amd64", "amd64", "max,la57=off", "nokaslr"),
+    "PAE": ("vmlinuz-686-pae", "i386", "max", ""),
+    "32-bit": ("vmlinuz-686", "i386", "max", ""),
+    "two-processors": ("vmlinuz-amd64", "amd64", "max,la57=off", "", "-smp", "2"),
+    "two-PAE": ("vmlinuz-686-pae", "i386", "max", "", "-smp", "2"),
+    "two-5-level-isolation": ("vmlinuz-amd64", "amd64", "max,la57=on", "pti=on", "-smp", "2"),
+}
+"""Guests that boot Linux, by name: what linux_command takes of each."""
+
 
 def needs(emulator):
     """Skip where a recording cannot be made, with the reason."""

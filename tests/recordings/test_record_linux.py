@@ -2,34 +2,22 @@
 without a difference. `recorder/fetch.sh` fetches the kernels."""
 
 import pytest
-from emulated import EMULATORS, linux_command, needs
+from emulated import EMULATORS, LINUX, linux_command, needs
 
 import shadowcore as sc
 from shadowcore.recording import emulated
 
-GUESTS = {
-    "unpacked": ("vmlinux-amd64", "amd64", "max,la57=off", ""),
-    "4-level": ("vmlinuz-amd64", "amd64", "max,la57=off", ""),
-    "isolation": ("vmlinuz-amd64", "amd64", "max,la57=off", "pti=on"),
-    "5-level": ("vmlinuz-amd64", "amd64", "max,la57=on", ""),
-    "no-kaslr": ("vmlinuz-amd64", "amd64", "max,la57=off", "nokaslr"),
-    "PAE": ("vmlinuz-686-pae", "i386", "max", ""),
-    "32-bit": ("vmlinuz-686", "i386", "max", ""),
-    "two-processors": ("vmlinuz-amd64", "amd64", "max,la57=off", "", "-smp", "2"),
-    "two-PAE": ("vmlinuz-686-pae", "i386", "max", "", "-smp", "2"),
-    "two-5-level-isolation": ("vmlinuz-amd64", "amd64", "max,la57=on", "pti=on", "-smp", "2"),
-}
 QUICK = "unpacked"  # the one that is booted each time: to unpack itself is most of what the others do
 
 
 @pytest.mark.parametrize("emulator", EMULATORS)
 @pytest.mark.parametrize(
-    "guest", [QUICK, *(pytest.param(name, marks=pytest.mark.slow) for name in GUESTS if name != QUICK)]
+    "guest", [QUICK, *(pytest.param(name, marks=pytest.mark.slow) for name in LINUX if name != QUICK)]
 )
 def test_linux_replays(emulator, guest, tmp_path):
     needs(emulator)
     out = tmp_path / "linux.screc"
-    assert emulated.record(linux_command(emulator, tmp_path, *GUESTS[guest]), out).complete
+    assert emulated.record(linux_command(emulator, tmp_path, *LINUX[guest]), out).complete
     recording = sc.trace.open_recording(out)
     assert recording.first_user is not None
     assert recording.vcpus == (2 if "two" in guest else 1)
