@@ -5,6 +5,7 @@ batch costs by itself, the interpreter included, is in both.
 """
 
 import ctypes
+import gc
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
@@ -328,7 +329,9 @@ def marker() -> Callable[[Callable[[], Any]], Any]:
 
 def main() -> None:
     measured = marker()
+    gc.disable()  # when the interpreter collects depends on all that was made before, not on the run
     for run in runs():
+        gc.collect()
         run.prepare()
         run.call(run.count)()  # whatever is done only once is done
         for n in (run.count, 2 * run.count):
