@@ -421,20 +421,20 @@ cdef int vcpu_access(sc_mmu *mmu, sc_vcpu *v, const sc_op *o, bint data, sc_resu
     cdef bint rmw = op_is_rmw(o.op)
     cdef bint stores = o.op == OP_WRITE or rmw
     cdef u32 access = (PF_U if o.user else 0) | (PF_W if stores else PF_I if o.op == OP_FETCH else 0)
-    cdef u64 taken
+    cdef u64 taken, last
     cdef u64 first = linear_address(v, o.addr)
-    cdef u64 last = linear_address(v, o.addr + (size - 1))
     cdef u64 now[2]
     cdef int n = 1
     cdef int rc = RC_OK
+    if (not rmw and (first & 4095) + size <= 4096 and mmu.can_emulate == NULL
+            and (size <= 8 and not v.odd_stores or mmu.design.run_again == NULL) and linear_exists(v, first)):
+        return _one_page(mmu, v, o, first, access, data, r)
+    last = linear_address(v, o.addr + (size - 1))
     # Below 4-level paging an access may go on at address 0; above, that leaves the canonical addresses.
     if not linear_exists(v, first) or not linear_exists(v, last) or (last < first and v.guest.mode >= MODE_64):
         rc = RC_GP
     if o.op == OP_CMPXCHG and size == 16 and o.addr & 15:
         rc = RC_GP                  # CMPXCHG16B wants its operand aligned
-    if (rc == RC_OK and (first & 4095) + size <= 4096 and not rmw and mmu.can_emulate == NULL
-            and (size <= 8 and not v.odd_stores or mmu.design.run_again == NULL)):
-        return _one_page(mmu, v, o, first, access, data, r)
     memset(r, 0, sizeof(sc_result))
     r.gpa = <u64>-1
     if rc == RC_GP:

@@ -37,16 +37,6 @@ cdef void pool_init(sc_mmu *mmu) noexcept nogil:
     mmu.zapped = SC_NONE
 
 
-cdef bint pool_has(sc_mmu *mmu, u32 need) noexcept nogil:
-    """`need` pages can be taken; an injected failure counts as an attempt to take them."""
-    if mmu.n_free < need:
-        return False
-    if mmu.fail_for == 0 or mmu.fail_after >= need:
-        return True
-    mmu.fail_for -= 1
-    return False
-
-
 cdef inline bint _must_fail(sc_mmu *mmu) noexcept nogil:
     """For tests: this page, which nobody made sure of before, is not to be had."""
     if mmu.fail_for == 0:

@@ -70,5 +70,14 @@ cdef u32 pool_children(const sc_mmu *mmu, u32 page, u32 *child) noexcept nogil
 cdef void pool_recycle(sc_mmu *mmu, u32 target) noexcept nogil
 cdef void pool_recycles(sc_mmu *mmu) noexcept nogil
 cdef void pool_init(sc_mmu *mmu) noexcept nogil
-cdef bint pool_has(sc_mmu *mmu, u32 need) noexcept nogil
 cdef void pool_design(sc_mmu *mmu) noexcept nogil
+
+
+cdef inline bint pool_has(sc_mmu *mmu, u32 need) noexcept nogil:
+    """`need` pages can be taken; an injected failure counts as an attempt to take them."""
+    if mmu.n_free < need:
+        return False
+    if mmu.fail_for == 0 or mmu.fail_after >= need:
+        return True
+    mmu.fail_for -= 1
+    return False
