@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from .engine.batch import OP_DTYPE
     from .engine.costs import CostBreakdown, Costs
     from .engine.counters import Stats
+    from .engine.exitlog import ExitLog
     from .engine.levels import Levels
     from .engine.machine import VM
     from .engine.memory import Memory
@@ -67,6 +68,7 @@ __all__ = [
     "Costs",
     "Decisions",
     "EngineError",
+    "ExitLog",
     "Features",
     "File",
     "GeneralProtection",
@@ -147,6 +149,7 @@ _LATER = {
     **dict.fromkeys(("ProcessorTLB", "TLBBank"), ".engine.tlbs"),
     "Translation": ".engine.translation",
     "VCpu": ".engine.vcpu",
+    "ExitLog": ".engine.exitlog",
     "PageTables": ".pagetables",
     **dict.fromkeys(("CALL_DTYPE", "Kernel"), ".guest.kernel"),
     **dict.fromkeys(("Call", "File", "KernelOptions", "Program", "Prot", "Touch"), ".guest.options"),

@@ -13,6 +13,7 @@ from shadowcore._capi.header cimport (
     SC_AMD, SC_CACHED, SC_E_ALIGNMENT, SC_E_ARGUMENT, SC_E_FILE, SC_E_NULL, SC_E_PYTHON, SC_NESTED, SC_SETTING_ZERO,
     SC_UNSYNC, sc_config, sc_vm,
 )
+from shadowcore.engine.exits cimport events_tell
 from shadowcore.engine.mmu cimport mmu_listen
 from shadowcore.engine.types cimport RC_OK, u32, u64
 
@@ -141,7 +142,7 @@ cdef int _destroy_with_gil(sc_vm vm) noexcept with gil:
         return refused(vm)
     owner = <object>p.owner
     if p.function != NULL:
-        p.mmu.events = 0
+        events_tell(p.mmu, 0, NULL, NULL)
     if p.listens:
         p.mmu.mem.busy = False      # as slots.pyx
         mmu_listen(owner.mmu, NULL, NULL)

@@ -12,6 +12,7 @@ from shadowcore.engine.access cimport (
     OP_CR0, OP_CR3, OP_CR4, OP_EFER, OP_INVLPG, OP_INVPCID, OP_PKRU, sc_op, sc_result, vcpu_op,
 )
 from shadowcore.engine.counters cimport sc_stats
+from shadowcore.engine.exits cimport events_tell
 from shadowcore.engine.hooks cimport EVENT_COUNT
 from shadowcore.engine.invariants cimport audit_all, sc_audit
 from shadowcore.engine.mmu cimport mmu_listen
@@ -280,9 +281,7 @@ cdef int api_on_event(sc_vm vm, u32 mask, sc_event_function function, void *cont
         return refused(vm)
     p.function = function
     p.context = context
-    p.mmu.events = mask if function != NULL else 0
-    p.mmu.event = _on_engine_event
-    p.mmu.event_context = p
+    events_tell(p.mmu, mask if function != NULL else 0, _on_engine_event, p)
     leave(p)
     return RC_OK
 

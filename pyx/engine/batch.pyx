@@ -7,6 +7,7 @@ from libc.string cimport memcpy, memset
 from shadowcore.engine.access cimport OP_COUNT, OP_FETCH, access_implicit, op_is_access, sc_op, sc_result
 from shadowcore.engine.batch cimport sc_columns, sc_columns_out
 from shadowcore.engine.design cimport design_begin
+from shadowcore.engine.exits cimport exits_next
 from shadowcore.engine.held cimport Held
 from shadowcore.engine.mmu cimport Mmu
 from shadowcore.engine.quick cimport (
@@ -29,7 +30,7 @@ _OPTIONAL = (("vcpu", np.dtype("u1")), ("value_high", np.dtype("<u8")), ("expect
              ("expected_high", np.dtype("<u8")), ("implicit", np.dtype("u1")))
 
 cdef enum:
-    LOOK = 256                      # implicit accesses between two looks at the clock
+    LOOK = 256                      # operations made one by one between two looks at the clock
     FEW = 4                         # rows that need no block of their own: as many as RunResult.few has
 
 cdef object _ARRAY = np.ndarray
@@ -261,46 +262,6 @@ cdef void _results(const sc_batch *b, const sc_columns_out *out, u64 i, u64 stop
             out.exits[row.number] = row.exits
 
 
-cdef int columns_run(sc_mmu *mmu, u32 number, const sc_columns *c, u64 n, bint data, const sc_columns_out *out,
-                     bint *no_memo, u64 *done) noexcept nogil:
-    """The same without Python: done[0] operations were made. RC_OK, the negative code of the one that failed, or
-    RC_EXHAUSTED with mmu.exhausted = SC_NONE where the host had no room for the work. no_memo: for those who were
-    compiled with it, nothing looks at it (NULL will do)."""
-    cdef sc_batch b
-    cdef u64 i = 0
-    cdef u64 begin, stop
-    cdef int rc = RC_OK
-    cdef size_t words = 8 * min(n, CHUNK)
-    cdef size_t rows = sizeof(sc_row) * min(n, CHUNK)
-    cdef u8 *room
-    done[0] = 0
-    if n == 0:
-        return RC_OK
-    memset(&b, 0, sizeof(b))
-    b.number = number
-    b.data = data
-    _packed_layout(&b)
-    room = <u8 *>malloc(rows + 2 * words + PACKED * min(n, CHUNK))
-    if room == NULL:
-        mmu.exhausted = SC_NONE
-        return RC_EXHAUSTED
-    b.rows = <sc_row *>room
-    design_begin(mmu)
-    while i < n and rc == RC_OK:
-        begin = i
-        stop = min(n, i + CHUNK)
-        # Bytes move to and from the gpas that were found: these are kept where nobody else, nor the guest, can write.
-        b.gpa = out.gpa if out.gpa != NULL and not data else <u64 *>(<size_t>room + rows - 8 * i)
-        b.value = out.value if out.value != NULL else <u64 *>(<size_t>room + rows + words - 8 * i)
-        b.n_rows = 0
-        _gather(c, &b, room + rows + 2 * words, i, stop)
-        rc = quick_chunk(mmu, &b, &i, stop)
-        _results(&b, out, begin, i)
-    free(room)
-    done[0] = i
-    return rc
-
-
 cdef inline bint _is_implicit(const sc_batch *b, u64 i) noexcept nogil:
     """Of an operation that is no access the field means nothing."""
     cdef const u8 *element = b.ops.base + <i64>i * b.ops.stride
@@ -340,6 +301,76 @@ cdef int _mixed_chunk(sc_mmu *mmu, sc_batch *b, u64 *done, u64 stop) noexcept no
             left = LOOK
             if watch_due(b.watch):
                 break
+    done[0] = i
+    return rc
+
+
+cdef int _logged_chunk(sc_mmu *mmu, sc_batch *b, u64 *done, u64 stop) noexcept nogil:
+    """The same where exits are logged: one by one, as the log wants to know when an operation is over."""
+    cdef u64 i = done[0]
+    cdef u64 before
+    cdef u32 left = LOOK
+    cdef int rc = RC_OK
+    while i < stop and rc == RC_OK and left:
+        before = i
+        if b.ops.at[FIELD_IMPLICIT] == <u64>-1:
+            rc = quick_chunk(mmu, b, &i, i + 1)
+        else:
+            rc = _mixed_chunk(mmu, b, &i, i + 1)
+        if i > before:
+            exits_next(mmu)
+        left -= 1
+        if left == 0 and not watch_due(b.watch):
+            left = LOOK
+    done[0] = i
+    return rc
+
+
+cdef inline int _chunk(sc_mmu *mmu, sc_batch *b, u64 *done, u64 stop) noexcept nogil:
+    """Operations done[0] to stop, as quick_chunk has it."""
+    if mmu.exits != NULL:
+        return _logged_chunk(mmu, b, done, stop)
+    if b.ops.at[FIELD_IMPLICIT] == <u64>-1:
+        return quick_chunk(mmu, b, done, stop)
+    return _mixed_chunk(mmu, b, done, stop)
+
+
+cdef int columns_run(sc_mmu *mmu, u32 number, const sc_columns *c, u64 n, bint data, const sc_columns_out *out,
+                     bint *no_memo, u64 *done) noexcept nogil:
+    """The same without Python: done[0] operations were made. RC_OK, the negative code of the one that failed, or
+    RC_EXHAUSTED with mmu.exhausted = SC_NONE where the host had no room for the work. no_memo: for those who were
+    compiled with it, nothing looks at it (NULL will do)."""
+    cdef sc_batch b
+    cdef u64 i = 0
+    cdef u64 begin, stop
+    cdef int rc = RC_OK
+    cdef size_t words = 8 * min(n, CHUNK)
+    cdef size_t rows = sizeof(sc_row) * min(n, CHUNK)
+    cdef u8 *room
+    done[0] = 0
+    if n == 0:
+        return RC_OK
+    memset(&b, 0, sizeof(b))
+    b.number = number
+    b.data = data
+    _packed_layout(&b)
+    room = <u8 *>malloc(rows + 2 * words + PACKED * min(n, CHUNK))
+    if room == NULL:
+        mmu.exhausted = SC_NONE
+        return RC_EXHAUSTED
+    b.rows = <sc_row *>room
+    design_begin(mmu)
+    while i < n and rc == RC_OK:
+        begin = i
+        stop = min(n, i + CHUNK)
+        # Bytes move to and from the gpas that were found: these are kept where nobody else, nor the guest, can write.
+        b.gpa = out.gpa if out.gpa != NULL and not data else <u64 *>(<size_t>room + rows - 8 * i)
+        b.value = out.value if out.value != NULL else <u64 *>(<size_t>room + rows + words - 8 * i)
+        b.n_rows = 0
+        _gather(c, &b, room + rows + 2 * words, i, stop)
+        rc = _chunk(mmu, &b, &i, stop)
+        _results(&b, out, begin, i)
+    free(room)
     done[0] = i
     return rc
 
@@ -387,10 +418,7 @@ cdef object _run(Mmu shell, sc_batch *b, u64 n, const sc_columns *columns):
                         break
                     if columns != NULL:
                         _gather(columns, b, <u8 *>gathered.at, i, stop)
-                    if b.ops.at[FIELD_IMPLICIT] == <u64>-1:
-                        rc = quick_chunk(mmu, b, &i, stop)
-                    else:
-                        rc = _mixed_chunk(mmu, b, &i, stop)
+                    rc = _chunk(mmu, b, &i, stop)
                     if rc != RC_OK or i == n or watch_due(b.watch):
                         break
             if rc == RC_OK and i < n:

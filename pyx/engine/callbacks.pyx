@@ -1,4 +1,5 @@
 """A Python function that is called at events, where they happen."""
+from shadowcore.engine.exits cimport events_tell
 from shadowcore.engine.hooks cimport EVENT_COUNT, HOOK_RAISED
 from shadowcore.engine.mmu cimport Mmu
 from shadowcore.engine.state cimport sc_mmu
@@ -41,13 +42,11 @@ cdef class EventHook:
         self.mmu = mmu
         self.function = function
         mmu.event_hook = self
-        mmu.c.event_context = <void *>self
-        mmu.c.event = _on_event
-        mmu.c.events = sum(1 << EVENTS.index(kind) for kind in set(kinds))
+        events_tell(mmu.c, sum(1 << EVENTS.index(kind) for kind in set(kinds)), _on_event, <void *>self)
 
     @staticmethod
     def remove(Mmu mmu) -> None:
         """No more events."""
         mmu.idle()
-        mmu.c.events = 0
+        events_tell(mmu.c, 0, NULL, NULL)
         mmu.event_hook = None

@@ -21,6 +21,7 @@ from shadowcore.engine.designs.native cimport native_design
 from shadowcore.engine.designs.nested cimport nested_design
 from shadowcore.engine.designs.unsync cimport unsync_design
 from shadowcore.engine.emulate cimport device_store
+from shadowcore.engine.exits cimport exits_close, exits_follow, exits_leave, exits_taken
 from shadowcore.engine.flushes cimport FLUSH_COUNT, FLUSH_HOST, FLUSH_SLOTS, request_flush, request_flush_of
 from shadowcore.engine.hooks cimport EVENT_COUNT, HOOK_RAISED, POINT_COUNT
 from shadowcore.engine.invariants cimport audit_violations, mmu_settle, sc_audit
@@ -48,6 +49,7 @@ from shadowcore.engine.policies.uses cimport uses_follow
 from shadowcore.engine.pool cimport pool_init, pool_recycles
 from shadowcore.engine.quirks cimport QUIRK_COUNT, QUIRK_ROOT_EMPTIED
 from shadowcore.engine.record cimport RECORD_COUNT
+from shadowcore.engine.recorded cimport kept_grow, kept_new
 from shadowcore.engine.resolve cimport resolve
 from shadowcore.engine.rmap cimport list_first, list_next
 from shadowcore.engine.role cimport (
@@ -56,7 +58,8 @@ from shadowcore.engine.role cimport (
 )
 from shadowcore.engine.roots cimport root_slots
 from shadowcore.engine.state cimport (
-    SLOT_ADDED, SLOT_MOVED, SLOT_REMOVED, memo_drop, sc_event, sc_mmu, sc_reference, sc_reference_hook, sc_vcpu,
+    CHANGES, SLOT_ADDED, SLOT_MOVED, SLOT_REMOVED, memo_drop, sc_event, sc_exit, sc_mmu, sc_reference,
+    sc_reference_hook, sc_vcpu,
 )
 from shadowcore.engine.types cimport (
     u16,
@@ -215,6 +218,19 @@ REFERENCE_DTYPE = np.dtype([
 assert REFERENCE_DTYPE.itemsize == sizeof(sc_reference)
 DIMENSIONS = ("guest", "host", "shadow")
 
+# In the order of CHANGE_*.
+EXIT_CHANGES = ("made", "found", "zapped", "flooded", "recycled", "synced", "installed", "removed")
+assert len(EXIT_CHANGES) == CHANGES
+EXIT_DTYPE = np.dtype({
+    "names": ["operation", "gva", "gfn", "error_code", *EXIT_CHANGES, "vcpu", "reason"],
+    "formats": ["<u8"] * 4 + ["<u4"] * CHANGES + ["u1"] * 2,
+    "itemsize": sizeof(sc_exit),
+})
+assert EXIT_DTYPE.fields["reason"][1] == <size_t>&(<sc_exit *>NULL).reason
+
+cdef enum:
+    FIRST_ROOM = 1 << 12            # for exits, where there may be any number of them
+
 PAGES_DTYPE = np.dtype([
     ("page", "<u4"), ("gfn", "<u8"), ("glevels", "u1"), ("level", "u1"), ("quadrant", "u1"), ("direct", "u1"),
     ("access", "u1"), ("nxe", "u1"), ("pse", "u1"), ("wp0", "u1"), ("global_", "u1"), ("pkey", "u1"),
@@ -228,7 +244,7 @@ cdef int mmu_listen(object mmu, sc_reference_hook hook, void *context) except -1
     listened.idle()
     listened.walk_log.hook = hook
     listened.walk_log.context = context
-    listened._walks_settled()
+    listened._fast_settled()
     return 0
 
 
@@ -273,6 +289,13 @@ cdef class Mmu:
         self.c.stats = &self.counters
         memset(&self.watch, 0, sizeof(self.watch))
         memset(&self.walk_log, 0, sizeof(self.walk_log))
+        memset(&self.ring, 0, sizeof(self.ring))
+        memset(&self.exit_log, 0, sizeof(self.exit_log))
+        self._events = kept_new("events", "Mmu.record", RECORD_DTYPE, <void **>&self.ring.event, &self.ring.room)
+        self._walked = kept_new("references of walks", "VM.record_walks", REFERENCE_DTYPE,
+                                <void **>&self.walk_log.reference, &self.walk_log.room)
+        self._exits = kept_new("exits", "VM.record_exits", EXIT_DTYPE, <void **>&self.exit_log.exit,
+                               &self.exit_log.room)
         self.c.free_head = self.c.young = self.c.old = SC_NONE
         self._arrays = []
         self._books = {}
@@ -530,6 +553,8 @@ cdef class Mmu:
         if self.c.mem.busy and mmu_settle(self.c, &a) != RC_OK:
             self.still()
             raise AuditError(audit_violations(&a), a.n, "writable_arrays")
+        if self.c.exits != NULL:
+            exits_close(self.c)
         return 0
 
     cdef int still(self) except -1:
@@ -704,62 +729,62 @@ cdef class Mmu:
     def is_fast(self) -> bool:
         """Accesses may take fast paths. Under `native` these ask neither the host below nor read-only slots, of which
         the guest's tables tell nothing."""
-        return not self._general and self.c.policy.walked == NULL and self.c.walks == NULL and (
-            self.c.shadow or self.c.nested or not self.c.mem.special)
+        told = self._general or self.c.policy.walked != NULL or self.c.walks != NULL or self.c.exits != NULL
+        return not told and (self.c.shadow or self.c.nested or not self.c.mem.special)
 
     def record(self, size) -> None:
         """Record what the shadow MMU does (`recorded`), up to `size` events; 0: nothing more."""
         self._shadow("record")
-        cdef u64 room = check_int("size", size, 0, 1 << 32)
-        self.c.ring = NULL
-        self._recorded = None
-        memset(&self.ring, 0, sizeof(self.ring))
-        if room:
-            self._recorded = np.zeros(room, dtype=RECORD_DTYPE)
-            self.ring.event = <sc_event *><size_t>self._recorded.ctypes.data
-            self.ring.size = room
-            self.c.ring = &self.ring
+        self._events.begin(size)
+        self.c.ring = &self.ring if self.ring.room.size else NULL
 
     def recorded(self):
         """The events since the last call, as an array (RECORD_DTYPE; kinds in RECORDED), which begins anew. EngineError
         if there were more than there was room for."""
         self._shadow("recorded")
-        if self._recorded is None:
-            raise ConfigError("recorded: nothing is recorded, see Mmu.record")
-        cdef u64 count = self.ring.count
-        self.ring.count = 0
-        if count > self.ring.size:
-            raise EngineError(f"{count} events happened, there was room for {self.ring.size}")
-        return self._recorded[:count].copy()
+        return self._events.take()
 
-    def _walks_settled(self):
-        """Whether anybody is told of walks has changed. While somebody is, no fast path is open: those tell nobody."""
-        self.c.walks = &self.walk_log if self.walk_log.hook != NULL or self.walk_log.size else NULL
+    def _fast_settled(self):
+        """Whether anybody is told of walks, or of exits, has changed. While somebody is, no fast path is open: those
+        tell nobody."""
+        self.c.walks = &self.walk_log if self.walk_log.hook != NULL or self.walk_log.room.size else NULL
         for cpu in self._vcpus:
             cpu._take_fast_paths(self.is_fast())
 
     def record_walks(self, size) -> None:
         """See `VM.record_walks`."""
         self.idle()
-        cdef u64 room = check_int("size", size, 0, 1 << 32)
-        array = np.zeros(room, dtype=REFERENCE_DTYPE) if room else None
-        self.walk_log.reference = <sc_reference *><size_t>array.ctypes.data if room else NULL
-        self.walk_log.size = room
-        self.walk_log.count = 0
+        self._walked.begin(size)
         self.walk_log.walks = 0
-        self._walked = array
-        self._walks_settled()
+        self._fast_settled()
 
     def walks(self):
         """See `VM.walks`."""
         self.idle()
-        if self._walked is None:
-            raise ConfigError("walks: none are recorded, see VM.record_walks")
-        cdef u64 count = self.walk_log.count
-        self.walk_log.count = 0
-        if count > self.walk_log.size:
-            raise EngineError(f"walks made {count} references, there was room for {self.walk_log.size}")
-        return self._walked[:count].copy()
+        return self._walked.take()
+
+    def record_exits(self, size=None, first=0) -> None:
+        """Log exits from now on (`exits`), up to `size` of them; None: however many there are; 0: no more. The
+        operation that comes next has number `first`. See `VM.record_exits`."""
+        self.idle()
+        cdef u64 number = check_int("first", first, 0, 1 << 63)
+        exits_leave(self.c)
+        self._exits.begin(FIRST_ROOM if size is None else size)
+        self.exit_log.grow = NULL
+        if size is None:
+            self.exit_log.grow = kept_grow
+        self.exit_log.owner = <void *>self._exits
+        if self.exit_log.room.size:
+            exits_follow(self.c, &self.exit_log, number)
+        self._fast_settled()
+
+    def exits(self):
+        """The exits since the last call, which begins anew, as an array (EXIT_DTYPE). ConfigError if none are logged,
+        EngineError if there were more than there was room for. See `VM.record_exits`."""
+        self.idle()
+        if self.c.exits != NULL:
+            exits_taken(self.c)
+        return self._exits.take()
 
     def fail_pages(self, after, count=1) -> None:
         """For tests: `after` more pages can be taken from the pool, then `count` attempts fail."""

@@ -125,11 +125,11 @@ cdef void _tell(sc_walk_log *log, sc_trail *t) noexcept nogil:
     cdef u64 at
     for i in range(t.n):
         t.made[i].walk = log.walks
-        at = log.count + i
-        if at < log.size:
+        at = log.room.count + i
+        if at < log.room.size:
             log.reference[at] = t.made[i]
     log.walks += 1
-    log.count += t.n
+    log.room.count += t.n
     if log.hook != NULL and t.n:
         log.hook(log.context, t.made, t.n)
 

@@ -14,6 +14,7 @@ from shadowcore.engine.access cimport (
 )
 from shadowcore.engine.batch cimport run_batch
 from shadowcore.engine.bits cimport PTE_P
+from shadowcore.engine.exits cimport exits_next
 from shadowcore.engine.features cimport FEAT_COUNT
 from shadowcore.engine.memo cimport sc_memo
 from shadowcore.engine.memory cimport SC_WRITTEN, mem_pool_hpa
@@ -523,6 +524,7 @@ cdef class VCpu:
         return self.mmu
 
     def _loaded(self, int rc):
+        exits_next(self.mmu.c)
         if rc == RC_GP:
             load_refused(self.mmu.c)
             raise GeneralProtection(0)
@@ -552,6 +554,7 @@ cdef class VCpu:
             rc = access_implicit(self.mmu.c, self.c, &o, True, r)
         else:
             rc = access_do(self.mmu.c, self.c, &o, True, r)
+        exits_next(self.mmu.c)
         if self.mmu.c.audit_found:
             rc = RC_AUDIT
         if rc == RC_OK:
@@ -612,6 +615,7 @@ cdef class VCpu:
         o.addr = _address(gva)
         self.mmu.idle()
         vcpu_op(self.mmu.c, self.c, &o, True, &r)
+        exits_next(self.mmu.c)
         self.mmu._report()
 
     def invpcid(self, kind, pcid=0, gva=0) -> None:
@@ -631,7 +635,9 @@ cdef class VCpu:
         o.value[0] = _register("pcid", pcid)
         o.addr = _address(gva)
         self.mmu.idle()
-        if vcpu_op(self.mmu.c, self.c, &o, True, &r) == RC_UD:
+        cdef int rc = vcpu_op(self.mmu.c, self.c, &o, True, &r)
+        exits_next(self.mmu.c)
+        if rc == RC_UD:
             raise UndefinedInstruction
         if r.outcome == RC_GP:
             raise GeneralProtection(0)

@@ -133,6 +133,7 @@ cdef int cpu_string_at(sc_guest *g, u64 va, u64 gpa, const u8 *source, u32 nbyte
         if source != NULL:
             memcpy(&word, source + at, 8)
         g.v.odd_stores = True
+        g.n.kernel_accesses = before        # one instruction, into however many stores a design cuts it
         rc = cpu_access(g, OP_WRITE, 8, va + at, word, &r)
         g.v.odd_stores = False
         if rc != RC_OK:
@@ -147,7 +148,6 @@ cdef int cpu_string_at(sc_guest *g, u64 va, u64 gpa, const u8 *source, u32 nbyte
             memset(g.ram + gpa + at, 0, nbytes - at)
         else:
             memcpy(g.ram + gpa + at, source + at, nbytes - at)
-    g.n.kernel_accesses = before + 1        # one instruction, into however many stores a design cuts it
     history_add(g, gpa, nbytes)
     return RC_OK
 

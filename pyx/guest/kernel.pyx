@@ -7,6 +7,7 @@ import numpy as np
 
 from libc.string cimport memcpy, memset
 
+from shadowcore.engine.exits cimport exits_counted
 from shadowcore.engine.types cimport RC_OK, u8, u16, u32, u64
 from shadowcore.engine.watch cimport watch_due, watch_error
 from shadowcore.guest.call cimport (
@@ -113,6 +114,7 @@ cdef object _do(KernelBase kernel, sc_work *w, u32 process):
     error = None
     kernel._ready()                 # once more: others may have run since the arguments were looked at
     kernel._cpu.mmu.enter()
+    exits_counted(g.mmu, &g.n.accesses, &g.n.kernel_accesses, &g.n.cr3_loads, &g.n.invlpg)
     try:
         if process != NO_PROCESS and (g.current != process or g.idle):
             w.rc = process_switch(g, process)
@@ -125,6 +127,7 @@ cdef object _do(KernelBase kernel, sc_work *w, u32 process):
             if w.rc == RC_OK:
                 error = kernel._cpu.mmu.stopped()
     finally:
+        exits_counted(g.mmu, NULL, NULL, NULL, NULL)
         kernel._cpu.mmu.leave()
     return error
 

@@ -15,6 +15,7 @@ from shadowcore.engine.access cimport (
 from shadowcore.engine.bits cimport cr0_kept
 from shadowcore.engine.counters cimport EXIT_EMULATE, EXIT_WRITE
 from shadowcore.engine.emulate cimport emulate_store
+from shadowcore.engine.exits cimport exits_next
 from shadowcore.engine.held cimport Held
 from shadowcore.engine.leaf cimport fault_count, sc_fault
 from shadowcore.engine.memory cimport mem_frame, mem_guest_frame, mem_mark_dirty, sc_no_frame
@@ -275,6 +276,7 @@ def replay(vm, dict arrays, start, stop, direct_map=0xFFFF888000000000):
     cdef u64 count = len(cpus)
     cdef u64 i
     cdef u64 end = stop
+    cdef u64 last                   # where exits are logged, the log is told of each record
     cdef sc_replay t
     cdef sc_mmu *mmu
     for i in range(count):
@@ -304,8 +306,9 @@ def replay(vm, dict arrays, start, stop, direct_map=0xFFFF888000000000):
     cpu.mmu.enter()
     try:
         while i < end and rc >= 0 and error is None:
+            last = end if mmu.exits == NULL else i + 1
             with nogil:
-                while i < end:
+                while i < last:
                     rc = _record(mmu, vcpus, count, &t, i)
                     if mmu.audit_found:
                         rc = RC_AUDIT
@@ -317,6 +320,7 @@ def replay(vm, dict arrays, start, stop, direct_map=0xFFFF888000000000):
                     i += 1
                     if i % SLICE == 0 and watch_due(mmu.watch):
                         break
+            exits_next(mmu)
             if rc >= 0 and i < end:
                 error = cpu.mmu.stopped()
     finally:

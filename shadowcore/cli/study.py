@@ -83,6 +83,13 @@ _COMPARED = (
     click.option(
         "--timeline", type=Output(), metavar="FILE", help="Write a trace for Perfetto to FILE.  [default: no file]"
     ),
+    click.option(
+        "--exits-log",
+        type=Output(),
+        metavar="FILE",
+        help="Write a row for each exit to FILE, as .csv or .parquet: operation, vcpu, reason, address, frame, error "
+        "code, and what was made and zapped. Such runs take longer.  [default: no file]",
+    ),
     JSON,
 )
 _HTML = click.option(
@@ -195,6 +202,7 @@ def _compare(
     html: str | None,
     timeline: str | None,
     csv_file: str | None,
+    exits_log: str | None,
     windows: int | None,
     as_json: bool,
     reasons: bool,
@@ -203,6 +211,7 @@ def _compare(
     detailed: bool = False,
     **rest: Any,
 ) -> None:
+    from .. import columns
     from ..studies import settings
     from ..studies import study as studies
     from ..studies.results import Swept
@@ -215,7 +224,7 @@ def _compare(
         over[name] = values
     pages = _pages(html, timeline, bool(over))
     writers = [(writer(name, module), file) for name, module, file in pages]
-    outputs = (("--html", html), ("--timeline", timeline), ("--csv", csv_file))
+    outputs = (("--html", html), ("--timeline", timeline), ("--csv", csv_file), ("--exits-log", exits_log))
     for _, file in outputs:
         if file is not None:
             writable(file)
@@ -223,10 +232,16 @@ def _compare(
         if windows:
             raise ConfigError("--windows: a report or a timeline, which shows them, is needed: --html or --timeline")
         windows = 0
+    if exits_log is not None:
+        if over:
+            raise ConfigError("--exits-log: it is of one study, and --over makes several")
+        columns.check(exits_log, "--exits-log")
     wanted = tuple(dict.fromkeys(designs or default))
     opened = find(list(sources) or None)
     apart(outputs, opened.files)
     options = rest | {"windows": windows, "settings": together(sets, pool)}
+    if exits_log is not None:
+        options["log_exits"] = True
     swept = {"over": over or None, "base": None if base is None else settings.parse(base)}
     interrupted = False
     made: Study | Swept
@@ -239,6 +254,8 @@ def _compare(
     _show(made, as_json, detailed, every, reasons)
     if csv_file is not None:
         to_file(csv_file, made.to_csv)
+    if exits_log is not None and not isinstance(made, Swept):
+        to_file(exits_log, made.write_exits)
     if interrupted:
         raise KeyboardInterrupt
     for write, file in writers:

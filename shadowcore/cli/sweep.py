@@ -196,7 +196,7 @@ def _outputs(csv_file: str | None, parquet: str | None, html: str | None) -> lis
     if csv_file is not None:
         found.append((csv_file, lambda made, path: made.to_csv(path)))
     if parquet is not None:
-        from ..studies.collect import pyarrow
+        from ..columns import pyarrow
 
         pyarrow()
         found.append((parquet, lambda made, path: made.to_parquet(path)))

@@ -15,6 +15,7 @@ from . import snapshot
 from .audit import AuditPoints, audit
 from .counters import Stats
 from .events import EVENTS, on_event
+from .exitlog import ExitLog
 from .future import Future
 from .memory import Memory
 from .mmu import Mmu
@@ -111,6 +112,7 @@ class VM:
         self.memory.on_slots = self.mmu.slots_changed
         self.memory.on_backing = self.mmu.host_backs
         self._audit_points = AuditPoints(self.mmu)
+        self._exit_log: ExitLog | None = None
         self.vcpus = tuple(VCpu(self.mmu, features, tlb) for _ in range(count))
 
     @property
@@ -232,6 +234,37 @@ class VM:
         room for, ConfigError if none are recorded.
         """
         return self.mmu.walks()
+
+    def record_exits(self, size: int | None = None, *, first: int = 0) -> ExitLog:
+        """Log every exit from now on, with what the MMU did about it, until the log is closed: an ExitLog, which a
+        `with` block closes.
+
+        size: exits that there is room for between two looks at its rows, 1 or more; None: for all that there are (72
+            bytes each).
+        first: number of the operation that comes next. Operations are counted as they are made: those of `VCpu.run`,
+        single calls of a VCpu, records of a replay, and what the processors of a Kernel do (its counters accesses,
+        kernel_accesses, cr3_loads and invlpg; an access that is made again after a fault has the number of the last
+        operation before it). Accesses by way of shadowcore.h, and Unicorn's, have the number of the operation before
+        them.
+
+        An exit has what was done about it until its vcpu entered the guest again; what the host does by itself belongs
+        to none. While exits are logged all accesses take the general way: one that would hit takes some 30 times as
+        long, a fault up to twice. No counter and no result changes. Not part of what `save` writes.
+        ConfigError for numbers that cannot be, and while another log is open.
+
+        >>> vm = sc.VM("16MiB")
+        >>> tables = sc.PageTables(vm.memory, mode="64", allocate=range(256, 512))
+        >>> with vm.record_exits() as log:
+        ...     tables.activate(vm.vcpus[0])
+        >>> log.reasons()
+        ['cr4', 'efer', 'cr3', 'cr0']
+        """
+        if self._exit_log is not None and not self._exit_log.closed:
+            raise ConfigError("record_exits: exits are logged already; close that log first")
+        if size is not None:
+            check_int("size", size, 1, 1 << 32)
+        self._exit_log = ExitLog(self.mmu, size, first)
+        return self._exit_log
 
     def host_unmap(self, gfn: int, n: int = 1, *, discard: bool = False) -> None:
         """The host takes n frames from `gfn` on back, as it does to swap or to migrate them: a call of KVM's MMU

@@ -3,7 +3,8 @@ from shadowcore.engine.counters cimport Stats, sc_stats
 from shadowcore.engine.memory cimport Memory
 from shadowcore.engine.policies.queues cimport sc_queues
 from shadowcore.engine.policies.recorder cimport sc_references
-from shadowcore.engine.state cimport sc_event_ring, sc_mmu, sc_reference_hook, sc_vcpu, sc_walk_log
+from shadowcore.engine.recorded cimport Kept
+from shadowcore.engine.state cimport sc_event_ring, sc_exit_log, sc_mmu, sc_reference_hook, sc_vcpu, sc_walk_log
 from shadowcore.engine.types cimport u32, u64
 from shadowcore.engine.walker cimport sc_walk
 from shadowcore.engine.watch cimport sc_watch
@@ -30,15 +31,17 @@ cdef class Mmu:
     cdef sc_watch watch             # behind c.watch, between enter and leave
     cdef bint _general              # no fast path is taken
     cdef object audits              # AuditPoints, once points have been named
-    cdef object _recorded           # what ring.event points into, or None
     cdef sc_event_ring ring         # behind c.ring
+    cdef Kept _events               # what it holds
     cdef object event_hook          # keeps what c.event_context points to
     cdef sc_queues books            # behind c.policy.queues
     cdef dict _books                # the arrays of books, by name
     cdef object _future             # what books.future points into, or None
     cdef sc_references references   # uses of pages, if they are recorded
     cdef sc_walk_log walk_log       # behind c.walks
-    cdef object _walked             # what walk_log.reference points into, or None
+    cdef Kept _walked               # the references in it
+    cdef sc_exit_log exit_log       # behind c.exits
+    cdef Kept _exits                # the rows in it
     cdef object _policy             # plugged.Plugged behind c.policy.own, or None
     cdef object _decides            # plugged.Deciding behind c.decider, or None
 

@@ -37,9 +37,9 @@ cdef inline u64 record_read_only() noexcept nogil:
 cdef inline void record(sc_mmu *mmu, u32 kind, u64 a, u64 b, u32 c) noexcept nogil:
     if mmu.ring == NULL:
         return
-    if mmu.ring.count < mmu.ring.size:
-        mmu.ring.event[mmu.ring.count] = sc_event(a, b, kind, c)
-    mmu.ring.count += 1
+    if mmu.ring.room.count < mmu.ring.room.size:
+        mmu.ring.event[mmu.ring.room.count] = sc_event(a, b, kind, c)
+    mmu.ring.room.count += 1
 
 cdef inline u32 record_flags(u64 entry) noexcept nogil:
     """What a RECORD_CHANGED tells of an entry: bits 0 to 11 as they are, NX as bit 12, the generation of one that

@@ -85,10 +85,15 @@ cdef struct sc_event:
     u32 kind
     u32 c
 
+# Of what is recorded of the MMU: rows that there is room for, and that there were. Those beyond `size` are lost, and
+# whoever asks for the rows is told.
+cdef struct sc_room:
+    u64 size
+    u64 count
+
 cdef struct sc_event_ring:
     sc_event *event
-    u64 size                        # room
-    u64 count                       # events, of which those beyond `size` are lost
+    sc_room room
 
 # Of which tables an entry is that a walk reads, in the order of references.DIMENSIONS.
 cdef enum:
@@ -110,8 +115,7 @@ ctypedef void (*sc_reference_hook)(void *context, const sc_reference *reference,
 
 cdef struct sc_walk_log:
     sc_reference *reference
-    u64 size                        # room
-    u64 count                       # references, of which those beyond `size` are lost
+    sc_room room
     u32 walks                       # so far: the number of the next one
     sc_reference_hook hook          # told of each walk, or NULL
     void *context                   # for it
@@ -235,6 +239,43 @@ cdef struct sc_policy:
     sc_design below                 # the design's own hooks, where those of policies/uses.pyx stand before them
     void *own                       # a policy's of another package
 
+# What the MMU did at an exit, by counters: in the order of exits.CHANGES.
+cdef enum:
+    CHANGE_MADE = 0                 # shadow pages made
+    CHANGE_FOUND = 1                # ... found again
+    CHANGE_ZAPPED = 2               # ... zapped
+    CHANGE_FLOODED = 3              # of these, by a flood of stores
+    CHANGE_RECYCLED = 4             # ... to refill the pool
+    CHANGE_SYNCED = 5               # unsync pages brought back in sync
+    CHANGE_INSTALLED = 6            # shadow entries that became present
+    CHANGE_REMOVED = 7              # ... that ceased to be
+    CHANGES = 8
+
+cdef struct sc_exit:                # an exit, as the log of exits has it; in the order of exits.EXIT_DTYPE
+    u64 operation                   # number of the operation that was under way
+    u64 gva                         # linear address, or the value of the register that is loaded
+    u64 gfn                         # frame that the access leads to, or all ones
+    u64 error_code                  # of a page fault: the processor's, or the guest's own, if that is injected
+    u32 change[CHANGES]
+    u8 vcpu
+    u8 reason                       # EXIT_*
+    u8 pad[6]
+
+# From the moment it leaves the guest until its vcpu enters again, or something else begins, what the MMU does belongs
+# to an exit.
+cdef struct sc_exit_log:
+    sc_exit *exit
+    sc_room room
+    void (*grow)(void *owner) noexcept nogil    # makes room for more; NULL: there is not to be more
+    void *owner                     # its argument
+    u64 operation                   # number of the operation under way; modulo 2**64, and with counts: without these
+    const u64 *counts[4]            # of operations begun, that a guest kernel keeps while it works; or NULL
+    u64 seen[CHANGES]               # the counters, as far as they are accounted for
+    bint open                       # the last exit goes on
+    bint inside                     # of a page-fault exit, the beginning of which was seen
+    u64 last[SC_MAX_VCPUS]          # number of each vcpu's last exit among the rows, or all ones
+    sc_design below                 # the hooks that those of exits.pyx stand before
+
 cdef struct sc_mmu:
     sc_mem *mem
     sc_stats *stats
@@ -318,6 +359,9 @@ cdef struct sc_mmu:
     sc_policy policy                # which page is recycled
     sc_walk_log *walks              # where references of walks are told; NULL: nowhere
     sc_design alone                 # the design's own hooks, where those of neighbours.pyx stand before them
+    sc_exit_log *exits              # where exits are logged; NULL: nowhere
+    u32 told_events                 # what the embedder asks for: `events`, but for what the log of exits needs
+    sc_event_hook told              # whom; `event`, where no exits are logged
 
 cdef inline void memo_drop(sc_mmu *mmu) noexcept nogil:
     """Something was withdrawn, or changed, that a translation may have been made of."""

@@ -7,7 +7,8 @@ from shadowcore.engine.memory cimport sc_mem, sc_slot
 from shadowcore.engine.mmu cimport Mmu
 from shadowcore.engine.page cimport sc_frame, sc_link, sc_page
 from shadowcore.engine.state cimport (
-    sc_design, sc_event, sc_event_ring, sc_loaded, sc_mmu, sc_policy, sc_prev, sc_reference, sc_vcpu, sc_walk_log,
+    sc_design, sc_event, sc_event_ring, sc_exit, sc_exit_log, sc_loaded, sc_mmu, sc_policy, sc_prev, sc_reference,
+    sc_room, sc_vcpu, sc_walk_log,
 )
 from shadowcore.engine.tlb cimport sc_tlb, sc_tlb_bank, sc_tlb_entry
 from shadowcore.engine.types cimport u32, u64
@@ -31,7 +32,7 @@ cdef sc_vcpu *vm_vcpu(object vm, u32 number) except NULL
 # Modules of other packages are compiled with the structures of these headers. So those that were compiled with others
 # are told, the two functions below are inline: sizes within them are those of the module that uses them.
 cdef enum:
-    SC_SHARED = 27
+    SC_SHARED = 30
 
 cdef struct sc_shared:              # this one stays as it is
     const char *name                # of a structure of a published header
@@ -68,6 +69,9 @@ cdef inline void shared_sizes(sc_shared *s) noexcept nogil:
     s[24].name, s[24].size = "sc_tlb_bank", sizeof(sc_tlb_bank)
     s[25].name, s[25].size = "sc_reference", sizeof(sc_reference)
     s[26].name, s[26].size = "sc_walk_log", sizeof(sc_walk_log)
+    s[27].name, s[27].size = "sc_room", sizeof(sc_room)
+    s[28].name, s[28].size = "sc_exit", sizeof(sc_exit)
+    s[29].name, s[29].size = "sc_exit_log", sizeof(sc_exit_log)
 
 cdef inline sc_mmu *mmu_struct(object vm) except NULL:
     """The structure behind a VM, for other packages; good for as long as the VM lives. TypeError for anything else,

@@ -325,6 +325,7 @@ def run(
     tlb: TLB | ProcessorTLB | None = None,
     warm_up: int = 0,
     audit_at: Iterable[str] = (),
+    log_exits: bool = False,
 ) -> ProgramResult:
     """Run recordings of programs on the guest kernel, from boot until they have ended and all of their memory is free.
 
@@ -336,7 +337,8 @@ def run(
     fold: addresses that the user half of the mode does not have are packed below its end; otherwise
         TraceError. windows: count by windows of this many accesses (0: do not). tlb: to model, where the VM is made
         here.
-    warm_up: of the accesses, those that come first and are not counted.
+    warm_up: of the accesses, those that come first and are not counted. log_exits: keep a log of all exits that are
+        counted. Its operations are the processor's, from boot on.
     record: keep every operation (19 bytes each). audit_every: check all invariants (AuditError) after this many
         accesses, and at the end (0: never). audit_at: and at these points of VM.audit_points. progress: called with
         accesses done, and all.
@@ -368,6 +370,7 @@ def run(
         kernel.record()
     readers = open_all(found.paths)
     runner = _Runner(kernel, found, readers, folded)
+    exits = machine.record_exits() if log_exits else None
     meter = _Meter(kernel, machine, window, warm)
     audits = Audits(machine, every)
     seconds = 0.0
@@ -387,6 +390,8 @@ def run(
                     if clock < meter.clock:
                         seconds, clock = 0.0, meter.clock
                         runner.count_from_here()
+                        if exits is not None:
+                            exits.clear()
                     if audits.due(runner.accesses):
                         seconds += time.perf_counter() - clock
                         audits.look(runner.accesses)
@@ -401,7 +406,8 @@ def run(
         raise GuestOutOfMemory(_shortage(error, found, machine)) from None
     finally:
         close_all(readers)
-    return _result(runner, machine, settings, meter, seconds, record, audits.made)
+    made = _result(runner, machine, settings, meter, seconds, record, audits.made)
+    return made if exits is None else dataclasses.replace(made, exit_log=exits.close())
 
 
 def compare(

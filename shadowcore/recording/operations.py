@@ -37,6 +37,7 @@ class OperationsResult:
         where it is the same.
     pages_mean, pages_max: shadow pages in use, sampled; windows: as a ReplayResult has them; both None without windows.
     audits: how many were made. seconds: that the engine took for what is counted.
+    exit_log: every exit, as `ExitLog.rows` has them; None where no log was asked for.
     """
 
     design: str
@@ -51,11 +52,12 @@ class OperationsResult:
     windows: dict[str, NDArray[np.uint64]] | None = dataclasses.field(default=None, compare=False)
     pages_mean: float | None = None
     pages_max: int | None = None
+    exit_log: NDArray[np.void] | None = dataclasses.field(default=None, compare=False, repr=False)
 
     def as_dict(self) -> dict[str, Any]:
-        """All but the windows in plain types."""
+        """All but the windows and the log of exits in plain types."""
         plain = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        del plain["windows"]
+        del plain["windows"], plain["exit_log"]
         return plain
 
 
@@ -70,11 +72,12 @@ def run(
     window: int = 0,
     tlb: TLB | ProcessorTLB | None = None,
     warm_up: int = 0,
+    log_exits: bool = False,
 ) -> OperationsResult:
     """Run the operations of a recording, with their data.
 
     operations: of them, from the first, at most (None: all). window, tlb, progress: as of `trace.replay`.
-    warm_up: of them, those that come first and are not counted.
+    warm_up: of them, those that come first and are not counted. log_exits: keep a log of all exits that are counted.
     audit_every, audit_at: check all invariants after so many, and at the end, and at points of VM.audit_points:
     AuditError. ConfigError, TraceError.
     """
@@ -91,6 +94,7 @@ def run(
         stats, log = vm.stats.as_dict(), WindowLog(vm.stats)
         counts = dict.fromkeys((*(op.name.lower() for op in Op), "guest_faults", "mmio"), 0)
         done, begun, seconds = 0, 0, 0.0
+        exits = vm.record_exits() if log_exits else None
         with audits.told(lambda: done):
             for part in _parts(reader, total, warm, step, every):
                 clock = time.perf_counter()
@@ -103,6 +107,8 @@ def run(
                     if done == warm:
                         begun, seconds = done, 0.0
                         stats, log = vm.stats.as_dict(), WindowLog(vm.stats)
+                        if exits is not None:
+                            exits.clear()
                 else:
                     found = _counted(part, result.outcome)
                     counts = {name: number + found.get(name, 0) for name, number in counts.items()}
@@ -127,6 +133,7 @@ def run(
             history=int.from_bytes(digest.digest(), "little"),
             seconds=seconds,
             audits=audits.made,
+            exit_log=None if exits is None else exits.close(),
             windows=windows,
             pages_mean=None if windows is None else log.pages_mean,
             pages_max=None if windows is None else int(windows["pages_max"].max(initial=0)),

@@ -127,6 +127,7 @@ class ReplayResult:
     cr3_loads: of the guest.
     windows: counters in each window of records, by name (see `windows.WindowLog`); None where none were asked for.
     future: how shadow pages were used, where that was recorded.
+    exit_log: every exit, as `ExitLog.rows` has them; None where no log was asked for.
     """
 
     design: str
@@ -150,6 +151,7 @@ class ReplayResult:
     warm_up: int = 0
     windows: dict[str, NDArray[np.uint64]] | None = dataclasses.field(default=None, compare=False, repr=False)
     future: Future | None = dataclasses.field(default=None, compare=False, repr=False)
+    exit_log: NDArray[np.void] | None = dataclasses.field(default=None, compare=False, repr=False)
 
     def _repr_html_(self) -> str:
         return notebook.counters(
@@ -202,6 +204,7 @@ def replay(
     warm_up: int = 0,
     future: Future | None = None,
     record_uses: bool = False,
+    log_exits: bool = False,
 ) -> ReplayResult:
     """Run the guest of a recording on a design, and count.
 
@@ -245,6 +248,7 @@ def replay(
     cr3_loads = 0
     seconds = 0.0
     log = WindowLog(vm.stats) if step else None
+    exits = vm.record_exits(first=position) if log_exits else None
     warming = begin > start
     direct_map = recording.direct_map
     for base, piece in recording.pieces(start):
@@ -263,6 +267,8 @@ def replay(
                 counters_at_begin = counters_at_split = vm.stats.as_dict()
                 seconds = 0.0
                 log = WindowLog(vm.stats) if step else None
+                if exits is not None:
+                    exits.clear()
             end = min(base + last, position + SLICE)
             if position < split:
                 end = min(end, split)
@@ -338,6 +344,7 @@ def replay(
         warm_up=begin - start,
         windows=None if log is None else log.arrays(position - begin),
         future=Future.of(vm.mmu) if record_uses else None,
+        exit_log=None if exits is None else exits.close(),
         **counts,
     )
 

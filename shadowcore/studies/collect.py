@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib
 import math
 import os
 from collections.abc import Mapping
 from functools import cached_property
 from typing import Any
 
-from .. import notebook
+from .. import columns, notebook
 from ..config import TLB
 from ..engine.costs import COMPONENTS, Costs
 from ..engine.counters import EXIT_REASONS
 from ..engine.levels import Levels
 from ..engine.reported import unsync_counts
 from ..errors import ConfigError
-from ..files import Replacement, check_path
+from ..files import check_path
 from .results import write_csv
 from .store import MANIFEST, Damaged, Store, unpacked
 
@@ -254,23 +253,10 @@ def _shown(value: Any) -> str:
 # ------------------------------------------------------------------------------------------------------------- parquet
 
 
-def pyarrow() -> Any:
-    """The package; ConfigError where it is not installed."""
-    try:
-        importlib.import_module("pyarrow.parquet")
-        return importlib.import_module("pyarrow")
-    except ImportError:
-        raise ConfigError("parquet: it needs pyarrow: pip install 'shadowcore[parquet]'") from None
-
-
 def write_parquet(path: str | os.PathLike[str], rows: list[dict[str, Any]]) -> None:
     """Rows as a table: columns of numbers where all values are numbers, of texts where they are of several kinds."""
-    arrow = pyarrow()
     names = list(dict.fromkeys(name for row in rows for name in row))
-    columns = {name: _alike([row.get(name) for row in rows]) for name in names}
-    table = arrow.table(columns)
-    with Replacement(path) as file:
-        arrow.parquet.write_table(table, arrow.PythonFile(file, mode="w"))
+    columns.write_parquet(path, {name: _alike([row.get(name) for row in rows]) for name in names})
 
 
 def _alike(column: list[Any]) -> list[Any]:

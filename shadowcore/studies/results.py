@@ -16,7 +16,9 @@ from numpy.typing import NDArray
 from .. import notebook
 from ..config import Design
 from ..engine.costs import CostBreakdown, Costs
+from ..engine.exitlog import write_exits
 from ..engine.reported import UNSYNC, unsync_counts
+from ..errors import ConfigError
 from ..files import replace
 from ..recording.format import INCOMPLETE
 from ..recording.guest import Recording, RecordingFile
@@ -47,6 +49,7 @@ class StudyDesign:
         first design. None for recordings of guests, which gpa_mismatches tells of.
     halves: exits in the first and the second half, None where that is not known. work: accesses of user code, of which
         settings of the guest make neither more nor less.
+    exit_log: every exit that is counted, as `ExitLog.rows` has them; None where no log was asked for.
     details: what only a source of this kind has, in plain types. result: of the run itself: a trace.ReplayResult,
         workload.WorkloadResult, programs.ProgramResult or OperationsResult.
 
@@ -75,6 +78,7 @@ class StudyDesign:
     details: dict[str, Any] = dataclasses.field(default_factory=dict, repr=False)
     halves: tuple[int, int] | None = None
     work: int | None = None
+    exit_log: NDArray[np.void] | None = dataclasses.field(default=None, compare=False, repr=False)
 
     def _repr_html_(self) -> str:
         return notebook.counters(f"{self.name}: {self.operations:,} operations", self.counters)
@@ -265,6 +269,13 @@ class Study:
     def to_csv(self, path: str | os.PathLike[str]) -> None:
         """Write the rows to a file. OSError where that cannot be done."""
         write_csv(path, self.rows())
+
+    def write_exits(self, path: str | os.PathLike[str]) -> None:
+        """Write the logs of exits to a file, CSV or Parquet by its name, with a column `design`. ConfigError where no
+        log was asked for, or pyarrow is missing; OSError."""
+        if any(each.exit_log is None for each in self.designs.values()):
+            raise ConfigError("write_exits: a study with log_exits=True is needed")
+        write_exits(path, {name: each.exit_log for name, each in self.designs.items() if each.exit_log is not None})
 
     def to_pandas(self) -> Any:
         """The rows as a DataFrame with designs as its index. ConfigError where pandas is not installed."""

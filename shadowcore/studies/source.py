@@ -48,7 +48,7 @@ class Setup:
 
     start: where it begins. total: operations from there on, warm_up the first of them, which are not counted.
     window: of the others, in each window. record_uses: Outcome.future is wanted.
-    seed, options: of the guest kernel; parameters, machine: settings by name.
+    seed, options: of the guest kernel; parameters, machine: settings by name. log_exits: Outcome.exit_log is wanted.
     """
 
     start: int
@@ -63,6 +63,7 @@ class Setup:
     audit_every: int = 0
     audit_at: Sequence[str] = ()
     record_uses: bool = False
+    log_exits: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,6 +93,11 @@ class Outcome:
     audits: int = 0
     violations: tuple[tuple[int, Any], ...] = ()
     future: Future | None = None
+
+    @property
+    def exit_log(self) -> NDArray[np.void] | None:
+        """Every exit, where a log was asked for."""
+        return self.result.exit_log
 
 
 DETAILS = (
@@ -233,7 +239,9 @@ class WorkloadSource(Source):
     def run(self, made: Design, setup: Setup, report: Report) -> Outcome:
         more = {name: value for name, value in setup.machine.items() if name != "memory"}
         if isinstance(made, Shadow) and made.policy == "optimal":
-            more["future"] = self.run(recorder_of(made), dataclasses.replace(setup, record_uses=True), None).future
+            more["future"] = self.run(
+                recorder_of(made), dataclasses.replace(setup, record_uses=True, log_exits=False), None
+            ).future
         more["record_uses"] = setup.record_uses
         vm = VM(self._memory(setup), made, tlb=setup.tlb, features=Features(), **more)
         vm.audit_points = setup.audit_at
@@ -247,6 +255,7 @@ class WorkloadSource(Source):
             window=setup.window,
             warm_up=setup.warm_up,
             audit_every=setup.audit_every,
+            log_exits=setup.log_exits,
             **cast("dict[str, Any]", dict(setup.parameters)),
         )
         n = result.counters
@@ -312,6 +321,7 @@ class GuestSource(Source):
             window=setup.window,
             tlb=setup.tlb,
             audit_every=setup.audit_every,
+            log_exits=setup.log_exits,
             audit_at=setup.audit_at,
             record_uses=setup.record_uses,
         )
@@ -398,6 +408,7 @@ class OperationsSource(Source):
             window=setup.window,
             tlb=setup.tlb,
             audit_every=setup.audit_every,
+            log_exits=setup.log_exits,
             audit_at=setup.audit_at,
         )
         n = result.counts
@@ -491,6 +502,7 @@ class ProgramSource(Source):
             warm_up=setup.warm_up,
             tlb=setup.tlb,
             audit_every=setup.audit_every,
+            log_exits=setup.log_exits,
             audit_at=setup.audit_at,
             progress=report,
         )

@@ -15,7 +15,19 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..config import DEFAULT_DESIGNS, TLB, Design, Native, Nested, Shadow, check_int, design, parse_count, parse_size
+from ..config import (
+    DEFAULT_DESIGNS,
+    TLB,
+    Design,
+    Native,
+    Nested,
+    Shadow,
+    check_bool,
+    check_int,
+    design,
+    parse_count,
+    parse_size,
+)
 from ..engine.costs import Costs
 from ..engine.costs import find as find_costs
 from ..engine.levels import of_design
@@ -56,6 +68,7 @@ def study(
     seed: int | None = None,
     skip_boot: bool = False,
     warm_up: int | str = 0,
+    log_exits: bool = False,
     settings: Mapping[str, Any] | None = None,
     progress: Progress | None = None,
     **parameters: Any,
@@ -79,6 +92,9 @@ def study(
         guest), tlb (entries for small pages, a processor by name, a TLB, or None; a guest kernel has the TLB of the
         costs unless told otherwise, a recording of a guest none, for what it holds are the accesses that missed one).
         Settings win; they can have any name. One that nothing here uses is an error.
+    log_exits: keep a log of every exit that is counted: StudyDesign.exit_log. Its operations are records of a guest's
+        recording, operations of a workload from the end of its setup on, and of the processor that runs programs.
+        It takes several times as long.
     progress: called with the name of each design, gives a context manager whose value, unless None, is called with
         operations done, and all.
 
@@ -92,6 +108,7 @@ def study(
     """
     given = parameters | dict(settings or {})
     job = _Job(find(source), designs, find_costs(costs), given, operations, seed, skip_boot, warm_up, windows)
+    job.setup = dataclasses.replace(job.setup, log_exits=check_bool("log_exits", log_exits))
     return job.run(progress or (lambda _: nullcontext()))
 
 
@@ -121,6 +138,8 @@ def compare(
         return study(source, designs, progress=progress, **options)
     if not isinstance(over, Mapping) or not over:
         raise ConfigError("over: settings with their values are needed")
+    if options.pop("log_exits", False):
+        raise ConfigError("log_exits: it is for one study, and with `over` there are several")
     series = {str(name): list(values) for name, values in over.items()}
     return _sweep(find(source), list(designs), series, base, progress, options)
 
@@ -451,6 +470,7 @@ class _Job:
             details=outcome.details,
             halves=_halves(outcome.windows),
             work=outcome.work,
+            exit_log=outcome.exit_log,
         )
 
     def _costs(self, made: Design) -> Costs:

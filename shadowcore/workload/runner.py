@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from .. import notebook
 from ..config import TLB, Design, Features, check_int
 from ..engine.audits import Audits
+from ..engine.exitlog import ExitLog
 from ..engine.machine import VM
 from ..engine.tlbs import ProcessorTLB
 from ..engine.windows import WindowLog, grown
@@ -35,6 +36,7 @@ class WorkloadResult:
     seconds: of the work that is counted. recording: all operations from boot on (OP_DTYPE), or None.
     windows: counters in each window of operations, by name (see `windows.WindowLog`), or None; and if there are,
     pages_mean, pages_max: shadow pages in use, sampled.
+    exit_log: every exit, as `ExitLog.rows` has them; None where no log was asked for.
     """
 
     workload: str
@@ -54,6 +56,7 @@ class WorkloadResult:
     pages_max: int | None = None
     warm_up: int = 0
     audits: int = 0
+    exit_log: NDArray[np.void] | None = dataclasses.field(default=None, compare=False, repr=False)
 
     def _repr_html_(self) -> str:
         title = f"{self.workload} under {self.design}: {self.operations:,} operations"
@@ -65,9 +68,9 @@ class WorkloadResult:
         return self.operations / self.seconds if self.seconds else 0.0
 
     def as_dict(self) -> dict[str, Any]:
-        """All but the recording and the windows, in plain types."""
+        """All but the recording, the windows and the log of exits, in plain types."""
         plain = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        del plain["recording"], plain["windows"]
+        del plain["recording"], plain["windows"], plain["exit_log"]
         return plain | {"operations_per_second": self.operations_per_second}
 
 
@@ -82,8 +85,8 @@ class _Meter:
     warm-up ends at the first look after its last operation; what is counted begins there.
     """
 
-    def __init__(self, kernel: Kernel, vm: VM, window: int, warm_up: int = 0) -> None:
-        self._kernel, self._stats, self._window = kernel, vm.stats, window
+    def __init__(self, kernel: Kernel, vm: VM, window: int, warm_up: int = 0, exits: ExitLog | None = None) -> None:
+        self._kernel, self._stats, self._window, self._exits = kernel, vm.stats, window, exits
         self._warm_up = warm_up
         self._calls = 1
         self._begin()
@@ -95,6 +98,8 @@ class _Meter:
         self.start = self._seen = _operations(self.counters)
         self._end = self._window
         self._log = WindowLog(self._stats)
+        if self._exits is not None:
+            self._exits.clear()
 
     def run(self, calls: NDArray[Any]) -> NDArray[np.uint64]:
         results, first = [], 0
@@ -172,6 +177,7 @@ def run(
     vcpus: int | None = None,
     host_page_size: int | str | None = None,
     warm_up: int = 0,
+    log_exits: bool = False,
     **parameters: Any,
 ) -> WorkloadResult:
     """Run a workload until the processor has done `operations`, setup left out; the round in hand is finished.
@@ -183,6 +189,7 @@ def run(
     window: count by windows of this many operations (0: do not). tlb: a TLB to model, vcpus: processors (1), and
         host_page_size: of the host's pages under the guest's memory (4096 bytes), where the VM is made here.
     warm_up: of the operations, those that come first and are not counted; they warm tables, shadow and TLB.
+    log_exits: keep a log of all exits that are counted. Its operations count from the end of the setup on.
     parameters: see WORKLOADS[name].parameters. ConfigError for what cannot be.
     """
     workload = find(name)
@@ -213,7 +220,8 @@ def run(
     next(steps)
     setup = _operations(kernel.counters)
     # Without windows or a warm-up nothing is looked at in between.
-    meter = _Meter(kernel, vm, step or (max(1, (wanted - warm) // WINDOWS) if warm else 0), warm)
+    exits = vm.record_exits() if log_exits else None
+    meter = _Meter(kernel, vm, step or (max(1, (wanted - warm) // WINDOWS) if warm else 0), warm, exits)
     if step or warm:
         guest.carry_out = meter.run
     done, seconds, began = 0, 0.0, meter.clock
@@ -246,6 +254,7 @@ def run(
         recording=kernel.recording if record else None,
         warm_up=meter.start - setup,
         audits=audits.made,
+        exit_log=None if exits is None else exits.close(),
         **(meter.results() if step else {}),
     )
 

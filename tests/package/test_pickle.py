@@ -73,6 +73,13 @@ def a_run(data=True, size=8):
     return machine().vcpus[0].run(operations(*rows), data=data)
 
 
+def a_log():
+    vm = machine()
+    with vm.record_exits() as log:
+        vm.vcpus[0].read(0x400000)
+    return log
+
+
 def same(a, b):
     """Are two results equal in all that they show?"""
     if type(a) is not type(b):
@@ -97,6 +104,8 @@ def same(a, b):
     if isinstance(a, sc.Translation):
         names = ("gpa", "page_size", "writable", "user", "executable", "entry", "level", "levels")
         return all(getattr(a, name) == getattr(b, name) for name in names)
+    if isinstance(a, sc.ExitLog):
+        return a.closed == b.closed and same(a.rows, b.rows)
     return a == b
 
 
@@ -234,6 +243,7 @@ RESULTS = {
     "RunResult of nothing": lambda _: machine().vcpus[0].run(operations()),
     "Stats": lambda _: a_run().stats,
     "Stats of a VM": lambda _: machine().stats,
+    "ExitLog": lambda _: a_log(),
     "TableStore": lambda _: sc.TableStore(0x1000, 0x2008, 2, 8, (5,), (1,), False, False),
     "Translation": lambda _: machine().vcpus[0].translate(0x401234, "w"),
     "Translation with paging off": lambda _: sc.VM("1MiB").vcpus[0].translate(0x1234),
@@ -293,7 +303,7 @@ def results(tmp_path_factory):
 
 def test_all_results_are_among_them():
     """What is a dataclass or a named tuple, or has arrays or counters of its own."""
-    compiled = {"RunResult", "Stats", "Translation"}
+    compiled = {"RunResult", "Stats", "Translation", "ExitLog"}
     kinds = classes(
         lambda kind: dataclasses.is_dataclass(kind) or hasattr(kind, "_fields") or kind.__name__ in compiled
     )
