@@ -9,47 +9,33 @@ has one run, for `random` one of each seed.
 
 import csv
 import statistics
-import sys
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import click
 
-from shadowcore import workload
-from shadowcore.config import POLICIES, Features, Shadow
+from bench.sources import RECORDINGS, ran, walked
+from shadowcore.config import POLICIES, Shadow
 from shadowcore.engine.costs import find as find_costs
-from shadowcore.engine.future import Future, recorder_of
-from shadowcore.engine.machine import VM
+from shadowcore.engine.future import recorder_of
 from shadowcore.errors import PoolExhausted
-from shadowcore.recording import replay as trace
 
 KEPT = Path(__file__).resolve().parents[1] / "docs" / "replacement"
 """Figures of each run, and a picture: .csv, .svg."""
 POOLS = (32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
-RECORDINGS = {
-    "linux-mix-pti": None,
-    "linux-mix": Path(__file__).resolve().parents[1] / "tests" / "data" / "recordings" / "linux-mix.screc",
-}
-"""Recordings and their files; None: the one in the package."""
 
 
-def runs(source, seed, operations, records, uses, names):
-    """Rows of one source and seed: of each pool and policy what it came to."""
+def runs(source, seed, operations, records, uses):
+    """Rows of one source and seed: of each pool and policy what it came to. Of a recording seeds are `random`'s."""
+    names = ("fifo", "random") if source in RECORDINGS and seed else POLICIES
     made = Shadow.cached(uses=uses)
     costs = find_costs("modern")
 
-    def one(design, future=None, record=False):
-        if source in RECORDINGS:
-            recording = trace.open_recording(RECORDINGS[source])
-            stop = min(records, recording.operations)
-            result = trace.replay(recording, design, stop=stop, future=future, record_uses=record)
-            return result.whole.counters, result.future, result.pages_max
-        vm = VM(workload.find(source).memory, design, features=Features(), future=future, record_uses=record)
-        result = workload.run(source, vm, seed=seed, operations=operations, window=max(1, operations // 100))
-        return result.stats, Future.of(vm.mmu) if record else None, result.pages_max
+    def one(design, **more):
+        return ran(source, design, seed=seed, operations=operations, records=records, **more)
 
-    endless, future, most = one(recorder_of(made), record=True)
+    endless, future, most = one(recorder_of(made), record_uses=True)
     rows = []
     for pool in POOLS:
         if pool > most + made.refill:
@@ -57,7 +43,7 @@ def runs(source, seed, operations, records, uses, names):
         for policy in names:
             try:
                 design = replace(made, pool_pages=pool, policy=policy, policy_seed=seed)
-                counters, _, _ = one(design, future if policy == "optimal" else None)
+                counters, _, _ = one(design, future=future if policy == "optimal" else None)
             except PoolExhausted:
                 break
             rows.append(
@@ -159,25 +145,7 @@ def picture(rows, file):
 @click.option("--update", is_flag=True, help="Keep figures and picture for docs/replacement.md.")
 def main(operations, records, seeds, uses, sources, processes, update):
     """Refaults, exits and cycles of each policy, over sources and pools, against fifo and optimal."""
-    wanted = sources or [*RECORDINGS, *workload.WORKLOADS]
-    jobs = [(source, seed) for source in wanted for seed in range(seeds)]
-    rows = []
-    with ProcessPoolExecutor(processes) as pool:
-        futures = [
-            pool.submit(
-                runs,
-                source,
-                seed,
-                operations,
-                records,
-                uses,
-                ("fifo", "random") if source in RECORDINGS and seed else POLICIES,
-            )
-            for source, seed in jobs
-        ]
-        for (source, seed), future in zip(jobs, futures, strict=True):
-            rows += future.result()
-            print(f"{source}, seed {seed}: {len(rows)} rows", file=sys.stderr, flush=True)
+    rows = walked(partial(runs, operations=operations, records=records, uses=uses), sources, seeds, processes)
     found = summary(rows)
     print(printed(found))
     if update:

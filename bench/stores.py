@@ -6,17 +6,13 @@ compared with the same design as it is by default.
 """
 
 import statistics
-import sys
-from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 
 import click
 
-from bench.replacement import RECORDINGS
-from shadowcore import workload
-from shadowcore.config import Features, design
+from bench.sources import RECORDINGS, ran, walked
+from shadowcore.config import design
 from shadowcore.engine.costs import find as find_costs
-from shadowcore.engine.machine import VM
-from shadowcore.recording import replay as trace
 
 CHANGES = {
     "cached": (
@@ -45,23 +41,20 @@ def written(change):
     )
 
 
-def counted(made, source, seed, operations, records):
-    if source in RECORDINGS:
-        recording = trace.open_recording(RECORDINGS[source])
-        counters = trace.replay(recording, made, stop=min(records, recording.operations)).whole.counters
-    else:
-        vm = VM(workload.find(source).memory, made, features=Features())
-        counters = workload.run(source, vm, seed=seed, operations=operations, window=operations).stats
-    return counters["exits_total"], find_costs("modern").of(counters).total
-
-
 def runs(source, seed, operations, records):
-    """(design, change, exits and cycles over those of the design itself) of one source and seed."""
+    """(design, change, exits and cycles over those of the design itself) of a source and seed. A recording has one."""
+
+    def counted(made):
+        counters, _, _ = ran(source, made, seed=seed, operations=operations, records=records)
+        return counters["exits_total"], find_costs("modern").of(counters).total
+
     rows = []
+    if source in RECORDINGS and seed:
+        return rows
     for name, changes in CHANGES.items():
-        base = counted(design(name), source, seed, operations, records)
+        base = counted(design(name))
         for change in changes:
-            found = counted(design(name, **change), source, seed, operations, records)
+            found = counted(design(name, **change))
             if base[0]:  # a guest without exits tells nothing
                 rows.append((name, written(change), *(max(1, a) / b for a, b in zip(found, base, strict=True)), source))
     return rows
@@ -92,14 +85,7 @@ def table(rows):
 @click.option("--processes", default=1, help="At a time.  [default: 1]")
 def main(operations, records, seeds, sources, processes):
     """Exits and cycles of each setting, over those of its design: the mean of all sources, the best and the worst."""
-    wanted = sources or [*RECORDINGS, *workload.WORKLOADS]
-    jobs = [(source, seed) for source in wanted for seed in range(1 if source in RECORDINGS else seeds)]
-    rows = []
-    with ProcessPoolExecutor(processes) as pool:
-        futures = [pool.submit(runs, *job, operations, records) for job in jobs]
-        for job, future in zip(jobs, futures, strict=True):
-            rows += future.result()
-            print("{}, seed {}".format(*job), file=sys.stderr, flush=True)
+    rows = walked(partial(runs, operations=operations, records=records), sources, seeds, processes)
     for name in CHANGES:
         print(f"\n`{name}`:\n\n{table([row for row in rows if row[0] == name])}")
 
