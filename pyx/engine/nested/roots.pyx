@@ -7,11 +7,10 @@ from shadowcore.engine.pool cimport pool_find
 from shadowcore.engine.record cimport RECORD_ALL_ZAPPED, record
 from shadowcore.engine.role cimport role_invalid
 from shadowcore.engine.state cimport (
-    REQUEST_CURRENT, REQUEST_FLUSH, REQUEST_GUEST, REQUEST_OBSOLETE, REQUEST_ROOTS, REQUEST_SYNC, SLOT_ADDED,
-    memo_drop, sc_mmu, sc_vcpu, vcpu_request,
+    REQUEST_GUEST, REQUEST_OBSOLETE, REQUEST_ROOTS, REQUEST_SYNC, SLOT_ADDED, memo_drop, sc_mmu, sc_vcpu, vcpu_request,
 )
 from shadowcore.engine.types cimport MODE_OFF, SC_NONE, u32, u64
-from shadowcore.engine.unsync.roots cimport make_room, page_get
+from shadowcore.engine.unsync.roots cimport flush_requested, make_room, page_get
 from shadowcore.engine.zap cimport generation_next, root_let_go, slot_changes, zap_all, zap_commit
 
 
@@ -72,12 +71,7 @@ cdef void enter(sc_mmu *mmu, sc_vcpu *v) noexcept nogil:
             if v.loaded and role_invalid(mmu.pages[v.roots[0]].role):
                 let_go(mmu, v)
         v.requests &= ~<u32>REQUEST_SYNC
-        if v.requests & REQUEST_FLUSH:
-            v.requests &= ~<u32>(REQUEST_FLUSH | REQUEST_CURRENT)
-            mmu.stats.tlb_flush += 1
-        if v.requests & REQUEST_CURRENT:
-            v.requests &= ~<u32>REQUEST_CURRENT
-            mmu.stats.tlb_flush += 1
+        flush_requested(mmu, v)
         if v.requests & REQUEST_GUEST:
             v.requests &= ~<u32>REQUEST_GUEST
             mmu.stats.tlb_flush += 1

@@ -1,20 +1,8 @@
 """Policy `clock`: in the order of creation, but a page that was used since the hand came by has another round."""
-from shadowcore.engine.policies.queues cimport is_loose, queue_push, queue_remove, queue_renew, sc_queues
+from shadowcore.engine.policies.common cimport marked_made, marked_used, queued_gone
+from shadowcore.engine.policies.queues cimport is_loose, queue_renew, sc_queues
 from shadowcore.engine.state cimport sc_mmu
 from shadowcore.engine.types cimport SC_NONE, u32
-
-
-cdef void _made(sc_mmu *mmu, u32 page) noexcept nogil:
-    mmu.policy.queues.member[page].uses = 0
-    queue_push(mmu.policy.queues, 0, page, 0)
-
-
-cdef void _used(sc_mmu *mmu, u32 page) noexcept nogil:
-    mmu.policy.queues.member[page].uses = 1
-
-
-cdef void _gone(sc_mmu *mmu, u32 page) noexcept nogil:
-    queue_remove(mmu.policy.queues, page, 0)
 
 
 cdef u32 _victim(sc_mmu *mmu) noexcept nogil:
@@ -33,7 +21,7 @@ cdef u32 _victim(sc_mmu *mmu) noexcept nogil:
 
 cdef void clock_policy(sc_mmu *mmu) noexcept nogil:
     """Make `mmu` one of this policy."""
-    mmu.policy.made = _made
-    mmu.policy.used = _used
-    mmu.policy.gone = _gone
+    mmu.policy.made = marked_made
+    mmu.policy.used = marked_used
+    mmu.policy.gone = queued_gone
     mmu.policy.victim = _victim

@@ -3,7 +3,8 @@
 A GreedyDual (Young, 1994): a page is worth what the last victim was worth when the page was used, and beyond that what
 it costs. That is an exit for each entry, for each is found missing at a fault, one for the link to the page; and for a
 page above the leaves nothing for what is below, which stays in the pool and is found again."""
-from shadowcore.engine.policies.queues cimport order_add, order_change, order_least, order_remove, sc_queues
+from shadowcore.engine.policies.common cimport ordered_victim
+from shadowcore.engine.policies.queues cimport order_add, order_change, order_remove, sc_queues
 from shadowcore.engine.state cimport sc_mmu
 from shadowcore.engine.types cimport u32, u64
 
@@ -27,13 +28,9 @@ cdef void _gone(sc_mmu *mmu, u32 page) noexcept nogil:
     order_remove(q, page)
 
 
-cdef u32 _victim(sc_mmu *mmu) noexcept nogil:
-    return order_least(mmu.policy.queues)
-
-
 cdef void cost_policy(sc_mmu *mmu) noexcept nogil:
     """Make `mmu` one of this policy."""
     mmu.policy.made = _made
     mmu.policy.used = _used
     mmu.policy.gone = _gone
-    mmu.policy.victim = _victim
+    mmu.policy.victim = ordered_victim

@@ -1,6 +1,7 @@
 """Policy `optimal` (Belady, 1966): the page whose next use is furthest in the future, as an earlier run of the same
 operations has shown it. A page that the guest itself has zapped before its next use is not used any more."""
-from shadowcore.engine.policies.queues cimport order_add, order_change, order_least, order_remove, queues_key, sc_queues
+from shadowcore.engine.policies.common cimport ordered_victim
+from shadowcore.engine.policies.queues cimport order_add, order_change, order_remove, queues_key, sc_queues
 from shadowcore.engine.state cimport sc_mmu
 from shadowcore.engine.types cimport u32, u64
 
@@ -42,14 +43,10 @@ cdef void _gone(sc_mmu *mmu, u32 page) noexcept nogil:
     order_remove(mmu.policy.queues, page)
 
 
-cdef u32 _victim(sc_mmu *mmu) noexcept nogil:
-    return order_least(mmu.policy.queues)
-
-
 cdef void optimal_policy(sc_mmu *mmu) noexcept nogil:
     """Make `mmu` one of this policy."""
     mmu.policy.made = _made
     mmu.policy.used = _used
     mmu.policy.gone = _gone
-    mmu.policy.victim = _victim
+    mmu.policy.victim = ordered_victim
     mmu.policy.new_too = True

@@ -1,17 +1,9 @@
 """Policy `sieve` (Zhang and others, NSDI 2024): in the order of creation, which use does not change; a hand takes the
 first page, from the old end on, that was not used since it came by."""
-from shadowcore.engine.policies.queues cimport is_loose, queue_push, queue_remove, sc_queues
+from shadowcore.engine.policies.common cimport marked_made, marked_used
+from shadowcore.engine.policies.queues cimport is_loose, queue_remove, sc_queues
 from shadowcore.engine.state cimport sc_mmu
 from shadowcore.engine.types cimport SC_NONE, u32
-
-
-cdef void _made(sc_mmu *mmu, u32 page) noexcept nogil:
-    mmu.policy.queues.member[page].uses = 0
-    queue_push(mmu.policy.queues, 0, page, 0)
-
-
-cdef void _used(sc_mmu *mmu, u32 page) noexcept nogil:
-    mmu.policy.queues.member[page].uses = 1
 
 
 cdef void _gone(sc_mmu *mmu, u32 page) noexcept nogil:
@@ -39,7 +31,7 @@ cdef u32 _victim(sc_mmu *mmu) noexcept nogil:
 
 cdef void sieve_policy(sc_mmu *mmu) noexcept nogil:
     """Make `mmu` one of this policy."""
-    mmu.policy.made = _made
-    mmu.policy.used = _used
+    mmu.policy.made = marked_made
+    mmu.policy.used = marked_used
     mmu.policy.gone = _gone
     mmu.policy.victim = _victim

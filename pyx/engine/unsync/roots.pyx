@@ -18,8 +18,7 @@ from shadowcore.engine.role cimport (
 )
 from shadowcore.engine.roots cimport root_slots
 from shadowcore.engine.state cimport (
-    REQUEST_CURRENT, REQUEST_FLUSH, REQUEST_GUEST, REQUEST_OBSOLETE, REQUEST_ROOTS, REQUEST_SYNC, memo_drop, sc_mmu,
-    sc_prev, sc_vcpu, vcpu_request,
+    REQUEST_GUEST, REQUEST_OBSOLETE, REQUEST_ROOTS, REQUEST_SYNC, memo_drop, sc_mmu, sc_prev, sc_vcpu, vcpu_request,
 )
 from shadowcore.engine.sync cimport page_sync, sync_below
 from shadowcore.engine.types cimport ACC_ALL, MODE_32, MODE_64, MODE_OFF, MODE_PAE, SC_NONE, u32, u64
@@ -254,12 +253,7 @@ cdef void enter(sc_mmu *mmu, sc_vcpu *v) noexcept nogil:
         if v.requests & REQUEST_SYNC:
             _sync_roots(mmu, v)
             v.requests &= ~<u32>REQUEST_SYNC
-        if v.requests & REQUEST_FLUSH:
-            v.requests &= ~<u32>(REQUEST_FLUSH | REQUEST_CURRENT)
-            mmu.stats.tlb_flush += 1
-        if v.requests & REQUEST_CURRENT:
-            v.requests &= ~<u32>REQUEST_CURRENT
-            mmu.stats.tlb_flush += 1
+        flush_requested(mmu, v)
         if v.requests & REQUEST_GUEST:
             mmu.stats.tlb_flush += 1
             _sync_roots(mmu, v)
