@@ -111,6 +111,23 @@ def machine(data, mmu, **settings):
     return vm
 
 
+def saved_half_way(name, mmu, path):
+    """A VM that was saved after one half of a stream, and the one that was loaded from that; both have run the other
+    half, with equal results and counters."""
+    data = stream(name)
+    half = len(data["ops"]) // 2
+    vm = machine(data, mmu)
+    vm.vcpus[0].run(data["ops"][:half])
+    vm.save(path)
+    loaded = sc.VM.load(path)
+    assert loaded.mmu.design == vm.mmu.design
+    one, other = (each.vcpus[0].run(data["ops"][half:]) for each in (vm, loaded))
+    for column in ("outcome", "error_code", "gpa", "value", "exits"):
+        np.testing.assert_array_equal(getattr(other, column), getattr(one, column))
+    assert vm.stats.as_dict() == loaded.stats.as_dict()
+    return vm, loaded
+
+
 def frames_of(vm):
     """{gfn: bytes} of the frames that are not all zero."""
     frames = vm.memory.bytes.reshape(-1, oracle.PAGE)
