@@ -6,8 +6,8 @@ and how many VMs the place has had: so a number can be judged before anything th
 from cpython.ref cimport Py_INCREF, PyObject
 
 from shadowcore._capi.header cimport (
-    SC_E_ARGUMENT, SC_E_BUSY, SC_E_CALLBACK, SC_E_ENGINE, SC_E_FILE, SC_E_HANDLE, SC_E_MEMORY, SC_E_POOL, SC_E_PYTHON,
-    SC_E_STRUCT,
+    SC_E_ARGUMENT, SC_E_BUSY, SC_E_CALLBACK, SC_E_ENGINE, SC_E_FILE, SC_E_HANDLE, SC_E_MEMORY, SC_E_NULL, SC_E_POOL,
+    SC_E_PYTHON, SC_E_STRUCT,
 )
 from shadowcore.engine.invariants cimport mmu_settle, sc_audit
 from shadowcore.engine.mmu cimport Mmu
@@ -108,6 +108,19 @@ cdef int refused(sc_vm vm) noexcept nogil:
         return fail(SC_E_HANDLE, "no VM has this handle, or it was destroyed")
     return fail(SC_E_BUSY, "this VM is in use, by another thread or by the callback that makes this call; or its "
                 "tables are being written by hand, or were and do not hold (vm.audit)")
+
+
+cdef sc_place *open_struct(sc_vm vm, const void *given, size_t size, const char *name, int *rc) noexcept nogil:
+    cdef sc_place *p = NULL
+    if given == NULL:
+        snprintf(sc_error, sizeof(sc_error), "the pointer to %s is NULL", name)
+        rc[0] = SC_E_NULL
+    elif (<const u32 *>given)[0] != size:
+        rc[0] = fail_struct(name, (<const u32 *>given)[0], size)
+    else:
+        p = enter(vm)
+        rc[0] = RC_OK if p != NULL else refused(vm)
+    return p
 
 
 cdef bint settled(sc_mmu *mmu) noexcept nogil:

@@ -67,6 +67,14 @@ cdef object _make(const sc_config *c):
             if (c.design < SC_CACHED if name == "prefetch" else not SC_UNSYNC <= c.design < SC_NESTED):
                 raise ConfigError(f"{name}: the design {names[c.design]!r} has no such setting")
             settings[name] = _setting(value)
+    for name, value in (("update_in_place", c.update_in_place), ("flood_pages", c.flood_pages),
+                        ("flood_forget", c.flood_forget)):
+        if value:
+            if not SC_CACHED <= c.design < SC_NESTED:
+                raise ConfigError(f"{name}: the design {names[c.design]!r} has no such setting")
+            if name != "flood_forget" and value > 1:
+                raise ConfigError(f"{name}: {value} is not 0 or 1")
+            settings[name] = value if name == "flood_forget" else True
     if c.flood_threshold and c.design >= SC_NESTED:
         raise ConfigError(f"flood_threshold: the design {names[c.design]!r} has no such setting")
     if c.flood_threshold:
@@ -122,11 +130,12 @@ cdef int api_vm_create(const sc_config *given, sc_vm *vm) noexcept nogil:
     if given == NULL or (given.slots == NULL and given.n_slots):
         return fail(SC_E_NULL, "config, or config->slots, is NULL")
     if given.struct_size not in (sizeof(sc_config), <size_t>&copy.prev_roots - <size_t>&copy,
-                                 <size_t>&copy.vendor - <size_t>&copy, <size_t>&copy.policy - <size_t>&copy):
+                                 <size_t>&copy.vendor - <size_t>&copy, <size_t>&copy.policy - <size_t>&copy,
+                                 <size_t>&copy.update_in_place - <size_t>&copy):
         return fail_struct("sc_config", given.struct_size, sizeof(sc_config))
     memset(&copy, 0, sizeof(copy))  # what an earlier caller does not know stays 0
     memcpy(&copy, given, given.struct_size)     # what is checked is what is used
-    if config.reserved or config.reserved_2 or config.reserved_3:
+    if config.reserved or config.reserved_2 or config.reserved_3 or config.reserved_4:
         return fail(SC_E_ARGUMENT, "config->reserved is not 0")
     if <size_t>config.memory & 4095:
         return fail(SC_E_ALIGNMENT, "config->memory does not begin at a multiple of 4096")
@@ -143,10 +152,10 @@ cdef int _destroy_with_gil(sc_vm vm) noexcept with gil:
     owner = <object>p.owner
     if p.function != NULL:
         events_tell(p.mmu, 0, NULL, NULL)
-    if p.listens:
+    if p.listener != NULL:
         p.mmu.mem.busy = False      # as slots.pyx
         mmu_listen(owner.mmu, NULL, NULL)
-        p.listens = False
+        p.listener = NULL
     p.handle = 0
     p.owner = NULL
     leave(p)

@@ -2,7 +2,8 @@
 from libc.string cimport memcpy, memset
 
 from shadowcore._capi.handles cimport (
-    MAX_VMS, enter, fail, fail_python, fail_rc, fail_struct, leave, places, refused, sc_place, vcpu_of, with_python,
+    MAX_VMS, enter, fail, fail_python, fail_rc, fail_struct, leave, open_struct, places, refused, sc_place, vcpu_of,
+    with_python,
 )
 from shadowcore._capi.header cimport (
     SC_AC, SC_CPL, SC_CR0, SC_CR2, SC_CR3, SC_CR4, SC_E_ARGUMENT, SC_E_NULL, SC_E_PYTHON, SC_EFER, SC_PKRU,
@@ -160,14 +161,10 @@ cdef int api_vcpu_init(sc_vm vm, u32 vcpu) noexcept nogil:
 # Counters, prices, events, audits
 
 cdef int api_counters(sc_vm vm, sc_counters *counters) noexcept nogil:
-    cdef sc_place *p
-    if counters == NULL:
-        return fail(SC_E_NULL, "counters is NULL")
-    if counters.struct_size != sizeof(sc_counters):
-        return fail_struct("sc_counters", counters.struct_size, sizeof(sc_counters))
-    p = enter(vm)
+    cdef int rc
+    cdef sc_place *p = open_struct(vm, counters, sizeof(sc_counters), "sc_counters", &rc)
     if p == NULL:
-        return refused(vm)
+        return rc
     memcpy(counters.exits, p.mmu.stats, sizeof(sc_stats))       # the same fields in the same order: see below
     leave(p)
     return RC_OK
@@ -262,6 +259,7 @@ cdef int api_cycles(sc_vm vm, double *cycles) noexcept nogil:
 cdef void _on_engine_event(sc_mmu *mmu, u32 kind, u32 detail, u32 vcpu, u64 address) noexcept nogil:
     cdef sc_place *p = <sc_place *>mmu.event_context
     cdef sc_event event
+    cdef int busy = mmu.mem.busy
     event.struct_size = sizeof(sc_event)
     event.kind = kind
     event.detail = detail
@@ -269,7 +267,9 @@ cdef void _on_engine_event(sc_mmu *mmu, u32 kind, u32 detail, u32 vcpu, u64 addr
     event.address = address
     event.vm = p.handle
     event.frames = mmu.event_frames
+    mmu.mem.busy = True             # the callback may not use its VM, by way of Python either
     p.function(p.context, &event)
+    mmu.mem.busy = busy
 
 
 cdef int api_on_event(sc_vm vm, u32 mask, sc_event_function function, void *context) noexcept nogil:
@@ -289,14 +289,23 @@ cdef int api_on_event(sc_vm vm, u32 mask, sc_event_function function, void *cont
 assert sizeof(sc_reference) == sizeof(engine_reference)     # the same fields in the same order: tests have them read
 
 
+cdef void _on_engine_references(void *place, const engine_reference *made, u32 n) noexcept nogil:
+    cdef sc_place *p = <sc_place *>place
+    cdef int busy = p.mmu.mem.busy
+    p.mmu.mem.busy = True           # as for events
+    p.listener(p.listening, <const sc_reference *>made, n)
+    p.mmu.mem.busy = busy
+
+
 cdef int _listen_with_gil(sc_vm vm, sc_reference_function function, void *context) noexcept with gil:
     cdef sc_place *p = enter(vm)
     if p == NULL:
         return refused(vm)
     p.mmu.mem.busy = False          # as slots.pyx
     try:
-        mmu_listen((<object>p.owner).mmu, <sc_reference_hook>function, context)
-        p.listens = function != NULL
+        mmu_listen((<object>p.owner).mmu, <sc_reference_hook>_on_engine_references if function != NULL else NULL, p)
+        p.listener = function
+        p.listening = context
         return RC_OK
     except BaseException as error:
         return fail_python(error)
@@ -309,15 +318,11 @@ cdef int api_on_references(sc_vm vm, sc_reference_function function, void *conte
 
 
 cdef int api_audit(sc_vm vm, sc_audit_result *result) noexcept nogil:
-    cdef sc_place *p
+    cdef int rc
+    cdef sc_place *p = open_struct(vm, result, sizeof(sc_audit_result), "sc_audit_result", &rc)
     cdef sc_audit a
-    if result == NULL:
-        return fail(SC_E_NULL, "result is NULL")
-    if result.struct_size != sizeof(sc_audit_result):
-        return fail_struct("sc_audit_result", result.struct_size, sizeof(sc_audit_result))
-    p = enter(vm)
     if p == NULL:
-        return refused(vm)
+        return rc
     audit_all(p.mmu, &a)
     memset(<u8 *>result + sizeof(u32), 0, sizeof(sc_audit_result) - sizeof(u32))
     result.violations = a.n

@@ -1,8 +1,8 @@
 """The tables that a vcpu's processor walks, as they lie in memory: for walkers and caches of the embedder's own."""
 from libc.string cimport memset
 
-from shadowcore._capi.handles cimport enter, fail, fail_struct, leave, refused, sc_place, vcpu_of
-from shadowcore._capi.header cimport SC_E_ARGUMENT, SC_E_NULL, sc_pool, sc_root, sc_shadow_page, sc_vm
+from shadowcore._capi.handles cimport fail, leave, open_struct, sc_place, vcpu_of
+from shadowcore._capi.header cimport SC_E_ARGUMENT, sc_pool, sc_root, sc_shadow_page, sc_vm
 from shadowcore.engine.bits cimport PTE_P, pte_addr
 from shadowcore.engine.memory cimport mem_frame_hpa, mem_pool_hpa
 from shadowcore.engine.page cimport sc_page
@@ -30,16 +30,12 @@ cdef void _root(const sc_mmu *mmu, const sc_vcpu *v, sc_root *root) noexcept nog
 
 
 cdef int api_shadow_root(sc_vm vm, u32 vcpu, sc_root *root) noexcept nogil:
-    cdef sc_place *p
+    cdef int rc
+    cdef sc_place *p = open_struct(vm, root, sizeof(sc_root), "sc_root", &rc)
     cdef sc_vcpu *v
-    cdef int rc = SC_E_ARGUMENT
-    if root == NULL:
-        return fail(SC_E_NULL, "root is NULL")
-    if root.struct_size != sizeof(sc_root):
-        return fail_struct("sc_root", root.struct_size, sizeof(sc_root))
-    p = enter(vm)
     if p == NULL:
-        return refused(vm)
+        return rc
+    rc = SC_E_ARGUMENT
     v = vcpu_of(p.mmu, vcpu)
     if v != NULL and not p.mmu.shadow and not p.mmu.nested:
         fail(SC_E_ARGUMENT, "the design has no tables but the guest's: the root is in CR3")
@@ -51,14 +47,10 @@ cdef int api_shadow_root(sc_vm vm, u32 vcpu, sc_root *root) noexcept nogil:
 
 
 cdef int api_shadow_pool(sc_vm vm, sc_pool *pool) noexcept nogil:
-    cdef sc_place *p
-    if pool == NULL:
-        return fail(SC_E_NULL, "pool is NULL")
-    if pool.struct_size != sizeof(sc_pool):
-        return fail_struct("sc_pool", pool.struct_size, sizeof(sc_pool))
-    p = enter(vm)
+    cdef int rc
+    cdef sc_place *p = open_struct(vm, pool, sizeof(sc_pool), "sc_pool", &rc)
     if p == NULL:
-        return refused(vm)
+        return rc
     memset(<u8 *>pool + sizeof(u32), 0, sizeof(sc_pool) - sizeof(u32))
     if p.mmu.shadow or p.mmu.nested:
         pool.pages = p.mmu.pool_pages
@@ -73,16 +65,11 @@ cdef int api_shadow_pool(sc_vm vm, sc_pool *pool) noexcept nogil:
 
 
 cdef int api_shadow_page(sc_vm vm, u32 number, sc_shadow_page *page) noexcept nogil:
-    cdef sc_place *p
+    cdef int rc
+    cdef sc_place *p = open_struct(vm, page, sizeof(sc_shadow_page), "sc_shadow_page", &rc)
     cdef const sc_page *of
-    cdef int rc = RC_OK
-    if page == NULL:
-        return fail(SC_E_NULL, "page is NULL")
-    if page.struct_size != sizeof(sc_shadow_page):
-        return fail_struct("sc_shadow_page", page.struct_size, sizeof(sc_shadow_page))
-    p = enter(vm)
     if p == NULL:
-        return refused(vm)
+        return rc
     if not (p.mmu.shadow or p.mmu.nested) or number >= p.mmu.pool_pages:
         rc = fail(SC_E_ARGUMENT, "number is that of no page of the pool")
     else:

@@ -1,7 +1,7 @@
 """Handles of VMs: the places they lead to, the lock of each, and what a call that fails leaves behind."""
 from cpython.ref cimport PyObject
 
-from shadowcore._capi.header cimport sc_event_function, sc_prices, sc_vm
+from shadowcore._capi.header cimport sc_event_function, sc_prices, sc_reference_function, sc_vm
 from shadowcore.engine.state cimport sc_mmu, sc_vcpu
 from shadowcore.engine.types cimport u32, u64
 
@@ -18,7 +18,8 @@ cdef struct sc_place:
     const sc_prices *prices         # what accesses cost; NULL: they do not say
     sc_event_function function      # told of events, or NULL
     void *context                   # and what it is given
-    bint listens                    # somebody was told of walks by this handle
+    sc_reference_function listener  # told of walks, or NULL
+    void *listening                 # and what it is given
 
 cdef sc_place places[MAX_VMS]
 
@@ -58,6 +59,10 @@ cdef int refused(sc_vm vm) noexcept nogil
 cdef int with_python() noexcept nogil
 cdef sc_vcpu *vcpu_of(const sc_mmu *mmu, u32 number) noexcept nogil
 cdef const char *api_last_error() noexcept nogil
+
+# Enter a VM to fill in what the caller gave: its struct_size, with which it begins, has to be `size`. NULL: it was not,
+# and rc[0] is what the call returns.
+cdef sc_place *open_struct(sc_vm vm, const void *given, size_t size, const char *name, int *rc) noexcept nogil
 
 cdef int handle_new(object vm, sc_vm *handle) except -1
 cdef bint settled(sc_mmu *mmu) noexcept nogil

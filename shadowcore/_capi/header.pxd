@@ -56,6 +56,7 @@ cdef extern from "shadowcore.h" nogil:
         uint32_t vendor, reserved_2
         uint32_t policy, uses, recycle_children, reserved_3
         uint64_t policy_seed
+        uint32_t update_in_place, flood_pages, flood_forget, reserved_4
 
     ctypedef struct sc_access:
         uint32_t struct_size, vcpu

@@ -14,9 +14,10 @@
  * changed.
  *
  * Threads. A VM is used by one thread at a time: who has several makes a lock for each VM. A call that comes while
- * another one is under way is SC_E_BUSY, and so is one that a callback makes on its own VM. Different VMs never wait
- * for each other. vm_create, vm_destroy, vm_adopt, save, vm_load and prices take Python's GIL, from whatever state the
- * thread is in; so do functions of which it is said below; nothing else does.
+ * another one is under way is SC_E_BUSY, and so is one that a callback makes on its own VM; what a callback does with
+ * it by way of Python raises EngineError. Different VMs never wait for each other. vm_create, vm_destroy, vm_adopt, save,
+ * vm_load and prices take Python's GIL, from whatever state the thread is in; so do functions of which it is said below;
+ * nothing else does.
  *
  * Versions. Functions are only ever added at the end of sc_api, fields at the end of structures. Each structure begins
  * with its own size, which the caller sets (SC_INIT); a library knows the sizes that its predecessors had.
@@ -240,6 +241,11 @@ typedef struct sc_config {
     uint32_t recycle_children; /* 1: pages below a recycled one, to which nothing else leads, go with it */
     uint32_t reserved_3;   /* 0 */
     uint64_t policy_seed;  /* of what is random in a policy */
+    /* Of the shadow; 0 is the default; SC_CACHED to SC_KVM_6_12. A caller whose sc_config ends before these may go on. */
+    uint32_t update_in_place; /* 1: an emulated store makes the leaf of the new entry at once */
+    uint32_t flood_pages;  /* 1: each shadow page counts the stores to its table by itself; lagging tables always do */
+    uint32_t flood_forget; /* stores to other tables after which a page's count is forgotten; 0: never */
+    uint32_t reserved_4;   /* 0 */
 } sc_config;
 
 typedef struct sc_access {

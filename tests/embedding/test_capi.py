@@ -278,7 +278,37 @@ def test_settings_of_unsync():
     assert API.vm_destroy(vm) == OK
 
 
-@pytest.mark.parametrize(("name", "design"), [("prev_roots", "cached"), ("prefetch", "flush"), ("prefetch", "native")])
+def test_settings_of_stores_to_tables():
+    """Those that were appended to sc_config, and a caller that does not know them."""
+    vm = ctypes.c_uint64()
+    asked = {"update_in_place": 1, "flood_pages": 1, "flood_forget": 5, "prefetch": 4}
+    assert API.vm_create(made(Config, design=C["SC_CACHED"], memory_size=1 << 20, **asked), vm) == OK, error()
+    wanted = sc.Shadow.cached(update_in_place=True, flood_pages=True, flood_forget=5, prefetch=4)
+    assert sc.embed.from_handle(vm.value).mmu.design == wanted
+    assert API.vm_destroy(vm) == OK
+    config = made(Config, design=C["SC_KVM_6_1"], memory_size=8 << 20, update_in_place=1, flood_forget=2)
+    assert API.vm_create(config, vm) == OK, error()
+    wanted = sc.config.design("kvm-6.1", update_in_place=True, flood_forget=2, pool_pages=64)
+    assert sc.embed.from_handle(vm.value).mmu.design == wanted
+    assert API.vm_destroy(vm) == OK
+    config = made(Config, design=C["SC_CACHED"], memory_size=1 << 20, policy=1, update_in_place=7, reserved_4=7)
+    config.struct_size = Config.update_in_place.offset
+    assert API.vm_create(config, vm) == OK, error()
+    assert sc.embed.from_handle(vm.value).mmu.design == sc.Shadow.cached(policy="lru")
+    assert API.vm_destroy(vm) == OK
+
+
+@pytest.mark.parametrize(
+    ("name", "design"),
+    [
+        ("prev_roots", "cached"),
+        ("prefetch", "flush"),
+        ("prefetch", "native"),
+        ("update_in_place", "flush"),
+        ("flood_pages", "native"),
+        ("flood_forget", "nested"),
+    ],
+)
 def test_settings_that_a_design_has_not(name, design):
     vm = ctypes.c_uint64()
     config = made(Config, design=C[f"SC_{design.upper()}"], memory_size=1 << 20, **{name: 1})

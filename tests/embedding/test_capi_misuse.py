@@ -139,6 +139,14 @@ def test_values_that_cannot_be(guest):
         {"maxphyaddr": 60},
         {"reserved": 1},
         {"refill": 1},
+        {"update_in_place": 2},
+        {"flood_pages": 2},
+        {"flood_pages": 1, "design": C["SC_UNSYNC"]},
+        {"flood_pages": 1, "flood_threshold": 256},
+        {"flood_forget": 1},
+        {"flood_forget": 2**32 - 1, "flood_pages": 1},
+        {"update_in_place": 1, "design": C["SC_KVM_2007"]},
+        {"reserved_4": 1},
     ):
         fields = {"design": C["SC_CACHED"], "memory_size": 4096, **fields}
         assert API.vm_create(made(Config, **fields), number) == bad, fields

@@ -13,6 +13,7 @@ from capi import (
     EVENT,
     OK,
     PF,
+    REFERENCES,
     STRUCTS,
     Access,
     Accesses,
@@ -129,6 +130,46 @@ def test_a_vm_of_python():
         sc.embed.from_handle(12345)
     with pytest.raises(sc.ConfigError):
         sc.embed.handle("no VM")
+
+
+def test_a_callback_may_not_use_its_vm_in_whatever_way():
+    """Called from an access by handle or by way of Python, it is refused by handle and by way of Python."""
+    vm = sc.VM("1MiB")
+    number = ctypes.c_uint64()
+    assert API.vm_adopt(vm, number) == OK
+    other = sc.VM("1MiB")
+    found = []
+
+    def use(*_):
+        found.append(API.access(number, made(Access, gva=0x1000, size=8), made(Outcome)))
+        for call in (lambda: vm.vcpus[0].read(0x9000), vm.mmu.zap_all, lambda: vm.add_slot(1 << 30, 4096)):
+            try:
+                call()
+                found.append("done")
+            except sc.EngineError as error:
+                found.append(str(error)[:17])
+        other.vcpus[0].read(0)
+
+    refused = [C["SC_E_BUSY"], *["this VM is in use"] * 3]
+    on_event, on_references = EVENT(use), REFERENCES(use)
+    for listen, stop in (
+        (lambda: API.on_event(number, 1, on_event, 0), lambda: API.on_event(number, 0, EVENT(0), 0)),
+        (lambda: API.on_references(number, on_references, 0), lambda: API.on_references(number, REFERENCES(0), 0)),
+    ):
+        for access in (
+            lambda gva: API.access(number, made(Access, gva=gva, size=8), made(Outcome)),
+            lambda gva: vm.vcpus[0].read(gva),
+            lambda gva: vm.vcpus[0].run(np.array([(0, 0, 8, gva, 0)], sc.OP_DTYPE)),
+        ):
+            vm.mmu.zap_all()
+            assert listen() == OK
+            found.clear()
+            access(0x5000)
+            assert found
+            assert found == refused * (len(found) // 4)
+            assert stop() == OK
+            assert vm.audit().ok
+    assert API.vm_destroy(number) == OK
 
 
 def test_one_vm_one_thread_and_different_vms_side_by_side():
