@@ -227,7 +227,7 @@ class PageFault(GuestFault):
 
 
 class GeneralProtection(GuestFault):
-    """Guest #GP, with its error code.
+    """Guest #GP, with its error code, and the linear address that no access can have, or None if it came of no access.
 
     >>> cpu = sc.VM("16MiB").vcpus[0]
     >>> cpu.cr4 = 1 << 40
@@ -236,9 +236,9 @@ class GeneralProtection(GuestFault):
     shadowcore.errors.GeneralProtection: #GP, error code 0x0
     """
 
-    def __init__(self, error_code: int = 0) -> None:
-        self.error_code = error_code
-        super().__init__(f"#GP, error code {error_code:#x}")
+    def __init__(self, error_code: int = 0, address: int | None = None) -> None:
+        self.error_code, self.address = error_code, address
+        super().__init__(f"#GP, error code {error_code:#x}" + ("" if address is None else f", at {address:#x}"))
 
 
 class UndefinedInstruction(GuestFault):

@@ -81,7 +81,7 @@ cdef u64 _address(object value) except? 0xFFFFFFFFFFFFFFFF:
 cdef u64 _linear(const sc_vcpu *v, u64 va) except? 0xFFFFFFFFFFFFFFFF:
     """`va` as the processor takes it; #GP if it is not canonical."""
     if not linear_exists(v, va):
-        raise GeneralProtection(0)
+        raise GeneralProtection(0, va)
     return linear_address(v, va)
 
 
@@ -562,7 +562,7 @@ cdef class VCpu:
         if rc == RC_PF:
             raise PageFault(self.c.cr2, r.error_code)
         if rc == RC_GP:
-            raise GeneralProtection(0)
+            raise GeneralProtection(0, o.addr)
         if rc == RC_MMIO:
             raise MMIOAccess(r.gpa)
         raise self.mmu.failure(rc)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 import click
+from click.shell_completion import CompletionItem
 
 from ..config import DESIGNS, POOL_MAX, parse_count
 from ..errors import ConfigError
@@ -94,11 +95,8 @@ class Name(_Text):
             self.fail(f"{value!r} is not one of {', '.join(self.names)}{hint}", param, ctx)
         return str(value)
 
-    def shell_complete(
-        self, ctx: click.Context, param: click.Parameter, incomplete: str
-    ) -> list[click.shell_completion.CompletionItem]:
-        item = click.shell_completion.CompletionItem
-        return [item(name) for name in self.names if name.startswith(incomplete)]
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+        return [CompletionItem(name) for name in self.names if name.startswith(incomplete)]
 
 
 class Nearest(Name):
@@ -143,14 +141,11 @@ class Source(_Text):
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
         return str(value)
 
-    def shell_complete(
-        self, ctx: click.Context, param: click.Parameter, incomplete: str
-    ) -> list[click.shell_completion.CompletionItem]:
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
         from ..workload import WORKLOADS
 
-        item = click.shell_completion.CompletionItem
-        names = [item(name) for name in WORKLOADS if name.startswith(incomplete)]
-        return [*names, item(incomplete, type="file")]
+        names = [CompletionItem(name) for name in WORKLOADS if name.startswith(incomplete)]
+        return [*names, CompletionItem(incomplete, type="file")]
 
 
 class WarmUp(_Text):
@@ -174,10 +169,8 @@ class Output(_Text):
             self.fail(f"{value!r} is not the name of a file; what is printed goes to standard output", param, ctx)
         return str(value)
 
-    def shell_complete(
-        self, ctx: click.Context, param: click.Parameter, incomplete: str
-    ) -> list[click.shell_completion.CompletionItem]:
-        return [click.shell_completion.CompletionItem(incomplete, type="file")]
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+        return [CompletionItem(incomplete, type="file")]
 
 
 def apart(written: Iterable[tuple[str, str | None]], read: Iterable[str | None] = ()) -> None:
@@ -200,10 +193,29 @@ def _same(one: str, other: str) -> bool:
     return os.path.realpath(one) == os.path.realpath(other)
 
 
+def _settings(ctx: click.Context, incomplete: str, more: Iterable[str] = ()) -> list[CompletionItem]:
+    """Names of settings, and values of one whose name is there, as far as they are names. more: beside settings."""
+    from ..studies import settings
+    from ..workload import WORKLOADS
+
+    name, equals, start = incomplete.partition("=")
+    known = WORKLOADS[source] if (source := (*(ctx.params.get("sources") or ctx.args), "")[0]) in WORKLOADS else None
+    if not equals:
+        names = dict.fromkeys((*(known.parameters if known else ()), *settings.DESIGN, *settings.MACHINE))
+        names |= dict.fromkeys((*settings.GUEST, *more))
+        return [CompletionItem(f"{each}=") for each in names if each.startswith(name)]
+    before, comma, start = start.rpartition(",")
+    head = f"{name}={before}{comma}"
+    return [CompletionItem(head + each) for each in settings.values(name) if each.startswith(start)]
+
+
 class Assignment(_Pair):
     """NAME=VALUE."""
 
     name = "name=value"
+
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+        return _settings(ctx, incomplete)
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, Any]:
         from ..studies import settings
@@ -220,6 +232,9 @@ class Series(_Values):
     """NAME=VALUE,VALUE... or NAME=FIRST..LAST, as studies.series has them."""
 
     name = "name=value,value"
+
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+        return _settings(ctx, incomplete, ("seed", "operations", "warm_up"))
 
     def convert(
         self, value: Any, param: click.Parameter | None, ctx: click.Context | None

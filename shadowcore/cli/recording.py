@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.shell_completion import CompletionItem
 
 from ..errors import ConfigError
 from ..guest.options import MODES
 from ..recording.holdings import told
+from ..recording.inputs import INPUTS
 from .options import JSON, Address, Name, Output, Source, apart, command
 from .outputs import to_file
 from .progress import progress as _progress
@@ -23,34 +25,16 @@ if TYPE_CHECKING:
 _NAME = click.option("--name", metavar="NAME", help="What reports call the recording.  [default: as the first file]")
 
 
-class _Format(click.Option):
-    """A format that an importer reads. What there are the importers tell: they are loaded where this option is used."""
-
-    def get_help_record(self, ctx: click.Context) -> tuple[str, str] | None:
-        from ..recording import importers
-
-        self.type = click.Choice(["auto", *importers.FORMATS])
-        self.help = f"What the files are; auto looks into the first. {importers.described()}"
-        return super().get_help_record(ctx)
-
-    def type_cast_value(self, ctx: click.Context, value: Any) -> Any:
-        from ..recording import importers
-
-        self.type = click.Choice(["auto", *importers.FORMATS])
-        return super().type_cast_value(ctx, value)
-
-
 @command("import")
 @click.argument("files", nargs=-1, required=True, metavar="FILE...")
-@click.option(
-    "-o", "--output", "out", type=Output(), required=True, metavar="OUT", help="The recording to write.  [required]"
-)
+@click.option("-o", "--output", "out", type=Output(), required=True, metavar="OUT", help="The recording to write.")
 @click.option(
     "--format",
     "form",
-    cls=_Format,
+    type=click.Choice(["auto", *INPUTS]),
     default="auto",
     show_default=True,
+    help="What the files are; auto looks into the first. " + " ".join(f"{n}: {what}" for n, what in INPUTS.items()),
 )
 @click.option(
     "--lenient",
@@ -117,7 +101,14 @@ def _image(file: str, out: str, cr3: int | None, mode: str | None, as_json: bool
 
 
 @command(context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})
-@click.argument("command", nargs=-1, required=True, type=click.UNPROCESSED, metavar="-- PROGRAM [ARGUMENT]...")
+@click.argument(
+    "command",
+    nargs=-1,
+    required=True,
+    type=click.UNPROCESSED,
+    metavar="-- PROGRAM [ARGUMENT]...",
+    shell_complete=lambda _context, _argument, incomplete: [CompletionItem(incomplete, type="file")],
+)
 @click.option(
     "-o", "--output", "out", type=Output(), metavar="OUT", help="The recording to write.  [default: PROGRAM.screc]"
 )
@@ -205,6 +196,11 @@ def info(source: str | None, check: bool, as_json: bool) -> None:
     elif source is not None and is_recording(source):
         with Reader(source) as reader:
             found = _about(reader) | (_counts(reader) if check else {})
+    elif source is None:
+        from ..recording.guest import bundled
+
+        with bundled() as path, Reader(path) as reader:
+            found = _about(reader) | _counts(reader) | {"file": None}
     else:
         from ..recording import replay as trace
 

@@ -15,6 +15,19 @@ from .options import JSON, OPERATIONS, POOL, SEED, SET, SOURCES, Count, Name, co
 @command()
 @SOURCES
 @click.option(
+    "--mmu",
+    "design",
+    type=Name(tuple(DESIGNS)),
+    default="cached",
+    metavar="NAME",
+    show_default=True,
+    help=f"The design to run under: {', '.join(DESIGNS)}.",
+)
+@POOL
+@SET
+@OPERATIONS
+@SEED
+@click.option(
     "--every",
     type=Count(1),
     default=100_000,
@@ -29,19 +42,6 @@ from .options import JSON, OPERATIONS, POOL, SEED, SET, SOURCES, Count, Name, co
     multiple=True,
     help="Audit at this point as well, each time (slow); may be repeated.  [default: none]",
 )
-@click.option(
-    "--mmu",
-    "design",
-    type=Name(tuple(DESIGNS)),
-    default="cached",
-    metavar="NAME",
-    show_default=True,
-    help=f"The design to run under: {', '.join(DESIGNS)}.",
-)
-@POOL
-@SET
-@OPERATIONS
-@SEED
 @JSON
 def audit(
     sources: tuple[str, ...],

@@ -10,16 +10,13 @@ import click
 
 from ..config import DESIGNS
 from ..errors import ConfigError
-from .options import JSON, POOL, SEED, Name, Output, Source, apart, command
+from .options import JSON, POOL, SEED, Count, Name, Output, Source, apart, command
 from .outputs import writable
 from .progress import progress
 
 
 @command()
 @click.argument("source", required=False, type=Source(), metavar="[SCENARIO|WORKLOAD|RECORDING]")
-@click.option(
-    "--html", type=Output(), metavar="FILE", help="Write a page that steps through the run to FILE.  [default: no file]"
-)
 @click.option(
     "--mmu",
     "designs",
@@ -28,16 +25,18 @@ from .progress import progress
     metavar="NAME",
     help=f"A design to show: {', '.join(DESIGNS)}; may be repeated.  [default: the scenario's; else cached, unsync]",
 )
+@POOL
+@SEED
 @click.option(
     "--start",
-    type=click.IntRange(0),
+    type=Count(0),
     metavar="N",
     help="Operation, or record, to begin at.  [default: the first after a workload's setup, or of user code]",
 )
 @click.option(
     "--steps",
     "limit",
-    type=click.IntRange(1, 5000),
+    type=Count(1, 5000),
     default=300,
     show_default=True,
     metavar="N",
@@ -45,8 +44,9 @@ from .progress import progress
 )
 @click.option("--exits", "exits_only", is_flag=True, help="Show only operations that exit.  [default: all]")
 @click.option("--exercise", is_flag=True, help="Begin with the answers hidden.  [default: shown]")
-@POOL
-@SEED
+@click.option(
+    "--html", type=Output(), metavar="FILE", help="Write a page that steps through the run to FILE.  [default: no file]"
+)
 @JSON
 def show(
     source: str | None,
@@ -64,7 +64,6 @@ def show(
     workloads`) and a recording of a guest or of operations can be stepped through as well. Without --html the steps are
     printed.
 
-    \b
     \b
     Example:
       shadowcore show demand-paging --html steps.html

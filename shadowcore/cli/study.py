@@ -90,7 +90,6 @@ _COMPARED = (
         help="Write a row for each exit to FILE, as .csv or .parquet: operation, vcpu, reason, address, frame, error "
         "code, and what was made and zapped. Such runs take longer.  [default: no file]",
     ),
-    JSON,
 )
 _HTML = click.option(
     "--html", type=Output(), metavar="FILE", help="Write a report, one page, to FILE.  [default: no file]"
@@ -108,6 +107,7 @@ def _compared(function: Callable[..., None]) -> Callable[..., None]:
 @mmu(DEFAULT_DESIGNS)
 @_compared
 @_HTML
+@JSON
 def compare(**options: Any) -> None:
     """Run a workload or a recording under several designs and print one table of what each costs.
 
@@ -130,7 +130,8 @@ def compare(**options: Any) -> None:
 @SOURCES
 @mmu(DEFAULT_DESIGNS)
 @_compared
-@click.option("--html", type=Output(), required=True, metavar="FILE", help="The page to write.  [required]")
+@click.option("--html", type=Output(), required=True, metavar="FILE", help="The page to write.")
+@JSON
 def report(**options: Any) -> None:
     """Write a report of a comparison: the same as `compare ... --html FILE`.
 
@@ -146,6 +147,7 @@ def report(**options: Any) -> None:
 @mmu(("cached",))
 @_compared
 @_HTML
+@JSON
 def run(**options: Any) -> None:
     """Run a workload or a recording and print what its guest did and what the engine did about it, every counter that
     is not 0.
@@ -178,6 +180,7 @@ def run(**options: Any) -> None:
 @click.option("--pcid", is_flag=True, help="PCIDs.  [default: off]")
 @_compared
 @_HTML
+@JSON
 def programs(sets: tuple[tuple[str, Any], ...], **options: Any) -> None:
     """The same as `compare`, for recorded programs, with settings of the guest kernel as options of their own.
 

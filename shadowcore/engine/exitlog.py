@@ -93,7 +93,11 @@ class ExitLog:
 
     def to_pandas(self) -> Any:
         """The rows as a DataFrame. ConfigError where pandas is not installed."""
-        return notebook.pandas().DataFrame(exit_columns(self.rows))
+        pandas = notebook.pandas()
+        found = exit_columns(self.rows)
+        for name in ("gfn", "error_code"):
+            found[name] = pandas.array(found[name].tolist(), dtype="UInt64")
+        return pandas.DataFrame(found)
 
     def __getstate__(self) -> dict[str, Any]:
         return {"_mmu": None, "_rows": self.rows}  # a copy goes on with no machine
@@ -110,7 +114,7 @@ class ExitLog:
         self.close()
 
     def _repr_html_(self) -> str:
-        shown = exit_columns(self.rows[:_SHOWN])
+        shown = {name: column.tolist() for name, column in exit_columns(self.rows[:_SHOWN]).items()}
         for name in ("gva", "gfn", "error_code"):
             shown[name] = ["" if value is None else f"{value:#x}" for value in shown[name]]
         more = len(self._rows) - _SHOWN
@@ -121,24 +125,17 @@ class ExitLog:
         return f"ExitLog({len(self.rows):,} exits{'' if self.closed else ', open'})"
 
 
-def exit_columns(rows: NDArray[np.void]) -> dict[str, list[Any]]:
-    """The columns of rows in plain types: the reason by its name; None for a gfn, or an error code, that is none."""
-    found: dict[str, list[Any]] = {name: rows[name].tolist() for name in ("operation", "vcpu")}
-    found["reason"] = [EXIT_REASONS[reason] for reason in rows["reason"].tolist()]
-    found["gva"] = rows["gva"].tolist()
-    nowhere = (rows["gfn"] == NOWHERE).tolist()
-    found["gfn"] = [None if none else gfn for gfn, none in zip(rows["gfn"].tolist(), nowhere, strict=True)]
-    faults = (rows["reason"] < len(PF_REASONS)).tolist()
-    codes = rows["error_code"].tolist()
-    found["error_code"] = [code if fault else None for code, fault in zip(codes, faults, strict=True)]
-    return found | {name: rows[name].tolist() for name in EXIT_CHANGES}
+def exit_columns(rows: NDArray[np.void]) -> dict[str, Any]:
+    """The columns of rows as arrays: the reason by its name; masked where there is no gfn, or no error code."""
+    names = np.array(EXIT_REASONS)
+    found: dict[str, Any] = {name: rows[name] for name in ("operation", "vcpu")}
+    found |= {"reason": names[rows["reason"]], "gva": rows["gva"]}
+    found["gfn"] = np.ma.MaskedArray(rows["gfn"], rows["gfn"] == NOWHERE)
+    found["error_code"] = np.ma.MaskedArray(rows["error_code"], rows["reason"] >= len(PF_REASONS))
+    return found | {name: rows[name] for name in EXIT_CHANGES}
 
 
 def write_exits(path: str | os.PathLike[str], logs: Mapping[str, NDArray[np.void]]) -> None:
     """Rows of several designs, by their names, as one file with a column `design`. As ExitLog.write."""
-    made: dict[str, list[Any]] = {"design": []}
-    for design, rows in logs.items():
-        made["design"] += [design] * len(rows)
-        for name, values in exit_columns(rows).items():
-            made.setdefault(name, []).extend(values)
-    columns.write(path, made)
+    design = np.repeat(np.array(list(logs), dtype=np.str_), [len(rows) for rows in logs.values()])
+    columns.write(path, {"design": design} | exit_columns(np.concatenate([np.zeros(0, EXIT_DTYPE), *logs.values()])))

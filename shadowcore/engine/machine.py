@@ -54,6 +54,19 @@ def set_registers(vm: VM, cpu: VCpu, *, cr0: int, cr3: int, cr4: int, efer: int)
             vm.mmu.zap_all()  # what was the root before is no table of the guest's
 
 
+class VCpus(tuple[VCpu, ...]):
+    """The processors of a VM, by number."""
+
+    __slots__ = ()
+
+    def __getitem__(self, number: Any) -> Any:
+        try:
+            return super().__getitem__(number)
+        except IndexError:
+            count = "one, number 0" if len(self) == 1 else f"{len(self)}, numbers 0 to {len(self) - 1}"
+            raise IndexError(f"vcpus: there is no number {number}; the VM has {count}") from None
+
+
 class VM:
     """A machine with guest RAM, an MMU and `vcpus` processors.
 
@@ -113,7 +126,7 @@ class VM:
         self.memory.on_backing = self.mmu.host_backs
         self._audit_points = AuditPoints(self.mmu)
         self._exit_log: ExitLog | None = None
-        self.vcpus = tuple(VCpu(self.mmu, features, tlb) for _ in range(count))
+        self.vcpus: tuple[VCpu, ...] = VCpus(VCpu(self.mmu, features, tlb) for _ in range(count))
 
     @property
     def stats(self) -> Stats:

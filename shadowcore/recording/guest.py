@@ -31,6 +31,7 @@ import dataclasses
 import importlib.resources
 import os
 from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -448,14 +449,18 @@ def open_recording(path: str | os.PathLike[str] | None = None) -> Recording | Re
     return RecordingFile(path) if path is not None and is_recording(path) else load(path)
 
 
+def bundled() -> AbstractContextManager[Path]:
+    """The file of the recording that ships with the package."""
+    return importlib.resources.as_file(importlib.resources.files(__package__) / "data" / f"{BUNDLED}{SUFFIX}")
+
+
 def load(path: str | os.PathLike[str] | None = None) -> Recording:
     """Read a recording (None: the one that ships with the package) and check every record.
 
     TraceError says what is wrong: the file, the number of the record if it is one, and what was expected.
     """
     if path is None:
-        bundled = importlib.resources.files(__package__) / "data" / f"{BUNDLED}{SUFFIX}"
-        with importlib.resources.as_file(bundled) as file:
+        with bundled() as file:
             return load(file)
     if is_recording(path):
         source = RecordingFile(path)

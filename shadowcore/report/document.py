@@ -225,7 +225,7 @@ def _heat(study: Any, heat: Mapping[str, Any] | None, name: str) -> dict[str, An
         names = [names[number] for number in busiest] + [f"{len(rest):,} others"]
     made = {"names": names, "operation": _plain(operation), "counts": _plain(matrices.pop("counts"))}
     made["exits"] = {key.removeprefix("exits "): _plain(each) for key, each in matrices.items() if each.any()}
-    made["axis"] = str(given.get("axis", "operations"))
+    made["axis"] = str(given.get("axis", getattr(study, "unit", "operations")))
     if "frames_per_row" in given:
         made["frames_per_row"] = int(given["frames_per_row"])
     return made

@@ -8,6 +8,7 @@ from __future__ import annotations
 import html
 import json
 import os
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import fields
 from importlib.resources import files
@@ -64,7 +65,7 @@ _RATES = {
         "Of all lookups of a shadow page, the share that found one in the pool: what caching shadow tables is about.",
     ),
     "refaults": (
-        "Refaults at most",
+        "Refaults, upper bound",
         "for 1,000 accesses",
         "Exits for a missing shadow entry, but no more than entries had been removed by then (each is filled again "
         "once): the first faults on entries that never were are left out as far as the counters tell.",
@@ -150,6 +151,7 @@ def _page(plain: dict[str, Any], embedded: str) -> str:
         _settings,
     )
     body = "\n".join(filter(None, (section(plain) for section in sections)))
+    body = re.sub(r"<h2>(.*?)</h2>", _heading, body)
     policy = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data:"
     return f"""<!DOCTYPE html>
 <html lang="en">
@@ -173,10 +175,16 @@ def _page(plain: dict[str, Any], embedded: str) -> str:
 </main>
 <script type="application/json" id="study">{embedded}</script>
 <script>
-{(asset / "report.js").read_text("utf-8")}</script>
+{(asset / "tables.js").read_text("utf-8")}{(asset / "report.js").read_text("utf-8")}</script>
 </body>
 </html>
 """
+
+
+def _heading(found: re.Match[str]) -> str:
+    """A heading that a link can lead to, as it does itself."""
+    key = "section-" + re.sub(r"\W+", "-", found[1].lower()).strip("-")
+    return f'<h2 id="{key}"><a href="#{key}">{found[1]}</a></h2>'
 
 
 def _counted(plain: dict[str, Any]) -> str:
@@ -193,10 +201,26 @@ def number(value: float | None, digits: int = 0) -> str:
     return "" if value is None else f"{value:,.{digits}f}"
 
 
+_ROW = 'th scope="row"'
+
+
+def _cell(text: str, name: str = "td") -> str:
+    """A cell, with its value where that is a number, by which a table is sorted."""
+    digits = text.replace(",", "")
+    value = f' data-value="{digits}"' if re.fullmatch(r"\d+(\.\d+)?", digits) else ""
+    return f"<{name}{value}>{html.escape(text)}</{name.split()[0]}>"
+
+
 def _table(
-    key: str, head: Sequence[str], rows: Iterable[tuple[str, str, Sequence[str]]], style: str = "", caption: str = ""
+    key: str,
+    head: Sequence[str],
+    rows: Iterable[tuple[str, str, Sequence[str]]],
+    style: str = "",
+    caption: str = "",
+    sortable: bool = False,
 ) -> str:
     """rows: label, class, cells. Header cells name the columns, and the first cell of a row names it."""
+    style += ' class="sortable"' if sortable else ""
     lines = [f'<div class="scroll"><table id="{key}"{style}>']
     if caption:
         lines.append(f"<caption>{html.escape(caption)}</caption>")
@@ -206,6 +230,9 @@ def _table(
     lines.append("<tbody>")
     for label, kind, cells in rows:
         of = f' class="{kind}"' if kind else ""
+        if sortable:
+            lines.append(f"<tr{of}>{_cell(label, _ROW)}{''.join(map(_cell, cells))}</tr>")
+            continue
         values = "".join(f"<td>{html.escape(cell)}</td>" for cell in cells)
         lines.append(f'<tr{of}><th scope="row">{html.escape(label)}</th>{values}</tr>')
     lines.append("</tbody></table></div>")
@@ -324,7 +351,7 @@ def _exits(plain: dict[str, Any]) -> str:
         none_of = [0] * len(windows["operation"])
         columns = [windows["operation"], *(windows.get(f"exits_{r}", none_of) for r in shown)]
         rows = ((number(row[0]), "", [number(value) for value in row[1:]]) for row in zip(*columns, strict=True))
-        table = _table(f"windows-{places[name]}", [f"{unit} to", *(EXITS[r] for r in shown)], rows)
+        table = _table(f"windows-{places[name]}", [f"{unit} to", *(EXITS[r] for r in shown)], rows, sortable=True)
         tables.append(f"<details><summary>{html.escape(name)}: exits by window, as a table</summary>{table}</details>")
     none = f" {_listed(quiet)} had none." if quiet else ""
     parts = [
@@ -426,7 +453,10 @@ def _costs(plain: dict[str, Any]) -> str:
         f"{name} {number(cost['total'])}" for name, cost in costs.items()
     )
     picture = _figure(
-        plots.bars("cost", list(costs), drawn, "cycles, estimated"), "Cycles by component, estimated", label, None
+        plots.bars("cost", list(costs), drawn, "cycles, estimated", dict(legend)),
+        "Cycles by component, estimated",
+        label,
+        None,
     )
     rows = [
         (part.replace("_", " "), "part", [number(cost["cycles"].get(part, 0)) for cost in costs.values()])
@@ -496,7 +526,7 @@ def _processes(plain: dict[str, Any]) -> str:
             "<p>Accesses, and exits under each design, while an address space was loaded. Each picture has its own "
             "scale, logarithmic, from dark (1) to bright (the most in a cell); cells without any are empty.</p>",
             f'<div class="plots">{"".join(figures)}</div>',
-            _table("processes", ["address space", *matrices], rows),
+            _table("processes", ["address space", *matrices], rows, sortable=True),
         )
     )
 
@@ -521,7 +551,7 @@ def _frames(plain: dict[str, Any]) -> str:
             _scale(float(counts.max())),
             f'<div class="plots wide">{picture}</div>',
             "<details><summary>Accesses by region, as a table</summary>",
-            _table("frames", ["region", "accesses"], rows),
+            _table("frames", ["region", "accesses"], rows, sortable=True),
             "</details>",
         )
     )

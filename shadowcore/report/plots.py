@@ -43,13 +43,17 @@ def check() -> None:
 
 
 class Plot:
-    """One picture: a pair of axes over operations, and the colours that stand for variables of the style sheet."""
+    """One picture: a pair of axes over operations, and the colours that stand for variables of the style sheet.
+
+    titles: of parts, by their gid: a browser shows them under the pointer.
+    """
 
     def __init__(self, name: str, x_label: str, y_label: str, height: float = 2.3, wide: bool = False) -> None:
         import matplotlib
         from matplotlib.figure import Figure
 
         self.name = name
+        self.titles: dict[str, str] = {}
         self._colours: dict[str, str] = {_INK: "var(--ink)", _FAINT: "var(--faint)"}
         with matplotlib.rc_context({"font.size": 9}):
             self.figure: Figure = Figure(figsize=(11.0 if wide else 6.0, height), layout="constrained")
@@ -121,6 +125,9 @@ class Plot:
         text = re.sub(r"#0102[0-9a-f]{2}", lambda found: self._colours[found[0]], text)
         text = re.sub(r"(\d\.\d{3})\d+", r"\1", text)  # thousandths of a point
         text = re.sub(r"\s*\n\s*", "\n", text)
+        for part, title in self.titles.items():
+            place = f'<g id="{self.name}-{part}">'
+            text = text.replace(place, f"{place}<title>{_attribute(title)}</title>", 1)
         role = f'<svg role="img" aria-label="{_attribute(label)}"'
         return text.replace("<svg", role, 1)
 
@@ -180,12 +187,18 @@ def lines(
     return plot
 
 
-def bars(name: str, names: Sequence[str], parts: Mapping[str, Array], x_label: str) -> Plot:
-    """A bar for each name, of parts laid end to end; `parts` by the variable of their colour."""
+def bars(name: str, names: Sequence[str], parts: Mapping[str, Array], x_label: str, labels: Mapping[str, str]) -> Plot:
+    """A bar for each name, of parts laid end to end; `parts` by the variable of their colour, like `labels`, what they
+    are called."""
     plot = Plot(name, x_label, "", height=0.75 + 0.34 * len(names), wide=True)
     left = np.zeros(len(names))
     for variable, values in parts.items():
-        plot.axes.barh(range(len(names)), values, left=left, height=0.68, color=plot.colour(variable), linewidth=0)
+        drawn = plot.axes.barh(
+            range(len(names)), values, left=left, height=0.68, color=plot.colour(variable), linewidth=0
+        )
+        for i, bar in enumerate(drawn):
+            bar.set_gid(f"bar-{variable}-{i}")
+            plot.titles[f"bar-{variable}-{i}"] = f"{names[i]}, {labels[variable]}: {values[i]:,.0f}"
         left = left + values
     plot.axes.set_yticks(range(len(names)), names)
     plot.axes.invert_yaxis()

@@ -141,7 +141,7 @@ def page(found: Sweep | Swept) -> str:
 </main>
 <script type="application/json" id="panels">{_embedded(drawn)}</script>
 <script>
-{(asset / "sweep.js").read_text("utf-8")}</script>
+{(asset / "tables.js").read_text("utf-8")}{(asset / "sweep.js").read_text("utf-8")}</script>
 </body>
 </html>
 """

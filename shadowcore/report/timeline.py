@@ -1,9 +1,10 @@
 """A study as a timeline: the trace-event JSON that Perfetto (ui.perfetto.dev) and chrome://tracing open.
 
 Each design is a process with tracks of counters, slices for the phases that a recording marks and for the address
-spaces that its guest loads, and an instant for each window in which pages were zapped, recycled, or synced. The format
-counts time in microseconds; what stands there is the number of operations done, so that the designs lie one under the
-other, or the microseconds that the model says.
+spaces that its guest loads, and instants where pages were zapped, recycled, or synced: one for each exit that did so,
+where the study has a log of exits, else one for each window in which it happened. The format counts time in
+microseconds; what stands there is the number of operations done, so that the designs lie one under the other, or the
+microseconds that the model says.
 """
 
 from __future__ import annotations
@@ -17,9 +18,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .._version import __version__
+from ..engine.counters import EXIT_REASONS
 from ..engine.reported import UNSYNC
 from ..errors import ConfigError
 from ..files import replace
+from ..recording.format import PROGRAM
 from ..recording.kinds import LOAD_CR3
 from ..studies.heat import ROOT
 from ..studies.results import Swept
@@ -36,12 +39,14 @@ TIMES = ("operations", "microseconds")
 UNITS = {"operations": "1 us is one operation", "microseconds": "microseconds of the cost model"}
 
 _INSTANTS = {
-    "zap": "mmu_shadow_zapped",
-    "flood": "mmu_flooded",
-    "recycle": "mmu_recycled",
-    "sync": "synced",
+    "zap": ("mmu_shadow_zapped", "zapped"),
+    "flood": ("mmu_flooded", "flooded"),
+    "recycle": ("mmu_recycled", "recycled"),
+    "sync": ("synced", "synced"),
 }
-"""Of a window: what happened in it, and the counter that says how often."""
+"""What happened: the counter of windows that says how often, and the column of logs of exits."""
+_MOST = 50_000
+"""Instants of a kind that a design has at most: if there are more exits that did so, windows are told of."""
 _SPACES = 20_000
 """Slices of address spaces, at most: beyond, the shortest are left out."""
 _PHASES, _ADDRESS_SPACES, _EVENTS = 1, 2, 3
@@ -83,6 +88,7 @@ def events(study: Any, time: str = "operations") -> dict[str, Any]:
             labels = ", ".join(f"{name}={written(each)}" for name, each in study.labels(value).items())
             told += [(name, f"{name}, {labels} ({one.workload})", each) for name, each in one.designs.items()]
         study = study.points[0][1]
+    begin = None if getattr(study, "stream", None) == PROGRAM else _counted(study)[0]
     phases, spaces = _phases(study), _spaces(study) if len(told) == len(study.designs) else []
     for place, (name, title, result) in enumerate(told):
         pid = place + 1
@@ -90,7 +96,7 @@ def events(study: Any, time: str = "operations") -> dict[str, Any]:
         counters = list(_counters(pid, name, result, time))
         counted += counters
         if counters:
-            counted += _instants(pid, name, result, time)
+            counted += _instants(pid, name, result, time, begin)
             counted += _slices(pid, name, result, time, phases, spaces)
     if not counted:
         raise ConfigError("timeline: the study has no windows: counters every N operations are needed")
@@ -116,7 +122,7 @@ def _names(pid: int, place: int, name: str, unit: str) -> Iterator[dict[str, Any
     labels = {"process_name": {"name": name}, "process_sort_index": {"sort_index": place}}
     for kind, value in (labels | {"process_labels": {"labels": unit}}).items():
         yield {"name": kind, "ph": "M", "pid": pid, "tid": 0, "args": value}
-    for track, title in ((_PHASES, "phases"), (_ADDRESS_SPACES, "address spaces"), (_EVENTS, "in the window")):
+    for track, title in ((_PHASES, "phases"), (_ADDRESS_SPACES, "address spaces"), (_EVENTS, "events")):
         yield {"name": "thread_name", "ph": "M", "pid": pid, "tid": track, "args": {"name": title}}
 
 
@@ -145,15 +151,30 @@ def _counters(pid: int, name: str, result: Any, time: str) -> Iterator[dict[str,
         yield _event(pid, track, borders[-1], dict.fromkeys(plain, 0))
 
 
-def _instants(pid: int, name: str, result: Any, time: str) -> Iterator[dict[str, Any]]:
-    """One at the beginning of each window in which it happened, with how often."""
+def _instants(pid: int, name: str, result: Any, time: str, begin: int | None) -> Iterator[dict[str, Any]]:
+    """One for each exit at which it happened; or at the beginning of each window in which it did, with how often.
+
+    begin: the number that the first operation counted has in a log of exits; None: logs have other operations.
+    """
     windows = {key: np.asarray(values) for key, values in result.windows.items()}
     borders = _times(name, result, windows, time)
-    for label, key in _INSTANTS.items():
+    log = None if begin is None else getattr(result, "exit_log", None)
+    for label, (key, column) in _INSTANTS.items():
+        at = {"name": label, "ph": "i", "s": "t", "pid": pid, "tid": _EVENTS}
+        rows = log[log[column] > 0] if log is not None else None
+        if rows is not None and len(rows) <= _MOST:
+            operations = rows["operation"].astype(np.float64) - float(begin or 0)
+            times = np.round(np.interp(operations, edges(windows["operation"]), borders), 4).tolist()
+            for when, row in zip(times, rows, strict=True):
+                told = {"pages": int(row[column]), "exit": EXITS[EXIT_REASONS[row["reason"]]]}
+                yield at | {
+                    "ts": when,
+                    "args": told | {"address": f"{row['gva']:#x}", "operation": int(row["operation"])},
+                }
+            continue
         values = windows.get(key, np.zeros(0))
         for i in np.flatnonzero(values):
-            at = {"name": label, "ph": "i", "s": "t", "pid": pid, "tid": _EVENTS, "ts": borders[i]}
-            yield at | {"args": {"in the window": int(values[i])}}
+            yield at | {"ts": borders[i], "args": {"in the window": int(values[i])}}
 
 
 def _slices(pid: int, name: str, result: Any, time: str, phases: _Spans, spaces: _Spans) -> Iterator[dict[str, Any]]:

@@ -9,7 +9,10 @@ from collections.abc import Iterable, Mapping
 from typing import Any, Protocol
 
 from ..config import (
+    BACKINGS,
+    MARKERS,
     POLICIES,
+    RELEASES,
     TLB,
     USES,
     Design,
@@ -22,10 +25,10 @@ from ..config import (
     parse_count,
     parse_size,
 )
-from ..engine.levels import Levels, find_levels
-from ..engine.tlbs import ProcessorTLB
+from ..engine.levels import LEVELS, Levels, find_levels
+from ..engine.tlbs import PRESETS, ProcessorTLB
 from ..errors import ConfigError
-from ..guest.options import KernelOptions
+from ..guest.options import DIRECT_MAPS, MODES, KernelOptions
 
 DESIGN = {
     "pool": "shadow pages in the pool, 4096 bytes each",
@@ -84,6 +87,10 @@ _SIZES = ("memory", "host_page_size")
 """Of MACHINE those whose letters K, M, G are powers of 1024."""
 
 
+SWITCHES = ("flood_reset", "flood_pages", "update_in_place", "recycle_children")
+"""Of DESIGN those that are true or false."""
+
+
 class Takes(Protocol):
     """What says which settings it takes: a source.Source."""
 
@@ -135,11 +142,37 @@ class Split:
             if has(chosen, name)
             or (isinstance(chosen, Shadow) and not chosen.keep and name not in KEPT and name != "host_levels")
         }
-        return dataclasses.replace(chosen, **wanted)
+        try:
+            return dataclasses.replace(chosen, **wanted)
+        except ConfigError as error:
+            # By the name that was given.
+            field, _, said = str(error).partition(":")
+            own = {field: name for name, field in FIELDS.items()}.get(field, field)
+            raise ConfigError(f"{own}:{said}") from None
 
     @property
     def options(self) -> KernelOptions:
         return KernelOptions(**self.guest)
+
+
+def values(name: str) -> tuple[str, ...]:
+    """The names that a setting takes; none where it takes numbers alone."""
+    truth = ("true", "false")
+    known: dict[str, Iterable[str]] = {
+        "policy": POLICIES,
+        "uses": USES,
+        "notpresent_marker": MARKERS,
+        "release": RELEASES,
+        "levels": LEVELS,
+        "tlb": ("none", "costs", *PRESETS),
+        "mode": MODES,
+        "direct_map": DIRECT_MAPS,
+        "backing": BACKINGS,
+        "outer_backing": BACKINGS,
+        **dict.fromkeys(SWITCHES, truth),
+        **{field.name: truth for field in dataclasses.fields(KernelOptions) if isinstance(field.default, bool)},
+    }
+    return tuple(known.get(name, ()))
 
 
 def has(which: Design, name: str) -> bool:
@@ -173,7 +206,7 @@ def split(settings: Mapping[str, Any], source: Takes) -> Split:
             found.guest[name] = _guest(name, value)
         else:
             raise ConfigError(_unknown(name, source, [*own, *DESIGN, *source.machine]))
-    for name in ("flood_reset", "flood_pages", "update_in_place", "recycle_children"):
+    for name in SWITCHES:
         if name in found.design and not isinstance(found.design[name], bool):
             raise ConfigError(f"{name}: true or false is needed, not {found.design[name]!r}")
     if isinstance(found.design.get("policy"), int):

@@ -206,8 +206,10 @@ def test_beside_a_callback():
 
 def test_files(tmp_path):
     vm, tables = machine("unsync")
+    tables.map(0xFFFF888000000000, 0, 0x1000, "rw")
     with vm.record_exits() as log:
         vm.vcpus[0].run(stream(tables))
+        vm.vcpus[0].read(0xFFFF888000000000)
     log.write(tmp_path / "a.csv")
     with (tmp_path / "a.csv").open() as file:
         rows = list(csv.DictReader(file))

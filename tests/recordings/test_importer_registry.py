@@ -15,16 +15,13 @@ from places import ROOT
 import shadowcore
 from shadowcore import recordings
 from shadowcore.cli import main
-from shadowcore.recording import importers
+from shadowcore.recording import importers, inputs
 
 NEW = '''"""Letters, an address each."""
 
 from ..writer import Writer
 from .processes import Processes
 from .source import sources
-
-NAME = "letters"
-
 
 def matches(head):
     return head.startswith(b"LETTERS")
@@ -61,13 +58,14 @@ def extended(tmp_path):
     package = Path(shadowcore.__file__).parent
     folder = copy(package, tmp_path / "shadowcore", package / "recording" / "importers")
     (folder / "letters.py").write_text(NEW)
-    text = Path(importers.__file__).read_text("utf-8")
-    made = text.replace(", lackey, linux, ", ", lackey, letters, linux, ")
-    made = made.replace(
-        "IMPORTERS: tuple[ModuleType, ...] = (\n", "IMPORTERS: tuple[ModuleType, ...] = (\n    letters,\n"
-    )
-    assert len(made) == len(text) + len("letters, ") + len("    letters,\n")
-    (folder / "__init__.py").write_text(made)
+    (folder / "__init__.py").symlink_to(importers.__file__)
+    list_of = folder.parent / "inputs.py"
+    text = Path(inputs.__file__).read_text("utf-8")
+    line = '    "letters": "Letters, an address each.",\n'
+    made = text.replace("INPUTS = {\n", "INPUTS = {\n" + line)
+    assert len(made) == len(text) + len(line)
+    list_of.unlink()
+    list_of.write_text(made)
     command = [sys.executable, "-c", "from shadowcore.cli import main; main()"]
     environment = os.environ | {
         "PYTHONPATH": os.pathsep.join([str(tmp_path), *filter(None, sys.path)]),
@@ -98,11 +96,10 @@ def test_a_new_importer_is_a_file_and_a_line(extended, tmp_path):
 def test_every_module_beside_the_registry_is_in_it():
     folder = Path(importers.__file__).parent
     names = {path.stem for path in folder.glob("*.py")} - SHARED
-    assert {importer.__name__.rpartition(".")[2] for importer in importers.IMPORTERS} == names
-    assert len(set(importers.FORMATS)) == len(importers.FORMATS)
+    assert set(importers.IMPORTERS) == set(inputs.INPUTS) == names
 
 
-@pytest.mark.parametrize("importer", importers.IMPORTERS, ids=importers.FORMATS)
+@pytest.mark.parametrize("importer", importers.IMPORTERS.values(), ids=importers.FORMATS)
 def test_an_importer_is_complete(importer):
     assert list(inspect.signature(importer.matches).parameters) == ["head"]
     assert list(inspect.signature(importer.read).parameters) == [
@@ -121,6 +118,7 @@ def test_help_and_documentation_name_every_format():
     assert f"[auto|{'|'.join(importers.FORMATS)}]" in said
     page = (ROOT / "docs" / "recordings.md").read_text("utf-8")
     section = page.split("### What becomes of what\n", 1)[1].split("\n## ", 1)[0]
-    for importer in importers.IMPORTERS:
-        assert f"{importer.NAME}: {importer.__doc__.splitlines()[0]}" in said
-        assert re.search(rf"^- \*\*{importer.NAME}\*\*", section, re.M)
+    for name, importer in importers.IMPORTERS.items():
+        assert f"{name}: {inputs.INPUTS[name]}" in said
+        assert importer.__doc__.splitlines()[0] == inputs.INPUTS[name]
+        assert re.search(rf"^- \*\*{name}\*\*", section, re.M)

@@ -54,6 +54,11 @@ def test_the_command(tmp_path):
     for name, design in study.designs.items():
         reasons = [row["reason"] for row in rows if row["design"] == name]
         assert {reason: reasons.count(reason) for reason in EXIT_REASONS} == design.exits
+    parquet = pytest.importorskip("pyarrow.parquet", reason="pyarrow comes with the extra parquet")
+    run("compare", "fork-storm", *some, "--exits-log", tmp_path / "exits.parquet", "--json")
+    table = parquet.read_table(tmp_path / "exits.parquet").to_pydict()
+    assert list(table) == list(rows[0])
+    assert all([row[name] for row in rows] == ["" if v is None else str(v) for v in table[name]] for name in table)
 
 
 @pytest.mark.parametrize(

@@ -299,7 +299,7 @@ def test_what_is_estimated_says_so_and_by_what(tmp_path):
     estimated = {name for name in summary if name.startswith(("cycles", "slow-down", "microseconds"))}
     assert len(estimated) == 3
     assert all("estimated" in name for name in estimated)
-    assert "<h2>Cost, estimated</h2>" in text
+    assert ">Cost, estimated</a></h2>" in text
     assert made.verdict in html.unescape(text)
     prices = {row[0]: row[1:] for row in parsed.tables["prices"][1:]}
     priced = {name: value for name, value in made.costs.as_dict().items() if isinstance(value, float)}

@@ -167,7 +167,7 @@ def test_the_version_of_results_is_part_of_keys(monkeypatch):
         ({"prices": {"dispatch": "many"}}, "dispatch: a number is needed"),
         ({"seed": "many"}, "seed: "),
         ({"operations": 0}, "operations: "),
-        ({"settings": {"pool": 3}}, r"pool_pages: .*\(at source=shell, design=flush, pool=3"),
+        ({"settings": {"pool": 3}}, r"pool: .*\(at source=shell, design=flush, pool=3"),
         ({"designs": "native", "settings": {"pool": 64}}, "pool: no design of the sweep has it"),
         ({"points": {"pool": 3}}, "points: a list of tables"),
         ({"points": [3]}, r"points\[0\]: a table"),

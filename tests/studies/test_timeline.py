@@ -166,6 +166,28 @@ def test_slices_of_address_spaces_and_phases(tmp_path, guest):
     assert (boot["ts"], boot["dur"]) == (0, guest.recording.phases["boot"])
 
 
+@pytest.mark.parametrize("source", ["fork-storm", "guest"])
+def test_instants_of_a_log_of_exits(source, tmp_path):
+    """Each at the operation of its exit, which lies in the window that counts it."""
+    of = sc.trace.load().head(9000) if source == "guest" else source
+    study = sc.study(of, ["cached", "unsync"], operations=8000, windows=500, warm_up=1000, log_exits=True)
+    trace_ = written(study, tmp_path / "out.json")
+    found = 0
+    for pid, design in enumerate(study.designs.values(), 1):
+        ends = design.windows["operation"]
+        for name, counter in (("zap", "mmu_shadow_zapped"), ("sync", "synced")):
+            told = [e for e in trace_["traceEvents"] if e["ph"] == "i" and e["name"] == name and e["pid"] == pid]
+            in_window = np.zeros(len(ends), np.int64)
+            for event in told:
+                assert event["ts"] == event["args"]["operation"] - 1000
+                in_window[np.searchsorted(ends, event["ts"], "right")] += event["args"]["pages"]
+            assert in_window.sum() == design.windows[counter].sum()
+            if source == "guest":
+                assert in_window.tolist() == design.windows[counter].tolist()
+            found += len(told)
+    assert found > 10
+
+
 def test_instants_are_what_windows_count(tmp_path, guest):
     trace_ = written(guest, tmp_path / "out.json")
     windows = guest.designs["cached"].windows

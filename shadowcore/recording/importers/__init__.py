@@ -1,9 +1,8 @@
 """Recordings from other tools' files: .npz recordings of guests, Valgrind's lackey, DynamoRIO's drmemtrace, Pin's
 pinatrace, Dinero, ChampSim, CSV. All are streamed, and may be compressed.
 
-An importer is a module beside this one, and a line in `IMPORTERS`. It has
+An importer is a module beside this one, called as the format is, and a line in `inputs.INPUTS`. It has
 
-NAME: what the command line calls the format; the first line of the docstring says what the files are;
 matches(head): whether a file that begins with these bytes, inflated, is of this format;
 read(paths, writer, progress): all that is in the files goes to the Writer. progress: a `Progress`, or None. TraceError
     says what cannot be read, and where;
@@ -18,15 +17,16 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from importlib import import_module
 from pathlib import Path
 from types import ModuleType
 
 from ...errors import ConfigError, TraceError
 from ...files import check_path
 from ..format import GUEST, PROGRAM
+from ..inputs import INPUTS
 from ..others import stranger
 from ..writer import Writer
-from . import champsim, cloudsuite, csv, dinero, drmemtrace, lackey, linux, pinatrace
 from .champsim import CHAMPSIM_DTYPE
 from .cloudsuite import CLOUDSUITE_DTYPE
 from .csv import CSV_COLUMNS
@@ -41,19 +41,10 @@ __all__ = [
     "guess",
 ]
 
-IMPORTERS: tuple[ModuleType, ...] = (
-    linux,
-    lackey,
-    csv,
-    drmemtrace,
-    pinatrace,
-    dinero,
-    champsim,
-    cloudsuite,
-)
-"""In the order in which they are asked whose a file is: last those that take what has no mark of its own."""
+IMPORTERS: dict[str, ModuleType] = {name: import_module(f".{name}", __name__) for name in INPUTS}
+"""By what the command line calls the format, in the order in which they are asked whose a file is."""
 
-FORMATS: tuple[str, ...] = tuple(importer.NAME for importer in IMPORTERS)
+FORMATS: tuple[str, ...] = tuple(INPUTS)
 
 
 def guess(path: str | os.PathLike[str]) -> str:
@@ -63,17 +54,12 @@ def guess(path: str | os.PathLike[str]) -> str:
         raise ConfigError("path: a file is needed; what is read of standard input to tell its format would be lost")
     with Source(path, keep=True) as source:
         head = source.head()
-    for importer in IMPORTERS:
+    for name, importer in IMPORTERS.items():
         if importer.matches(head):
-            return str(importer.NAME)
+            return name
     known = stranger(head)
     what = "this looks like none" + (f": it is {known}" if known else "")
     raise TraceError(source.path, None, f"a file of one of the formats {', '.join(FORMATS)} expected, {what}")
-
-
-def described() -> str:
-    """What the files of each format are, as `--help` says it."""
-    return " ".join(f"{importer.NAME}: {(importer.__doc__ or '').partition(chr(10))[0]}" for importer in IMPORTERS)
 
 
 def convert(
@@ -106,9 +92,9 @@ def convert(
                 raise ConfigError(f"out: another file than {path} is needed")
     inputs = [opened(path) for path in names]
     kind = guess(inputs[0]) if format == "auto" else format
-    importer = IMPORTERS[FORMATS.index(kind)]
+    importer = IMPORTERS[kind]
     if lenient and not getattr(importer, "LENIENT", False):
-        others = ", ".join(each.NAME for each in IMPORTERS if getattr(each, "LENIENT", False))
+        others = ", ".join(name for name, each in IMPORTERS.items() if getattr(each, "LENIENT", False))
         raise ConfigError(f"lenient: it is for the formats {others}; one of them is needed, not {kind}")
     title = Path(inputs[0]).name.split(".")[0] if name is None else name
     source = {"format": kind, "files": [os.fspath(path) for path in inputs]}

@@ -16,8 +16,6 @@ from ..writer import Writer
 from .processes import Processes
 from .source import Progress, Source, sources
 
-NAME = "champsim"
-
 CHAMPSIM_DTYPE = np.dtype(
     [
         ("ip", "<u8"),

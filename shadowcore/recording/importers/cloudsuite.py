@@ -15,8 +15,6 @@ from .champsim import instructions, odd_instructions, plausible, write
 from .processes import Processes
 from .source import Progress, sources
 
-NAME = "cloudsuite"
-
 CLOUDSUITE_DTYPE = np.dtype(
     {
         "names": [

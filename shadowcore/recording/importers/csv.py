@@ -17,8 +17,6 @@ from ..writer import Writer
 from .processes import Processes
 from .source import Progress, Source, sources
 
-NAME = "csv"
-
 BOM = b"\xef\xbb\xbf"
 """The byte order mark that spreadsheets put before UTF-8."""
 

@@ -11,7 +11,6 @@ from ..writer import Writer
 from .processes import Processes
 from .source import LINE_MAX, Access, Progress, each_line, sources
 
-NAME = "dinero"
 LENIENT = True
 
 _LINE = re.compile(rb"^[ \t]*([0-4rwi])[ \t]+(?:0[xX])?([0-9a-fA-F]{1,16})(?:[ \t]+([0-9a-fA-F]{1,4}))?[ \t]*$", re.M)

@@ -20,8 +20,6 @@ from ..writer import Writer
 from .processes import Processes
 from .source import CHUNK, Pipe, Progress, Source
 
-NAME = "drmemtrace"
-
 _ZIPPED = re.compile(rb"PK\x03\x04.{22}.{4}chunk\.\d", re.S)
 _LAYOUTS = tuple(np.dtype([("type", "<u2"), ("size", "<u2"), ("addr", code)]) for code in ("<u8", "<u4"))
 """An entry, of 64-bit programs and of 32-bit ones. size: of an access; of a marker, which it is."""

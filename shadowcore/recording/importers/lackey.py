@@ -15,7 +15,6 @@ from . import lackey_text
 from .processes import Processes
 from .source import CHUNK, LINE_MAX, OTHERS, Progress, Source, sources
 
-NAME = "lackey"
 LENIENT = True
 ROOM = CHUNK // 4
 """Accesses that are parsed at a time."""

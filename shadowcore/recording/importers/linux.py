@@ -11,8 +11,6 @@ from ..guest import MEMBERS, load, registers
 from ..writer import Writer
 from .source import Pipe, Progress
 
-NAME = "linux"
-
 _FIRST = re.compile(rb"PK\x03\x04.{26}(%s)\.(npy|json)" % "|".join([*MEMBERS, "recording"]).encode(), re.S)
 
 

@@ -11,7 +11,6 @@ from ..writer import Writer
 from .processes import Processes
 from .source import Access, Progress, each_line, sources
 
-NAME = "pinatrace"
 LENIENT = True
 
 _NUMBER = rb"(?:0[xX])?([0-9a-fA-F]{1,16})"
