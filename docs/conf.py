@@ -56,5 +56,17 @@ def with_fields(app, what, name, obj, options, lines):
     lines[:] = out
 
 
+SECTION = re.compile(r"## (.+)\n\n((?:- \[.*\]\(.*\)\n)+)")
+
+
+def with_tree(app, docname, source):
+    """The lists of the first page, which reads well in the repository, are the tree of the site as well."""
+    if docname == "index":
+        for caption, lines in SECTION.findall(source[0] + "\n"):
+            pages = "\n".join(re.findall(r"\(([\w/-]+)\.(?:md|rst)\)", lines))
+            source[0] += f"\n```{{toctree}}\n:hidden:\n:caption: {caption}\n:maxdepth: 1\n\n{pages}\n```\n"
+
+
 def setup(app):
+    app.connect("source-read", with_tree)
     app.connect("autodoc-process-docstring", with_fields)

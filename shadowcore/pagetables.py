@@ -101,6 +101,13 @@ class Entry(NamedTuple):
         return f"Entry(level={self.level}, gpa={self.gpa:#x}, value={self.value:#x})"
 
 
+class Registers(dict[str, int]):
+    """Registers by name, which print in hexadecimal."""
+
+    def __repr__(self) -> str:
+        return "{" + ", ".join(f"{name!r}: {value:#x}" for name, value in self.items()) + "}"
+
+
 class PageTables:
     """Page tables of one address space, in guest memory.
 
@@ -219,7 +226,7 @@ class PageTables:
         execute-disable. Protection keys need CR4.PKE (bit 22) besides.
         """
         cr0 = CR0_PE | CR0_ET | CR0_WP | CR0_PG
-        return {"efer": self.format.efer, "cr4": self.format.cr4, "cr3": self.cr3, "cr0": cr0}
+        return Registers(efer=self.format.efer, cr4=self.format.cr4, cr3=self.cr3, cr0=cr0)
 
     def activate(self, cpu: VCpu) -> None:
         """Load `registers` into a vcpu, as the guest would: with the exits and faults of its MOVs and WRMSR

@@ -53,7 +53,7 @@ def audit(
     as_json: bool,
     **options: Any,
 ) -> None:
-    """Run a workload or a recording and check every invariant of the shadow structure now and then.
+    """Run a workload or a recording and check every invariant of the shadow structure on the way.
 
     WORKLOAD and RECORDING are as for `shadowcore compare`; without either, the recording that comes with the package.
     It ends at the first audit that finds violations; they are printed, and the exit status is 1.

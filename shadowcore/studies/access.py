@@ -16,10 +16,21 @@ from ..config import Shadow, check_int
 from ..engine import snapshot
 from ..engine.machine import VM
 from ..errors import ConfigError, GeneralProtection, MMIOAccess, PageFault
-from ..pagetables import PS, P, W
+from ..pagetables import PS, P
 from .explain import ACCESS_NAMES, ENTRY_NAMES, Access, Explanation
 from .explain import explain as walked
-from .words import A_BIT, ADDRESS, D_BIT, EXITS, gfn_of, role_words, spte_words, target
+from .words import (
+    ADDRESS,
+    EXITS,
+    IN_SYNC,
+    UNSYNC,
+    bits_set,
+    gfn_of,
+    role_words,
+    spte_words,
+    target,
+    write_protected,
+)
 
 
 @dataclass(frozen=True)
@@ -297,15 +308,13 @@ def _changes(vm: VM, twin: VM, guest: Explanation | None) -> list[str]:
         found += [f"shadow page {key[0]} is made: {role_words(row)}" for key, row in new.items() if key not in old]
         for key, row in new.items():
             if key in old and row["unsync"] != old[key]["unsync"]:
-                word = "becomes unsync: stores to its guest table go unseen" if row["unsync"] else "is in sync again"
-                found.append(f"shadow page {key[0]} {word}")
+                found.append(f"shadow page {key[0]} {UNSYNC if row['unsync'] else IN_SYNC}")
         found += _entries(vm, twin, {int(row["page"]): row for row in (*old.values(), *new.values())})
     for step in guest.steps if guest is not None else ():
         size = 4 if guest is not None and guest.mode == "32" else 8
         now = int.from_bytes(twin.read_physical(step.gpa, size), "little")
-        set_ = [name for name, bit in (("A", A_BIT), ("D", D_BIT)) if now & ~step.entry & bit]
-        if set_:
-            found.append(f"{' and '.join(set_)} of the guest's {step.name} {step.index} at gpa {step.gpa:#x} is set")
+        if bits := bits_set(step.entry, now):
+            found.append(f"{bits} of the guest's {step.name} {step.index} at gpa {step.gpa:#x} is set")
         elif now != step.entry:
             found.append(f"the guest's {step.name} {step.index} at gpa {step.gpa:#x} becomes {now:#x}")
     return found
@@ -324,7 +333,7 @@ def _entries(vm: VM, twin: VM, pages: dict[int, Any]) -> list[str]:
                 frames.add(gfn_of(vm, ((value & ADDRESS) - vm.memory.ram_hpa) >> 12))
         if not after:
             found.append(f"{where} is cleared, it was {before:#x}")
-        elif before & after & P and before & ~after & W and (before ^ after) & ADDRESS == 0:
+        elif write_protected(before, after):
             found.append(f"{where} is write-protected: {before:#x} becomes {after:#x}")
         else:
             words = f"{', '.join(spte_words(level, after))}; {target(twin, level, after, pages)[1]}"

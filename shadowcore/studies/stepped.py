@@ -18,13 +18,13 @@ from ..errors import ConfigError, TraceError
 from ..guest.kernel import Kernel
 from ..guest.options import KernelOptions
 from ..recording import kinds, replay
-from ..recording.format import GUEST, OPERATIONS
 from ..recording.guest import BUNDLED, open_recording
-from ..recording.reader import Reader, is_recording
+from ..recording.reader import Reader
 from ..recording.records import replay as replay_records
 from ..workload.script import WORKLOADS, Guest, Workload
 from .scenarios import SCENARIOS, Scenario
 from .scenarios import Guest as ScenarioGuest
+from .source import GuestSource, OperationsSource, find
 from .steps import Action, Steps, capture, operations
 
 __all__ = ["designs_of", "show"]
@@ -131,15 +131,13 @@ def _workload(
 
 
 def _recording(path: str, made: Design, start: int | None, options: dict[str, Any]) -> Steps:
-    if is_recording(path):
+    found = find(path)
+    if isinstance(found, OperationsSource):
         with Reader(path) as reader:
-            if reader.stream == OPERATIONS:
-                return _operations(reader, made, start or 0, options)
-            if reader.stream != GUEST:
-                raise TraceError(
-                    path, None, f"a recording of a guest or of operations expected, not of {reader.stream}"
-                )
-    return _guest(open_recording(path), made, start, options)
+            return _operations(reader, made, start or 0, options)
+    if isinstance(found, GuestSource):
+        return _guest(found.recording, made, start, options)
+    raise TraceError(path, None, f"a recording of a guest or of operations expected, not of {found.stream}")
 
 
 def _guest(recording: Any, made: Design, start: int | None, options: dict[str, Any]) -> Steps:

@@ -18,7 +18,17 @@ from ..config import Op, Shadow
 from ..engine.machine import VM
 from ..errors import ConfigError, GeneralProtection
 from ..pagetables import FORMATS, NX, PS, A, D, G, P, U, W
-from .words import ADDRESS, EXITS, gfn_of, role_words, spte_words
+from .words import (
+    ADDRESS,
+    EXITS,
+    IN_SYNC,
+    UNSYNC,
+    bits_set,
+    gfn_of,
+    role_words,
+    spte_words,
+    write_protected,
+)
 
 WHOLE = 64
 """Tables, guest's or shadow's, up to which all are shown from the start; of more, those that the run meets."""
@@ -471,9 +481,9 @@ def _page_said(page: str, old: str | None, new: str | None) -> list[str]:
         return [f"Shadow page {page} serves another table: {new.split('|')[2]}."]
     found = []
     if "unsync" in now and "unsync" not in was:
-        found.append(f"Shadow page {page} becomes unsync: stores to its guest table go unseen until the next flush.")
+        found.append(f"Shadow page {page} {UNSYNC}.")
     if "unsync" in was and "unsync" not in now:
-        found.append(f"Shadow page {page} is in sync again.")
+        found.append(f"Shadow page {page} {IN_SYNC}.")
     before, after = (any(word.startswith("root count") for word in words) for words in (was, now))
     if before != after:
         found.append(f"Shadow page {page} is {'in use as a root' if after else 'no root in use any longer'}.")
@@ -487,7 +497,7 @@ def _spte_said(page: str, index: str, old: str | None, new: str | None) -> list[
     value, words, leads = new.split("|")
     before = int(old.split("|")[0], 16) if old else 0
     now = int(value, 16)
-    if before & now & P and before & ~now & W and not (before ^ now) & ADDRESS:
+    if write_protected(before, now):
         return [f"{where} is write-protected: {words}."]
     if not leads:
         return [f"{where} becomes {value}: {words or 'not present'}."]
@@ -497,7 +507,7 @@ def _spte_said(page: str, index: str, old: str | None, new: str | None) -> list[
 def _gpte_said(gfn: str, index: str, old: str | None, new: str | None) -> str:
     where = f"The guest's entry {index} of table {int(gfn, 16):#x}"
     before, now = (int(text.split("|")[0], 16) if text else 0 for text in (old, new))
-    bits = [name for name, bit in (("A", A), ("D", D)) if now & ~before & bit]
+    bits = bits_set(before, now)
     if before & P and bits and now & ~(A | D) == before & ~(A | D):
-        return f"{where}: {' and '.join(bits)} is set." if len(bits) == 1 else f"{where}: A and D are set."
+        return f"{where}: {bits} {'are' if ' ' in bits else 'is'} set."
     return f"{where} becomes {now:#x}."

@@ -5,12 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 from ..engine.machine import VM
-from ..pagetables import NX, PS, P, U, W
+from ..pagetables import NX, PS, A, D, P, U, W
 
 ADDRESS = 0x000F_FFFF_FFFF_F000
 """Bits of an spte that hold the address of a frame."""
 _GUEST_W, _GUEST_U = 1 << 10, 1 << 11
-A_BIT, D_BIT = 1 << 5, 1 << 6
 
 EXITS = {
     "fill": "a page fault exit: the shadow has no entry for what the guest maps",
@@ -43,6 +42,20 @@ def gfn_of(vm: VM, frame: int) -> int:
             if 0 <= index < int(slot.size) >> 12:
                 return first + index
     return frame
+
+
+def write_protected(before: int, now: int) -> bool:
+    """A shadow entry is as it was, but that it lost W."""
+    return bool(before & now & P and before & ~now & W) and not (before ^ now) & ADDRESS
+
+
+def bits_set(before: int, now: int) -> str:
+    """Of A and D those that an entry of the guest's has got, as "A and D"; "" if none."""
+    return " and ".join(name for name, bit in (("A", A), ("D", D)) if now & ~before & bit)
+
+
+UNSYNC, IN_SYNC = "becomes unsync: stores to its guest table go unseen until the next flush", "is in sync again"
+"""What becomes of a shadow page."""
 
 
 def role_words(page: Any) -> str:
