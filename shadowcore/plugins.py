@@ -19,7 +19,26 @@ ANSWERS = ("emulate", "unprotect", "unsync", "zap")
 """What `Decisions.store` can answer."""
 
 
-class Policy:
+class _Kept:
+    """What a plug-in says of itself for `VM.save`."""
+
+    compiled: ClassVar[Any] = None
+
+    def state(self) -> bytes:
+        """What it keeps, in bytes (or a buffer of them), for `VM.save`. Without such a method nothing, and a machine
+        with a plug-in that has attributes of its own cannot be saved."""
+        if set(getattr(self, "__dict__", {"?": 0})) - {"pages"}:
+            raise NotImplementedError(f"{type(self).__name__}.state")
+        return b""
+
+    def restore(self, state: bytes) -> None:
+        """Go on from what `state` gave; of a new object, before anything else. The bytes come from a file, and can be
+        anything: what is raised for such is SnapshotError's reason."""
+        if state:
+            raise ValueError("there is no method `restore`")
+
+
+class Policy(_Kept):
     """Which shadow page is recycled, in Python: for prototypes. Subclasses have a `name`, by which `Shadow.policy` and
     `--set policy=` find them, and a method `victim`; each VM has an object of its own, made without arguments.
 
@@ -28,6 +47,8 @@ class Policy:
 
     pages: read-only array (`Mmu.arrays["pages"]`) of the pages' headers: gfn, role, root_count (not 0: a root in use,
         which is no victim), present (entries that are not 0), active; set before anything is told.
+    compiled: None, or a capsule with functions (`sc_policy_plugin` of shadowcore_plugin.h): these are told and asked,
+        and no object is made.
 
     >>> class Anything(sc.Policy, name="anything"):
     ...     def victim(self):
@@ -44,8 +65,7 @@ class Policy:
         _known(cls, Policy, name)
 
     def made(self, page: int) -> None:
-        """The page is in use, for what its header says. Of a VM that was loaded: for each page that there is, oldest
-        first, before anything else is told."""
+        """The page is in use, for what its header says."""
 
     def used(self, page: int) -> None:
         """The page was used, by what `Shadow.uses` says is a use."""
@@ -83,11 +103,12 @@ class TableStore:
     unsync: bool
 
 
-class Decisions:
+class Decisions(_Kept):
     """What becomes of a store to a guest table, in Python. Subclasses have a `name`, by which `Shadow.decides` and
     `--set decides=` find them, and a method `store`; each VM has an object of its own, made without arguments.
 
     pages: read-only array (`Mmu.arrays["pages"]`) of the shadow pages' headers; set before anything is asked.
+    compiled: as of Policy (`sc_decisions_plugin`).
 
     >>> class Gentle(sc.Decisions, name="gentle"):
     ...     def store(self, table):
@@ -138,7 +159,8 @@ def names(base: type) -> list[str]:
 
 
 def find(base: type, name: str) -> Any:
-    """The class of that name. ConfigError if there is none, or its package cannot be imported, or has no such class."""
+    """The class of that name, or the capsule that an entry point leads to. ConfigError if there is none, or its package
+    cannot be imported, or has something else."""
     if name in _CLASSES[base]:
         return _CLASSES[base][name]
     for entry in _entries(base).select(name=name):
@@ -146,15 +168,25 @@ def find(base: type, name: str) -> Any:
             cls = entry.load()
         except Exception as error:
             raise ConfigError(f"{name!r}: {entry.value} of {GROUPS[base]} cannot be imported: {error}") from error
-        if not isinstance(cls, type) or not issubclass(cls, base):
-            raise ConfigError(f"{name!r}: {entry.value} of {GROUPS[base]} is no subclass of shadowcore.{base.__name__}")
+        if not _is_capsule(cls) and not (isinstance(cls, type) and issubclass(cls, base)):
+            wanted = f"no subclass of shadowcore.{base.__name__}, and no capsule"
+            raise ConfigError(f"{name!r}: {entry.value} of {GROUPS[base]} is {wanted}")
         return cls
     raise ConfigError(f"there is no {name!r:.60}")
 
 
+def _is_capsule(found: object) -> bool:
+    return type(found).__name__ == "PyCapsule"
+
+
 def made(base: type, name: str) -> Any:
-    """An object of the class of that name; ConfigError if it cannot be made."""
+    """An object of the class of that name, or the capsule; ConfigError if it cannot be made."""
     cls = find(base, name)
+    capsule = cls if _is_capsule(cls) else cls.compiled
+    if capsule is not None:
+        if not _is_capsule(capsule):
+            raise ConfigError(f"{name!r}: {cls.__qualname__}.compiled is no capsule: {capsule!r:.60}")
+        return capsule
     try:
         return cls()
     except Exception as error:

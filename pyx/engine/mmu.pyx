@@ -307,8 +307,6 @@ cdef class Mmu:
         (<sc_maker><size_t>_DESIGNS[design.engine])(self.c)
         policy = design.policy if isinstance(design, Shadow) else "fifo"
         (<sc_maker><size_t>_POLICIES.get(policy, _POLICIES["fifo"]))(self.c)
-        if policy not in _POLICIES:
-            self._policy = plug_policy(self.c, policy, plugin(Policy, policy))
         if record_uses:
             if not isinstance(design, Shadow):
                 raise ConfigError(f"record_uses: a shadow MMU is needed, not {design.name!r}")
@@ -345,6 +343,8 @@ cdef class Mmu:
             self._prepare_unsync(design)
         if isinstance(design, Shadow):
             self.c.policy.children = design.recycle_children
+            if policy not in _POLICIES and not record_uses:
+                self._policy = plug_policy(self.c, policy, plugin(Policy, policy))
             if not self.c.lists_all and (design.prefetch or design.flood_pages or design.update_in_place):
                 neighbours_follow(self.c)       # before the policy, whose hooks stand before these
         if self.c.policy.made != NULL:
@@ -502,14 +502,28 @@ cdef class Mmu:
         return 0
 
     def _plug(self, design):
-        """Policy and decisions in Python, from now on told and asked."""
-        if self._policy is not None and self.c.policy.own != &self.references:
-            self.c.policy.own = <void *>self._policy
+        """Policy and decisions of other packages, from now on told and asked."""
+        if self._policy is not None:
+            self.c.policy.own = (<Plugged>self._policy).own
         if isinstance(design, Shadow) and design.decides:
             self._decides = plug_decisions(self.c, design.decides, plugin(Decisions, design.decides))
         for plugged in (self._policy, self._decides):
             if plugged is not None:
-                (<Plugged>plugged).plugin.pages = window(self._arrays[0], None).view(PAGE_DTYPE)
+                (<Plugged>plugged).show(window(self._arrays[0], None).view(PAGE_DTYPE))
+
+    def export_plugins(self) -> dict:
+        """What the plug-ins of the machine have kept, as bytes: "policy", "decides". ConfigError for one that does not
+        say it, PluginError for one that does wrong."""
+        self.still()
+        plugged = {"policy": self._policy, "decides": self._decides}
+        return {name: (<Plugged>one).save() for name, one in plugged.items() if one is not None}
+
+    def import_plugins(self, dict states) -> None:
+        """Put back what export_plugins gave, after all else. PluginError for what a plug-in refuses."""
+        self.idle()
+        for name, plugged in (("policy", self._policy), ("decides", self._decides)):
+            if plugged is not None:
+                (<Plugged>plugged).restore(states[name])
 
     def _plugin_error(self):
         """What a plug-in has done wrong, or None."""
@@ -706,7 +720,7 @@ cdef class Mmu:
             raise ConfigError(f"can_emulate: a callable or None is needed, not {callback!r}")
         self._can_emulate = callback
         if self._decides is not None:
-            (<PluggedDecisions>self._decides).embedder = callback
+            (<PluggedDecisions>self._decides).ask_too(callback)
             return
         self.c.hook = <void *>self
         self.c.can_emulate = NULL
@@ -1009,7 +1023,7 @@ cdef class Mmu:
             kept = check_ints("policy", state.get("policy"), len(words), 0xFFFFFFFF)
             for i in (0, 1, _SHIFT):
                 check_int("policy", kept[i], int(words[i]), int(words[i]))
-        if self._policy is not None:    # a new one, that is told of the pages that there are then
+        if self._policy is not None:    # a new one
             self._policy = plug_policy(c, self.design.policy, plugin(Policy, self.design.policy))
             self._plug(None)
         c.n_free, c.n_active, c.n_pte4, c.n_pte8 = pages

@@ -306,7 +306,8 @@ class VM:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the complete state to one file. ConfigError for a machine that records uses, or knows what is to
-        come, which is no part of a state. OSError where that cannot be written; an older file is then kept."""
+        come, which is no part of a state, or that has a plug-in which does not say what it keeps. OSError where that
+        cannot be written; an older file is then kept."""
         if self._foresees:
             raise ConfigError("save: a machine that records uses, or knows what is to come, cannot be saved")
         snapshot.save(self, path)

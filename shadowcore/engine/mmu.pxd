@@ -42,8 +42,8 @@ cdef class Mmu:
     cdef Kept _walked               # the references in it
     cdef sc_exit_log exit_log       # behind c.exits
     cdef Kept _exits                # the rows in it
-    cdef object _policy             # plugged.Plugged behind c.policy.own, or None
-    cdef object _decides            # plugged.Deciding behind c.decider, or None
+    cdef object _policy             # plugged.PluggedPolicy behind c.policy.own, or None
+    cdef object _decides            # plugged.PluggedDecisions behind c.decider, or None
 
     cdef int idle(self) except -1
     cdef int enter(self, bint unsettled=*) except -1

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 import numpy as np
 
 from .. import npy
-from ..config import PAGE_SIZE, TLB, Design, Features, MemorySlot, Native, Nested, Quirk, Shadow
-from ..errors import AuditError, ConfigError, SnapshotError
+from ..config import PAGE_SIZE, POLICIES, TLB, Design, Features, MemorySlot, Native, Nested, Quirk, Shadow
+from ..errors import AuditError, ConfigError, PluginError, SnapshotError
 from ..files import Replacement, check_path
 from .mmu import FRAME_DTYPE, LINK_DTYPE, MEMBER_DTYPE, PAGE_DTYPE
 from .slots import checked_slots
@@ -90,6 +90,7 @@ def copy(make: Callable[..., M], vm: Machine) -> M:
     twin = make(state["memory"], mmu, vcpus, tlb, features=features, slots=slots or [None])
     _restore(twin, state, members, True)
     twin.mmu.settle()
+    _restore_plugins(twin, members)
     return twin
 
 
@@ -164,6 +165,10 @@ def load(make: Callable[..., M], path: str | os.PathLike[str], memory: NDArray[n
         vm.mmu.settle()
     except AuditError as error:
         raise SnapshotError(path, f"a sound shadow structure expected: {error.violations[0]}") from None
+    try:
+        _restore_plugins(vm, members)
+    except PluginError as error:
+        raise SnapshotError(path, f"what a plug-in can have kept expected: {error}") from error.__cause__
     report = vm.audit()
     if report.count != state.get("violations", 0):
         first = f": {report.violations[0]}" if report.violations else ""
@@ -194,6 +199,8 @@ def _members(vm: Machine) -> dict[str, NDArray[Any]]:
     if not isinstance(vm.mmu.design, Native):
         for name, array in vm.mmu.arrays.items():
             members[f"mmu_{name}"] = array.view(np.uint8).reshape(len(array), -1)
+    for name, kept in vm.mmu.export_plugins().items():
+        members[f"plugin_{name}"] = np.frombuffer(kept, np.uint8)
     return members
 
 
@@ -351,6 +358,10 @@ def _expected(state: dict[str, Any]) -> dict[str, tuple[Any, ...]]:
             found["mmu_members"] = byte, (3 * pages, MEMBER_DTYPE.itemsize)
             found["mmu_ghosts"] = byte, (max(4, 1 << (2 * pages - 1).bit_length()), 4)
             found["mmu_order"] = byte, (pages, 4)
+        if isinstance(mmu, Shadow) and mmu.policy not in POLICIES:
+            found["plugin_policy"] = byte, (None,)
+        if isinstance(mmu, Shadow) and mmu.decides:
+            found["plugin_decides"] = byte, (None,)
         if isinstance(mmu, Nested) or mmu.lagging:
             frames = state["memory"] >> 12
             found["mmu_below"], found["mmu_mapped"] = (byte, (pages, 64)), (byte, (frames, 2))
@@ -383,6 +394,13 @@ def _restore(vm: Machine, state: dict[str, Any], members: dict[str, NDArray[Any]
     for cpu, registers in zip(vm.vcpus, state["vcpus"], strict=True):
         cpu.import_tlb([members[f"tlb_{cpu.number}_{part}"] for part in range(len(cpu.tlb_arrays))])
         cpu.import_state(registers)
+
+
+def _restore_plugins(vm: Machine, members: dict[str, NDArray[Any]]) -> None:
+    """After all else has been checked: they may look at pages."""
+    vm.mmu.import_plugins(
+        {name: members[f"plugin_{name}"].tobytes() for name in ("policy", "decides") if f"plugin_{name}" in members}
+    )
 
 
 def _lags(vm: Machine) -> bool:

@@ -1,5 +1,6 @@
 """Every example is built as its page says, with warnings as errors, and run."""
 
+import importlib.util
 import os
 import re
 import shlex
@@ -7,9 +8,11 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import tomllib
 from pathlib import Path
 
 import pytest
+import streams
 from places import ROOT
 
 import shadowcore as sc
@@ -74,6 +77,65 @@ def test_cython(tmp_path):
     ]
 
 
+def loaded(path, name):
+    spec = importlib.util.spec_from_file_location(name, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.packaging
+def test_a_compiled_plug_in(tmp_path):
+    """It recycles what the same policy in Python recycles; saved and loaded it goes on; and it is found by its name."""
+    pytest.importorskip("Cython")
+    pytest.importorskip("setuptools")
+    work = tmp_path / "compiled"
+    shutil.copytree(EXAMPLES / "compiled", work)
+    run([sys.executable, "setup.py", "build_ext", "--inplace"], work)
+    (built,) = work.glob("shadowcore_example_compiled*.so")
+    compiled = loaded(built, "shadowcore_example_compiled")
+    type("Compiled", (sc.Policy,), {"compiled": compiled.policy}, name="test-lfu-compiled")
+    python = loaded(EXAMPLES / "plugins" / "shadowcore_example_plugins.py", "shadowcore_example_plugins")
+    type("Python", (python.LeastFrequentlyUsed,), {}, name="test-lfu")
+    pool = {"pool_pages": 16, "min_free": 5, "refill": 8}
+    for stream, make, more in (
+        ("pressure_64_s1", sc.Shadow.cached, {}),
+        ("fuzz_32_s6", sc.Shadow.cached, {"recycle_children": True}),
+        ("pressure_64_s1", sc.Shadow.unsync, {}),
+    ):
+        data, found = streams.stream(stream), []
+        for policy in ("test-lfu", "test-lfu-compiled"):
+            vm = streams.machine(data, make(**pool, policy=policy, **more))
+            zapped = []
+            vm.on_event(lambda event, zapped=zapped: zapped.append((event.detail, event.address)), ["zap"])
+            result = vm.vcpus[0].run(data["ops"])
+            assert vm.audit().ok
+            found.append((vm.stats.as_dict(), result.exits.tolist(), zapped))
+        assert found[0] == found[1]
+        assert vm.stats.mmu_recycled or stream != "pressure_64_s1"
+    for policy in ("test-lfu", "test-lfu-compiled"):
+        mmu = sc.Shadow.cached(**pool, policy=policy)
+        vm, other = streams.saved_half_way("pressure_64_s1", mmu, tmp_path / "vm")
+        kept = vm.mmu.export_plugins()["policy"]
+        assert other.mmu.export_plugins()["policy"] == kept
+        for forged in (b"", kept[:-1], kept + b"0", b"\0" * len(kept), b"\xff" * len(kept)):
+            with pytest.raises(sc.PluginError, match=f"{policy}: restore: "):
+                other.mmu.import_plugins({"policy": forged})
+        assert other.audit().ok
+    info = work / "shadowcore_example_compiled-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: shadowcore-example-compiled\nVersion: 1.0\n")
+    point = tomllib.loads((work / "pyproject.toml").read_text("utf-8"))["project"]["entry-points"][
+        "shadowcore.policies"
+    ]
+    (info / "entry_points.txt").write_text(
+        "[shadowcore.policies]\n" + "".join(f"{k} = {v}\n" for k, v in point.items())
+    )
+    command = "compare demand --operations 1000 --mmu cached --pool 16 --set policy=lfu-compiled"
+    code = "import sys; from shadowcore.cli import main; main(sys.argv[1:])"
+    assert "cached" in run([sys.executable, "-c", code, *command.split()], work)
+
+
 def test_c(tmp_path):
     command = [compiler("cc"), "-std=c11", *WARNINGS, *python_h(), EXAMPLES / "c" / "host.c", "-o", tmp_path / "host"]
     subprocess.run([*command, *embedding()], check=True)
@@ -96,7 +158,7 @@ def test_cpp(tmp_path):
     assert out.count(" 0 violations") == 3
 
 
-@pytest.mark.parametrize("name", ["python", "cython", "c", "cpp"])
+@pytest.mark.parametrize("name", ["python", "cython", "c", "cpp", "compiled"])
 def test_every_example_has_a_page(name):
     page = (EXAMPLES / name / "README.md").read_text("utf-8")
     for path in (EXAMPLES / name).iterdir():

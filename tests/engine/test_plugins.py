@@ -144,19 +144,77 @@ def test_a_plug_in_may_not_use_its_machine():
     assert guest.vm.audit().ok
 
 
-def test_a_saved_machine_has_a_policy_that_knows_its_pages(tmp_path):
-    data = streams.stream("pressure_64_s1")
-    half = len(data["ops"]) // 2
-    vm = streams.machine(data, design("test-lru"))
-    vm.vcpus[0].run(data["ops"][:half])
-    vm.save(tmp_path / "vm")
-    loaded = sc.VM.load(tmp_path / "vm")
-    result = loaded.vcpus[0].run(data["ops"][half:])
+class SavedLru(Lru, name="test-saved-lru"):
+    def state(self):
+        return np.array(list(self.order), dtype="<u4")
+
+    def restore(self, state):
+        pages = np.frombuffer(state, dtype="<u4").tolist()
+        if sorted(pages) != np.flatnonzero(self.pages["active"]).tolist():
+            raise ValueError("not the pages that there are")
+        self.order = dict.fromkeys(pages, True)
+
+
+class Patient(sc.Decisions, name="test-patient"):
+    """Emulates, and zaps at each third store."""
+
+    count = 0
+
+    def store(self, table):
+        self.count += 1
+        return "unsync" if table.unsync else "emulate" if self.count % 3 else "zap"
+
+    def state(self):
+        return b"%d" % self.count
+
+    def restore(self, state):
+        self.count = int(state)
+
+
+@pytest.mark.parametrize("make", [sc.Shadow.cached, sc.Shadow.unsync])
+def test_a_saved_machine_has_what_its_plug_ins_kept(make, tmp_path):
+    mmu = design("test-saved-lru", make, decides="test-patient")
+    _, loaded = streams.saved_half_way("pressure_64_s1", mmu, tmp_path / "vm")
     assert loaded.audit().ok
-    assert loaded.stats.mmu_recycled > vm.stats.mmu_recycled
-    expected = vm.vcpus[0].run(data["ops"][half:])
-    for column in COLUMNS:
-        np.testing.assert_array_equal(getattr(result, column), getattr(expected, column))
+    # A second file is equal to the first, and before anything was told there is one as well.
+    loaded.save(tmp_path / "once")
+    sc.VM.load(tmp_path / "once").save(tmp_path / "twice")
+    assert (tmp_path / "once").read_bytes() == (tmp_path / "twice").read_bytes()
+    sc.VM("1MiB", mmu).save(tmp_path / "new")
+    assert sc.VM.load(tmp_path / "new").audit().ok
+
+
+def test_a_plug_in_that_does_not_say_what_it_keeps(tmp_path):
+    guest = Guest("64", sc.Shadow.cached(policy="test-lru"))
+    with pytest.raises(sc.ConfigError, match=r"save: 'test-lru' cannot be saved, for Lru .* no method `state`"):
+        guest.vm.save(tmp_path / "vm")
+    guest = Guest("64", sc.Shadow.cached(decides="test-always"))  # keeps nothing of its own
+    guest.vm.save(tmp_path / "vm")
+    assert sc.VM.load(tmp_path / "vm").mmu.design.decides == "test-always"
+
+
+def test_a_state_that_is_none(tmp_path, monkeypatch):
+    guest = Guest("64", sc.Shadow.cached(policy="test-saved-lru"))
+    guest.cpu.read(USER)
+    guest.vm.save(tmp_path / "vm")
+    kept = (tmp_path / "vm").read_bytes()
+    for given, said in (
+        (None, "state: TypeError"),
+        ("text", "state: TypeError"),
+        (np.ones((4, 4))[::2, ::2], "state: TypeError"),
+    ):
+        monkeypatch.setattr(SavedLru, "state", lambda self, given=given: given)
+        with pytest.raises(sc.PluginError, match=f"test-saved-lru: {said}"):
+            guest.vm.save(tmp_path / "vm")
+        assert (tmp_path / "vm").read_bytes() == kept
+    for given in (b"", b"x", b"\0" * 4 * 10_000, np.arange(9, dtype="<u4")):
+        monkeypatch.setattr(SavedLru, "state", lambda self, given=given: given)
+        guest.vm.save(tmp_path / "vm")
+        with pytest.raises(
+            sc.SnapshotError, match="what a plug-in can have kept expected: test-saved-lru: restore: Val"
+        ):
+            sc.VM.load(tmp_path / "vm")
+    assert guest.vm.audit().ok
 
 
 def editing(mmu):

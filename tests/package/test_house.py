@@ -51,7 +51,7 @@ ENGINE = (
     "fetch invariants unsync.logs unsync.roots nested.tables",
     "lagging unsync.stores nested.logs nested.roots",
     "unsync.faults nested.faults",
-    "fault fast policies.common",
+    "fault fast policies.common policies.scripted",
     "designs.native designs.flush designs.cached designs.unsync designs.nested policies.fifo policies.lru "
     "policies.clock policies.twoq policies.arc policies.lirs policies.sieve policies.s3fifo policies.random "
     "policies.cost policies.optimal policies.plugged policies.uses neighbours exits",
@@ -65,7 +65,7 @@ ENGINE = (
 )
 """The modules of shadowcore.engine in the same way."""
 
-BOOKKEEPING = {"common", "plugged", "queues", "recorder", "references", "uses"}
+BOOKKEEPING = {"common", "plugged", "queues", "recorder", "references", "scripted", "uses"}
 """Modules of engine/policies that are no policy."""
 
 CAPI = ("header", "handles", "accesses lifecycle look shadow slots tables", "table")

@@ -1,7 +1,5 @@
 from typing_extensions import disjoint_base
 
-ANSWERS: tuple[str, ...]
-
 @disjoint_base
 class Plugged:
     @property
@@ -11,5 +9,4 @@ class Plugged:
 class PluggedPolicy(Plugged): ...
 
 @disjoint_base
-class PluggedDecisions(Plugged):
-    embedder: object
+class PluggedDecisions(Plugged): ...
