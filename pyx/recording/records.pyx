@@ -276,7 +276,6 @@ def replay(vm, dict arrays, start, stop, direct_map=0xFFFF888000000000):
     cdef u64 count = len(cpus)
     cdef u64 i
     cdef u64 end = stop
-    cdef u64 last                   # where exits are logged, the log is told of each record
     cdef sc_replay t
     cdef sc_mmu *mmu
     for i in range(count):
@@ -306,10 +305,10 @@ def replay(vm, dict arrays, start, stop, direct_map=0xFFFF888000000000):
     cpu.mmu.enter()
     try:
         while i < end and rc >= 0 and error is None:
-            last = end if mmu.exits == NULL else i + 1
             with nogil:
-                while i < last:
+                while i < end:
                     rc = _record(mmu, vcpus, count, &t, i)
+                    exits_next(mmu)
                     if mmu.audit_found:
                         rc = RC_AUDIT
                     if rc < 0:
@@ -320,7 +319,6 @@ def replay(vm, dict arrays, start, stop, direct_map=0xFFFF888000000000):
                     i += 1
                     if i % SLICE == 0 and watch_due(mmu.watch):
                         break
-            exits_next(mmu)
             if rc >= 0 and i < end:
                 error = cpu.mmu.stopped()
     finally:

@@ -94,7 +94,7 @@ def study(
         Settings win; they can have any name. One that nothing here uses is an error.
     log_exits: keep a log of every exit that is counted: StudyDesign.exit_log. Its operations are records of a guest's
         recording, operations of a workload from the end of its setup on, and of the processor that runs programs.
-        It takes several times as long.
+        Without a modelled TLB it takes several times as long.
     progress: called with the name of each design, gives a context manager whose value, unless None, is called with
         operations done, and all.
 
