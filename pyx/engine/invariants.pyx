@@ -18,7 +18,7 @@ from libc.string cimport memset
 from shadowcore.engine.absent cimport is_marker
 from shadowcore.engine.backing cimport host_level, host_present
 from shadowcore.engine.bits cimport (
-    PTE_A, PTE_D, PTE_G, PTE_P, PTE_PS, PTE_W, SPTE_MARK, level_index, level_mask, pte_addr, pte_pkey, pte_rights,
+    PTE_A, PTE_D, PTE_G, PTE_P, PTE_PS, SPTE_MARK, level_index, level_mask, pte_addr, pte_pkey, pte_rights,
 )
 from shadowcore.engine.counters cimport EXIT_FAULTS
 from shadowcore.engine.invariants cimport (
@@ -32,6 +32,7 @@ from shadowcore.engine.memory cimport (
     SC_RUNNING, SC_WRITTEN, mem_frame, mem_frame_hpa, mem_gfn, mem_is_rom, mem_leaf_frame, mem_may_write, mem_pool_hpa,
     mem_pool_page, mem_slot, mem_unlogged, sc_no_frame,
 )
+from shadowcore.engine.nested.translated cimport in_host_tables, maps_host
 from shadowcore.engine.page cimport sc_page
 from shadowcore.engine.policies.queues cimport queues_sound
 from shadowcore.engine.pool cimport hash_bucket
@@ -667,47 +668,12 @@ cdef bint _in_shadow(const sc_mmu *mmu, const sc_tlb_entry *e) noexcept nogil:
     return False
 
 
-cdef bint _in_host_tables(const sc_mmu *mmu, u32 page, const sc_tlb_entry *e) noexcept nogil:
-    """The host's tables, from root `page`, still map the entry's page, writable if it lets stores pass."""
-    cdef int level = mmu.host_levels
-    cdef u64 frame = mem_frame(mmu.mem, e.gpa >> 12)
-    cdef u64 value
-    while page < mmu.pool_pages and level > 0:
-        value = mmu.table[page * 512 + level_index(e.gpa, level)]
-        if not value & PTE_P:
-            return False
-        if level == 1 or value & PTE_PS:
-            return (frame != sc_no_frame() and (value & PTE_W or not (e.access & ACC_W and e.dirty))
-                    and (value & pte_addr() | e.gpa & level_mask(level) & pte_addr()) == mem_frame_hpa(mmu.mem, frame))
-        page = mem_pool_page(value)
-        level -= 1
-    return False
-
-
-cdef bint _maps_host(const sc_mmu *mmu, u32 page, const sc_tlb_entry *e) noexcept nogil:
-    """The host's tables, from root `page`, still translate what an entry of a nested TLB does, to the same, and let
-    stores pass if it does."""
-    cdef int level = mmu.host_levels
-    cdef u64 gpa = e.page & ~<u64>1
-    cdef u64 value
-    while page < mmu.pool_pages and level > 0:
-        value = mmu.table[page * 512 + level_index(gpa, level)]
-        if not value & PTE_P:
-            return False
-        if level == 1 or value & PTE_PS:
-            return ((value & PTE_W or not e.dirty)
-                    and (value & pte_addr() & ~level_mask(level) | gpa & level_mask(level)) == e.gpa)
-        page = mem_pool_page(value)
-        level -= 1
-    return False
-
-
 cdef void _check_nested_tlb(sc_mmu *mmu, sc_audit *a, const sc_vcpu *v) noexcept nogil:
     cdef const sc_tlb_entry *e
     cdef u32 n
     for n in range(v.tlb.nested.sets * v.tlb.nested.ways):
         e = &v.tlb.nested.entry[n]
-        if e.page & 1 and e.mmu_epoch == mmu.flush_epoch and not _maps_host(mmu, v.roots[0], e):
+        if e.page & 1 and e.mmu_epoch == mmu.flush_epoch and not maps_host(mmu, v.roots[0], e):
             audit_report(a, 8, S_TLB_SHADOW, SC_NONE, n, e.page >> 12)
 
 
@@ -735,7 +701,7 @@ cdef void check_tlb(sc_mmu *mmu, sc_audit *a) noexcept nogil:
                     audit_report(a, 8, S_TLB_STALE, SC_NONE, n, e.page >> 12)
                 if not mmu.shadow and not mmu.nested:
                     continue
-                if not (_in_host_tables(mmu, mmu.vcpus[i].roots[0], e) if mmu.nested else _in_shadow(mmu, e)):
+                if not (in_host_tables(mmu, mmu.vcpus[i].roots[0], e) if mmu.nested else _in_shadow(mmu, e)):
                     audit_report(a, 8, S_TLB_SHADOW, SC_NONE, n, e.page >> 12)
                 if not (e.access & ACC_W and e.dirty):
                     continue

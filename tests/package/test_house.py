@@ -47,7 +47,7 @@ ENGINE = (
     "roots invalidate zap",
     "leaf",
     "sync",
-    "emulate",
+    "emulate nested.translated",
     "fetch invariants unsync.logs unsync.roots nested.tables",
     "lagging unsync.stores nested.logs nested.roots",
     "unsync.faults nested.faults",
