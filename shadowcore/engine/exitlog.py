@@ -46,8 +46,8 @@ class ExitLog:
     ...     vm.vcpus[0].write(0x401000, 7)
     >>> log.reasons()
     ['fill']
-    >>> hex(log.rows["gva"][0]), log.rows["made"][0], log.rows["installed"][0]
-    ('0x401000', 3, 4)
+    >>> hex(log.rows["gva"][0]), log.rows[["made", "installed"]][0].item()
+    ('0x401000', (3, 4))
     """
 
     def __init__(self, mmu: Mmu, size: int | None = None, first: int = 0) -> None:
