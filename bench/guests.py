@@ -28,11 +28,12 @@ class Guest:
         size: int,
         mmu: str | sc.Native | sc.Shadow = "cached",
         table_room: int = 16 * MIB,
+        tlb: sc.TLB | sc.ProcessorTLB | None = None,
     ) -> None:
         self.mode = mode
         self.size = size
         self.kernel = 0xFFFF_8880_0000_0000 if mode in ("64", "la57") else 0xC000_0000
-        self.vm = sc.VM(memory=size + table_room, mmu=mmu)
+        self.vm = sc.VM(memory=size + table_room, mmu=mmu, tlb=tlb)
         self.cpu = self.vm.vcpus[0]
         self.frames = iter(range(table_room // PAGE))
         self.table_room = table_room

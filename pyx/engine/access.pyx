@@ -6,7 +6,7 @@ from libc.string cimport memcpy, memset
 
 from shadowcore.engine.access cimport (
     OP_AC, OP_ADD, OP_AND, OP_CMPXCHG, OP_CR0, OP_CR3, OP_CR4, OP_EFER, OP_FETCH, OP_INVLPG, OP_INVPCID, OP_OR,
-    OP_PKRU, OP_READ, OP_WRITE, OP_XCHG, op_is_rmw, sc_op, sc_result,
+    OP_PKRU, OP_READ, OP_WRITE, OP_XCHG, access_bits, access_bytes, in_one_page, op_is_rmw, sc_op, sc_result,
 )
 from shadowcore.engine.bits cimport EFER_TCE
 from shadowcore.engine.counters cimport EXIT_INVLPG
@@ -296,20 +296,6 @@ cdef int _one_page(sc_mmu *mmu, sc_vcpu *v, const sc_op *o, u64 va, u32 access, 
     return rc
 
 
-cdef inline u32 _access_bits(const sc_op *o) noexcept nogil:
-    """PF_* of a load, store or fetch."""
-    return (PF_U if o.user else 0) | (PF_W if o.op == OP_WRITE else PF_I if o.op == OP_FETCH else 0)
-
-
-cdef inline bint _in_one_page(const sc_vcpu *v, const sc_op *o, u64 *va, u32 *size) noexcept nogil:
-    """The operation is a load, store or fetch of at most 8 bytes in one page, at an address that can be."""
-    size[0] = 1 if o.op == OP_FETCH else o.size
-    va[0] = linear_address(v, o.addr)
-    if not linear_exists(v, va[0]):
-        return False
-    return o.op <= OP_FETCH and size[0] <= 8 and (va[0] & 4095) + size[0] <= 4096
-
-
 cdef bint access_glance(sc_mmu *mmu, sc_vcpu *v, const sc_op *o, bint data, sc_result *r) noexcept nogil:
     """Do the operation if it is a load, store or fetch in one page, allowed by the tables as they are; else nothing."""
     cdef u64 va
@@ -318,19 +304,19 @@ cdef bint access_glance(sc_mmu *mmu, sc_vcpu *v, const sc_op *o, bint data, sc_r
     cdef u32 size
     cdef u8 *at
     cdef int read
-    if v.memo == NULL or not _in_one_page(v, o, &va, &size):
+    if v.memo == NULL or not in_one_page(v, o, &va, &size):
         return False
     if mmu.shadow:
-        read = shadow_glance(mmu.mem, &v.hw, va, _access_bits(o), &gpa)
+        read = shadow_glance(mmu.mem, &v.hw, va, access_bits(o), &gpa)
         frame = (gpa >> 12) - mmu.mem.ram_hfn
         if read < 0 or frame >= mmu.mem.nframes:
             return False
         gpa = (mem_gfn(mmu.mem, frame) << 12) | (va & 4095)
     else:
         if mmu.nested:
-            read = nested_glance(mmu.mem, &v.guest, va, _access_bits(o), &gpa)
+            read = nested_glance(mmu.mem, &v.guest, va, access_bits(o), &gpa)
         else:
-            read = guest_glance(mmu.mem, &v.guest, va, _access_bits(o), &gpa)
+            read = guest_glance(mmu.mem, &v.guest, va, access_bits(o), &gpa)
         frame = mem_frame(mmu.mem, gpa >> 12)
         if read < 0 or frame == sc_no_frame():
             return False
@@ -339,13 +325,7 @@ cdef bint access_glance(sc_mmu *mmu, sc_vcpu *v, const sc_op *o, bint data, sc_r
     memset(r, 0, sizeof(sc_result))
     r.gpa = gpa
     at = mmu.mem.ram + (frame << 12) + (va & 4095)
-    if o.op == OP_WRITE:
-        if data:
-            memcpy(at, o.value, size)
-        if not mmu.shadow:
-            store_seen(mmu, gpa)
-    elif data:
-        memcpy(r.value, at, size)
+    access_bytes(mmu, o, gpa, at, data, size, r.value)
     return True
 
 
@@ -357,9 +337,9 @@ cdef bint access_fault(sc_mmu *mmu, sc_vcpu *v, const sc_op *o, bint data, sc_re
     cdef u32 size
     cdef u32 told = 0
     cdef u8 *at
-    if not _in_one_page(v, o, &va, &size):
+    if not in_one_page(v, o, &va, &size):
         return False
-    r.gpa = mmu.design.fast_fault(mmu, v, va, _access_bits(o), &told)
+    r.gpa = mmu.design.fast_fault(mmu, v, va, access_bits(o), &told)
     r.value[0] = r.value[1] = 0
     if r.gpa == ~<u64>0:
         r.outcome = RC_PF

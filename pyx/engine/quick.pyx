@@ -9,7 +9,8 @@ Past 500 lines, for it is one loop, of which each part is inlined into it for ea
 from libc.string cimport memcpy, memset
 
 from shadowcore.engine.access cimport (
-    OP_COUNT, OP_FETCH, OP_READ, OP_WRITE, access_missed, sc_op, sc_result, vcpu_op,
+    OP_COUNT, OP_FETCH, OP_READ, OP_WRITE, access_bits, access_bytes, access_missed, in_one_page, sc_op, sc_result,
+    vcpu_op,
 )
 from shadowcore.engine.bits cimport PTE_P, PTE_PS, is_canonical, pte_addr
 from shadowcore.engine.check cimport sc_check
@@ -27,6 +28,7 @@ from shadowcore.engine.quick cimport (
 )
 from shadowcore.engine.results cimport sc_row
 from shadowcore.engine.state cimport memo_drop, sc_mmu, sc_vcpu
+from shadowcore.engine.tlbhit cimport tlb_hit
 from shadowcore.engine.types cimport (
     PF_I, PF_U, PF_W, RC_AUDIT, RC_BAD_OP, RC_OK, i64, u8, u16, u32,
     u64,
@@ -521,6 +523,34 @@ cdef inline u64 _by_layout(sc_mmu *mmu, sc_batch *b, u64 i, u64 stop) noexcept n
     return _any_layout(mmu, b, i, stop)
 
 
+cdef u64 quick_translated(sc_mmu *mmu, sc_batch *b, u64 i, u64 stop) noexcept nogil:
+    """Where operations from number i on lead that are loads, stores and fetches in one page, which the TLB translates,
+    up to the first that is none; returns its number. Their bytes are moved."""
+    cdef sc_vcpu *v = mmu.vcpus[b.number]
+    cdef sc_op o
+    cdef u64 first = i
+    cdef u64 va, gpa
+    cdef u32 size
+    cdef u64 value[2]
+    o.value[0] = o.value[1] = 0
+    while i < stop:
+        if b.known_stride:
+            load_known(&o, b, i)
+        else:
+            load_op(&o, &b.ops, i, b.number)
+        if (o.op > OP_FETCH or not op_stands(&o, mmu.n_vcpus, b.last, False) or not in_one_page(v, &o, &va, &size)
+                or not tlb_hit(mmu, v, va, access_bits(&o), &gpa)):
+            break
+        value[0] = 0
+        access_bytes(mmu, &o, gpa, mem_guest_frame(mmu.mem, gpa) + (gpa & 4095), b.data, size, value)
+        b.gpa[i] = gpa
+        if b.data:
+            b.value[i] = value[0]
+        i += 1
+    mmu.stats.accesses += i - first
+    return i
+
+
 cdef inline void _begin(sc_batch *b, sc_memo *memo) noexcept nogil:
     """Before a chunk."""
     b.hits = b.glances = b.repeats = b.regions = 0
@@ -557,13 +587,18 @@ cdef int quick_chunk(sc_mmu *mmu, sc_batch *b, u64 *done, u64 stop) noexcept nog
     o.vcpu = b.number
     if memo != NULL:
         _begin(b, memo)
+    else:
+        b.use_tlb = b.ops.at[FIELD_VCPU] == <u64>-1 and mmu.vcpus[b.number].tlb != NULL and mmu.vcpus[b.number].tlb.open
     while True:
-        if (memo != NULL and exits < STREAK and i < stop
-                and b.ops.base[<i64>i * b.ops.stride + <i64>b.ops.at[FIELD_OP]] <= OP_FETCH):
-            before = i
-            i = _by_layout(mmu, b, i, stop)
-            if i > before:
-                exits = 0
+        if memo != NULL:
+            if (exits < STREAK and i < stop
+                    and b.ops.base[<i64>i * b.ops.stride + <i64>b.ops.at[FIELD_OP]] <= OP_FETCH):
+                before = i
+                i = _by_layout(mmu, b, i, stop)
+                if i > before:
+                    exits = 0
+        elif b.use_tlb:
+            i = quick_translated(mmu, b, i, stop)
         if i == stop:
             break
         both = 0                    # no candidate: to be judged
@@ -590,7 +625,7 @@ cdef int quick_chunk(sc_mmu *mmu, sc_batch *b, u64 *done, u64 stop) noexcept nog
             if b.high != NULL:
                 b.high[i] = r.value[1]
         exits = exits + 1 if r.exits else 0
-        if r.outcome or r.exits or r.emulated:
+        if exits or r.outcome or r.emulated:
             row = &b.rows[b.n_rows]
             b.n_rows += 1
             row.number = i

@@ -12,14 +12,14 @@ from shadowcore.engine.references cimport walk_ended
 from shadowcore.engine.roots cimport root_slots
 from shadowcore.engine.state cimport sc_mmu, sc_vcpu, vcpu_pcid
 from shadowcore.engine.tlb cimport (
-    TLB_FETCH, TLB_LOAD, TLB_STORE, sc_tlb_entry, tlb_flush_caches, tlb_flush_fault, tlb_lookup, tlb_take,
-    tlb_violated, tlb_walked,
+    TLB_FETCH, TLB_LOAD, TLB_STORE, tlb_flush_caches, tlb_flush_fault, tlb_violated, tlb_walked,
 )
+from shadowcore.engine.tlbhit cimport tlb_hit, tlb_kind
 from shadowcore.engine.types cimport (
     MODE_32, MODE_OFF, PF_I, PF_P, PF_W, RC_EMULATE, RC_EXHAUSTED, RC_LIVELOCK, RC_MMIO, RC_OK, RC_PF, RC_RETRY,
     SC_NONE, npf_table, u16, u32, u64,
 )
-from shadowcore.engine.walker cimport guest_walk, nested_walk, probe_walk, rights_fault, sc_walk, shadow_walk
+from shadowcore.engine.walker cimport guest_walk, nested_walk, probe_walk, sc_walk, shadow_walk
 
 cdef enum:
     MAX_EXITS = 40                  # exits of one access after which it is taken to hang
@@ -29,10 +29,6 @@ cdef enum:
 sc_check(TLB_LOAD >> 1 == 0)
 sc_check(TLB_STORE >> 1 == 1)
 sc_check(TLB_FETCH >> 1 == 2)
-
-
-cdef inline u32 _kind(u32 access) noexcept nogil:
-    return TLB_FETCH if access & PF_I else TLB_STORE if access & PF_W else TLB_LOAD
 
 
 cdef inline void _missed(sc_mmu *mmu, u32 kind) noexcept nogil:
@@ -47,25 +43,9 @@ cdef inline void _ended(sc_mmu *mmu, sc_vcpu *v, u64 va, u32 access, const sc_wa
 
 
 cdef inline bint _tlb_hit(sc_mmu *mmu, sc_vcpu *v, u64 va, u32 access, sc_walk *w) noexcept nogil:
-    """The TLB translates `va` for `access`. Rights are judged at each use, by the registers as they are; where an entry
-    does not do, the tables are walked: real processors do the same before they report a fault."""
-    cdef u32 bank = 0
-    cdef u32 kind = _kind(access)
-    cdef u16 pcid = vcpu_pcid(v)
-    cdef sc_tlb_entry *e = tlb_lookup(v.tlb, va, pcid, mmu.flush_epoch, kind, &bank)
-    if (e == NULL or (access & PF_W and not e.dirty)
-            or rights_fault(&v.hw if mmu.shadow else &v.guest, e.access, e.pkey, access)):
-        _missed(mmu, kind)
+    if not tlb_hit(mmu, v, va, access, &w.gpa):
+        _missed(mmu, tlb_kind(access))
         return False
-    w.gpa = e.gpa | (va & ((<u64>1 << e.shift) - 1))
-    if mem_is_device(mmu.mem, w.gpa >> 12, access):
-        _missed(mmu, kind)          # the part of a large page that lies beyond RAM; a store to a read-only slot
-        return False
-    if not mmu.shadow:
-        mem_touch(mmu.mem, w.gpa >> 12, access & PF_W != 0)
-    tlb_take(v.tlb, bank, e, va, pcid, mmu.flush_epoch, kind)
-    mmu.stats.tlb_hits += 1
-    (&mmu.stats.tlb_load_hits)[3 * (v.tlb.bank[bank].level - 1) + (kind >> 1)] += 1
     w.error_code = 0
     return True
 
@@ -86,7 +66,7 @@ cdef inline void _tlb_fill(sc_mmu *mmu, sc_vcpu *v, u64 va, u32 access, const sc
     if mmu.shadow:
         root = v.roots[0 if root_slots(v) == 1 else <int>(va >> 30) & 3]
     tlb_walked(v.tlb, va, w.gpa, shift, guest, vcpu_pcid(v), w.access, w.pkey, leaf & PTE_D != 0,
-               leaf & PTE_G != 0 and v.cr4 & CR4_PGE != 0, mmu.flush_epoch, root, _kind(access))
+               leaf & PTE_G != 0 and v.cr4 & CR4_PGE != 0, mmu.flush_epoch, root, tlb_kind(access))
 
 
 cdef bint _delivered(sc_mmu *mmu, sc_vcpu *v, u64 va, u32 access, const sc_walk *hw, sc_walk *w) noexcept nogil:
@@ -109,7 +89,7 @@ cdef void _tlb_fill_nested(sc_mmu *mmu, sc_vcpu *v, u64 va, u32 access, const sc
     cdef int guest = 12 + (10 if v.guest.mode == MODE_32 else 9) * (w.level - 1)
     tlb_walked(v.tlb, va, w.gpa, min(guest, 12 + 9 * (w.host_level - 1)), guest, vcpu_pcid(v), w.access, w.pkey,
                leaf & PTE_D and w.host_entry & PTE_W, leaf & PTE_G != 0 and v.cr4 & CR4_PGE != 0, mmu.flush_epoch,
-               SC_NONE, _kind(access))
+               SC_NONE, tlb_kind(access))
 
 
 cdef void _violated(sc_vcpu *v, u64 va, const sc_walk *w) noexcept nogil:

@@ -5,86 +5,47 @@ a processor may do at any time, for it may forget what it has cached. So no stal
 
 `lost`, in the flush functions, is for tests alone: the flush becomes due and does not happen.
 """
+from libc.string cimport memset
+
 from shadowcore.engine.tlb cimport (
     INVPCID_ADDRESS, INVPCID_ALL, INVPCID_CONTEXT, TLB_ANY_PCID, TLB_CACHES, TLB_EVERY, TLB_NOT_GLOBAL, TLB_PAGES,
-    sc_tlb, sc_tlb_bank, sc_tlb_entry, tlb_valid,
+    sc_tlb, sc_tlb_bank, sc_tlb_entry, tlb_class, tlb_lookup, tlb_set, tlb_shift, tlb_tag, tlb_touch,
+    tlb_valid,
 )
 from shadowcore.engine.types cimport SC_NONE, u16, u32, u64
 
-# log2 of the sizes of pages that there are, of 4 KiB first.
-cdef int _shift[4]
-_shift[0], _shift[1], _shift[2], _shift[3] = 12, 21, 22, 30
-
-
-cdef inline int _class(int shift) noexcept nogil:
-    return 0 if shift == 12 else 1 if shift < 30 else 2
-
-
-cdef inline sc_tlb_entry *_set(const sc_tlb_bank *b, u64 va, int shift) noexcept nogil:
-    if b.sets & (b.sets - 1) == 0:
-        return b.entry + ((va >> shift) & (b.sets - 1)) * b.ways
-    return b.entry + ((va >> shift) % b.sets) * b.ways
-
-
-# Replacement. A tree has a bit for each inner node of a heap over the ways; it leads to the way that goes next.
-
-cdef inline void _touch(sc_tlb_entry *set_, u32 ways, u32 way, bint plru, u64 clock) noexcept nogil:
-    """The way was used."""
-    cdef u64 tree
+cdef inline u32 _next_by_tree(const sc_tlb_bank *b, u64 set_) noexcept nogil:
+    """The way that the tree of the set leads to."""
+    cdef u64 tree = b.used[set_ * b.ways]
     cdef u32 node = 1
-    cdef u32 half = ways >> 1
-    if not plru:
-        set_[way].used = clock
-        return
-    tree = set_[0].used
-    while half:
-        if way & half:
-            tree &= ~(<u64>1 << node)           # to the left next
-        else:
-            tree |= <u64>1 << node
-        node = 2 * node + (way & half != 0)
-        half >>= 1
-    set_[0].used = tree
-
-
-cdef inline u32 _next_by_tree(const sc_tlb_entry *set_, u32 ways) noexcept nogil:
-    cdef u64 tree = set_[0].used
-    cdef u32 node = 1
-    while node < ways:
+    while node < b.ways:
         node = 2 * node + <u32>(tree >> node & 1)
-    return node - ways
+    return node - b.ways
 
 
-# Lookup and fill
-
-cdef inline sc_tlb_entry *_probe(const sc_tlb *t, const sc_tlb_bank *b, u64 va, int shift, u16 pcid,
-                                 u64 mmu_epoch) noexcept nogil:
-    cdef sc_tlb_entry *e = _set(b, va, shift)
-    cdef u64 page = (va >> shift) << shift | 1
-    for _ in range(b.ways):
-        if e.page == page and e.shift == shift and tlb_valid(t, e, mmu_epoch) and (e.is_global or e.pcid == pcid):
-            return e
-        e += 1
-    return NULL
+cdef inline void _tag(const sc_tlb_bank *b, u64 number) noexcept nogil:
+    cdef const sc_tlb_entry *e = &b.entry[number]
+    b.tag[number] = tlb_tag(e.page, e.shift, e.pcid, e.is_global) if e.page & 1 else 0
 
 
-cdef sc_tlb_entry *tlb_lookup(sc_tlb *t, u64 va, u16 pcid, u64 mmu_epoch, u32 kind, u32 *bank) noexcept nogil:
+cdef inline void _drop(const sc_tlb_bank *b, u64 number) noexcept nogil:
+    b.entry[number].page = 0
+    b.tag[number] = 0
+
+
+cdef void tlb_index(sc_tlb *t) noexcept nogil:
     cdef sc_tlb_bank *b
-    cdef sc_tlb_entry *e
-    cdef u32 i
-    cdef int k
-    for i in range(t.banks):
-        b = &t.bank[i]
-        if not b.kinds & kind:
-            continue
-        for k in range(4):
-            if t.shifts >> _shift[k] & 1 and b.sizes >> _class(_shift[k]) & 1:
-                e = _probe(t, b, va, _shift[k], pcid, mmu_epoch)
-                if e != NULL:
-                    bank[0] = i
-                    return e
-    return NULL
+    cdef u64 i
+    cdef u32 n
+    t.stale = t.clock + 1           # no set was seen to be full
+    for n in range(t.banks):
+        b = &t.bank[n]
+        memset(b.full, 0, b.sets * sizeof(u64))
+        for i in range(<u64>b.sets * b.ways):
+            _tag(b, i)
 
+
+# Fill
 
 cdef sc_tlb_entry *tlb_find(sc_tlb *t, u64 va, u16 pcid, u64 mmu_epoch) noexcept nogil:
     """The valid entry that translates `va` under `pcid`, or NULL."""
@@ -92,79 +53,104 @@ cdef sc_tlb_entry *tlb_find(sc_tlb *t, u64 va, u16 pcid, u64 mmu_epoch) noexcept
     return tlb_lookup(t, va, pcid, mmu_epoch, TLB_EVERY, &bank)
 
 
-cdef sc_tlb_entry *_place(sc_tlb *t, u32 level, u64 page, int shift, u16 pcid, bint is_global, u64 mmu_epoch, u32 kind,
-                          sc_tlb_bank **bank) noexcept nogil:
-    """Where an entry for the page goes in this level: over one of the same page, else to a free place, else to that of
-    the least recently used, or to the one that the tree of a bank names, banks taking turns. NULL: nowhere."""
+cdef inline bint _takes(const sc_tlb_bank *b, u32 level, int shift, u32 kind) noexcept nogil:
+    return b.level == level and b.kinds & kind and b.sizes >> tlb_class(shift) & 1
+
+
+cdef sc_tlb_bank *_same(sc_tlb *t, u32 level, const sc_tlb_entry *made, u32 kind, u64 *place) noexcept nogil:
+    """The bank with an entry of the same page, valid or not, that the new one replaces, and its place; or NULL."""
+    cdef u64 own = tlb_tag(made.page, made.shift, made.pcid, False)
+    cdef u64 every = tlb_tag(made.page, made.shift, made.pcid, True)
+    cdef u64 telling = ~<u64>0xFFF8 if made.is_global else ~<u64>0      # a global one replaces that of any PCID
     cdef sc_tlb_bank *b
-    cdef sc_tlb_entry *e
-    cdef sc_tlb_entry *set_
-    cdef sc_tlb_entry *victim = NULL
-    cdef bint empty = False         # the victim is no valid entry
+    cdef u64 first
+    cdef u32 i, way
+    for i in range(t.banks):
+        b = &t.bank[i]
+        if not _takes(b, level, made.shift, kind):
+            continue
+        first = tlb_set(b, made.page, made.shift) * b.ways
+        for way in range(b.ways):
+            if (b.tag[first + way] ^ own) & telling == 0 or b.tag[first + way] == every:
+                place[0] = first + way
+                return b
+    return NULL
+
+
+cdef inline bint _is_full(const sc_tlb *t, const sc_tlb_bank *b, u64 set_, u64 mmu_epoch, u32 *free) noexcept nogil:
+    """All entries of the set are valid; else `free` is the first way that is not. What was seen to be full stays so
+    until an entry somewhere becomes invalid."""
+    cdef u32 way
+    if b.full[set_] >= t.stale:
+        return True
+    for way in range(b.ways):
+        if not tlb_valid(t, &b.entry[set_ * b.ways + way], mmu_epoch):
+            free[0] = way
+            return False
+    b.full[set_] = t.clock
+    return True
+
+
+cdef sc_tlb_bank *_place(sc_tlb *t, u32 level, const sc_tlb_entry *made, u64 mmu_epoch, u32 kind,
+                         u64 *place) noexcept nogil:
+    """Where an entry goes in this level: over one of the same page, else to a free place, else to that of the least
+    recently used, or to the one that the tree of a bank names, banks taking turns. NULL: nowhere."""
+    cdef sc_tlb_bank *victim = _same(t, level, made, kind, place)
+    cdef sc_tlb_bank *b
+    cdef u64 set_
+    cdef u32 free = 0
     cdef u32 i, way
     cdef u32 trees = 0
     cdef u32 chosen
+    if victim != NULL:
+        return victim
+    if t.seen != mmu_epoch:
+        t.seen = mmu_epoch
+        t.stale = t.clock
     for i in range(t.banks):
         b = &t.bank[i]
-        if b.level != level or not b.kinds & kind or not b.sizes >> _class(shift) & 1:
+        if not _takes(b, level, made.shift, kind):
             continue
-        set_ = _set(b, page, shift)
+        set_ = tlb_set(b, made.page, made.shift)
+        if not _is_full(t, b, set_, mmu_epoch, &free):
+            place[0] = set_ * b.ways + free
+            return b
         trees += b.plru
+        if b.plru:
+            continue
         for way in range(b.ways):
-            e = set_ + way
-            if e.page == page and e.shift == shift and (e.pcid == pcid or e.is_global or is_global):
-                bank[0] = b
-                return e
-            if empty:
-                continue
-            if not tlb_valid(t, e, mmu_epoch):
-                victim = e
-                bank[0] = b
-                empty = True
-            elif not b.plru and (victim == NULL or e.used < victim.used):
-                victim = e
-                bank[0] = b
-    if empty or not trees:
+            if victim == NULL or b.used[set_ * b.ways + way] < victim.used[place[0]]:
+                victim = b
+                place[0] = set_ * b.ways + way
+    if not trees:
         return victim
     chosen = <u32>(t.turn % trees)
     t.turn += trees > 1
     for i in range(t.banks):
         b = &t.bank[i]
-        if b.level != level or not b.kinds & kind or not b.sizes >> _class(shift) & 1:
+        if not _takes(b, level, made.shift, kind):
             continue
         if chosen == 0:
-            bank[0] = b
-            set_ = _set(b, page, shift)
-            return set_ + _next_by_tree(set_, b.ways)
+            set_ = tlb_set(b, made.page, made.shift)
+            place[0] = set_ * b.ways + _next_by_tree(b, set_)
+            return b
         chosen -= 1
     return NULL
 
 
-cdef inline void _put(sc_tlb *t, sc_tlb_bank *b, sc_tlb_entry *to, const sc_tlb_entry *made) noexcept nogil:
-    """An entry, in a place of its set: what the place has of its own is when it was used."""
-    cdef sc_tlb_entry *set_ = _set(b, made.page, made.shift)
-    cdef u64 used = to.used
-    to[0] = made[0]
-    to.used = used
-    _touch(set_, b.ways, <u32>(to - set_), b.plru, t.clock)
-
-
 cdef void _fill_level(sc_tlb *t, u32 level, const sc_tlb_entry *made, u64 mmu_epoch, u32 kind) noexcept nogil:
-    cdef sc_tlb_bank *b = NULL
-    cdef sc_tlb_entry *to = _place(t, level, made.page, made.shift, made.pcid, made.is_global, mmu_epoch, kind, &b)
-    if to != NULL:
-        _put(t, b, to, made)
-        t.fragments += made.guest_shift > made.shift
+    cdef u64 place = 0
+    cdef sc_tlb_bank *b = _place(t, level, made, mmu_epoch, kind, &place)
+    if b == NULL:
+        return
+    b.entry[place] = made[0]
+    _tag(b, place)
+    tlb_touch(b, place, t.clock)
+    t.fragments += made.guest_shift > made.shift
 
 
-cdef void tlb_take(sc_tlb *t, u32 bank, sc_tlb_entry *e, u64 va, u16 pcid, u64 mmu_epoch, u32 kind) noexcept nogil:
-    """The entry, of that bank, is used. Of the second level it is copied to the first."""
-    cdef sc_tlb_bank *b = &t.bank[bank]
-    cdef sc_tlb_entry *set_ = _set(b, va, e.shift)
-    t.clock += 1
-    _touch(set_, b.ways, <u32>(e - set_), b.plru, t.clock)
-    if b.level > 1:
-        _fill_level(t, 1, e, mmu_epoch, kind)
+cdef void tlb_raise(sc_tlb *t, const sc_tlb_entry *e, u64 mmu_epoch, u32 kind) noexcept nogil:
+    _fill_level(t, 1, e, mmu_epoch, kind)
 
 
 cdef void tlb_walked(sc_tlb *t, u64 va, u64 gpa, int shift, int guest_shift, u16 pcid, u32 access, u32 pkey,
@@ -177,7 +163,6 @@ cdef void tlb_walked(sc_tlb *t, u64 va, u64 gpa, int shift, int guest_shift, u16
     made.mmu_epoch = mmu_epoch
     made.epoch = t.epoch
     made.filled = t.clock
-    made.used = 0
     made.pcid = pcid
     made.pcid_epoch = t.pcid_epoch[pcid]
     made.access = access
@@ -214,29 +199,29 @@ cdef inline int _covers(int level, int width) noexcept nogil:
 cdef sc_tlb_entry *_cached(sc_tlb *t, sc_tlb_bank *b, u64 va, int shift, u16 pcid, u64 mmu_epoch,
                            sc_tlb_entry **victim) noexcept nogil:
     """The valid entry, or NULL with the place that the next one takes."""
-    cdef sc_tlb_entry *set_ = _set(b, va, shift)
+    cdef u64 set_ = tlb_set(b, va, shift)
+    cdef u64 last = set_ * b.ways + (_next_by_tree(b, set_) if b.plru else 0)
     cdef sc_tlb_entry *e
     cdef bint valid
     cdef bint empty = False
-    cdef u32 way
-    victim[0] = set_ + (_next_by_tree(set_, b.ways) if b.plru else 0)
-    for way in range(b.ways):
-        e = set_ + way
+    cdef u64 number
+    for number in range(set_ * b.ways, (set_ + 1) * b.ways):
+        e = &b.entry[number]
         valid = e.page & 1 and e.mmu_epoch == mmu_epoch and (
             not b.kinds or (e.epoch == t.epoch and e.pcid_epoch == t.cache_epoch[e.pcid & 4095]))
         if valid and e.page == ((va >> shift) << shift | 1) and e.shift == shift and e.pcid == pcid:
             return e
         if not valid and not empty:
-            victim[0] = e
+            last = number
             empty = True
-        elif not empty and not b.plru and e.used < victim[0].used:
-            victim[0] = e
+        elif not empty and not b.plru and b.used[number] < b.used[last]:
+            last = number
+    victim[0] = &b.entry[last]
     return NULL
 
 
-cdef inline void _used(sc_tlb *t, sc_tlb_bank *b, sc_tlb_entry *e, u64 va, int shift) noexcept nogil:
-    cdef sc_tlb_entry *set_ = _set(b, va, shift)
-    _touch(set_, b.ways, <u32>(e - set_), b.plru, t.clock)
+cdef inline void _used(sc_tlb *t, sc_tlb_bank *b, const sc_tlb_entry *e) noexcept nogil:
+    tlb_touch(b, <u64>(e - b.entry), t.clock)
 
 
 cdef int _lowest(sc_tlb *t, sc_tlb_bank *cache, u64 va, u16 pcid, u64 mmu_epoch, int top, int width) noexcept nogil:
@@ -249,7 +234,7 @@ cdef int _lowest(sc_tlb *t, sc_tlb_bank *cache, u64 va, u16 pcid, u64 mmu_epoch,
         e = _cached(t, &cache[level - 2], va, _covers(level, width), pcid, mmu_epoch, &victim)
         if e != NULL:
             t.clock += 1
-            _used(t, &cache[level - 2], e, va, _covers(level, width))
+            _used(t, &cache[level - 2], e)
             return level
     return 0
 
@@ -266,7 +251,7 @@ cdef sc_tlb_entry *_learn(sc_tlb *t, sc_tlb_bank *b, u64 va, int shift, u16 pcid
     to.epoch = t.epoch
     to.pcid = pcid
     to.pcid_epoch = t.cache_epoch[pcid]
-    _used(t, b, to, va, shift)
+    _used(t, b, to)
     return to
 
 
@@ -299,19 +284,19 @@ cdef bint nested_tlb_has(sc_tlb *t, u64 gpa, u64 mmu_epoch, bint store) noexcept
     cdef sc_tlb_entry *victim
     cdef int shift
     for shift in range(12, 31, 9):
-        if not t.nested.sizes >> _class(shift) & 1:
+        if not t.nested.sizes >> tlb_class(shift) & 1:
             continue
         e = _cached(t, &t.nested, gpa, shift, 0, mmu_epoch, &victim)
         if e != NULL and (e.dirty or not store):
             t.clock += 1
-            _used(t, &t.nested, e, gpa, shift)
+            _used(t, &t.nested, e)
             return True
     return False
 
 
 cdef void nested_tlb_filled(sc_tlb *t, u64 gpa, u64 hpa, int shift, bint dirty, u64 mmu_epoch, u32 root) noexcept nogil:
     cdef sc_tlb_entry *e
-    if not t.nested.sizes >> _class(shift) & 1:
+    if not t.nested.sizes >> tlb_class(shift) & 1:
         return
     t.clock += 1
     e = _learn(t, &t.nested, gpa, shift, 0, mmu_epoch)
@@ -337,7 +322,7 @@ cdef void tlb_violated(sc_tlb *t, u64 gpa) noexcept nogil:
 cdef void tlb_flush_all(sc_tlb *t, bint lost) noexcept nogil:
     """Every entry goes: loads of CR0, CR4 and EFER that change paging (SDM 4.10.4.1)."""
     t.clock += 1
-    t.due_all = t.clock
+    t.due_all = t.stale = t.clock
     if not lost:
         t.epoch += 1
 
@@ -345,7 +330,7 @@ cdef void tlb_flush_all(sc_tlb *t, bint lost) noexcept nogil:
 cdef void tlb_flush_pcid(sc_tlb *t, u16 pcid, bint lost) noexcept nogil:
     """The entries of `pcid` go that are not global: a CR3 load without bit 63."""
     t.clock += 1
-    t.due_pcid[pcid] = t.clock
+    t.due_pcid[pcid] = t.stale = t.clock
     if not lost:
         t.pcid_epoch[pcid] += 1
         t.cache_epoch[pcid] += 1
@@ -362,11 +347,12 @@ cdef inline bint _is_of(const sc_tlb_entry *e, u16 pcid) noexcept nogil:
 
 
 cdef void _forget(const sc_tlb_bank *b, u64 va, int shift, u16 pcid) noexcept nogil:
-    cdef sc_tlb_entry *e = _set(b, va, shift)
-    for _ in range(b.ways):
-        if e.shift == shift and e.page == ((va >> shift) << shift | 1) and _is_of(e, pcid):
-            e.page = 0
-        e += 1
+    cdef u64 first = tlb_set(b, va, shift) * b.ways
+    cdef u64 number
+    for number in range(first, first + b.ways):
+        if (b.entry[number].shift == shift and b.entry[number].page == ((va >> shift) << shift | 1)
+                and _is_of(&b.entry[number], pcid)):
+            _drop(b, number)
 
 
 cdef void _flush_page(sc_tlb *t, u64 va, u16 pcid, bint lost) noexcept nogil:
@@ -377,7 +363,7 @@ cdef void _flush_page(sc_tlb *t, u64 va, u16 pcid, bint lost) noexcept nogil:
     cdef int k
     t.clock += 1
     t.due_page[t.due_next] = va
-    t.due_page_at[t.due_next] = t.clock
+    t.due_page_at[t.due_next] = t.stale = t.clock
     t.due_page_pcid[t.due_next] = pcid
     t.due_next = (t.due_next + 1) % TLB_PAGES
     if lost:
@@ -385,8 +371,8 @@ cdef void _flush_page(sc_tlb *t, u64 va, u16 pcid, bint lost) noexcept nogil:
     for n in range(t.banks):
         b = &t.bank[n]
         for k in range(4):
-            if t.shifts >> _shift[k] & 1 and b.sizes >> _class(_shift[k]) & 1:
-                _forget(b, va, _shift[k], pcid)
+            if t.shifts >> tlb_shift(k) & 1 and b.sizes >> tlb_class(tlb_shift(k)) & 1:
+                _forget(b, va, tlb_shift(k), pcid)
         if not t.fragments:
             continue
         # What the guest has as one large page may be here in many small ones, which go together (SDM 4.10.2.3).
@@ -394,7 +380,7 @@ cdef void _flush_page(sc_tlb *t, u64 va, u16 pcid, bint lost) noexcept nogil:
             e = &b.entry[i]
             if (e.guest_shift > e.shift and e.page >> (e.guest_shift & 63) == va >> (e.guest_shift & 63)
                     and _is_of(e, pcid)):
-                e.page = 0
+                _drop(b, i)
 
 
 cdef void tlb_flush_page(sc_tlb *t, u64 va, bint lost) noexcept nogil:

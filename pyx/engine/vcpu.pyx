@@ -13,7 +13,7 @@ from shadowcore.engine.access cimport (
     access_do, access_implicit, sc_op, sc_result, vcpu_op,
 )
 from shadowcore.engine.batch cimport run_batch
-from shadowcore.engine.bits cimport PTE_P
+from shadowcore.engine.bits cimport PTE_P, is_canonical
 from shadowcore.engine.exits cimport exits_next
 from shadowcore.engine.features cimport FEAT_COUNT
 from shadowcore.engine.memo cimport sc_memo
@@ -27,7 +27,9 @@ from shadowcore.engine.roots cimport root_fits
 from shadowcore.engine.state cimport (
     REQUEST_ROOTS, SC_MAX_VCPUS, linear_address, linear_exists, sc_mmu, sc_prev, sc_vcpu,
 )
-from shadowcore.engine.tlb cimport TLB_CACHES, TLB_PAGES, TLB_SIZES, sc_tlb, sc_tlb_bank, sc_tlb_entry, tlb_valid
+from shadowcore.engine.tlb cimport (
+    TLB_CACHES, TLB_PAGES, TLB_SIZES, sc_tlb, sc_tlb_bank, sc_tlb_entry, tlb_index, tlb_valid,
+)
 from shadowcore.engine.translation cimport Translation, walk_levels
 from shadowcore.engine.types cimport (
     ACC_ALL, ACC_U, ACC_W, MODE_OFF, PF_I, PF_U, PF_W, RC_AUDIT, RC_GP, RC_MMIO, RC_OK, RC_PF, RC_UD, SC_NONE, u32, u64,
@@ -153,7 +155,7 @@ def tlb_sizes(tlb) -> list:
         return []
     header = sizeof(sc_tlb) - <size_t>&(<sc_tlb *>NULL).clock
     every = [*tlb_rows(tlb), *[row for row in (*tlb_caches(tlb), *tlb_host(tlb)) if row is not None]]
-    return [header, *[max(1, row.entries) * sizeof(sc_tlb_entry) for row in every]]
+    return [header, *[max(1, row.entries) * (sizeof(sc_tlb_entry) + sizeof(u64)) for row in every]]
 
 
 cdef class VCpu:
@@ -197,7 +199,7 @@ cdef class VCpu:
             self._make_tlb(tlb)
         else:
             self._memo = allocate(sizeof(sc_memo))
-            self._take_fast_paths(mmu.is_fast())
+        self._take_fast_paths(mmu.is_fast())
         mmu._vcpus.append(self)
         mmu.c.vcpus[mmu.c.n_vcpus] = self.c
         mmu.c.n_vcpus += 1
@@ -207,9 +209,13 @@ cdef class VCpu:
         free(self.c)
 
     def _take_fast_paths(self, on) -> None:
-        """For `Mmu.general`: without a memo no fast path is open. Nor is one where accesses are not repeated."""
-        if self.c.tlb == NULL:
-            self.c.memo = <sc_memo *><size_t>self._memo.ctypes.data if on and not self.c.restarts else NULL
+        """For `Mmu.general`: without a memo, or a TLB that is open, no fast path is. Nor is one where accesses are not
+        repeated."""
+        on = on and not self.c.restarts
+        if self.c.tlb != NULL:
+            self.c.tlb.open = on
+        else:
+            self.c.memo = <sc_memo *><size_t>self._memo.ctypes.data if on else NULL
 
     def export_state(self) -> dict:
         """Registers, roots and flood counter: with `tlb_arrays`, all that a vcpu is (VM.save). Design `unsync`: roots
@@ -285,8 +291,8 @@ cdef class VCpu:
 
     @property
     def tlb_arrays(self) -> list:
-        """State of the modelled TLB (uint8, sharing memory, read-only): its header from the clock on, then the entries
-        of each page size. No array without a TLB."""
+        """State of the modelled TLB (uint8, sharing memory, read-only): its header from the clock on, then of each bank
+        the entries and when each was used. No array without a TLB."""
         return [window(array) for array in self._tlb_parts()]
 
     def import_tlb(self, arrays) -> None:
@@ -302,6 +308,8 @@ cdef class VCpu:
             for part, array in zip(parts, before, strict=True):
                 part[:] = array
             raise ConfigError("arrays: a TLB with sizes, addresses, rights and PCIDs that exist is needed")
+        if self.c.tlb != NULL:
+            tlb_index(self.c.tlb)
 
     def _tlb_parts(self):
         cdef sc_tlb *t = self.c.tlb
@@ -322,7 +330,8 @@ cdef class VCpu:
             shifts = [shift for size in range(TLB_SIZES) for shift in _SHIFTS[size] if t.bank[n].sizes >> <u32>size & 1]
             for i in range(<u64>t.bank[n].sets * t.bank[n].ways):
                 e = &t.bank[n].entry[i]
-                if e.page & 1 and (e.shift not in shifts or e.gpa & ((<u64>1 << e.shift) - 1)
+                if e.page & 1 and (e.shift not in shifts or not is_canonical(e.page, 57)
+                                   or e.gpa & ((<u64>1 << e.shift) - 1)
                                    or e.pcid > 4095 or e.access > ACC_ALL or e.pkey > 15
                                    or (e.root != SC_NONE and e.root >= self.mmu.c.pool_pages)):
                     return False
@@ -335,7 +344,7 @@ cdef class VCpu:
     def _make_tlb(self, tlb):
         """Of a TLB that was checked: see __cinit__."""
         cdef sc_tlb *t
-        self._tlb = [allocate(sizeof(sc_tlb))]
+        self._tlb, self._tags = [allocate(sizeof(sc_tlb))], []
         t = self.c.tlb = <sc_tlb *><size_t>self._tlb[0].ctypes.data
         t.epoch = 1                 # a zeroed entry is not valid
         for row in tlb_rows(tlb):
@@ -349,13 +358,20 @@ cdef class VCpu:
             if row is not None:
                 self._make_bank(&t.host[<int>i] if i < TLB_CACHES else &t.nested, row)
                 t.caching = True
+        tlb_index(t)
 
     cdef _make_bank(self, sc_tlb_bank *b, row):
-        array = allocate(max(1, row.entries) * sizeof(sc_tlb_entry))
+        cdef u64 entries = max(1, row.entries)
+        array = allocate(entries * (sizeof(sc_tlb_entry) + sizeof(u64)))
         self._tlb.append(array)
         b.entry = <sc_tlb_entry *><size_t>array.ctypes.data
+        b.used = <u64 *>(b.entry + entries)
         b.ways = row.ways
         b.sets = row.entries // row.ways if row.ways else 0
+        array = allocate((entries + max(1, b.sets)) * sizeof(u64))
+        self._tags.append(array)
+        b.tag = <u64 *><size_t>array.ctypes.data
+        b.full = b.tag + entries
         b.sizes, b.kinds, b.level, b.plru = row.sizes if row.ways else 0, row.kinds, row.level, row.plru
 
     @property

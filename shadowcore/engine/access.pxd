@@ -1,6 +1,9 @@
 """What a vcpu does: loads, stores, fetches, read-modify-write, register loads. The unit of batches."""
-from shadowcore.engine.state cimport sc_mmu, sc_vcpu
-from shadowcore.engine.types cimport u8, u16, u32, u64
+from libc.string cimport memcpy
+
+from shadowcore.engine.designs.native cimport store_seen
+from shadowcore.engine.state cimport linear_address, linear_exists, sc_mmu, sc_vcpu
+from shadowcore.engine.types cimport PF_I, PF_U, PF_W, u8, u16, u32, u64
 
 # Values of shadowcore.config.Op.
 cdef enum:
@@ -46,6 +49,29 @@ cdef inline bint op_is_access(u32 op) noexcept nogil:
 cdef inline bint op_is_rmw(u32 op) noexcept nogil:
     """Of an access."""
     return op >= OP_CMPXCHG
+
+cdef inline u32 access_bits(const sc_op *o) noexcept nogil:
+    """PF_* of a load, store or fetch."""
+    return (PF_U if o.user else 0) | (PF_W if o.op == OP_WRITE else PF_I if o.op == OP_FETCH else 0)
+
+cdef inline bint in_one_page(const sc_vcpu *v, const sc_op *o, u64 *va, u32 *size) noexcept nogil:
+    """The operation is a load, store or fetch of at most 8 bytes in one page, at an address that can be."""
+    size[0] = 1 if o.op == OP_FETCH else o.size
+    va[0] = linear_address(v, o.addr)
+    if not linear_exists(v, va[0]):
+        return False
+    return o.op <= OP_FETCH and size[0] <= 8 and (va[0] & 4095) + size[0] <= 4096
+
+cdef inline void access_bytes(sc_mmu *mmu, const sc_op *o, u64 gpa, u8 *at, bint data, u32 size,
+                              u64 *value) noexcept nogil:
+    """What a load, store or fetch in one page does, once it is known where it leads: to `at`, which is gpa."""
+    if o.op == OP_WRITE:
+        if data:
+            memcpy(at, o.value, size)
+        if not mmu.shadow:
+            store_seen(mmu, gpa)
+    elif data:
+        memcpy(value, at, size)
 
 cdef int vcpu_access(sc_mmu *mmu, sc_vcpu *v, const sc_op *o, bint data, sc_result *r) noexcept nogil
 cdef int vcpu_op(sc_mmu *mmu, sc_vcpu *v, const sc_op *o, bint data, sc_result *r) noexcept nogil

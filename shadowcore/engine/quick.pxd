@@ -62,6 +62,7 @@ cdef struct sc_batch:
     u64 n_rows
     # Of a chunk, by what sc_memo has of those before.
     bint use_memo                   # the memo is asked and filled
+    bint use_tlb                    # the vcpu's TLB is asked before anything else
     bint note                       # pages are noted in the memo, to see whether they come again
     bint far                        # tables are far more than caches hold
     u64 hits                        # of the memo
@@ -129,4 +130,5 @@ cdef inline void batch_tell(sc_batch *b, u64 i, const sc_result *r) noexcept nog
         row.emulated = r.emulated
 
 cdef bint quick_candidates(const u8 *element, u64 n, i64 stride) noexcept nogil
+cdef u64 quick_translated(sc_mmu *mmu, sc_batch *b, u64 i, u64 stop) noexcept nogil
 cdef int quick_chunk(sc_mmu *mmu, sc_batch *b, u64 *done, u64 stop) noexcept nogil

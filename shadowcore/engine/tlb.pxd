@@ -36,7 +36,6 @@ cdef struct sc_tlb_entry:
     u64 mmu_epoch                   # sc_mmu.flush_epoch when it was filled
     u64 epoch                       # sc_tlb.epoch when it was filled
     u64 filled                      # sc_tlb.clock when it was filled
-    u64 used                        # sc_tlb.clock when it was last hit; plru: in the first way, the tree of the set
     u32 pcid_epoch                  # sc_tlb.pcid_epoch of its PCID when it was filled
     u16 pcid
     u8 access                       # ACC_*
@@ -49,6 +48,10 @@ cdef struct sc_tlb_entry:
 
 cdef struct sc_tlb_bank:
     sc_tlb_entry *entry             # sets * ways, a set in one piece
+    u64 *used                       # of each: sc_tlb.clock when it was last hit; plru: of a first way, the set's tree
+    # What a search reads, for it to touch few lines of a cache. Made of the entries, and not saved.
+    u64 *tag                        # of each: see tlb_tag; 0: it was never filled, or dropped by itself
+    u64 *full                       # of each set: sc_tlb.clock when all of it was last seen to be valid
     u32 sets
     u32 ways
     u32 sizes                       # of pages that it holds, a bit each
@@ -59,6 +62,9 @@ cdef struct sc_tlb_bank:
 cdef struct sc_tlb:
     sc_tlb_bank bank[TLB_BANKS]     # those of the first level come first
     u32 banks                       # how many there are
+    u64 stale                       # clock since which no entry became invalid
+    u64 seen                        # sc_mmu.flush_epoch of then
+    bint open                       # a batch may ask it before anything else (not so with Mmu.general)
     bint caching                    # there are such caches, or a nested TLB:
     sc_tlb_bank cache[TLB_CACHES]   # of table entries at level 2, 3, 4, 5; ways 0: none
     sc_tlb_bank host[TLB_CACHES]    # nested paging: the same of the host's tables
@@ -82,14 +88,96 @@ cdef inline bint tlb_valid(const sc_tlb *t, const sc_tlb_entry *e, u64 mmu_epoch
     return (e.page & 1 and e.mmu_epoch == mmu_epoch and e.epoch == t.epoch
             and (e.is_global or e.pcid_epoch == t.pcid_epoch[e.pcid & 4095]))
 
+cdef inline int tlb_class(int shift) noexcept nogil:
+    return 0 if shift == 12 else 1 if shift < 30 else 2
+
+cdef inline int tlb_shift(int k) noexcept nogil:
+    """log2 of the sizes of pages that there are, of 4 KiB first; k from 0 to 3."""
+    return 12 if k == 0 else 21 if k == 1 else 22 if k == 2 else 30
+
+cdef inline u64 tlb_set(const sc_tlb_bank *b, u64 va, int shift) noexcept nogil:
+    """Number of the set."""
+    if b.sets & (b.sets - 1) == 0:
+        return (va >> shift) & (b.sets - 1)
+    return (va >> shift) % b.sets
+
+cdef inline u64 tlb_tag(u64 va, int shift, u16 pcid, bint is_global) noexcept nogil:
+    """What tells the page of `va` from others: bits 12 to 56 of its address, PCID, global, size; never 0. A global entry
+    serves every PCID."""
+    cdef u64 page = (va >> shift) << shift
+    return ((page >> 12) << 19) >> 3 | (<u64>0 if is_global else <u64>pcid << 4) | <u64>is_global << 3 | (
+        0 if shift == 12 else 2 if shift == 21 else 4 if shift == 22 else 6) | 1
+
+cdef inline sc_tlb_entry *tlb_probe(const sc_tlb *t, const sc_tlb_bank *b, u64 va, int shift, u16 pcid,
+                                    u64 mmu_epoch) noexcept nogil:
+    cdef u64 first = tlb_set(b, va, shift) * b.ways
+    cdef const u64 *tag = b.tag + first
+    cdef u64 own = tlb_tag(va, shift, pcid, False)
+    cdef u64 every = tlb_tag(va, shift, pcid, True)
+    cdef u32 way
+    for way in range(b.ways):
+        if (tag[way] == own or tag[way] == every) and tlb_valid(t, b.entry + first + way, mmu_epoch):
+            return b.entry + first + way
+    return NULL
+
+cdef inline sc_tlb_entry *tlb_lookup(const sc_tlb *t, u64 va, u16 pcid, u64 mmu_epoch, u32 kind,
+                                     u32 *bank) noexcept nogil:
+    """The valid entry that translates `va` under `pcid` for an access of a kind (TLB_*), or NULL. bank: where it was
+    found; who takes it says so by tlb_take."""
+    cdef const sc_tlb_bank *b
+    cdef sc_tlb_entry *e
+    cdef u32 i
+    cdef int k
+    for i in range(t.banks):
+        b = &t.bank[i]
+        if not b.kinds & kind:
+            continue
+        for k in range(4):
+            if t.shifts >> tlb_shift(k) & 1 and b.sizes >> tlb_class(tlb_shift(k)) & 1:
+                e = tlb_probe(t, b, va, tlb_shift(k), pcid, mmu_epoch)
+                if e != NULL:
+                    bank[0] = i
+                    return e
+    return NULL
+
+cdef inline void tlb_touch(const sc_tlb_bank *b, u64 number, u64 clock) noexcept nogil:
+    """The entry of that number was used. A tree has a bit for each inner node of a heap over the ways; it leads to the
+    way that goes next."""
+    cdef u64 tree
+    cdef u32 node = 1
+    cdef u32 half = b.ways >> 1
+    cdef u32 way
+    if not b.plru:
+        b.used[number] = clock
+        return
+    way = <u32>(number % b.ways)
+    tree = b.used[number - way]
+    while half:
+        if way & half:
+            tree &= ~(<u64>1 << node)           # to the left next
+        else:
+            tree |= <u64>1 << node
+        node = 2 * node + (way & half != 0)
+        half >>= 1
+    b.used[number - way] = tree
+
+# An entry of the second level that is used is copied to the first.
+cdef void tlb_raise(sc_tlb *t, const sc_tlb_entry *e, u64 mmu_epoch, u32 kind) noexcept nogil
+
+cdef inline void tlb_take(sc_tlb *t, u32 bank, const sc_tlb_entry *e, u64 mmu_epoch, u32 kind) noexcept nogil:
+    """The entry, of that bank, is used."""
+    cdef sc_tlb_bank *b = &t.bank[bank]
+    t.clock += 1
+    tlb_touch(b, <u64>(e - b.entry), t.clock)
+    if b.level > 1:
+        tlb_raise(t, e, mmu_epoch, kind)
+
+cdef void tlb_index(sc_tlb *t) noexcept nogil         # makes the tags anew: the entries were put there
 cdef sc_tlb_entry *tlb_find(sc_tlb *t, u64 va, u16 pcid, u64 mmu_epoch) noexcept nogil
 cdef void tlb_fill(sc_tlb *t, u64 va, u64 gpa, int shift, int guest_shift, u16 pcid, u32 access, u32 pkey,
                    bint dirty, bint is_global, u64 mmu_epoch) noexcept nogil
 cdef void tlb_enter(sc_tlb *t, u64 va, u64 gpa, int shift, int guest_shift, u16 pcid, u32 access, u32 pkey,
                     bint dirty, bint is_global, u64 mmu_epoch, u32 root) noexcept nogil
-# For an access of a kind (TLB_*). bank: where it was found; who takes it says so by tlb_take.
-cdef sc_tlb_entry *tlb_lookup(sc_tlb *t, u64 va, u16 pcid, u64 mmu_epoch, u32 kind, u32 *bank) noexcept nogil
-cdef void tlb_take(sc_tlb *t, u32 bank, sc_tlb_entry *e, u64 va, u16 pcid, u64 mmu_epoch, u32 kind) noexcept nogil
 cdef void tlb_walked(sc_tlb *t, u64 va, u64 gpa, int shift, int guest_shift, u16 pcid, u32 access, u32 pkey,
                      bint dirty, bint is_global, u64 mmu_epoch, u32 root, u32 kind) noexcept nogil
 # The level of the lowest entry on the way to va that a paging-structure cache has, of a walk from `top` down; 0: none.

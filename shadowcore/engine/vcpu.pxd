@@ -18,6 +18,7 @@ cdef class VCpu:
     cdef sc_vcpu *c                 # its own; outside of the object, as that of Mmu
     cdef readonly Mmu mmu
     cdef object _tlb                # arrays behind c.tlb
+    cdef object _tags               # ... and of what is made of them
     cdef object _memo               # array behind c.memo
 
     cdef Mmu _idle(self)

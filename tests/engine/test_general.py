@@ -3,6 +3,7 @@
 After each batch the results, every counter, memory, the shadow structure and what the TLB would be told are the same.
 """
 
+import dataclasses
 from functools import cache
 
 import numpy as np
@@ -53,9 +54,15 @@ def built(mode):
     return words[PLACE], spaces[0].registers, [tables.cr3 for tables in spaces]
 
 
-def machine(mode, design, log, general):
+SMALL = sc.ProcessorTLB(
+    load=(sc.TLBBank(4, 2),), store=(sc.TLBBank(2),), second=(sc.TLBBank(8, 4), sc.TLBBank(6, 2)), pd=sc.TLBBank(2)
+)
+TLBS = (None, None, sc.TLB(), SMALL, dataclasses.replace(SMALL, replacement="plru"))
+
+
+def machine(mode, design, log, general, tlb=None):
     words, registers, roots = built(mode)
-    vm = sc.VM(RAM, DESIGNS[design]())
+    vm = sc.VM(RAM, DESIGNS[design](), tlb=tlb)
     vm.mmu.general = general
     vm.memory.words[PLACE] = words
     for name, value in registers.items():
@@ -97,7 +104,7 @@ def batch(rng, roots, n):
 
 def state(vm):
     """All that there is to compare, as it lies there: nothing is copied."""
-    found = [vm.stats.as_dict(), vm.memory.words, vm.vcpus[0].cr2]
+    found = [vm.stats.as_dict(), vm.memory.words, vm.vcpus[0].cr2, *vm.vcpus[0].tlb_arrays]
     if isinstance(vm.mmu.design, sc.Shadow):
         found += [vm.mmu.pages, *vm.mmu.arrays.values()]
     if vm.memory.logged_slots:
@@ -112,10 +119,10 @@ def same(a, b):
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("design", DESIGNS)
 @settings(max_examples=12)
-@given(seed=st.integers(0, (1 << 32) - 1), log=st.booleans(), data=st.booleans())
-def test_no_fast_path_shows(mode, design, seed, log, data):
+@given(seed=st.integers(0, (1 << 32) - 1), log=st.booleans(), data=st.booleans(), tlb=st.sampled_from(TLBS))
+def test_no_fast_path_shows(mode, design, seed, log, data, tlb):
     rng = np.random.default_rng(seed)
-    both = [machine(mode, design, log, general) for general in (False, True)]
+    both = [machine(mode, design, log, general, tlb) for general in (False, True)]
     roots = both[0][1]
     assert roots == both[1][1]
     for _ in range(4):

@@ -39,7 +39,7 @@ ENGINE = (
     "policies.queues",
     "state",
     "hooks record recorded policies.recorder references",
-    "flushes design path floods",
+    "flushes design path floods tlbhit",
     "rmap",
     "spte marks",
     "absent",
@@ -193,7 +193,7 @@ def test_a_file_format_knows_no_machine(graph):
 
 
 ASKED = {
-    "shadow": {"access", "invariants", "mmu", "quick", "references", "resolve", "state", "_capi", "unicorn"},
+    "shadow": {"access", "invariants", "mmu", "quick", "references", "resolve", "state", "tlbhit", "_capi", "unicorn"},
     "by_table": {"fast", "leaf", "state"},
     "nested": {"access", "gmode", "invariants", "mmu", "quick", "references", "resolve", "state", "_capi"},
 }
