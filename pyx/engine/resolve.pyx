@@ -16,8 +16,8 @@ from shadowcore.engine.tlb cimport (
 )
 from shadowcore.engine.tlbhit cimport tlb_hit, tlb_kind
 from shadowcore.engine.types cimport (
-    MODE_32, MODE_OFF, PF_I, PF_P, PF_W, RC_EMULATE, RC_EXHAUSTED, RC_LIVELOCK, RC_MMIO, RC_OK, RC_PF, RC_RETRY,
-    SC_NONE, npf_table, u16, u32, u64,
+    MODE_32, MODE_OFF, PF_P, PF_W, RC_EMULATE, RC_EXHAUSTED, RC_LIVELOCK, RC_MMIO, RC_OK, RC_PF, RC_RETRY,
+    SC_NONE, npf_table, u32, u64,
 )
 from shadowcore.engine.walker cimport guest_walk, nested_walk, probe_walk, sc_walk, shadow_walk
 

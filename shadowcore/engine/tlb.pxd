@@ -102,7 +102,7 @@ cdef inline u64 tlb_set(const sc_tlb_bank *b, u64 va, int shift) noexcept nogil:
     return (va >> shift) % b.sets
 
 cdef inline u64 tlb_tag(u64 va, int shift, u16 pcid, bint is_global) noexcept nogil:
-    """What tells the page of `va` from others: bits 12 to 56 of its address, PCID, global, size; never 0. A global entry
+    """What tells the page of `va` from others: bits 12 to 56 of its address, PCID, global, size; never 0. A global one
     serves every PCID."""
     cdef u64 page = (va >> shift) << shift
     return ((page >> 12) << 19) >> 3 | (<u64>0 if is_global else <u64>pcid << 4) | <u64>is_global << 3 | (
