@@ -214,7 +214,7 @@ static void read_registers(struct vcpu *v, uint64_t now, bool loaded)
     if (!cr && !efer && !cr3)
         return;
     if (!recording) {
-        if (v->mode == MODE_OFF)
+        if (v->mode == MODE_OFF || stream_ended)
             return;
         start(v, now);
         cr = efer = false;

@@ -109,6 +109,7 @@ void filter_watch(void);            /* a frame has become a table */
 extern uint64_t stream_clock;       /* instructions executed */
 extern uint64_t stream_limit;       /* where to end */
 void stream_open(int fd);
+extern bool stream_ended;           /* nothing more is told; the emulator goes on until it has its signal */
 void stream_head(const struct heading *heading, uint64_t now);
 void emit(struct vcpu *v, uint64_t now, int kind, unsigned flags, uint64_t addr, uint64_t value);
 void stream_end(void);

@@ -18,12 +18,12 @@ static struct record buffer[BUFFER];
 static unsigned filled;
 static uint64_t last;           /* instructions executed by the last record */
 static int out = -1;
-static bool ended;
+bool stream_ended;
 
 void fatal(const char *what, const char *which)
 {
     fprintf(stderr, "shadowcore recorder: %s%s\n", what, which);
-    ended = true;                   /* what exits calls tells of no end */
+    stream_ended = true;            /* what exits calls tells of no end */
     exit(3);
 }
 
@@ -75,15 +75,15 @@ static void append(struct vcpu *v, uint64_t now, int kind, unsigned flags, uint6
 
 void emit(struct vcpu *v, uint64_t now, int kind, unsigned flags, uint64_t addr, uint64_t value)
 {
-    if (!ended && now <= stream_limit)
+    if (!stream_ended && now <= stream_limit)
         append(v, now, kind, flags, addr, value);
 }
 
 void stream_end(void)
 {
-    if (ended)
+    if (stream_ended)
         return;
-    ended = true;
+    stream_ended = true;
     if (recording) {
         append(NULL, last, END, 0, 0, last);
         flush();

@@ -194,10 +194,12 @@ class _Stream:
         return data
 
     def records(self) -> Iterator[np.ndarray[tuple[int], np.dtype[np.void]]]:
-        """Records, some at a time, without the last, which is none of the guest's."""
+        """Records, some at a time, up to the last, which is none of the guest's: what comes after it is no record."""
         rest = b""
         done = passed = 0
         while data := self._some(_PIPE):
+            if self.complete:
+                continue  # read, for the emulator not to wait for that
             data = rest + data
             whole = len(data) // RECORD.itemsize * RECORD.itemsize
             found, rest = np.frombuffer(data[:whole], RECORD), data[whole:]

@@ -6,6 +6,7 @@ import re
 import signal
 import stat
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -198,6 +199,26 @@ def test_instructions_after_a_fault_are_not_counted_where_the_emulator_tells_of_
     executed = loaded.insns.astype(np.int64).cumsum()[loaded.kind == MARK]
     tells = plugin.emulator(emulator).version >= (10, 2)
     assert np.diff(executed).tolist() == [5906 + (0 if tells else 53 * 100)]
+
+
+def test_nothing_after_the_last_record_is_one():
+    """An emulator goes on for a moment after the plug-in has told of the end."""
+    ours, theirs = os.pipe()
+    record = np.array([(3, 0, 0, 1, 0x1000, 0)], emulated.RECORD)
+    end = np.array([(emulated.END, 0, 0, 0, 0, 1)], emulated.RECORD)
+    parts = [record.tobytes() + end.tobytes(), b"SCGUEST1" * 6, record.tobytes()]
+    with subprocess.Popen([sys.executable, "-c", ""]) as child:
+        stream = emulated._Stream(ours, child, None, None)
+        found = []
+        os.write(theirs, parts[0])
+        for records in stream.records():
+            found.append(records.copy())
+            for part in parts[1:]:
+                os.write(theirs, part)
+            os.close(theirs)
+    os.close(ours)
+    assert stream.complete
+    assert np.concatenate(found).tolist() == record.tolist()
 
 
 def test_limits(emulator, kernel, tmp_path):
