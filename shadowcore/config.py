@@ -29,6 +29,8 @@ MARKERS = ("never", "page", "synced", "walk")
 """When `Shadow.notpresent_marker` marks an entry."""
 POLICIES = ("fifo", "lru", "clock", "2q", "arc", "lirs", "sieve", "s3-fifo", "random", "cost", "optimal")
 """What `Shadow.policy` can be."""
+WAYS_BACK = ("scan", "reset", "never")
+"""What `Shadow.nested_back` can be."""
 USES = ("fault", "link", "cr3", "accessed", "walk")
 """What `Shadow.uses` can name."""
 POOL_MAX = (1 << 22) - 1
@@ -349,6 +351,14 @@ class Shadow:
         stay, to be found again (patch 15).
     policy_seed: of what is random in a policy.
     decides: a class of Decisions, by its name, that says what becomes of stores to guest tables; "": the design does.
+    switching: guest tables that are stored to often are not shadowed: the processor walks them itself, through the
+        host's tables, below entries of the shadow that are marked (`agile`).
+    nested_writes: with that, emulated stores to a table in one interval with which it, and what is below it, is no
+        more shadowed, 1 to 255 (the paper's rule: 2).
+    nested_interval: length of an interval, in emulated stores and walks that went on below a mark, taken together.
+    nested_back: how such a table comes to be shadowed again. "scan": at the end of an interval, if no entry that maps
+        it came to be dirty in it. "reset": at the end of any interval. "never": only if it becomes a root, or its page
+        is recycled.
 
     >>> sc.Shadow.cached(flood_threshold=1).flood_threshold
     1
@@ -377,6 +387,10 @@ class Shadow:
     recycle_children: bool = False
     policy_seed: int = 0
     decides: str = ""
+    switching: bool = False
+    nested_writes: int = 2
+    nested_interval: int = 1 << 20
+    nested_back: str = "scan"
 
     def __post_init__(self) -> None:
         min_free, threshold = check_int("min_free", self.min_free, 0, POOL_MAX), self.flood_threshold
@@ -406,6 +420,10 @@ class Shadow:
             recycle_children=check_bool("recycle_children", self.recycle_children),
             policy_seed=check_int("policy_seed", self.policy_seed, 0, (1 << 64) - 1),
             decides="" if self.decides == "" else _check_plugin("decides", self.decides, plugins(Decisions)),
+            switching=check_bool("switching", self.switching),
+            nested_writes=check_int("nested_writes", self.nested_writes, 1, 255),
+            nested_interval=check_int("nested_interval", self.nested_interval, 1, (1 << 63) - 1),
+            nested_back=_check_way_back(self.nested_back),
         )
         if self.policy == "optimal":
             _put(self, uses=("walk",))
@@ -450,8 +468,21 @@ class Shadow:
             raise ConfigError("flood_pages, flood_reset: a page's own count starts anew at each fault through it")
         if self.flood_pages and (self.flood_threshold or 0) > 255:
             raise ConfigError(f"flood_threshold: {self.flood_threshold}, and flood_pages counts to 255 at most")
+        if self.switching:
+            self._check_switching()
         if self.flood_forget is not None and not (self.flood_pages or self.lagging):
             raise ConfigError("flood_forget: pages have to have counts of their own (flood_pages, or lagging tables)")
+
+    def _check_switching(self) -> None:
+        if self.lagging or not self.keep:
+            raise ConfigError("switching: shadow tables have to belong to guest tables (keep), none of which lags")
+        if self.prefetch or self.flood_pages or self.update_in_place:
+            raise ConfigError(
+                "prefetch, flood_pages, update_in_place: not with tables that switch (`agile`); those that are stored "
+                "to often have no shadow that these could be of"
+            )
+        if self.quirks & ~Quirk.IGNORED_BITS_REFUSED:
+            raise ConfigError(f"quirks: of {self.quirks!r} a design whose tables switch has only IGNORED_BITS_REFUSED")
 
     def of_memory(self, frames: int) -> Shadow:
         """The same, with the pool that it has in a guest of so many frames."""
@@ -460,6 +491,8 @@ class Shadow:
     @property
     def engine(self) -> str:
         """The file of engine/designs in which it is made."""
+        if self.switching:
+            return "agile"
         if self.lagging:
             return "unsync"
         return "cached" if self.keep else "flush"
@@ -489,6 +522,12 @@ class Shadow:
         """The shadow MMU of today: leaf tables of the guest run out of sync until it flushes, roots are kept,
         neighbours prefetched, leaves large where they can be. Defaults: Linux 6.1's, without its defects."""
         return cls(**{"name": "unsync", "lagging": True, "pool_pages": None, **settings})
+
+    @classmethod
+    def agile(cls, **settings: Any) -> Shadow:
+        """`cached`, of whose guest tables those that are stored to often are walked by the processor itself, through
+        the host's tables: Gandhi, Hill, Swift, "Agile Paging" (ISCA 2016). No processor does that so far."""
+        return cls(**{"name": "agile", "switching": True, **settings})
 
     @classmethod
     def kvm_6_1(cls, **settings: Any) -> Shadow:
@@ -593,6 +632,7 @@ DESIGNS: dict[str, Any] = {
     "nested": Nested,
     "kvm-6.1-tdp": Nested.kvm_6_1,
     "kvm-6.1-direct": partial(Nested.kvm_6_1, "direct"),
+    "agile": Shadow.agile,
 }
 DEFAULT_DESIGNS = ("native", "flush", "cached", "unsync")
 """What is compared where nothing else is said: no hypervisor, and shadow paging before 2007, in 2007 and today."""
@@ -696,6 +736,12 @@ def _check_uses(value: object) -> tuple[str, ...]:
             hint = f"; did you mean {near[0]!r}?" if near else f"; there are {', '.join(USES)}"
             raise ConfigError(f"uses: there is no {name!r:.60}{hint}")
     return tuple(name for name in USES if name in names)
+
+
+def _check_way_back(value: object) -> str:
+    if not isinstance(value, str) or value not in WAYS_BACK:
+        raise ConfigError(f"nested_back: {value!r:.60} is not one of {', '.join(WAYS_BACK)}")
+    return str.__str__(value)
 
 
 def _check_marker(value: object) -> str:

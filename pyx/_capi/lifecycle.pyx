@@ -10,8 +10,8 @@ from shadowcore._capi.handles cimport (
     enter, fail, fail_python, fail_struct, handle_new, leave, refused, sc_place, with_python,
 )
 from shadowcore._capi.header cimport (
-    SC_AMD, SC_CACHED, SC_E_ALIGNMENT, SC_E_ARGUMENT, SC_E_FILE, SC_E_NULL, SC_E_PYTHON, SC_NESTED, SC_SETTING_ZERO,
-    SC_UNSYNC, sc_config, sc_vm,
+    SC_AGILE, SC_AMD, SC_CACHED, SC_E_ALIGNMENT, SC_E_ARGUMENT, SC_E_FILE, SC_E_NULL, SC_E_PYTHON, SC_NESTED,
+    SC_SETTING_ZERO, SC_UNSYNC, sc_config, sc_vm,
 )
 from shadowcore.engine.exits cimport events_tell
 from shadowcore.engine.mmu cimport mmu_listen
@@ -55,7 +55,7 @@ cdef object _policy(const sc_config *c, dict settings):
 cdef object _make(const sc_config *c):
     cdef u32 i
     cdef list names = ["native", "flush", "cached", "kvm-2007", "unsync", "kvm-6.1", "kvm-6.12", "nested",
-                       "kvm-6.1-tdp", "kvm-6.1-direct"]
+                       "kvm-6.1-tdp", "kvm-6.1-direct", "agile"]
     if c.design >= len(names):
         raise ConfigError(f"design: {c.design} is not 0 to {len(names) - 1}")
     settings = {}
@@ -75,7 +75,7 @@ cdef object _make(const sc_config *c):
             if name != "flood_forget" and value > 1:
                 raise ConfigError(f"{name}: {value} is not 0 or 1")
             settings[name] = value if name == "flood_forget" else True
-    if c.flood_threshold and c.design >= SC_NESTED:
+    if c.flood_threshold and SC_NESTED <= c.design < SC_AGILE:
         raise ConfigError(f"flood_threshold: the design {names[c.design]!r} has no such setting")
     if c.flood_threshold:
         settings["flood_threshold"] = _setting(c.flood_threshold, None)

@@ -27,7 +27,7 @@ cdef dict _INDEX = _EXITS | _COUNTS                        # by the names of as_
 
 
 # Counters that tell how much there is now, and not what happened since a moment.
-GAUGES = ("mmu_unsync", "pages_4k", "pages_2m", "pages_1g")
+GAUGES = ("mmu_unsync", "pages_4k", "pages_2m", "pages_1g", "nested_tables")
 
 
 cdef class Stats:
@@ -37,8 +37,8 @@ cdef class Stats:
     two copies (`stats.copy()`); `vm.measure()` does both.
 
     Page-fault exits are the reasons "fill", "write", "emulate", "guest" and "mmio": pf_taken is their sum (design
-    `unsync`: with pf_mmio_spte_hit, which KVM does not count among them). mmu_unsync, pages_4k, pages_2m and pages_1g
-    are gauges: what there is now; in the stats of a run, at its end.
+    `unsync`: with pf_mmio_spte_hit, which KVM does not count among them). mmu_unsync, pages_4k, pages_2m, pages_1g and
+    nested_tables are gauges: what there is now; in the stats of a run, at its end.
 
     >>> vm = sc.VM("16MiB")
     >>> tables = sc.PageTables(vm.memory, mode="64", allocate=range(256, 512))
@@ -159,6 +159,7 @@ cdef inline void _copy_gauges(sc_stats *to, const sc_stats *source) noexcept:
     to.pages_4k = source.pages_4k
     to.pages_2m = source.pages_2m
     to.pages_1g = source.pages_1g
+    to.nested_tables = source.nested_tables
 
 
 cdef Stats stats_between(const sc_stats *before, const sc_stats *after):

@@ -23,9 +23,10 @@ from shadowcore.engine.bits cimport (
 from shadowcore.engine.counters cimport EXIT_FAULTS
 from shadowcore.engine.invariants cimport (
     S_ABSENT, S_BOOKS, S_CHILD, S_CLEAN, S_COUNT, S_DIRTY_FREE, S_DYING, S_EXITS, S_FORMATS, S_FRAME, S_HASH,
-    S_HEAD, S_HW_ROOT, S_LEAF, S_LEVEL, S_LINK, S_LIST, S_MARKER, S_NONGLOBAL, S_NO_LARGE, S_PARENT_FOREIGN,
-    S_PARENT_MISSING, S_RIGHTS, S_RMAP_FOREIGN, S_RMAP_MISSING, S_ROOT, S_ROOTS, S_SHADOWED, S_SLOTS, S_SPTES,
-    S_SUM, S_TABLE, S_TLB_LOG, S_TLB_SHADOW, S_TLB_STALE, S_TLB_TABLE, S_TWICE, S_UNPROTECTED, S_USED,
+    S_HEAD, S_HOST_TABLE, S_HW_ROOT, S_LEAF, S_LEVEL, S_LINK, S_LIST, S_MARKER, S_NESTED, S_NESTED_COUNT,
+    S_NONGLOBAL, S_NO_LARGE, S_PARENT_FOREIGN, S_PARENT_MISSING, S_RIGHTS, S_RMAP_FOREIGN, S_RMAP_MISSING, S_ROOT,
+    S_ROOTS, S_SHADOWED, S_SLOTS, S_SPTES, S_SUM, S_TABLE, S_TLB_LOG, S_TLB_SHADOW, S_TLB_STALE, S_TLB_TABLE,
+    S_TWICE, S_UNPROTECTED, S_USED,
     SC_MAX_FINDINGS, audit_head_tells, audit_listed, audit_report, audit_stopped, entry_gpte, sc_audit, sc_finding,
 )
 from shadowcore.engine.memory cimport (
@@ -35,12 +36,12 @@ from shadowcore.engine.memory cimport (
 from shadowcore.engine.nested.translated cimport in_host_tables, maps_host
 from shadowcore.engine.page cimport sc_page
 from shadowcore.engine.policies.queues cimport queues_sound
-from shadowcore.engine.pool cimport hash_bucket
+from shadowcore.engine.pool cimport hash_bucket, pool_find
 from shadowcore.engine.quirks cimport QUIRK_PAGING_OFF_UNPROTECTED, QUIRK_ROLE_WITHOUT_ACCESS, QUIRK_ROLE_WITHOUT_MODE
 from shadowcore.engine.rmap cimport list_first, list_next
 from shadowcore.engine.role cimport (
     ROLE_GLEVELS, ROLE_GLOBAL, ROLE_PKEY, ROLE_PSE, ROLE_QUADRANT, ROLE_WP0, role_access, role_direct, role_field,
-    role_invalid, role_level, role_pte_size,
+    role_invalid, role_level, role_nested, role_of_host, role_pte_size,
 )
 from shadowcore.engine.roots cimport root_fits, root_slots
 from shadowcore.engine.spte cimport nonleaf_spte, spte_is_writable, spte_maps
@@ -51,8 +52,9 @@ from shadowcore.engine.types cimport (
 )
 
 cdef enum:
-    # I3 to I7, I10 to I14: what the engine follows leads somewhere.
-    STRUCTURE = 1 << 3 | 1 << 4 | 1 << 5 | 1 << 6 | 1 << 7 | 1 << 10 | 1 << 11 | 1 << 12 | 1 << 13 | 1 << 14
+    # I3 to I7, I10 to I15: what the engine follows leads somewhere.
+    STRUCTURE = (1 << 3 | 1 << 4 | 1 << 5 | 1 << 6 | 1 << 7 | 1 << 10 | 1 << 11 | 1 << 12 | 1 << 13 | 1 << 14
+                 | 1 << 15)
 
 # What a finding says, by sc_finding.what.
 SENTENCES = (
@@ -106,6 +108,9 @@ SENTENCES = (
     "a writable leaf maps what the host, or the memory slot, lets nobody write",
     "the shadow entry is marked as not present in the guest's tables, and the guest's entry is present",
     "the policy's queues do not hold the pages in use, or do not end",
+    "a guest table that the processor walks itself has a shadow, or the page that stands for it is not empty",
+    "an entry of the host's tables leads to no table of theirs, or to one for other addresses",
+    "the number of pages that stand for guest tables is not what the counter says",
 )
 
 assert len(SENTENCES) == S_COUNT
@@ -186,17 +191,18 @@ cdef inline u64 _large_gfn(const sc_page *page, u64 gpte) noexcept nogil:
 
 
 cdef void _check_link(sc_mmu *mmu, u32 number, u32 index, sc_audit *a) noexcept nogil:
-    """I1, above the leaves: a present entry leads to the shadow of the table that its gpte names, or to a direct page
-    where the gpte is a large page."""
+    """I1, above the leaves: a present entry leads to the shadow of the table that its gpte names, (agile) to the page
+    that stands for it, or to a direct page where the gpte is a large page."""
     cdef sc_page *page = &mmu.pages[number]
     cdef u32 target = mem_pool_page(mmu.table[number * 512 + index])
     cdef sc_page *child
     cdef u64 gpte, named
     cdef u32 granted, allowed
-    cdef bint large
+    cdef bint large, for_large
     if role_direct(page.role) or target >= mmu.pool_pages:
         return                      # the latter is a matter of I4
     child = &mmu.pages[target]
+    for_large = role_direct(child.role) and not role_nested(child.role)
     gpte = entry_gpte(mmu, page, index)
     if not gpte & PTE_P:
         audit_report(a, 1, S_ABSENT, number, index, page.gfn)
@@ -204,15 +210,15 @@ cdef void _check_link(sc_mmu *mmu, u32 number, u32 index, sc_audit *a) noexcept 
     if not mmu.quirks & QUIRK_ROLE_WITHOUT_ACCESS:
         granted = role_access(child.role)
         allowed = role_access(page.role) & pte_rights(gpte)
-        if role_direct(child.role) and not gpte & PTE_D and not mem_is_rom(mmu.mem, page.gfn):
+        if for_large and not gpte & PTE_D and not mem_is_rom(mmu.mem, page.gfn):
             allowed &= ~<u32>ACC_W
-        if granted & ~allowed or (granted != allowed and not role_direct(child.role)):
+        if granted & ~allowed or (granted != allowed and not for_large):
             audit_report(a, 1, S_RIGHTS, number, index, page.gfn)
     large = gpte & PTE_PS and role_level(page.role) <= 3 and (
         role_pte_size(page.role) == 8 or role_field(page.role, ROLE_PSE, 1)
         or mmu.quirks & QUIRK_ROLE_WITHOUT_MODE != 0)
-    if role_direct(child.role) or large:
-        if not (role_direct(child.role) and large):
+    if for_large or large:
+        if not (for_large and large):
             audit_report(a, 1, S_TABLE, number, index, page.gfn)
         elif _large_gfn(page, gpte) != child.gfn:
             audit_report(a, 1, S_FRAME, number, index, _large_gfn(page, gpte))
@@ -668,12 +674,12 @@ cdef bint _in_shadow(const sc_mmu *mmu, const sc_tlb_entry *e) noexcept nogil:
     return False
 
 
-cdef void _check_nested_tlb(sc_mmu *mmu, sc_audit *a, const sc_vcpu *v) noexcept nogil:
+cdef void _check_nested_tlb(sc_mmu *mmu, sc_audit *a, const sc_vcpu *v, u32 root) noexcept nogil:
     cdef const sc_tlb_entry *e
     cdef u32 n
     for n in range(v.tlb.nested.sets * v.tlb.nested.ways):
         e = &v.tlb.nested.entry[n]
-        if e.page & 1 and e.mmu_epoch == mmu.flush_epoch and not maps_host(mmu, v.roots[0], e):
+        if e.page & 1 and e.mmu_epoch == mmu.flush_epoch and not maps_host(mmu, root, e):
             audit_report(a, 8, S_TLB_SHADOW, SC_NONE, n, e.page >> 12)
 
 
@@ -681,7 +687,7 @@ cdef void check_tlb(sc_mmu *mmu, sc_audit *a) noexcept nogil:
     """I8: no TLB entry grants more than the guest's tables did at some moment since the last flush that covers it: it
     was filled after that flush. Under a shadow MMU the shadow still leads where it leads: what is withdrawn there is
     flushed. Nested, the host's tables still map the page. And none lets a store pass that the MMU has to see."""
-    cdef u32 i, n
+    cdef u32 i, n, host
     cdef u32 bank
     cdef const sc_tlb *t
     cdef const sc_tlb_entry *e
@@ -690,8 +696,11 @@ cdef void check_tlb(sc_mmu *mmu, sc_audit *a) noexcept nogil:
         t = mmu.vcpus[i].tlb
         if t == NULL:
             continue
-        if mmu.nested:
-            _check_nested_tlb(mmu, a, mmu.vcpus[i])
+        host = mmu.vcpus[i].roots[0]
+        if mmu.shadow and mmu.host_levels:
+            host = pool_find(mmu, 0, role_of_host(mmu.host_levels))
+        if mmu.host_levels:
+            _check_nested_tlb(mmu, a, mmu.vcpus[i], host)
         for bank in range(t.banks):
             for n in range(t.bank[bank].sets * t.bank[bank].ways):
                 e = &t.bank[bank].entry[n]
@@ -701,7 +710,9 @@ cdef void check_tlb(sc_mmu *mmu, sc_audit *a) noexcept nogil:
                     audit_report(a, 8, S_TLB_STALE, SC_NONE, n, e.page >> 12)
                 if not mmu.shadow and not mmu.nested:
                     continue
-                if not (in_host_tables(mmu, mmu.vcpus[i].roots[0], e) if mmu.nested else _in_shadow(mmu, e)):
+                # Of a walk that went on below a mark (agile) no root is told.
+                if not (in_host_tables(mmu, host, e) if mmu.nested or (mmu.host_levels and e.root == SC_NONE)
+                        else _in_shadow(mmu, e)):
                     audit_report(a, 8, S_TLB_SHADOW, SC_NONE, n, e.page >> 12)
                 if not (e.access & ACC_W and e.dirty):
                     continue
@@ -719,6 +730,38 @@ cdef void check_books(sc_mmu *mmu, sc_audit *a) noexcept nogil:
     of it ends."""
     if not queues_sound(mmu.policy.queues):
         audit_report(a, 14, S_BOOKS, SC_NONE, 0, 0)
+
+
+cdef void check_nested(sc_mmu *mmu, sc_audit *a) noexcept nogil:
+    """I15: a guest table that the processor walks itself has no shadow, so that no leaf of the host's tables is without
+    W for its sake; the page that stands for it is direct, and empty, so that nothing is below a mark. The host's tables
+    lead to tables of theirs, for the addresses that they stand for; what their leaves map is a matter of I1."""
+    cdef u32 number, index, child
+    cdef u32 found = 0
+    cdef u64 frame, value, first
+    cdef int level
+    for number in range(mmu.pool_pages):
+        if audit_stopped(mmu, number):
+            return
+        if not mmu.pages[number].active:
+            continue
+        level = role_level(mmu.pages[number].role)
+        if role_nested(mmu.pages[number].role):
+            found += 1
+            frame = mem_frame(mmu.mem, mmu.pages[number].gfn)
+            if (mmu.pages[number].present or mmu.pages[number].root_count or not role_direct(mmu.pages[number].role)
+                    or (frame != sc_no_frame() and mmu.frames[frame].shadowed)):
+                audit_report(a, 15, S_NESTED, number, 0, mmu.pages[number].gfn)
+        elif mmu.pages[number].role == role_of_host(level) and level > 1:
+            for index in range(512):
+                value = mmu.table[number * 512 + index]
+                child = mem_pool_page(value)
+                first = mmu.pages[number].gfn + (<u64>index << 9 * (level - 1))
+                if value & PTE_P and (child >= mmu.pool_pages or mmu.pages[child].role != role_of_host(level - 1)
+                                      or mmu.pages[child].gfn != first):
+                    audit_report(a, 15, S_HOST_TABLE, number, index, mmu.pages[number].gfn)
+    if found != mmu.stats.nested_tables:
+        audit_report(a, 15, S_NESTED_COUNT, SC_NONE, 0, 0)
 
 
 cdef void _check(sc_mmu *mmu, sc_audit *a, u32 which) noexcept nogil:
@@ -741,6 +784,8 @@ cdef void _check(sc_mmu *mmu, sc_audit *a, u32 which) noexcept nogil:
         check_backing(mmu, a)
     if which >> 14 & 1:
         check_books(mmu, a)
+    if which >> 15 & 1:
+        check_nested(mmu, a)
     if mmu.design.audit != NULL:
         mmu.design.audit(mmu, a, which)
         return
@@ -752,7 +797,7 @@ cdef void _check(sc_mmu *mmu, sc_audit *a, u32 which) noexcept nogil:
 
 cdef int mmu_settle(sc_mmu *mmu, sc_audit *a) noexcept nogil:
     """The VM is to be used, and mem.busy is not 0. RC_OK, and it is 0, if the only reason was that the shadow structure
-    was written by hand, nobody can write to it any more, and I3 to I7 (I10 to I14) hold. Else RC_AUDIT; a.n is not 0 if
+    was written by hand, nobody can write to it any more, and I3 to I7 (I10 to I15) hold. Else RC_AUDIT; a.n is not 0 if
     they do not."""
     a.n = 0
     if mmu.mem.busy != SC_WRITTEN or mmu.mem.lent:

@@ -15,6 +15,7 @@ from shadowcore.engine.backing cimport host_collapse, host_touch, host_unmap, sc
 from shadowcore.engine.check cimport sc_check
 from shadowcore.engine.counters cimport Stats, sc_stats
 from shadowcore.engine.design cimport design_invlpg, design_new_cr3, design_reset
+from shadowcore.engine.designs.agile cimport agile_design
 from shadowcore.engine.designs.cached cimport cached_design
 from shadowcore.engine.designs.flush cimport flush_design
 from shadowcore.engine.designs.native cimport native_design
@@ -53,8 +54,8 @@ from shadowcore.engine.recorded cimport kept_grow, kept_new
 from shadowcore.engine.resolve cimport resolve
 from shadowcore.engine.rmap cimport list_first, list_next
 from shadowcore.engine.role cimport (
-    ROLE_DIRECT, ROLE_GLEVELS, ROLE_GLOBAL, ROLE_NXE, ROLE_PKEY, ROLE_PSE, ROLE_QUADRANT, ROLE_WP0, role_access,
-    role_field, role_level,
+    ROLE_DIRECT, ROLE_GLEVELS, ROLE_GLOBAL, ROLE_HOST, ROLE_NESTED, ROLE_NXE, ROLE_PKEY, ROLE_PSE, ROLE_QUADRANT,
+    ROLE_WP0, role_access, role_field, role_level,
 )
 from shadowcore.engine.roots cimport root_slots
 from shadowcore.engine.state cimport (
@@ -70,8 +71,8 @@ from shadowcore.engine.watch cimport watch_due, watch_look, watch_raised
 from shadowcore.engine.zap cimport count_no_large, generation_next
 
 from shadowcore.config import (
-    HOST_PAGES, MARKERS as _MARKERS, USES as _USES, Native, Nested, Shadow, check_bool, check_int, check_ints,
-    design as checked_design,
+    HOST_PAGES, MARKERS as _MARKERS, USES as _USES, WAYS_BACK as _WAYS_BACK, Native, Nested, Shadow, check_bool,
+    check_int, check_ints, design as checked_design,
 )
 from shadowcore.engine.future import Future
 from shadowcore.engine.memory import allocate, window
@@ -88,6 +89,7 @@ cdef dict _DESIGNS = {
     "flush": <size_t>flush_design,
     "cached": <size_t>cached_design,
     "unsync": <size_t>unsync_design,
+    "agile": <size_t>agile_design,
 }
 cdef dict _POLICIES = {
     "fifo": <size_t>fifo_policy,
@@ -156,6 +158,7 @@ cdef void _host_withdrawn(void *context, u64 frame, u64 n) noexcept nogil:
 
 _COUNTS = ("n_free", "n_active", "n_pte4", "n_pte8")
 _LISTS = ("free_head", "young", "old")
+_RULE = {"nested_clock": 0xFFFFFFFFFFFFFFFF, "nested_since": 0xFFFFFFFFFFFFFFFF, "nested_number": 0xFFFFFF}
 cdef object _WORD = 0xFFFFFFFFFFFFFFFF
 _SHIFT = <int>((<size_t>&(<sc_queues *>NULL).shift) // 4)      # its place among the words of the books
 FLUSHES = ("protect", "zap", "zap_upper", "store", "withheld", "leaf", "link", "log", "cr3", "context", "invlpg",
@@ -235,7 +238,7 @@ PAGES_DTYPE = np.dtype([
     ("page", "<u4"), ("gfn", "<u8"), ("glevels", "u1"), ("level", "u1"), ("quadrant", "u1"), ("direct", "u1"),
     ("access", "u1"), ("nxe", "u1"), ("pse", "u1"), ("wp0", "u1"), ("global_", "u1"), ("pkey", "u1"),
     ("root_count", "<u4"), ("present", "<u2"), ("parents", "<u4"), ("age", "<u4"), ("unsync", "u1"), ("flood", "u1"),
-    ("unsync_children", "<u4"),
+    ("unsync_children", "<u4"), ("nested", "u1"), ("host", "u1"),
 ])
 
 
@@ -329,6 +332,8 @@ cdef class Mmu:
             self.c.in_place = design.update_in_place
             self.c.prefetch = design.prefetch
             self.c.absent = _MARKERS.index(design.notpresent_marker)
+            if design.switching:
+                self._prepare_agile(design)
         self.c.hash_shift = 62
         while buckets < self.c.pool_pages:
             buckets *= 2
@@ -462,6 +467,15 @@ cdef class Mmu:
             self.c.no_large[i] = <u32 *>self._array(sizeof(u32) * ((frames >> 9 * (i + 1)) + 1))
         return 0
 
+    cdef int _prepare_agile(self, design) except -1:
+        """What only a design needs that has the processor walk some of the guest's tables itself."""
+        self.c.nested_writes = design.nested_writes
+        self.c.nested_interval = design.nested_interval
+        self.c.nested_back = _WAYS_BACK.index(design.nested_back)
+        self._books["written"] = allocate(sizeof(u32) * self.memory.mem.nframes)
+        self.c.written = <u32 *><size_t>self._books["written"].ctypes.data
+        return 0
+
     cdef int _prepare_policy(self, design, future) except -1:
         """The books of a policy that keeps some."""
         cdef sc_queues *q = &self.books
@@ -475,8 +489,8 @@ cdef class Mmu:
             buckets *= 2
             q.shift -= 1
         q.random = (design.policy_seed * 0x9E3779B97F4A7C15 + 0xD1B54A32D192ED03) & _WORD or 1
-        self._books = {"members": allocate(sizeof(sc_member) * members), "ghosts": allocate(sizeof(u32) * buckets),
-                       "order": allocate(sizeof(u32) * self.c.pool_pages)}
+        self._books |= {"members": allocate(sizeof(sc_member) * members), "ghosts": allocate(sizeof(u32) * buckets),
+                        "order": allocate(sizeof(u32) * self.c.pool_pages)}
         q.member = <sc_member *><size_t>self._books["members"].ctypes.data
         q.bucket = <u32 *><size_t>self._books["ghosts"].ctypes.data
         q.order = <u32 *><size_t>self._books["order"].ctypes.data
@@ -663,10 +677,11 @@ cdef class Mmu:
         (PAGE_DTYPE), frames (FRAME_DTYPE, per frame of RAM), links (LINK_DTYPE, per spte), hash (uint32).
 
         Of policies that keep books: members (MEMBER_DTYPE, per page, then per ghost), ghosts (uint32: heads of buckets)
-        and order (uint32: pages, a heap). Design `unsync` has more: below (uint64[pages, 8]: a bit per entry, of those
-        that are marked), mapped (uint16,
-        per frame: leaves that map it); and per block of 2 MiB and of 1 GiB of RAM large_rmap_2m, large_rmap_1g (uint32:
-        heads of the lists of large leaves) and no_large_2m, no_large_1g (uint32: reasons against such leaves).
+        and order (uint32: pages, a heap). Design `agile` has written (uint32, per frame: emulated stores, below the
+        number of the interval in which they were). Design `unsync` has more: below (uint64[pages, 8]: a bit per entry,
+        of those that are marked), mapped (uint16, per frame: leaves that map it); and per block of 2 MiB and of 1 GiB
+        of RAM large_rmap_2m, large_rmap_1g (uint32: heads of the lists of large leaves) and no_large_2m, no_large_1g
+        (uint32: reasons against such leaves).
 
         What is read while a batch runs may be of any moment. ConfigError under `native`, which has none.
         """
@@ -825,7 +840,8 @@ cdef class Mmu:
         page: number in the pool; gfn and role fields; root_count; present: entries in use; parents: sptes that
         point to it; age: distance from the recycling end (0 = next victim). Of design `unsync`, else 0: unsync; flood:
         emulated stores to the table since the page was last used; unsync_children: entries that are marked, as a page
-        below them is unsync.
+        below them is unsync. Of design `agile`, else 0: nested: the page is empty, and stands for a guest table that
+        the processor walks itself; host: it is a table of the host's.
         """
         cdef u32 n = self.c.n_active
         cdef u32 number = self.c.young
@@ -845,7 +861,8 @@ cdef class Mmu:
                 role_field(p.role, ROLE_WP0, 1), role_field(p.role, ROLE_GLOBAL, 1),
                 role_field(p.role, ROLE_PKEY, 15), p.root_count,
                 np.count_nonzero(self.memory.tables[number] & 1), len(self._list(p.parents)), n - 1 - i,
-                p.unsync, p.flood, p.unsync_children,
+                p.unsync, p.flood, p.unsync_children, role_field(p.role, ROLE_NESTED, 1),
+                role_field(p.role, ROLE_HOST, 1),
             )
             number = p.next
         return out
@@ -983,6 +1000,8 @@ cdef class Mmu:
         if c.lists_all:
             state |= {"n_dying": c.n_dying, "generation": c.generation, "valid_gen": c.valid_gen,
                       "host_level": c.host_level}
+        if c.written != NULL:
+            state |= {"nested_clock": c.nested_clock, "nested_since": c.nested_since, "nested_number": c.nested_number}
         state["counters"] = self.stats.as_array().tolist()
         if c.policy.queues != NULL:
             state["policy"] = [int(word) for word in self._book_words()]
@@ -1013,6 +1032,11 @@ cdef class Mmu:
             level = check_int("host_level", state.get("host_level"), _host_level(c, 1 if c.mem.host == NULL else 2), 3)
         valid_gen = check_int("valid_gen", state.get("valid_gen"), 0, 1) if c.lists_all else 0
         clock = check_int("store_clock", state.get("store_clock"), 0, 0xFFFFFFFF)
+        cdef list rule = [0, 0, 0]
+        if c.written != NULL:
+            rule = [check_int(name, state.get(name), 0, most) for name, most in _RULE.items()]
+            if rule[0] < rule[1]:
+                raise ConfigError(f"nested_since: {rule[1]} is after nested_clock, {rule[0]}")
         cdef list lists = []
         for name in _LISTS:
             page = state.get(name)
@@ -1036,6 +1060,7 @@ cdef class Mmu:
         c.free_head, c.young, c.old = lists
         c.flush_epoch, c.spte_base = epochs
         c.store_clock = clock
+        c.nested_clock, c.nested_since, c.nested_number = rule
         for i, number in enumerate(counted):
             counters[i] = number
         c.mem.busy |= SC_WRITTEN

@@ -13,13 +13,13 @@ from shadowcore.engine.bits cimport PTE_D, PTE_P, PTE_PS, PTE_W, level_index, le
 from shadowcore.engine.check cimport sc_check
 from shadowcore.engine.memory cimport SC_POOL_HFN, mem_frame, mem_frame_hpa
 from shadowcore.engine.state cimport (
-    REFERENCE_GUEST, REFERENCE_HOST, REFERENCE_SHADOW, SC_MAX_VCPUS, sc_mmu, sc_reference,
-    sc_vcpu, sc_walk_log, vcpu_pcid,
+    REFERENCE_GUEST, REFERENCE_HOST, REFERENCE_SHADOW, SC_MAX_VCPUS, sc_mmu, sc_reference, sc_vcpu, sc_walk_log,
+    vcpu_pcid, walk_mark,
 )
 from shadowcore.engine.tlb cimport (
     cache_lookup, cache_walked, host_cache_lookup, host_cache_walked, nested_tlb_filled, nested_tlb_has,
 )
-from shadowcore.engine.types cimport MODE_OFF, MODE_PAE, PF_W, u8, u16, u32, u64
+from shadowcore.engine.types cimport MODE_OFF, MODE_PAE, PF_W, SC_NONE, u8, u16, u32, u64
 from shadowcore.engine.walker cimport sc_walk, walk_index
 
 cdef enum:
@@ -140,6 +140,8 @@ cdef void walk_ended(sc_mmu *mmu, sc_vcpu *v, u64 va, u32 access, const sc_walk 
     cdef int width
     cdef u16 pcid
     cdef bint pages = mmu.shadow or v.guest.mode != MODE_OFF
+    if not complete and mmu.shadow and walk_mark(mmu, w) != SC_NONE:
+        return                      # it goes on: walk_went_on
     t.n = t.seen = 0
     t.all_ = w.references
     t.va = va
@@ -162,6 +164,51 @@ cdef void walk_ended(sc_mmu *mmu, sc_vcpu *v, u64 va, u32 access, const sc_walk 
     if pages:
         _guest_levels(mmu, v, &t, w, found)
     if mmu.nested and t.seen < t.all_:
+        _through_host(mmu, v, &t, w.gpa, access & PF_W != 0, False)
+    mmu.stats.walk_cache_references += t.seen - t.n
+    mmu.stats.walk_references -= t.seen - t.n
+    if mmu.walks != NULL:
+        _tell(mmu.walks, &t)
+
+
+cdef void _both_tables(sc_mmu *mmu, sc_vcpu *v, sc_trail *t, const sc_walk *hw, const sc_walk *w,
+                       int below) noexcept nogil:
+    """The entries of the shadow's tables down to the mark, then of the guest's, with what led to each. below: entries
+    from this level up are left out."""
+    cdef u64 at
+    cdef int level
+    for level in range(hw.top, hw.level, -1):
+        _reference(t, (hw.table[level] << 12) + 8 * walk_index(hw, level), level, REFERENCE_SHADOW, 8, level >= below)
+    for level in range(w.top, w.level - 1, -1):
+        if t.seen >= t.all_:
+            return
+        at = _through_host(mmu, v, t, (w.table[level] << 12) + walk_index(w, level) * w.pte_size, False,
+                           level >= below - 1)
+        if t.seen >= t.all_:
+            return                  # the host's tables refused it
+        _reference(t, at, level, REFERENCE_GUEST, w.pte_size, level >= below)
+
+
+cdef void walk_went_on(sc_mmu *mmu, sc_vcpu *v, u64 va, u32 access, const sc_walk *hw, const sc_walk *w,
+                       bint complete) noexcept nogil:
+    cdef sc_trail t
+    cdef int found = 0
+    cdef u16 pcid = vcpu_pcid(v)
+    t.n = t.seen = 0
+    t.all_ = hw.references - 1 + w.references   # of the page below the mark nothing was read
+    t.va = va
+    t.vcpu = v.number
+    t.cached = complete and v.tlb != NULL and v.tlb.caching
+    if not t.cached and mmu.walks == NULL:
+        return
+    if t.cached:
+        found = cache_lookup(v.tlb, va, pcid, mmu.flush_epoch, hw.top, 9)
+        if found <= w.level:
+            found = 0
+        mmu.stats.walk_cache_hits += found != 0
+        cache_walked(v.tlb, va, pcid, mmu.flush_epoch, found - 1 if found else hw.top, w.level, 9)
+    _both_tables(mmu, v, &t, hw, w, found if found else 7)
+    if t.seen < t.all_:
         _through_host(mmu, v, &t, w.gpa, access & PF_W != 0, False)
     mmu.stats.walk_cache_references += t.seen - t.n
     mmu.stats.walk_references -= t.seen - t.n

@@ -10,7 +10,7 @@ from shadowcore.engine.memory cimport SC_POOL_HFN, mem_gfn, mem_is_device, mem_t
 from shadowcore.engine.nested.tables cimport host_tables_of_walk
 from shadowcore.engine.references cimport walk_ended
 from shadowcore.engine.roots cimport root_slots
-from shadowcore.engine.state cimport sc_mmu, sc_vcpu, vcpu_pcid
+from shadowcore.engine.state cimport sc_mmu, sc_vcpu, vcpu_pcid, walk_mark
 from shadowcore.engine.tlb cimport (
     TLB_FETCH, TLB_LOAD, TLB_STORE, tlb_flush_caches, tlb_flush_fault, tlb_violated, tlb_walked,
 )
@@ -182,6 +182,7 @@ cdef int resolve(sc_mmu *mmu, sc_vcpu *v, u64 va, u32 access, sc_walk *w) noexce
         if mmu.policy.walked != NULL and (rc == RC_OK or rc == RC_EMULATE):
             mmu.policy.walked(mmu, v, va)       # the walk that is not made any more
         if rc != RC_RETRY or v.restarts:
-            return RC_RETRY if rc == RC_OK and v.restarts else rc
+            # A walk that went on below a mark was no exit.
+            return RC_RETRY if rc == RC_OK and v.restarts and walk_mark(mmu, &hw) == SC_NONE else rc
         exits += 1
     return RC_LIVELOCK

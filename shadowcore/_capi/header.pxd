@@ -34,6 +34,7 @@ cdef extern from "shadowcore.h" nogil:
         SC_CACHED
         SC_UNSYNC
         SC_NESTED
+        SC_AGILE
         SC_EXITS
         SC_ANY_LEVEL
     const char *SC_CAPSULE

@@ -87,6 +87,10 @@ cdef struct sc_stats:
     u64 nested_tlb_hits             # addresses that the nested TLB translated, of walks in two dimensions, ...
     u64 nested_tlb_misses           # ... and that it did not
     u64 host_cache_hits             # walks of the host's tables that began below their root, by a cache of these
+    u64 nested_tables               # pages that stand for guest tables which the processor walks itself, now (agile)
+    u64 to_nested                   # guest tables that were given to the processor, stored to often (agile)
+    u64 to_shadow                   # guest tables that were shadowed again, stored to no more (agile)
+    u64 nested_walks                # walks that went on below a mark, in the guest's own tables (agile)
 
 cdef class Stats:
     cdef sc_stats *c                # counters of a VM, or `own`

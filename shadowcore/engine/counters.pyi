@@ -91,6 +91,10 @@ class Stats:
     nested_tlb_hits: Final[int]
     nested_tlb_misses: Final[int]
     host_cache_hits: Final[int]
+    nested_tables: Final[int]
+    to_nested: Final[int]
+    to_shadow: Final[int]
+    nested_walks: Final[int]
 
     @property
     def exits(self) -> dict[str, int]: ...

@@ -74,6 +74,9 @@ cdef enum:
     S_HOST_READ_ONLY
     S_MARKER
     S_BOOKS
+    S_NESTED
+    S_HOST_TABLE
+    S_NESTED_COUNT
     S_COUNT
 
 cdef void audit_all(sc_mmu *mmu, sc_audit *a) noexcept nogil

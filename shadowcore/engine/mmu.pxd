@@ -54,6 +54,7 @@ cdef class Mmu:
     cdef void *_array(self, u64 nbytes) except NULL
     cdef int _prepare_unsync(self, design) except -1
     cdef int _prepare_policy(self, design, future) except -1
+    cdef int _prepare_agile(self, design) except -1
     cdef object _book_words(self)
     cdef int still(self) except -1
     cdef dict _windows(self, what, lender)

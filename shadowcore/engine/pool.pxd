@@ -1,7 +1,7 @@
 """Shadow pages: found by (gfn, role), taken from the pool, zapped, recycled."""
 from shadowcore.engine.memory cimport mem_frame, sc_no_frame
 from shadowcore.engine.page cimport sc_page
-from shadowcore.engine.role cimport role_direct, role_invalid, role_pte_size
+from shadowcore.engine.role cimport role_direct, role_invalid, role_nested, role_pte_size
 from shadowcore.engine.state cimport sc_mmu
 from shadowcore.engine.types cimport SC_NONE, u32, u64
 
@@ -48,9 +48,11 @@ cdef inline bint shadows(const sc_mmu *mmu, u32 number, u64 gfn) noexcept nogil:
     return page.gfn == gfn and not role_direct(page.role) and not role_invalid(page.role)
 
 cdef inline u64 count_shadowing(sc_mmu *mmu, const sc_page *page, int change) noexcept nogil:
-    """Keep the per-frame and per-format counts of pages that shadow a guest table: its frame, if it has one."""
+    """Keep the counts of pages that shadow a guest table, or stand for one: the frame of the former, if it has one."""
     cdef u64 frame
     if role_direct(page.role):
+        if role_nested(page.role):
+            mmu.stats.nested_tables += change
         return sc_no_frame()
     frame = mem_frame(mmu.mem, page.gfn)
     if frame != sc_no_frame():

@@ -1,4 +1,4 @@
-"""What reports tell of designs `unsync` and `nested` beside exits: counters, and what they are called."""
+"""What reports tell of designs `unsync`, `nested` and `agile` beside exits: counters, and what they are called."""
 
 from __future__ import annotations
 
@@ -13,6 +13,9 @@ UNSYNC = {
     "npf_violation": "EPT violations (#NPF) among the exits",
     "npf_misconfig": "EPT misconfigurations (devices) among the exits",
     "pf_fast": "of these, W given back without the lock",
+    "to_nested": "guest tables that came to be walked nested",
+    "to_shadow": "guest tables that were shadowed again",
+    "nested_walks": "walks that went on below a mark",
 }
 """By counter of VM.stats, in the order of reports, which show those that are not 0 in some design."""
 

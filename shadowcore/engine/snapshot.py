@@ -362,6 +362,8 @@ def _expected(state: dict[str, Any]) -> dict[str, tuple[Any, ...]]:
             found["plugin_policy"] = byte, (None,)
         if isinstance(mmu, Shadow) and mmu.decides:
             found["plugin_decides"] = byte, (None,)
+        if isinstance(mmu, Shadow) and mmu.switching:
+            found["mmu_written"] = byte, (state["memory"] >> 12, 4)
         if isinstance(mmu, Nested) or mmu.lagging:
             frames = state["memory"] >> 12
             found["mmu_below"], found["mmu_mapped"] = (byte, (pages, 64)), (byte, (frames, 2))

@@ -6,12 +6,12 @@ zeroed memory means "none".
 from shadowcore.engine.bits cimport CR4_PCIDE, is_canonical
 from shadowcore.engine.counters cimport sc_stats
 from shadowcore.engine.memo cimport sc_memo
-from shadowcore.engine.memory cimport sc_mem
+from shadowcore.engine.memory cimport SC_POOL_HFN, sc_mem
 from shadowcore.engine.tlb cimport sc_tlb
 from shadowcore.engine.page cimport sc_frame, sc_link, sc_page
 from shadowcore.engine.policies.queues cimport sc_queues
-from shadowcore.engine.role cimport role_invalid
-from shadowcore.engine.types cimport MODE_64, MODE_LA57, u8, u16, u32, u64
+from shadowcore.engine.role cimport role_invalid, role_nested
+from shadowcore.engine.types cimport MODE_64, MODE_LA57, SC_NONE, u8, u16, u32, u64
 from shadowcore.engine.walker cimport sc_paging, sc_walk
 from shadowcore.engine.watch cimport sc_watch
 
@@ -28,6 +28,12 @@ cdef enum:
     REQUEST_CURRENT = 8             # flush the TLB for the guest's sake
     REQUEST_GUEST = 16              # ... and sync what the roots reach, earlier ones too
     REQUEST_ROOTS = 32              # put roots in place
+
+# How guest tables that the processor walks itself come to be shadowed again (agile), in the order of config.WAYS_BACK.
+cdef enum:
+    BACK_SCAN = 0                   # at the end of an interval: those that nothing stored to in it
+    BACK_RESET = 1                  # ... all of them
+    BACK_NEVER = 2                  # not before their pages are recycled, or the table becomes a root
 
 # What becomes of a memory slot.
 cdef enum:
@@ -357,6 +363,14 @@ cdef struct sc_mmu:
     sc_watch *watch                 # what takes long looks for signals; NULL: it does not
     sc_design design                # what the design does where little depends on its speed
     sc_policy policy                # which page is recycled
+    # Of design agile.
+    u32 nested_writes               # emulated stores to a table in one interval with which it is no more shadowed
+    u32 nested_back                 # BACK_*: how it comes to be shadowed again
+    u64 nested_interval             # length of an interval: emulated stores, and walks that went on below a mark
+    u64 nested_clock                # of these so far
+    u64 nested_since                # nested_clock where the interval began
+    u32 nested_number               # of the interval, 24 bits
+    u32 *written                    # per frame of RAM: nested_number << 8 | emulated stores in it, 255 at most
     sc_walk_log *walks              # where references of walks are told; NULL: nowhere
     sc_design alone                 # the design's own hooks, where those of neighbours.pyx stand before them
     sc_exit_log *exits              # where exits are logged; NULL: nowhere
@@ -374,6 +388,17 @@ cdef inline bint is_shadowed(const sc_mmu *mmu, u64 frame) noexcept nogil:
 cdef inline bint page_is_dying(const sc_page *page) noexcept nogil:
     """The page was zapped and is a root still (unsync): it is in its bucket, empty, and on no list of pages."""
     return not page.active and page.root_count and role_invalid(page.role)
+
+cdef inline u32 walk_mark(const sc_mmu *mmu, const sc_walk *hw) noexcept nogil:
+    """The page that stands for a guest table at which the walk hw of the shadow ended, or SC_NONE: it goes on there, in
+    the guest's own tables (agile). The entry above is the mark; no processor reads an entry of the page."""
+    cdef u64 page
+    if not mmu.stats.nested_tables or hw.level > hw.top:
+        return SC_NONE
+    page = hw.table[hw.level] - SC_POOL_HFN
+    if page >= mmu.pool_pages or not role_nested(mmu.pages[page].role) or not mmu.pages[page].active:
+        return SC_NONE
+    return <u32>page
 
 cdef inline u64 linear_address(const sc_vcpu *v, u64 va) noexcept nogil:
     """`va` as the processor takes it: below 4-level paging its low 32 bits count."""

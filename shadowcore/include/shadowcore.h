@@ -81,7 +81,8 @@ enum {
     SC_KVM_6_12 = 6,
     SC_NESTED = 7,         /* nested paging: no shadow, host tables filled by exits */
     SC_KVM_6_1_TDP = 8,
-    SC_KVM_6_1_DIRECT = 9
+    SC_KVM_6_1_DIRECT = 9,
+    SC_AGILE = 10          /* SC_CACHED, of which tables that are stored to often are walked nested */
 };
 
 /* Kinds of accesses. From SC_CMPXCHG on they are locked read-modify-writes. */
@@ -381,6 +382,10 @@ typedef struct sc_counters {
     uint64_t nested_tlb_hits;
     uint64_t nested_tlb_misses;
     uint64_t host_cache_hits;
+    uint64_t nested_tables;
+    uint64_t to_nested;
+    uint64_t to_shadow;
+    uint64_t nested_walks;
 } sc_counters;
 
 typedef struct sc_event {

@@ -49,6 +49,9 @@ DESIGN = {
     "decides": "a plug-in that says what becomes of stores to guest tables, by its name",
     "release": "6.1, 6.12 or 2.6.28: what INVLPG and a sync do (unsync)",
     "host_levels": "levels of the host's tables, 4 or 5 (nested)",
+    "nested_writes": "stores to a table in one interval with which it is walked nested (agile)",
+    "nested_interval": "length of an interval: emulated stores and walks below marks (agile)",
+    "nested_back": "when such a table is shadowed again: scan, reset or never (agile)",
 }
 """Settings of an MMU."""
 FIELDS = {"pool": "pool_pages", "host_levels": "levels"}
@@ -57,6 +60,10 @@ NESTED = ("pool", "min_free", "refill", "prefetch", "host_levels")
 """Those of nested paging; prefetch is the direct MMU's."""
 UNSYNC = ("prev_roots", "release")
 """Those that only `unsync`, and what is made of it, has."""
+AGILE = ("nested_writes", "nested_interval", "nested_back")
+"""Those that only `agile` has."""
+SHADOWED = ("update_in_place", "prefetch", "flood_pages", "flood_forget")
+"""Those that it has not: they are of tables that are all shadowed."""
 IN_SYNC = ("flood_reset", "flood_pages")
 """Those that it has not."""
 KEPT = (
@@ -140,7 +147,7 @@ class Split:
             FIELDS.get(name, name): value
             for name, value in self.design.items()
             if has(chosen, name)
-            or (isinstance(chosen, Shadow) and not chosen.keep and name not in KEPT and name != "host_levels")
+            or (isinstance(chosen, Shadow) and not chosen.keep and name not in (*KEPT, *AGILE, "host_levels"))
         }
         try:
             return dataclasses.replace(chosen, **wanted)
@@ -181,6 +188,8 @@ def has(which: Design, name: str) -> bool:
         return name in NESTED and (name != "prefetch" or which.mmu == "direct")
     if not isinstance(which, Shadow) or name == "host_levels" or (not which.keep and name != "pool"):
         return False
+    if name in AGILE or which.switching:
+        return which.switching and name not in (*UNSYNC, *SHADOWED)
     return which.lagging if name in UNSYNC else not (which.lagging and name in IN_SYNC)
 
 

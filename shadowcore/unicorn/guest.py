@@ -58,6 +58,8 @@ class Guest:
             raise ConfigError(f"way: {way!r} is not one of {', '.join(WAYS)}")
         if way == "walker" and isinstance(vm.mmu.design, Nested):
             raise ConfigError("way: nested paging needs 'fills'; Unicorn's own walker has one dimension")
+        if way == "walker" and isinstance(vm.mmu.design, Shadow) and vm.mmu.design.switching:
+            raise ConfigError("way: agile paging needs 'fills'; Unicorn's own walker does not go on at marks")
         self.vm = vm
         self.way = way
         self.cpu = vm.vcpus[0]

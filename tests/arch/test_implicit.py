@@ -18,6 +18,7 @@ DESIGNS = {
     "markers": sc.Shadow.unsync(notpresent_marker="walk", release="6.12"),
     "nested": "nested",
     "nested, direct": sc.Nested(mmu="direct", levels=5),
+    "agile": sc.Shadow.agile(nested_writes=1),
 }
 """Without the defects that their originals had."""
 G = 1 << 8

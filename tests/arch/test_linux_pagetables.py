@@ -18,6 +18,7 @@ DESIGNS = {
     "cached": sc.Shadow.cached(pool_pages=4096),
     "unsync": sc.Shadow.unsync(pool_pages=4096),
     "nested": "nested",
+    "agile": sc.Shadow.agile(pool_pages=4096),
 }
 # The leaf bits of the listing: W, U, PWT, PCD, A, D, PS, G, NX.
 LISTED = NX | oracle.bits(8, 1)

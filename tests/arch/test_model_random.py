@@ -367,6 +367,10 @@ IDENTICAL = {
     "cached, every store zaps": sc.Shadow.cached(flood_threshold=1),
     "cached, absent entries are marked": sc.Shadow.cached(flood_threshold=None, notpresent_marker=True),
     "cached, they are at walks": sc.Shadow.cached(pool_pages=8, notpresent_marker="synced"),
+    "agile": "agile",
+    "agile, at the first store": sc.Shadow.agile(nested_writes=1, nested_back="never"),
+    "agile, back and forth": sc.Shadow.agile(nested_writes=1, nested_interval=3, nested_back="reset"),
+    "agile, looked at often": sc.Shadow.agile(nested_writes=1, nested_interval=4),
     "nested": "nested",
     "nested, 5 levels, few tables": sc.Nested(mmu="direct", levels=5, pool_pages=12, host_page_size=4096),
 }
@@ -384,7 +388,7 @@ LAGGING = (
 @sampled_examples()
 @pytest.mark.parametrize("mode", MODES)
 def test_program(mode, examples):
-    """`native`, `cached` and `nested` are identical to walking at every access, whatever the guest does."""
+    """`native`, `cached`, `agile` and `nested` are identical to walking at every access, whatever the guest does."""
 
     @settings(max_examples=examples)
     @given(programs(MODES[mode]))

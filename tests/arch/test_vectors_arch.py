@@ -45,7 +45,7 @@ def wrong(results, outcome, error, gpa):
     return differs | (results["gpa"] != gpa)
 
 
-@pytest.mark.parametrize("design", ["native", "cached", "nested"])
+@pytest.mark.parametrize("design", ["native", "cached", "nested", "agile"])
 @pytest.mark.parametrize("name", streams.STREAMS)
 def test_stream(name, design):
     """Outcome, error code and gpa of every operation; values read and memory at the end, with all A and D

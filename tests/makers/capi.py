@@ -22,6 +22,7 @@ DESIGNS = (
     "nested",
     "kvm-6.1-tdp",
     "kvm-6.1-direct",
+    "agile",
 )
 """By their numbers in the header."""
 OK, PF, GP, MMIO = 0, 1, 2, 3

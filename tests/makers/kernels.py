@@ -16,6 +16,8 @@ DESIGNS = {
     "cached": "cached",
     "small": None,
     "nested": "nested",
+    "agile": "agile",
+    "agile, at the first store": sc.Shadow.agile(nested_writes=1, nested_interval=200),
 }
 OPTIONS = {
     "plain": {},

@@ -355,6 +355,12 @@ DESIGNS = {
             {"early": True, "keeps_refused": True, "rereads": True},
         ),
     ],
+    "agile": [
+        (sc.Shadow.agile(), {}),
+        (sc.Shadow.agile(nested_writes=1, nested_back="never"), {}),
+        (sc.Shadow.agile(nested_writes=1, nested_interval=5), {}),
+        (sc.Shadow.agile(nested_writes=1, nested_interval=4, nested_back="reset", pool_pages=74, refill=5), {}),
+    ],
     "nested": [("nested", {}), (sc.Nested(mmu="direct", pool_pages=32, refill=5, levels=5), {})],
     "unsync": [
         (sc.Shadow.unsync(pool_pages=64), {"ahead": True}),

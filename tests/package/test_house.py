@@ -32,7 +32,7 @@ FLOORS = (
 itself, the table of contents, may import all, and nobody imports it."""
 
 ENGINE = (
-    "types check held designs policies unsync nested",
+    "types check held designs policies unsync nested agile",
     "bits counters gmode tlb memo watch backing slots levels presets tlbs",
     "memory results windows prices costs reported shown audits",
     "walker features page quirks role future",
@@ -44,17 +44,18 @@ ENGINE = (
     "spte marks",
     "absent",
     "pool",
-    "roots invalidate zap",
+    "roots invalidate zap agile.rule",
     "leaf",
     "sync",
     "emulate nested.translated",
-    "fetch invariants unsync.logs unsync.roots nested.tables",
-    "lagging unsync.stores nested.logs nested.roots",
+    "fetch invariants unsync.logs unsync.roots nested.tables agile.tables",
+    "lagging unsync.stores nested.logs nested.roots agile.walks",
     "unsync.faults nested.faults",
     "fault fast policies.common policies.scripted",
     "designs.native designs.flush designs.cached designs.unsync designs.nested policies.fifo policies.lru "
     "policies.clock policies.twoq policies.arc policies.lirs policies.sieve policies.s3fifo policies.random "
     "policies.cost policies.optimal policies.plugged policies.uses neighbours exits",
+    "designs.agile",
     "resolve registers translation",
     "mmu access",
     "audit quick policies.references callbacks",
