@@ -33,6 +33,8 @@ WAYS_BACK = ("scan", "reset", "never")
 """What `Shadow.nested_back` can be."""
 USES = ("fault", "link", "cr3", "accessed", "walk")
 """What `Shadow.uses` can name."""
+RULES = ("emulate", "zap", "invlpg", "freed", "hysteresis")
+"""What `Shadow.rules` can name."""
 POOL_MAX = (1 << 22) - 1
 """Pages of a shadow pool at most: the number of an spte, plus one, has 31 bits, as lists of sptes need it."""
 _UNITS = {"": 1, "b": 1} | {f"{k}{s}": 1 << 10 * i for i, k in enumerate("kmgt", 1) for s in ("", "b", "ib")}
@@ -359,6 +361,11 @@ class Shadow:
     nested_back: how such a table comes to be shadowed again. "scan": at the end of an interval, if no entry that maps
         it came to be dirty in it. "reset": at the end of any interval. "never": only if it becomes a root, or its page
         is recycled.
+    adapts: of lagging tables: each leaf table is kept in the way that its history says costs least (`adaptive`).
+    rules: of `adaptive`, those that are on. "emulate": a table can have its stores emulated. "zap": one can be zapped
+        at stores. "invlpg": INVLPG exits only while a table is out of sync. "freed": a table that is empty and linked
+        nowhere is one no more. "hysteresis": the way changes when the difference has grown past a threshold.
+    prices: of `adaptive`: the prices by which it decides, a name that `Costs.preset` knows.
 
     >>> sc.Shadow.cached(flood_threshold=1).flood_threshold
     1
@@ -391,6 +398,9 @@ class Shadow:
     nested_writes: int = 2
     nested_interval: int = 1 << 20
     nested_back: str = "scan"
+    adapts: bool = False
+    rules: tuple[str, ...] = RULES
+    prices: str = "modern"
 
     def __post_init__(self) -> None:
         min_free, threshold = check_int("min_free", self.min_free, 0, POOL_MAX), self.flood_threshold
@@ -416,7 +426,7 @@ class Shadow:
             release=_check_text("release", self.release),
             quirks=_quirks(self.quirks, Quirk.KVM_6_1 if self.lagging else Quirk.KVM_2007),
             policy=_check_policy(self.policy),
-            uses=_check_uses(self.uses),
+            uses=_check_names("uses", self.uses, USES),
             recycle_children=check_bool("recycle_children", self.recycle_children),
             policy_seed=check_int("policy_seed", self.policy_seed, 0, (1 << 64) - 1),
             decides="" if self.decides == "" else _check_plugin("decides", self.decides, plugins(Decisions)),
@@ -424,7 +434,12 @@ class Shadow:
             nested_writes=check_int("nested_writes", self.nested_writes, 1, 255),
             nested_interval=check_int("nested_interval", self.nested_interval, 1, (1 << 63) - 1),
             nested_back=_check_way_back(self.nested_back),
+            adapts=check_bool("adapts", self.adapts),
+            rules=_check_names("rules", self.rules, RULES),
+            prices=_check_text("prices", self.prices),
         )
+        if self.adapts and (not self.lagging or self.decides):
+            raise ConfigError("adapts: tables have to be lagging, and nobody else decides (decides)")
         if self.policy == "optimal":
             _put(self, uses=("walk",))
         if self.recycle_children and self.policy == "fifo" and self.quirks & Quirk.ROOT_EMPTIED:
@@ -494,7 +509,7 @@ class Shadow:
         if self.switching:
             return "agile"
         if self.lagging:
-            return "unsync"
+            return "adaptive" if self.adapts else "unsync"
         return "cached" if self.keep else "flush"
 
     @classmethod
@@ -528,6 +543,12 @@ class Shadow:
         """`cached`, of whose guest tables those that are stored to often are walked by the processor itself, through
         the host's tables: Gandhi, Hill, Swift, "Agile Paging" (ISCA 2016). No processor does that so far."""
         return cls(**{"name": "agile", "switching": True, **settings})
+
+    @classmethod
+    def adaptive(cls, **settings: Any) -> Shadow:
+        """`unsync`, in which each leaf table runs out of sync, has its stores emulated, or is zapped at a store, as its
+        history says costs least; `Mmu.explain` says why."""
+        return cls.unsync(**{"name": "adaptive", "adapts": True, "update_in_place": True, "prefetch": 16, **settings})
 
     @classmethod
     def kvm_6_1(cls, **settings: Any) -> Shadow:
@@ -626,6 +647,7 @@ DESIGNS: dict[str, Any] = {
     "flush": Shadow.flush,
     "cached": Shadow.cached,
     "unsync": Shadow.unsync,
+    "adaptive": Shadow.adaptive,
     "kvm-2007": Shadow.kvm_2007,
     "kvm-6.1": Shadow.kvm_6_1,
     "kvm-6.12": Shadow.kvm_6_12,
@@ -725,17 +747,19 @@ def _check_plugin(name: str, value: object, known: list[str]) -> str:
     raise ConfigError(f"{name}: there is no {value!r:.60}{hint}")
 
 
-def _check_uses(value: object) -> tuple[str, ...]:
-    """Some of USES, in their order; as a text they are joined by +."""
+def _check_names(field: str, value: object, known: tuple[str, ...]) -> tuple[str, ...]:
+    """Some of the known names, in their order; as a text they are joined by +, and "none" is none of them."""
     names = value.split("+") if isinstance(value, str) else value
+    if names is None or names == ["none"]:
+        names = ()
     if not isinstance(names, (tuple, list)) or not all(isinstance(name, str) for name in names):
-        raise ConfigError(f"uses: some of {', '.join(USES)} are needed, not {value!r:.60}")
+        raise ConfigError(f"{field}: some of {', '.join(known)} are needed, not {value!r:.60}")
     for name in names:
-        if name not in USES:
-            near = difflib.get_close_matches(name, USES, 1)
-            hint = f"; did you mean {near[0]!r}?" if near else f"; there are {', '.join(USES)}"
-            raise ConfigError(f"uses: there is no {name!r:.60}{hint}")
-    return tuple(name for name in USES if name in names)
+        if name not in known:
+            near = difflib.get_close_matches(name, known, 1)
+            hint = f"; did you mean {near[0]!r}?" if near else f"; there are {', '.join(known)}"
+            raise ConfigError(f"{field}: there is no {name!r:.60}{hint}")
+    return tuple(name for name in known if name in names)
 
 
 def _check_way_back(value: object) -> str:

@@ -10,8 +10,8 @@ from shadowcore._capi.handles cimport (
     enter, fail, fail_python, fail_struct, handle_new, leave, refused, sc_place, with_python,
 )
 from shadowcore._capi.header cimport (
-    SC_AGILE, SC_AMD, SC_CACHED, SC_E_ALIGNMENT, SC_E_ARGUMENT, SC_E_FILE, SC_E_NULL, SC_E_PYTHON, SC_NESTED,
-    SC_SETTING_ZERO, SC_UNSYNC, sc_config, sc_vm,
+    SC_ADAPTIVE, SC_AGILE, SC_AMD, SC_CACHED, SC_E_ALIGNMENT, SC_E_ARGUMENT, SC_E_FILE, SC_E_NULL, SC_E_PYTHON,
+    SC_NESTED, SC_SETTING_ZERO, SC_UNSYNC, sc_config, sc_vm,
 )
 from shadowcore.engine.exits cimport events_tell
 from shadowcore.engine.mmu cimport mmu_listen
@@ -55,7 +55,8 @@ cdef object _policy(const sc_config *c, dict settings):
 cdef object _make(const sc_config *c):
     cdef u32 i
     cdef list names = ["native", "flush", "cached", "kvm-2007", "unsync", "kvm-6.1", "kvm-6.12", "nested",
-                       "kvm-6.1-tdp", "kvm-6.1-direct", "agile"]
+                       "kvm-6.1-tdp", "kvm-6.1-direct", "agile", "adaptive"]
+    cdef bint caching = SC_CACHED <= c.design < SC_NESTED or c.design == SC_ADAPTIVE
     if c.design >= len(names):
         raise ConfigError(f"design: {c.design} is not 0 to {len(names) - 1}")
     settings = {}
@@ -64,13 +65,13 @@ cdef object _make(const sc_config *c):
             settings[name] = _setting(value)
     for name, value in (("prev_roots", c.prev_roots), ("prefetch", c.prefetch)):
         if value:
-            if (c.design < SC_CACHED if name == "prefetch" else not SC_UNSYNC <= c.design < SC_NESTED):
+            if (c.design < SC_CACHED if name == "prefetch" else c.design < SC_UNSYNC or not caching):
                 raise ConfigError(f"{name}: the design {names[c.design]!r} has no such setting")
             settings[name] = _setting(value)
     for name, value in (("update_in_place", c.update_in_place), ("flood_pages", c.flood_pages),
                         ("flood_forget", c.flood_forget)):
         if value:
-            if not SC_CACHED <= c.design < SC_NESTED:
+            if not caching:
                 raise ConfigError(f"{name}: the design {names[c.design]!r} has no such setting")
             if name != "flood_forget" and value > 1:
                 raise ConfigError(f"{name}: {value} is not 0 or 1")

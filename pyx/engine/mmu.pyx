@@ -15,6 +15,7 @@ from shadowcore.engine.backing cimport host_collapse, host_touch, host_unmap, sc
 from shadowcore.engine.check cimport sc_check
 from shadowcore.engine.counters cimport Stats, sc_stats
 from shadowcore.engine.design cimport design_invlpg, design_new_cr3, design_reset
+from shadowcore.engine.designs.adaptive cimport adaptive_design
 from shadowcore.engine.designs.agile cimport agile_design
 from shadowcore.engine.designs.cached cimport cached_design
 from shadowcore.engine.designs.flush cimport flush_design
@@ -24,6 +25,7 @@ from shadowcore.engine.designs.unsync cimport unsync_design
 from shadowcore.engine.emulate cimport device_store
 from shadowcore.engine.exits cimport exits_close, exits_follow, exits_leave, exits_taken
 from shadowcore.engine.flushes cimport FLUSH_COUNT, FLUSH_HOST, FLUSH_SLOTS, request_flush, request_flush_of
+from shadowcore.engine.history cimport HISTORY_GROUP, history_find, sc_histories, sc_history
 from shadowcore.engine.hooks cimport EVENT_COUNT, HOOK_RAISED, POINT_COUNT
 from shadowcore.engine.invariants cimport audit_violations, mmu_settle, sc_audit
 from shadowcore.engine.memory cimport (
@@ -47,7 +49,7 @@ from shadowcore.engine.policies.s3fifo cimport s3fifo_policy
 from shadowcore.engine.policies.sieve cimport sieve_policy
 from shadowcore.engine.policies.twoq cimport twoq_policy
 from shadowcore.engine.policies.uses cimport uses_follow
-from shadowcore.engine.pool cimport pool_init, pool_recycles
+from shadowcore.engine.pool cimport hash_bucket, pool_init, pool_recycles, shadows
 from shadowcore.engine.quirks cimport QUIRK_COUNT, QUIRK_ROOT_EMPTIED
 from shadowcore.engine.record cimport RECORD_COUNT
 from shadowcore.engine.recorded cimport kept_grow, kept_new
@@ -71,9 +73,11 @@ from shadowcore.engine.watch cimport watch_due, watch_look, watch_raised
 from shadowcore.engine.zap cimport count_no_large, generation_next
 
 from shadowcore.config import (
-    HOST_PAGES, MARKERS as _MARKERS, USES as _USES, WAYS_BACK as _WAYS_BACK, Native, Nested, Shadow, check_bool,
-    check_int, check_ints, design as checked_design,
+    HOST_PAGES, MARKERS as _MARKERS, RULES as _RULES, USES as _USES, WAYS_BACK as _WAYS_BACK, Native, Nested, Shadow,
+    check_bool, check_int, check_ints, design as checked_design,
 )
+from shadowcore.engine.costs import find as find_costs
+from shadowcore.engine.explained import TableHistory
 from shadowcore.engine.future import Future
 from shadowcore.engine.memory import allocate, window
 from shadowcore.errors import AuditError, ConfigError, EngineError, PoolExhausted
@@ -90,6 +94,7 @@ cdef dict _DESIGNS = {
     "cached": <size_t>cached_design,
     "unsync": <size_t>unsync_design,
     "agile": <size_t>agile_design,
+    "adaptive": <size_t>adaptive_design,
 }
 cdef dict _POLICIES = {
     "fifo": <size_t>fifo_policy,
@@ -201,11 +206,21 @@ MEMBER_DTYPE = np.dtype([
 ])
 assert MEMBER_DTYPE.itemsize == sizeof(sc_member)
 
-# The arrays of Mmu._arrays, in their order; those from `below` on are there if pages can be unsync.
+HISTORY_DTYPE = np.dtype([
+    ("key", "<u8"), ("balance", "<i4"), ("storm", "<i4"), ("worth", "<u4"), ("load", "<u4"), ("last", "<u4"),
+    ("group", "<u4"), ("stores", "<u4"), ("unsyncs", "<u4"), ("idle", "<u4"), ("fills", "<u4"), ("invlpgs", "<u4"),
+    ("zaps", "<u4"),
+    ("fills_now", "<u2"), ("invlpgs_now", "<u2"), ("uses_now", "<u2"), ("cycles", "<u2"), ("changes", "<u2"),
+    ("kept", "u1"), ("why", "u1"), ("doubts", "u1"), ("absent", "u1"), ("pad", "<u2"),
+])
+assert HISTORY_DTYPE.itemsize == sizeof(sc_history)
+
+# The arrays of Mmu._arrays, in their order; those from `below` on are there if pages can be unsync, `history` if the
+# design is adaptive.
 _ARRAYS = {
     "pages": PAGE_DTYPE, "frames": FRAME_DTYPE, "links": LINK_DTYPE, "hash": np.dtype("<u4"), "below": np.dtype("<u8"),
     "mapped": np.dtype("<u2"), "large_rmap_2m": np.dtype("<u4"), "no_large_2m": np.dtype("<u4"),
-    "large_rmap_1g": np.dtype("<u4"), "no_large_1g": np.dtype("<u4"),
+    "large_rmap_1g": np.dtype("<u4"), "no_large_1g": np.dtype("<u4"), "history": HISTORY_DTYPE,
 }
 
 RECORDED = ("accessed", "dirty", "made", "found", "synced", "unsync", "zapped", "leaf", "device", "device_hit",
@@ -304,6 +319,7 @@ cdef class Mmu:
         self._books = {}
         self._vcpus = []
         memset(&self.books, 0, sizeof(self.books))
+        memset(&self.histories, 0, sizeof(self.histories))
         memset(&self.references, 0, sizeof(self.references))
         self._general = os.environ.get("SHADOWCORE_GENERAL", "0") not in ("", "0")
         self.c.quirks = int(design.quirks)
@@ -346,6 +362,8 @@ cdef class Mmu:
         pool_init(self.c)
         if self.c.lists_all:
             self._prepare_unsync(design)
+            if isinstance(design, Shadow) and design.adapts:
+                self._prepare_adaptive(design)
         if isinstance(design, Shadow):
             self.c.policy.children = design.recycle_children
             if policy not in _POLICIES and not record_uses:
@@ -475,6 +493,59 @@ cdef class Mmu:
         self._books["written"] = allocate(sizeof(u32) * self.memory.mem.nframes)
         self.c.written = <u32 *><size_t>self._books["written"].ctypes.data
         return 0
+
+    cdef int _prepare_adaptive(self, design) except -1:
+        """What is remembered of tables, and the prices of the ways to keep them."""
+        cdef sc_histories *h = &self.histories
+        cdef u64 groups = 4
+        costs = find_costs(design.prices)
+        read = 4 * costs.guest_reference
+        exit_ = costs.exit_fault * costs.switches + costs.dispatch + costs.carried
+        h.shift = 62
+        while groups < <u64>(self.c.pool_pages // 2):
+            groups *= 2
+            h.shift -= 1
+        for i, name in enumerate(_RULES):
+            if name in design.rules:
+                h.rules |= 1 << i
+        prices = {
+            "write": exit_ + costs.rights + read,
+            "fill": exit_ + costs.fill + read + costs.entry,
+            "emulate": exit_ + costs.emulate + read,
+            "invlpg": costs.exit_invlpg * costs.switches + costs.dispatch + costs.carried + costs.flush_page,
+            "page": costs.page_new + costs.page_zap + 2 * costs.entry,
+        }
+        whole = {name: min(round(price), 1 << 20) for name, price in prices.items()}
+        h.write, h.fill, h.emulate, h.invlpg, h.page = whole.values()
+        h.entry = <sc_history *>self._array(sizeof(sc_history) * HISTORY_GROUP * groups)
+        self.c.histories = h
+        return 0
+
+    def explain(self, gfn):
+        """Design `adaptive`: how the guest's table at `gfn` is kept, and why, as a TableHistory. ConfigError for
+        another design.
+
+        >>> print(sc.VM("16MiB", "adaptive").mmu.explain(7))
+        table 0x7: a store lets it run out of sync, for nothing is known of it
+        """
+        cdef u64 number = check_int("gfn", gfn, 0, (1 << 52) - 1)
+        cdef const sc_history *e
+        self._looks("explain")
+        if self.c.histories == NULL:
+            raise ConfigError(f"explain: the design {self.design.name!r} decides by no history; 'adaptive' does")
+        e = history_find(self.c.histories, number)
+        page = self.c.hash[hash_bucket(self.c, number)]
+        level = 0
+        while page != SC_NONE and page < self.c.pool_pages:
+            if shadows(self.c, page, number):
+                level = max(level, role_level(self.c.pages[page].role))
+            page = self.c.pages[page].hash_next
+        if e == NULL:
+            return TableHistory(gfn=number, level=level)
+        return TableHistory(
+            number, level, True, e.kept, e.why, e.balance, e.storm, e.doubts, e.changes, e.stores, e.unsyncs, e.idle,
+            e.fills, e.invlpgs, e.zaps,
+        )
 
     cdef int _prepare_policy(self, design, future) except -1:
         """The books of a policy that keeps some."""
@@ -681,7 +752,8 @@ cdef class Mmu:
         number of the interval in which they were). Design `unsync` has more: below (uint64[pages, 8]: a bit per entry,
         of those that are marked), mapped (uint16, per frame: leaves that map it); and per block of 2 MiB and of 1 GiB
         of RAM large_rmap_2m, large_rmap_1g (uint32: heads of the lists of large leaves) and no_large_2m, no_large_1g
-        (uint32: reasons against such leaves).
+        (uint32: reasons against such leaves); `adaptive` has history
+        (HISTORY_DTYPE: what it remembers of guest tables), too.
 
         What is read while a batch runs may be of any moment. ConfigError under `native`, which has none.
         """
@@ -1003,6 +1075,8 @@ cdef class Mmu:
         if c.written != NULL:
             state |= {"nested_clock": c.nested_clock, "nested_since": c.nested_since, "nested_number": c.nested_number}
         state["counters"] = self.stats.as_array().tolist()
+        if c.histories != NULL:
+            state["loads"] = c.histories.loads
         if c.policy.queues != NULL:
             state["policy"] = [int(word) for word in self._book_words()]
         return state
@@ -1037,6 +1111,7 @@ cdef class Mmu:
             rule = [check_int(name, state.get(name), 0, most) for name, most in _RULE.items()]
             if rule[0] < rule[1]:
                 raise ConfigError(f"nested_since: {rule[1]} is after nested_clock, {rule[0]}")
+        loads = check_int("loads", state.get("loads"), 0, 0xFFFFFFFF) if c.histories != NULL else 0
         cdef list lists = []
         for name in _LISTS:
             page = state.get(name)
@@ -1061,6 +1136,7 @@ cdef class Mmu:
         c.flush_epoch, c.spte_base = epochs
         c.store_clock = clock
         c.nested_clock, c.nested_since, c.nested_number = rule
+        self.histories.loads = loads
         for i, number in enumerate(counted):
             counters[i] = number
         c.mem.busy |= SC_WRITTEN

@@ -27,11 +27,11 @@ from shadowcore.engine.role cimport (
 )
 from shadowcore.engine.roots cimport make_role
 from shadowcore.engine.spte cimport leaf_gpte, leaf_gtable, leaf_guest_rights, spte_is_writable, spte_put, spte_wipe
-from shadowcore.engine.state cimport memo_drop, sc_mmu, sc_vcpu
+from shadowcore.engine.state cimport LET_UNSYNC, LET_ZAP, memo_drop, sc_mmu, sc_vcpu
 from shadowcore.engine.sync cimport gpte_granting, leaf_bits, leaf_fill, leaf_key, leaf_value, leaf_writable
 from shadowcore.engine.types cimport ACC_U, ACC_W, ACC_X, MODE_32, MODE_OFF, SC_NONE, u8, u32, u64
 from shadowcore.engine.zap cimport (
-    GENERATIONS, leaf_counted, leaf_drop, leaf_list, page_left_sync, zap_commit, zap_prepare,
+    GENERATIONS, leaf_counted, leaf_drop, leaf_list, page_left_sync, zap_commit, zap_gfn, zap_prepare,
 )
 
 
@@ -62,6 +62,7 @@ cdef bint _has_roles(const sc_mmu *mmu, u64 gfn) noexcept nogil:
 cdef bint _let_go(sc_mmu *mmu, u64 gfn, u64 frame, bint can_unsync, bint prefetch) noexcept nogil:
     """A leaf that maps `gfn` is about to get W: what shadows that frame becomes unsync. False: it must not."""
     cdef u32 number
+    cdef int answer
     cdef bint asked = False
     if mmu.frames[frame].shadowed == 0:
         return True
@@ -73,8 +74,12 @@ cdef bint _let_go(sc_mmu *mmu, u64 gfn, u64 frame, bint can_unsync, bint prefetc
             if not can_unsync:
                 return False
             if not mmu.pages[number].unsync:
-                if prefetch or (mmu.may_unsync != NULL and not asked and not mmu.may_unsync(mmu.decider, gfn)):
+                if prefetch:
                     return False
+                if mmu.may_unsync != NULL and not asked:
+                    answer = mmu.may_unsync(mmu.decider, gfn)
+                    if answer != LET_UNSYNC:
+                        return answer == LET_ZAP and zap_gfn(mmu, gfn)
                 asked = True        # before the first page of the table is changed
                 record_page(mmu, RECORD_UNSYNC, number)
                 mmu.pages[number].unsync = True

@@ -115,10 +115,10 @@ cdef void _store_at_gpa(sc_mmu *mmu, sc_vcpu *v, u64 gpa, const u8 *data, u32 nb
     """The guest's store to `gpa` by a mapping that is not known: as seen by the MMU."""
     cdef sc_fault f
     cdef u64 frame = mem_frame(mmu.mem, gpa >> 12)
-    cdef u64 unsync = mmu.stats.unsync_made
+    cdef u64 changed = mmu.stats.unsync_made + mmu.stats.mmu_shadow_zapped
     cdef bint shadowed = is_shadowed(mmu, frame)
     cdef bint native = shadowed and mmu.lists_all and table_let_go(mmu, gpa >> 12, frame)
-    if shadowed and not (native and mmu.stats.unsync_made == unsync):
+    if shadowed and not (native and mmu.stats.unsync_made + mmu.stats.mmu_shadow_zapped == changed):
         memset(&f, 0, sizeof(f))
         f.va = gpa
         f.mode = v.guest.mode

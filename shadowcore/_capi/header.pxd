@@ -35,6 +35,7 @@ cdef extern from "shadowcore.h" nogil:
         SC_UNSYNC
         SC_NESTED
         SC_AGILE
+        SC_ADAPTIVE
         SC_EXITS
         SC_ANY_LEVEL
     const char *SC_CAPSULE

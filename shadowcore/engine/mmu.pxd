@@ -1,5 +1,6 @@
 """The class Mmu, and the functions of the MMU that are published."""
 from shadowcore.engine.counters cimport Stats, sc_stats
+from shadowcore.engine.history cimport sc_histories
 from shadowcore.engine.memory cimport Memory
 from shadowcore.engine.policies.queues cimport sc_queues
 from shadowcore.engine.policies.recorder cimport sc_references
@@ -37,6 +38,7 @@ cdef class Mmu:
     cdef sc_queues books            # behind c.policy.queues
     cdef dict _books                # the arrays of books, by name
     cdef object _future             # what books.future points into, or None
+    cdef sc_histories histories     # behind c.histories
     cdef sc_references references   # uses of pages, if they are recorded
     cdef sc_walk_log walk_log       # behind c.walks
     cdef Kept _walked               # the references in it
@@ -53,6 +55,7 @@ cdef class Mmu:
     cdef list _list(self, u32 head)
     cdef void *_array(self, u64 nbytes) except NULL
     cdef int _prepare_unsync(self, design) except -1
+    cdef int _prepare_adaptive(self, design) except -1
     cdef int _prepare_policy(self, design, future) except -1
     cdef int _prepare_agile(self, design) except -1
     cdef object _book_words(self)

@@ -19,7 +19,7 @@ from .. import npy
 from ..config import PAGE_SIZE, POLICIES, TLB, Design, Features, MemorySlot, Native, Nested, Quirk, Shadow
 from ..errors import AuditError, ConfigError, PluginError, SnapshotError
 from ..files import Replacement, check_path
-from .mmu import FRAME_DTYPE, LINK_DTYPE, MEMBER_DTYPE, PAGE_DTYPE
+from .mmu import FRAME_DTYPE, HISTORY_DTYPE, LINK_DTYPE, MEMBER_DTYPE, PAGE_DTYPE
 from .slots import checked_slots
 from .tlbs import ProcessorTLB, restored, saved
 from .vcpu import tlb_sizes
@@ -292,8 +292,9 @@ def _settings(
     """What a VM is made of. _UNFIT for what cannot be."""
     design = dict(state["design"])
     kind, quirks = design.pop("kind"), Quirk(design.get("quirks", 0))
-    if "uses" in design:
-        design["uses"] = tuple(design["uses"])
+    for name in ("uses", "rules"):
+        if name in design:
+            design[name] = tuple(design[name])
     if kind not in ("Native", "Shadow", "Nested"):
         raise ValueError(f"design: Native, Shadow or Nested expected, not {state['design']!r:.60}")
     mmu: Design
@@ -370,6 +371,8 @@ def _expected(state: dict[str, Any]) -> dict[str, tuple[Any, ...]]:
             for name, shift in (("2m", 9), ("1g", 18)):
                 found[f"mmu_large_rmap_{name}"] = byte, ((frames >> shift) + 1, 4)
                 found[f"mmu_no_large_{name}"] = byte, ((frames >> shift) + 1, 4)
+        if isinstance(mmu, Shadow) and mmu.adapts:
+            found["mmu_history"] = byte, (4 * max(4, 1 << (pages // 2 - 1).bit_length()), HISTORY_DTYPE.itemsize)
     return found
 
 

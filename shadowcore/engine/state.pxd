@@ -5,6 +5,7 @@ zeroed memory means "none".
 """
 from shadowcore.engine.bits cimport CR4_PCIDE, is_canonical
 from shadowcore.engine.counters cimport sc_stats
+from shadowcore.engine.history cimport sc_histories
 from shadowcore.engine.memo cimport sc_memo
 from shadowcore.engine.memory cimport SC_POOL_HFN, sc_mem
 from shadowcore.engine.tlb cimport sc_tlb
@@ -82,7 +83,13 @@ cdef struct sc_vcpu:
 # Can the store of nbytes at gva, gpa be emulated? 1 yes, 0 no (an embedder's instruction emulator may not know it), -1
 # the callback failed and the access is to be given up.
 ctypedef int (*sc_can_emulate)(void *hook, u64 gva, u64 gpa, u32 nbytes) noexcept nogil
-ctypedef bint (*sc_may_unsync)(void *decider, u64 gfn) noexcept nogil
+# What becomes of a leaf table when a leaf that maps it is about to get W.
+cdef enum:
+    LET_EMULATE = 0                 # W is withheld, and stores to it are emulated
+    LET_UNSYNC = 1                  # it runs out of sync
+    LET_ZAP = 2                     # what shadows it is zapped: it is no table until it is used as one
+
+ctypedef int (*sc_may_unsync)(void *decider, u64 gfn) noexcept nogil
 
 # An event by its number in EVENTS (unsync): gfn or gpa, role or entry, what else there is to say.
 cdef struct sc_event:
@@ -323,7 +330,7 @@ cdef struct sc_mmu:
     sc_vcpu *vcpus[SC_MAX_VCPUS]
     sc_can_emulate can_emulate      # asked before a store is emulated; NULL: the answer is yes
     void *hook                      # its first argument
-    sc_may_unsync may_unsync        # asked before a leaf table is left unsync for an access; NULL: the answer is yes
+    sc_may_unsync may_unsync        # LET_*, asked before a leaf table is left unsync for an access; NULL: LET_UNSYNC
     void *decider                   # its first argument
     u32 audit_points                # bit per POINT_*: audit there
     # POINT_* + 1 of the first audit that found something, or HOOK_RAISED, until it is reported.
@@ -372,10 +379,11 @@ cdef struct sc_mmu:
     u32 nested_number               # of the interval, 24 bits
     u32 *written                    # per frame of RAM: nested_number << 8 | emulated stores in it, 255 at most
     sc_walk_log *walks              # where references of walks are told; NULL: nowhere
-    sc_design alone                 # the design's own hooks, where those of neighbours.pyx stand before them
+    sc_design alone                 # the design's own hooks, where others stand before them (neighbours, adaptive)
     sc_exit_log *exits              # where exits are logged; NULL: nowhere
     u32 told_events                 # what the embedder asks for: `events`, but for what the log of exits needs
     sc_event_hook told              # whom; `event`, where no exits are logged
+    sc_histories *histories         # of design adaptive: what it remembers of guest tables
 
 cdef inline void memo_drop(sc_mmu *mmu) noexcept nogil:
     """Something was withdrawn, or changed, that a translation may have been made of."""

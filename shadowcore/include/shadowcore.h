@@ -82,7 +82,8 @@ enum {
     SC_NESTED = 7,         /* nested paging: no shadow, host tables filled by exits */
     SC_KVM_6_1_TDP = 8,
     SC_KVM_6_1_DIRECT = 9,
-    SC_AGILE = 10          /* SC_CACHED, of which tables that are stored to often are walked nested */
+    SC_AGILE = 10,         /* SC_CACHED, of which tables that are stored to often are walked nested */
+    SC_ADAPTIVE = 11       /* unsync, in which each leaf table is kept in the way that costs least */
 };
 
 /* Kinds of accesses. From SC_CMPXCHG on they are locked read-modify-writes. */
@@ -230,7 +231,7 @@ typedef struct sc_config {
     uint32_t tlb_ways[3];
     uint32_t reserved;     /* 0 */
     /* Of the shadow; 0 is the default. A caller whose sc_config ends before these may go on. */
-    uint32_t prev_roots;   /* roots of earlier CR3s that a vcpu keeps; SC_UNSYNC and later */
+    uint32_t prev_roots;   /* roots of earlier CR3s that a vcpu keeps; SC_UNSYNC to SC_KVM_6_12, SC_ADAPTIVE */
     uint32_t prefetch;     /* entries that a fault fills; SC_CACHED and later */
     uint64_t host_page_size; /* bytes of the host's pages under guest RAM; 0: 4096 */
     /* Of the processors. A caller whose sc_config ends before this may go on. */
@@ -242,7 +243,8 @@ typedef struct sc_config {
     uint32_t recycle_children; /* 1: pages below a recycled one, to which nothing else leads, go with it */
     uint32_t reserved_3;   /* 0 */
     uint64_t policy_seed;  /* of what is random in a policy */
-    /* Of the shadow; 0 is the default; SC_CACHED to SC_KVM_6_12. A caller whose sc_config ends before these may go on. */
+    /* Of the shadow; 0 is the default; SC_CACHED to SC_KVM_6_12, and SC_ADAPTIVE. A caller whose sc_config ends before
+     * these may go on. */
     uint32_t update_in_place; /* 1: an emulated store makes the leaf of the new entry at once */
     uint32_t flood_pages;  /* 1: each shadow page counts the stores to its table by itself; lagging tables always do */
     uint32_t flood_forget; /* stores to other tables after which a page's count is forgotten; 0: never */

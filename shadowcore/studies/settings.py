@@ -13,6 +13,7 @@ from ..config import (
     MARKERS,
     POLICIES,
     RELEASES,
+    RULES,
     TLB,
     USES,
     Design,
@@ -48,6 +49,8 @@ DESIGN = {
     "policy_seed": "of what is random in a policy",
     "decides": "a plug-in that says what becomes of stores to guest tables, by its name",
     "release": "6.1, 6.12 or 2.6.28: what INVLPG and a sync do (unsync)",
+    "rules": "rules that are on, joined by +, or none: " + ", ".join(RULES) + " (adaptive)",
+    "prices": "by which it decides, as for --costs (adaptive)",
     "host_levels": "levels of the host's tables, 4 or 5 (nested)",
     "nested_writes": "stores to a table in one interval with which it is walked nested (agile)",
     "nested_interval": "length of an interval: emulated stores and walks below marks (agile)",
@@ -64,6 +67,8 @@ AGILE = ("nested_writes", "nested_interval", "nested_back")
 """Those that only `agile` has."""
 SHADOWED = ("update_in_place", "prefetch", "flood_pages", "flood_forget")
 """Those that it has not: they are of tables that are all shadowed."""
+ADAPTIVE = ("rules", "prices")
+"""Those that only `adaptive` has."""
 IN_SYNC = ("flood_reset", "flood_pages")
 """Those that it has not."""
 KEPT = (
@@ -77,6 +82,7 @@ KEPT = (
     "prefetch",
     "flood_pages",
     "flood_forget",
+    *ADAPTIVE,
 )
 """Those that a design has only if its tables belong to guest tables."""
 MACHINE = {
@@ -168,6 +174,7 @@ def values(name: str) -> tuple[str, ...]:
     known: dict[str, Iterable[str]] = {
         "policy": POLICIES,
         "uses": USES,
+        "rules": RULES,
         "notpresent_marker": MARKERS,
         "release": RELEASES,
         "levels": LEVELS,
@@ -188,6 +195,8 @@ def has(which: Design, name: str) -> bool:
         return name in NESTED and (name != "prefetch" or which.mmu == "direct")
     if not isinstance(which, Shadow) or name == "host_levels" or (not which.keep and name != "pool"):
         return False
+    if name in ADAPTIVE:
+        return which.adapts
     if name in AGILE or which.switching:
         return which.switching and name not in (*UNSYNC, *SHADOWED)
     return which.lagging if name in UNSYNC else not (which.lagging and name in IN_SYNC)

@@ -68,7 +68,7 @@ def test_implicit_accesses(design, levels):
         assert machine.vm.audit().ok
 
 
-@pytest.mark.parametrize("design", ["native", "cached", "unsync"])
+@pytest.mark.parametrize("design", ["native", "cached", "unsync", "adaptive"])
 def test_scalar_implicit_accesses(design):
     """EFLAGS.AC does not count, CPL neither, and both are as before; with the modelled TLB as without."""
     for tlb in (None, sc.TLB()):

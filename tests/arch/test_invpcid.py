@@ -96,7 +96,7 @@ def test_a_lost_flush_is_found(kind):
     assert invariants(vm) == {"I8"}
 
 
-@pytest.mark.parametrize(("mmu", "exits"), [("native", 0), ("cached", 0), ("flush", 1), ("unsync", 1)])
+@pytest.mark.parametrize(("mmu", "exits"), [("native", 0), ("cached", 0), ("flush", 1), ("unsync", 1), ("adaptive", 0)])
 @pytest.mark.parametrize("kind", range(4))
 def test_exits_are_those_of_invlpg(mmu, exits, kind):
     """One control intercepts both (SDM vol. 3, 25.1.3), and a table that was edited is seen anew."""

@@ -12,7 +12,7 @@ import shadowcore as sc
 from shadowcore.studies.explain import explain
 
 LONG = ["64", "la57"]
-EVERY = ["native", "cached", "flush", "unsync", "nested", "agile"]
+EVERY = ["native", "cached", "flush", "unsync", "adaptive", "nested", "agile"]
 COLUMNS = ("outcome", "error_code", "gpa", "value", "exits", "emulated")
 NOWHERE = (1 << 64) - 1
 

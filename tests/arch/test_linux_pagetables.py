@@ -17,6 +17,7 @@ DESIGNS = {
     "native": "native",
     "cached": sc.Shadow.cached(pool_pages=4096),
     "unsync": sc.Shadow.unsync(pool_pages=4096),
+    "adaptive": sc.Shadow.adaptive(pool_pages=4096),
     "nested": "nested",
     "agile": sc.Shadow.agile(pool_pages=4096),
 }

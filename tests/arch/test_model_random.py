@@ -382,6 +382,8 @@ LAGGING = (
     sc.Shadow.unsync(notpresent_marker="walk"),
     sc.Shadow.unsync(pool_pages=16, prev_roots=0, prefetch=0, release="2.6.28", notpresent_marker=True),
     sc.Shadow.unsync(release="6.12", notpresent_marker="synced"),
+    sc.Shadow.adaptive(),
+    sc.Shadow.adaptive(pool_pages=16, rules=("emulate", "zap", "freed"), prefetch=4),
 )
 
 

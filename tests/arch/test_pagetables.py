@@ -396,7 +396,7 @@ def test_nx_is_the_highest_bit(ram):
 # -- virtual machines ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("design", ["native", "flush", "cached", "unsync"])
+@pytest.mark.parametrize("design", ["native", "flush", "cached", "unsync", "adaptive"])
 def test_registers_turn_paging_on(mode, design):
     vm = sc.VM("8MiB", design)
     tables = PageTables(vm.memory, mode)

@@ -14,7 +14,7 @@ NAMES = ["fuzz_32_s6", "fuzz_64_s6", "fuzz_pae_s6", "forkswitch_pae_s1", "recurs
 SPTES = "present sptes are not those installed less those removed"
 
 
-@pytest.mark.parametrize("design", ["native", "flush", "cached", "kvm-2007", "unsync", "kvm-6.1"])
+@pytest.mark.parametrize("design", ["native", "flush", "cached", "kvm-2007", "unsync", "adaptive", "kvm-6.1"])
 @pytest.mark.parametrize("name", NAMES)
 def test_nothing_is_found_and_nothing_changes(name, design):
     """With audits at every point: the results, counters and memory of the run without."""

@@ -24,7 +24,7 @@ def design(rng):
         "prev_roots": rng.choice([0, 1, 3, 16]),
         "flood_threshold": rng.choice([None, 1, 3]),
     }
-    return rng.choice([sc.Shadow.unsync, sc.Shadow.kvm_6_1, sc.Shadow.kvm_6_12])(**settings)
+    return rng.choice([sc.Shadow.unsync, sc.Shadow.adaptive, sc.Shadow.kvm_6_1, sc.Shadow.kvm_6_12])(**settings)
 
 
 class Machine:

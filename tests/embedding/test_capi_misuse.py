@@ -124,7 +124,7 @@ def test_values_that_cannot_be(guest):
         assert API.stored(vm, gpa, size) == bad
         assert API.store(vm, gpa, b"12345678", size) == bad
     for fields in (
-        {"design": 11},
+        {"design": 12},
         {"prefetch": 3, "design": C["SC_UNSYNC"]},
         {"prev_roots": 17, "design": C["SC_UNSYNC"]},
         {"host_page_size": 8192},

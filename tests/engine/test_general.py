@@ -28,6 +28,7 @@ DESIGNS = {
     "roomy": lambda: sc.Shadow.cached(pool_pages=200, flood_threshold=None),
     "kvm-2007": lambda: sc.Shadow.kvm_2007(pool_pages=64),
     "unsync": lambda: sc.Shadow.unsync(pool_pages=24),
+    "adaptive": lambda: sc.Shadow.adaptive(pool_pages=24),
     "kvm-6.1": lambda: sc.Shadow.kvm_6_1(pool_pages=64),
     "kvm-6.12": lambda: sc.Shadow.kvm_6_12(pool_pages=64),
 }

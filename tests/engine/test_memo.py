@@ -28,7 +28,7 @@ def counters(vm):
     return {name: n for name, n in vm.stats.as_dict().items() if not name.startswith("tlb_")}
 
 
-@pytest.mark.parametrize("design", ["native", "flush", "cached", "kvm-2007", "unsync"])
+@pytest.mark.parametrize("design", ["native", "flush", "cached", "kvm-2007", "unsync", "adaptive"])
 @pytest.mark.parametrize("name", ["fuzz_32_s6", "fuzz_64_s6", "fuzz_pae_s6", "modeswitch_mix_s1", "recursive_64_s1"])
 def test_streams(name, design):
     """Each access three times, so that most are repeats: results, counters and memory are those of single steps."""
@@ -61,7 +61,7 @@ def test_store_to_a_table_in_the_midst_of_hits(design):
     assert result.outcome.sum() == 0
 
 
-@pytest.mark.parametrize("design", ["native", "flush", "cached", "unsync"])
+@pytest.mark.parametrize("design", ["native", "flush", "cached", "unsync", "adaptive"])
 def test_memory_written_between_batches(design):
     """Tables edited by the host between two batches; `native` obeys at once, the others after INVLPG or a flood of
     none: their shadow stands until it is told."""
@@ -78,7 +78,7 @@ def test_memory_written_between_batches(design):
     assert made.cpu.run(load).gpa.tolist() == [DATA + PAGE] * 4
 
 
-@pytest.mark.parametrize("design", ["native", "cached", "unsync"])
+@pytest.mark.parametrize("design", ["native", "cached", "unsync", "adaptive"])
 def test_registers_in_the_midst_of_hits(design):
     """Rights are judged by the registers as they are at each access."""
     made = Guest("64", design)
@@ -94,7 +94,7 @@ def test_registers_in_the_midst_of_hits(design):
     assert result.outcome.tolist() == [0, 0, 0, 1, 0, 0]
 
 
-@pytest.mark.parametrize("design", ["native", "cached", "unsync"])
+@pytest.mark.parametrize("design", ["native", "cached", "unsync", "adaptive"])
 def test_many_epochs(design):
     """More changes than a tag has epochs for."""
     made = Guest("64", design)
@@ -106,7 +106,7 @@ def test_many_epochs(design):
     assert made.cpu.run(ops[:1]).outcome.tolist() == [1]
 
 
-@pytest.mark.parametrize("design", ["native", "cached", "unsync"])
+@pytest.mark.parametrize("design", ["native", "cached", "unsync", "adaptive"])
 def test_pages_that_share_an_entry_of_the_memo(design):
     """Addresses 16 MiB apart, more than there is room for."""
     made = Guest("64", design, pages=0)

@@ -10,7 +10,7 @@ from streams import machine, stream
 import shadowcore as sc
 from shadowcore.engine import snapshot
 
-DESIGNS = ["native", "flush", "cached", "kvm-2007", "unsync", "kvm-6.12"]
+DESIGNS = ["native", "flush", "cached", "kvm-2007", "unsync", "adaptive", "kvm-6.12"]
 RESULTS = ("outcome", "error_code", "gpa", "value", "exits", "emulated")
 
 

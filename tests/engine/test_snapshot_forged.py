@@ -153,10 +153,11 @@ LAGGING_MMU_ODD = {"n_dying": (-1, 17, NONE, 1 << 40, None, 0.5)}
 @pytest.mark.parametrize("name", forged.MACHINES)
 def test_import_state_refuses_what_cannot_be(name):
     vm = forged.MACHINES[name]()
-    lagging = name.startswith("unsync")
+    lagging = name.startswith(("unsync", "adaptive"))
+    histories = {"loads": (-1, 1 << 32, None, 0.5)} if name.startswith("adaptive") else {}
     for target, odd in (
         (vm.vcpus[0], VCPU_ODD | (LAGGING_VCPU_ODD if lagging else {})),
-        (vm.mmu, MMU_ODD | (LAGGING_MMU_ODD if lagging else {})),
+        (vm.mmu, MMU_ODD | (LAGGING_MMU_ODD if lagging else {}) | histories),
     ):
         before = target.export_state()
         for field, values in odd.items():

@@ -112,7 +112,7 @@ def test_interleaved_with_tlbs(modes, mmu, number):
     nothing for the other."""
     design = {"cached": sc.Shadow.cached(pool_pages=40), "flush": sc.Shadow.flush(quirks=0)}.get(mmu, mmu)
     for rng, program in seeded(500, number):
-        interleaved(modes, design, rng.choice(TLBS), program, ahead=mmu == "unsync")
+        interleaved(modes, design, rng.choice(TLBS), program, ahead=mmu in ("unsync", "adaptive"))
 
 
 def lagging(rng):

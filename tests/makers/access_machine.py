@@ -17,7 +17,7 @@ from oracle import (
 
 import shadowcore as sc
 
-DESIGNS = ["native", "cached", "unsync", "nested", "agile"]
+DESIGNS = ["native", "cached", "unsync", "adaptive", "nested", "agile"]
 
 # Physical layout (access.c: the page at 32 MiB, its tables behind it) and the linear address under test.
 PAGE = 32 << 20

@@ -23,6 +23,7 @@ DESIGNS = (
     "kvm-6.1-tdp",
     "kvm-6.1-direct",
     "agile",
+    "adaptive",
 )
 """By their numbers in the header."""
 OK, PF, GP, MMIO = 0, 1, 2, 3

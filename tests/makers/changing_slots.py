@@ -23,6 +23,7 @@ DESIGNS = {
     "unsync": sc.Shadow.unsync(),
     "unsync, few pages": sc.Shadow.unsync(pool_pages=24, min_free=5, refill=10),
     "agile": sc.Shadow.agile(nested_writes=1),
+    "adaptive, few pages": sc.Shadow.adaptive(pool_pages=24, min_free=5, refill=10),
     "nested": sc.Nested(),
     "nested, direct, few pages": sc.Nested(mmu="direct", pool_pages=12),
     "nested, 5 levels, few pages": sc.Nested(levels=5, pool_pages=10),

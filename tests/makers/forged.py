@@ -16,7 +16,7 @@ import numpy as np
 
 import shadowcore as sc
 from shadowcore.engine import snapshot
-from shadowcore.engine.mmu import FRAME_DTYPE, LINK_DTYPE, PAGE_DTYPE
+from shadowcore.engine.mmu import FRAME_DTYPE, HISTORY_DTYPE, LINK_DTYPE, PAGE_DTYPE
 
 PAGE = 4096
 RAM = 64 * PAGE
@@ -52,7 +52,7 @@ TLB_ENTRY = np.dtype(
         ("root", "<u4"),
     ]
 )
-FIELDS = {"mmu_pages": PAGE_DTYPE, "mmu_frames": FRAME_DTYPE, "mmu_links": LINK_DTYPE}
+FIELDS = {"mmu_pages": PAGE_DTYPE, "mmu_frames": FRAME_DTYPE, "mmu_links": LINK_DTYPE, "mmu_history": HISTORY_DTYPE}
 SINGLE = {"mmu_table": "<u8", "mmu_hash": "<u4", "mmu_below": "<u8", "mmu_mapped": "<u2"}
 SINGLE |= {"host_frames": "u1", "host_blocks": "u1"}
 SINGLE |= dict.fromkeys(("mmu_large_rmap_2m", "mmu_large_rmap_1g", "mmu_no_large_2m", "mmu_no_large_1g"), "<u4")
@@ -64,6 +64,7 @@ def machine(design, mode, tlb=None, vcpus=1, logged=False):
     mmu = sc.Shadow.flush(pool_pages=POOL) if design == "flush" else mmu
     mmu = sc.Shadow.kvm_2007(pool_pages=POOL) if design == "kvm-2007" else mmu
     mmu = sc.Shadow.unsync(pool_pages=POOL) if design == "unsync" else mmu
+    mmu = sc.Shadow.adaptive(pool_pages=POOL) if design == "adaptive" else mmu
     slots = [sc.MemorySlot(0, RAM - 8 * PAGE, dirty_log=logged), sc.MemorySlot(1 << 24, 8 * PAGE)]
     vm = sc.VM(slots, mmu, vcpus, tlb)
     if mode != "off":
@@ -187,6 +188,7 @@ MACHINES = {
     "unsync-64": lambda: lagging("64", vcpus=2),
     "unsync-32": lambda: lagging("32"),
     "unsync-pae-tlb": lambda: machine("unsync", "pae", sc.TLB(8, 2, 4, 2, 2, 2), vcpus=2, logged=True),
+    "adaptive-64": lambda: machine("adaptive", "64", vcpus=2, logged=True),
     "backed-cached-64": lambda: backed("cached", "64", logged=True),
     "backed-unsync-pae": lambda: backed("unsync", "pae", tlb=sc.TLB(8, 2, 4, 2, 2, 2)),
     "nested-64-tlb": lambda: machine("nested", "64", PROCESSOR, vcpus=2),
@@ -342,6 +344,8 @@ def store(array, dtype, index, field, value):
         copied = a[array].copy()
         records = copied.reshape(-1).view(dtype)
         target = records[field] if field else records
+        if target.dtype.kind == "i":
+            target = target.view(f"u{target.itemsize}")
         target[index] = value
         a[array] = copied
 

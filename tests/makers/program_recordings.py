@@ -9,7 +9,7 @@ from shadowcore.recordings import Event, Reader, Writer
 FAMILY, TRUE = DATA / "programs" / "family.screc", DATA / "programs" / "true.screc"
 LACKEY = [DATA / "lackey" / "parent.txt", DATA / "lackey" / "child.txt"]
 MODES = ("32", "pae", "64", "la57")
-DESIGNS = ("native", "flush", "cached", "unsync", "nested", "agile")
+DESIGNS = ("native", "flush", "cached", "unsync", "adaptive", "nested", "agile")
 EXACT = ("faults", "faults_zero", "faults_zero_page", "faults_file", "faults_copied", "faults_reused", "stack_growth",
          "forks", "execs", "exits")  # fmt: skip
 PAGE = 4096

@@ -16,7 +16,7 @@ from oracle import (
 
 import shadowcore as sc
 
-DESIGNS = ["native", "cached", "flush", "unsync", "nested", "agile"]
+DESIGNS = ["native", "cached", "flush", "unsync", "adaptive", "nested", "agile"]
 GLOBAL = 1 << 8
 PAGING = CR0_PG | CR0_PE | 0x10
 

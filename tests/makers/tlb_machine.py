@@ -5,7 +5,7 @@ import numpy as np
 import shadowcore as sc
 
 MODES = ["32", "pae", "64", "la57"]
-DESIGNS = ["native", "cached", "flush", "unsync", "nested", "agile"]
+DESIGNS = ["native", "cached", "flush", "unsync", "adaptive", "nested", "agile"]
 KEEP = 1 << 63  # in a value for CR3: drop nothing
 G = 1 << 8
 MIB = 1 << 20

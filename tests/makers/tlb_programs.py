@@ -368,6 +368,7 @@ DESIGNS = {
         (sc.Shadow.unsync(pool_pages=16, prev_roots=16, prefetch=32, flood_threshold=1), {"ahead": True}),
         (sc.Shadow.unsync(pool_pages=64, notpresent_marker="walk"), {"ahead": True}),
         (sc.Shadow.unsync(pool_pages=32, prefetch=0, release="2.6.28", notpresent_marker=True), {"ahead": True}),
+        (sc.Shadow.adaptive(pool_pages=32, rules=("emulate", "zap", "invlpg", "freed")), {"ahead": True}),
     ],
 }
 

@@ -33,10 +33,10 @@ itself, the table of contents, may import all, and nobody imports it."""
 
 ENGINE = (
     "types check held designs policies unsync nested agile",
-    "bits counters gmode tlb memo watch backing slots levels presets tlbs",
+    "bits counters gmode tlb memo watch backing slots levels presets tlbs explained",
     "memory results windows prices costs reported shown audits",
     "walker features page quirks role future",
-    "policies.queues",
+    "policies.queues history",
     "state",
     "hooks record recorded policies.recorder references",
     "flushes design path floods tlbhit",
@@ -55,7 +55,7 @@ ENGINE = (
     "designs.native designs.flush designs.cached designs.unsync designs.nested policies.fifo policies.lru "
     "policies.clock policies.twoq policies.arc policies.lirs policies.sieve policies.s3fifo policies.random "
     "policies.cost policies.optimal policies.plugged policies.uses neighbours exits",
-    "designs.agile",
+    "designs.adaptive designs.agile",
     "resolve registers translation",
     "mmu access",
     "audit quick policies.references callbacks",

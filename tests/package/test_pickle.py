@@ -244,6 +244,7 @@ RESULTS = {
     "Stats": lambda _: a_run().stats,
     "Stats of a VM": lambda _: machine().stats,
     "ExitLog": lambda _: a_log(),
+    "TableHistory": lambda _: sc.VM("1MiB", "adaptive").mmu.explain(1),
     "TableStore": lambda _: sc.TableStore(0x1000, 0x2008, 2, 8, (5,), (1,), False, False),
     "Translation": lambda _: machine().vcpus[0].translate(0x401234, "w"),
     "Translation with paging off": lambda _: sc.VM("1MiB").vcpus[0].translate(0x1234),

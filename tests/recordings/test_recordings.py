@@ -210,7 +210,7 @@ def test_operations_run_as_they_were_recorded(tmp_path):
     assert 0 < int((result.outcome == 1).sum()) < 1000
 
 
-@pytest.mark.parametrize("design", ["native", "cached", "unsync"])
+@pytest.mark.parametrize("design", ["native", "cached", "unsync", "adaptive"])
 @pytest.mark.parametrize("cr3", [5, 0xFE0, (4 << 30) + 5])
 @pytest.mark.parametrize("pcide", [0, 1 << 17])
 def test_machines_with_pcids_ignored_bits_or_a_high_root(tmp_path, design, cr3, pcide):

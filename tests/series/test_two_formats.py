@@ -84,7 +84,7 @@ UPPER = [
 ]
 
 
-@pytest.mark.parametrize("mmu", ["native", "cached", "unsync"])
+@pytest.mark.parametrize("mmu", ["native", "cached", "unsync", "adaptive"])
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize(("level", "upper", "op"), UPPER)
 @pytest.mark.parametrize("maxphyaddr", [46, 40])

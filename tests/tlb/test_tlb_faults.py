@@ -230,7 +230,7 @@ def test_probes_are_no_faults():
     assert pages(cpu) == [X]
 
 
-@pytest.mark.parametrize("mmu", ["native", "flush", "cached", "unsync"])
+@pytest.mark.parametrize("mmu", ["native", "flush", "cached", "unsync", "adaptive"])
 def test_a_lost_flush_at_a_fault_is_audited(mmu):
     """ "fault" of `lose_flushes`: the entry of the TLB stays, and I8 names it. (`flush` and `cached` ask for a flush
     besides, where the leaf goes.)"""

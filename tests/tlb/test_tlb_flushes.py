@@ -256,7 +256,7 @@ def test_flush_when_an_upper_entry_is_turned():
     assert run("link") == (3, {"I8"})
 
 
-@pytest.mark.parametrize("mmu", ["cached", "flush", "unsync"])
+@pytest.mark.parametrize("mmu", ["cached", "flush", "unsync", "adaptive"])
 def test_flush_when_a_log_is_cleared(mmu):
     """ "log": stores through an entry that was writable before are missing from the dirty log."""
 
@@ -281,7 +281,7 @@ def test_flush_when_a_log_is_cleared(mmu):
         assert run(first, "log") == (False, {"I8"})
 
 
-@pytest.mark.parametrize("mmu", ["native", "cached", "unsync"])
+@pytest.mark.parametrize("mmu", ["native", "cached", "unsync", "adaptive"])
 def test_flush_when_cr3_is_loaded(mmu):
     """ "cr3": the translations of one address space serve another."""
 

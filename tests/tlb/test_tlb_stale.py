@@ -121,7 +121,7 @@ def test_rights_are_judged_at_each_use():
         cpu.write(X, 1, user=True)
 
 
-@pytest.mark.parametrize("mmu", ["native", "cached", "unsync"])
+@pytest.mark.parametrize("mmu", ["native", "cached", "unsync", "adaptive"])
 def test_invlpg_reaches_every_pcid(mmu):
     """The page's entries under every PCID go, and no other page's."""
     _, tables, other, cpu = two_spaces(mmu)
@@ -247,7 +247,7 @@ def test_invlpg_of_the_other_part_of_a_large_page(mode):
 
 
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("mmu", ["cached", "flush", "unsync"])
+@pytest.mark.parametrize("mmu", ["cached", "flush", "unsync", "adaptive"])
 def test_invlpg_drops_every_fragment_of_a_large_page(mmu, mode):
     """One INVLPG is enough for a page of any size, of which the TLB has 4 KiB here and there."""
     vm, tables, other, cpu = two_spaces(mmu, mode)
@@ -266,7 +266,7 @@ def test_invlpg_drops_every_fragment_of_a_large_page(mmu, mode):
 # -- the shadow MMU besides ------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("mmu", ["cached", "flush", "unsync"])
+@pytest.mark.parametrize("mmu", ["cached", "flush", "unsync", "adaptive"])
 def test_zapping_everything_flushes(mmu):
     vm, tables = machine(mmu)
     tables.map(X, DATA_A, 4096, "rw", global_=True)
@@ -278,7 +278,7 @@ def test_zapping_everything_flushes(mmu):
     assert vm.audit().ok
 
 
-@pytest.mark.parametrize("mmu", ["cached", "flush", "unsync"])
+@pytest.mark.parametrize("mmu", ["cached", "flush", "unsync", "adaptive"])
 @pytest.mark.parametrize("mode", MODES)
 def test_a_tlb_does_not_change_what_a_shadow_does(mmu, mode):
     """Page-fault exits are those of the machine without a TLB: entries are not wider than the leaves they are

@@ -373,7 +373,7 @@ cdef int _decide(void *hook, u64 gva, u64 gpa, u32 nbytes) noexcept nogil:
     return 2 if answer == SC_DECIDE_ZAP else 1
 
 
-cdef bint _may_unsync(void *decider, u64 gfn) noexcept nogil:
+cdef int _may_unsync(void *decider, u64 gfn) noexcept nogil:
     """sc_mmu.may_unsync. An error is raised once the operation is whole; until then nothing is asked."""
     cdef sc_plugged_decisions *d = <sc_plugged_decisions *>decider
     cdef int answer
