@@ -9,8 +9,8 @@ from libc.string cimport memset
 
 from shadowcore.engine.tlb cimport (
     INVPCID_ADDRESS, INVPCID_ALL, INVPCID_CONTEXT, TLB_ANY_PCID, TLB_CACHES, TLB_EVERY, TLB_NOT_GLOBAL, TLB_PAGES,
-    sc_tlb, sc_tlb_bank, sc_tlb_entry, tlb_class, tlb_lookup, tlb_set, tlb_shift, tlb_tag, tlb_touch,
-    tlb_valid,
+    sc_tlb, sc_tlb_bank, sc_tlb_entry, tlb_class, tlb_look, tlb_set, tlb_shift, tlb_tag, tlb_touch,
+    tlb_use, tlb_valid,
 )
 from shadowcore.engine.types cimport SC_NONE, u16, u32, u64
 
@@ -47,10 +47,18 @@ cdef void tlb_index(sc_tlb *t) noexcept nogil:
 
 # Fill
 
+cdef sc_tlb_entry *tlb_lookup(sc_tlb *t, u64 va, u16 pcid, u64 mmu_epoch, u32 kind, u32 *bank) noexcept nogil:
+    return tlb_look(t, va, pcid, mmu_epoch, kind, bank)
+
+
+cdef void tlb_take(sc_tlb *t, u32 bank, sc_tlb_entry *e, u64 va, u16 pcid, u64 mmu_epoch, u32 kind) noexcept nogil:
+    tlb_use(t, bank, e, mmu_epoch, kind)
+
+
 cdef sc_tlb_entry *tlb_find(sc_tlb *t, u64 va, u16 pcid, u64 mmu_epoch) noexcept nogil:
     """The valid entry that translates `va` under `pcid`, or NULL."""
     cdef u32 bank
-    return tlb_lookup(t, va, pcid, mmu_epoch, TLB_EVERY, &bank)
+    return tlb_look(t, va, pcid, mmu_epoch, TLB_EVERY, &bank)
 
 
 cdef inline bint _takes(const sc_tlb_bank *b, u32 level, int shift, u32 kind) noexcept nogil:

@@ -120,10 +120,10 @@ cdef inline sc_tlb_entry *tlb_probe(const sc_tlb *t, const sc_tlb_bank *b, u64 v
             return b.entry + first + way
     return NULL
 
-cdef inline sc_tlb_entry *tlb_lookup(const sc_tlb *t, u64 va, u16 pcid, u64 mmu_epoch, u32 kind,
-                                     u32 *bank) noexcept nogil:
+cdef inline sc_tlb_entry *tlb_look(const sc_tlb *t, u64 va, u16 pcid, u64 mmu_epoch, u32 kind,
+                                   u32 *bank) noexcept nogil:
     """The valid entry that translates `va` under `pcid` for an access of a kind (TLB_*), or NULL. bank: where it was
-    found; who takes it says so by tlb_take."""
+    found; who takes it says so by tlb_use."""
     cdef const sc_tlb_bank *b
     cdef sc_tlb_entry *e
     cdef u32 i
@@ -164,7 +164,7 @@ cdef inline void tlb_touch(const sc_tlb_bank *b, u64 number, u64 clock) noexcept
 # An entry of the second level that is used is copied to the first.
 cdef void tlb_raise(sc_tlb *t, const sc_tlb_entry *e, u64 mmu_epoch, u32 kind) noexcept nogil
 
-cdef inline void tlb_take(sc_tlb *t, u32 bank, const sc_tlb_entry *e, u64 mmu_epoch, u32 kind) noexcept nogil:
+cdef inline void tlb_use(sc_tlb *t, u32 bank, const sc_tlb_entry *e, u64 mmu_epoch, u32 kind) noexcept nogil:
     """The entry, of that bank, is used."""
     cdef sc_tlb_bank *b = &t.bank[bank]
     t.clock += 1
@@ -173,6 +173,9 @@ cdef inline void tlb_take(sc_tlb *t, u32 bank, const sc_tlb_entry *e, u64 mmu_ep
         tlb_raise(t, e, mmu_epoch, kind)
 
 cdef void tlb_index(sc_tlb *t) noexcept nogil         # makes the tags anew: the entries were put there
+# The two above, by the names under which they were published.
+cdef sc_tlb_entry *tlb_lookup(sc_tlb *t, u64 va, u16 pcid, u64 mmu_epoch, u32 kind, u32 *bank) noexcept nogil
+cdef void tlb_take(sc_tlb *t, u32 bank, sc_tlb_entry *e, u64 va, u16 pcid, u64 mmu_epoch, u32 kind) noexcept nogil
 cdef sc_tlb_entry *tlb_find(sc_tlb *t, u64 va, u16 pcid, u64 mmu_epoch) noexcept nogil
 cdef void tlb_fill(sc_tlb *t, u64 va, u64 gpa, int shift, int guest_shift, u16 pcid, u32 access, u32 pkey,
                    bint dirty, bint is_global, u64 mmu_epoch) noexcept nogil
