@@ -11,7 +11,7 @@ from functools import partial
 
 import click
 
-from bench.sources import RECORDINGS, ran, walked
+from bench.studied import RECORDINGS, ran, walked
 from shadowcore import workload
 from shadowcore.config import RULES, design
 from shadowcore.engine.costs import find as find_costs

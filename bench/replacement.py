@@ -15,7 +15,7 @@ from pathlib import Path
 
 import click
 
-from bench.sources import RECORDINGS, ran, walked
+from bench.studied import RECORDINGS, ran, walked
 from shadowcore.config import POLICIES, Shadow
 from shadowcore.engine.costs import find as find_costs
 from shadowcore.engine.future import recorder_of

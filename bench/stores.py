@@ -10,7 +10,7 @@ from functools import partial
 
 import click
 
-from bench.sources import RECORDINGS, ran, walked
+from bench.studied import RECORDINGS, ran, walked
 from shadowcore.config import design
 from shadowcore.engine.costs import find as find_costs
 

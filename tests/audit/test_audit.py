@@ -34,11 +34,16 @@ def test_broken(break_it, sentence, mode):
     assert sorted(found(guest.vm), key=repr) == sorted(expected, key=repr)
 
 
+AGILE = {  # tests/agile/test_audit_agile.py
+    "a guest table that the processor walks itself has a shadow, or the page that stands for it is not empty",
+    "an entry of the host's tables leads to no table of theirs, or to one for other addresses",
+    "the number of pages that stand for guest tables is not what the counter says",
+}
 BOOKS = "the policy's queues do not hold the pages in use, or do not end"  # tests/engine/test_policies.py
 
 
 def test_each_sentence_has_a_case():
     by_hand = {case.values[1] for case in CASES} | {NONGLOBAL, TLB_STALE, TLB_TABLE, TLB_LOG, TLB_SHADOW}
     by_hand |= {LEAF, LEVEL, ROOT, broken.MARKER, HOST_ABSENT, HOST_READ_ONLY} | broken_unsync.SENTENCES
-    by_hand |= {BOOKS}
+    by_hand |= {BOOKS} | AGILE
     assert by_hand == set(SENTENCES)

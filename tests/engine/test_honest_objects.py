@@ -100,6 +100,8 @@ def test_plain_settings_are_kept_plain():
         *(str, bool, int, int, int, int, bool, type(None), bool),
         *(str, bool, int, bool, int, str),
         *(str, tuple, bool, int, str),
+        *(bool, int, int, str),
+        *(bool, tuple, str),
     ]
     copy = taken(sc.Shadow, made, "mmu")
     assert copy == made

@@ -213,7 +213,7 @@ def test_cmpxchg_of_16_bytes_wants_an_aligned_operand(mode):
     before = twins.guest.vm.memory.bytes.tobytes()
     accesses = twins.guest.vm.stats.pf_taken
     for va in (USER + 8, USER + 1, USER + PAGE - 8, FAR + 4, twins.guest.window(twins.guest.entry(USER)) + 8):
-        assert twins.do(lambda g, v=va: g.cpu.cmpxchg(v, 0, 1, 16)) == repr(sc.GeneralProtection(0))
+        assert twins.do(lambda g, v=va: g.cpu.cmpxchg(v, 0, 1, 16)) == repr(sc.GeneralProtection(0, va))
     assert twins.guest.vm.memory.bytes.tobytes() == before
     assert twins.guest.vm.stats.pf_taken == accesses
     assert twins.guest.vm.stats.gp_guest == 5

@@ -181,7 +181,7 @@ def test_access_that_leaves_the_canonical_addresses(mode, edge):
         for access in ACCESSES.values():
             if size < 16 or access in (ACCESSES["read"], ACCESSES["write"]):
                 came = twins.do(lambda guest, a=access, v=start, s=size: a(guest, v, 1, s))
-                assert came == repr(sc.GeneralProtection(0))
+                assert came == repr(sc.GeneralProtection(0, start))
     twins.do(lambda guest: guest.cpu.write(edge - 8, 0x55, 8))
     assert twins.ram(PLACE + PAGE - 8, 8) == 0x55
     assert twins.guest.vm.stats.gp_guest > 10

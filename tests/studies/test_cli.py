@@ -36,7 +36,8 @@ def workload(tmp_path_factory):
 # -- compare ---------------------------------------------------------------------------------------------
 
 
-NOT_HERE = ("prev_root_hits", "npf_violation", "npf_misconfig", "pf_fast")
+AGILE = ("to_nested", "to_shadow", "nested_walks")
+NOT_HERE = ("prev_root_hits", "npf_violation", "npf_misconfig", "pf_fast", *AGILE)
 """Of these there are none so far into the recording, or only under nested paging."""
 
 

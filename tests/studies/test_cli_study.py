@@ -100,7 +100,7 @@ def test_refusals(recording, tmp_path):
     assert "set twice" in refused("compare", "hackbench", "--set", "groups=1", "--set", "groups=2")
     assert "pool is set to one value as well" in refused("compare", "--pool", 9, "--over", "pool=8,9")
     assert "is not NAME=VALUE,VALUE" in refused("compare", "--over", "pool")
-    assert "pool_pages: an integer is needed, not 'many'" in refused("compare", recording, "--over", "pool=16,many")
+    assert "pool: an integer is needed, not 'many'" in refused("compare", recording, "--over", "pool=16,many")
     assert "cannot be written" in refused("compare", "idle", *SHORT, "--csv", tmp_path / "none" / "a.csv")
     assert "'gold' is not one of" in refused("compare", "--costs", "gold")
     assert "groups: 90 is not within 1 to 20" in refused("run", "hackbench", "--set", "groups=90")

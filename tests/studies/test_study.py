@@ -142,7 +142,7 @@ def test_design_objects_and_settings():
         (("pingpong", [sc.Shadow(), sc.Shadow(pool_pages=9)]), {}, "two are called 'cached'"),
         (("pingpong",), {"page": 3}, "did you mean 'pages'"),
         (("pingpong",), {"pages": 0}, "pingpong: pages"),
-        (("pingpong",), {"pool": 1}, "pool_pages"),
+        (("pingpong",), {"pool": 1}, "pool: 1 is not"),
         (("pingpong",), {"flood_reset": 1}, "flood_reset"),
         (("pingpong",), {"pcid": 1}, "pcid: true or false"),
         (("pingpong",), {"mode": 16}, "mode"),
