@@ -498,7 +498,10 @@ cdef class Mmu:
         """What is remembered of tables, and the prices of the ways to keep them."""
         cdef sc_histories *h = &self.histories
         cdef u64 groups = 4
-        costs = find_costs(design.prices)
+        try:
+            costs = find_costs(design.prices)
+        except ConfigError as error:
+            raise ConfigError(f"prices: {str(error).removeprefix('costs: ')}") from None
         read = 4 * costs.guest_reference
         exit_ = costs.exit_fault * costs.switches + costs.dispatch + costs.carried
         h.shift = 62

@@ -27,8 +27,9 @@ from shadowcore.engine.quick cimport (
     element_word, load_known, load_op, op_stands, sc_batch, value_at,
 )
 from shadowcore.engine.results cimport sc_row
-from shadowcore.engine.state cimport memo_drop, sc_mmu, sc_vcpu
-from shadowcore.engine.tlbhit cimport tlb_hit
+from shadowcore.engine.state cimport memo_drop, sc_mmu, sc_vcpu, vcpu_pcid
+from shadowcore.engine.tlb cimport TLB_FETCH, TLB_LOAD, TLB_STORE, sc_tlb, sc_tlb_entry, tlb_look
+from shadowcore.engine.tlbhit cimport tlb_hit, tlb_kind
 from shadowcore.engine.types cimport (
     PF_I, PF_U, PF_W, RC_AUDIT, RC_BAD_OP, RC_OK, i64, u8, u16, u32,
     u64,
@@ -56,6 +57,7 @@ cdef enum:
     CANDIDATE = 1 << 8              # of a word: by its size and user, the operation may be one for the loops below
     PROMOTED = 4                    # one hit in PROMOTED, in the spill of the memo, moves the page out of it
     AHEAD = 32                      # operations whose bytes are prefetched: brought into the cache ahead of their use
+    TRANSLATED = 64                 # pages that the loop over hits of a TLB remembers
     NOTES = 8                       # while the memo is of no use, one chunk in NOTES looks whether it would be now
     LOOK = 256                      # operations done by other paths between two looks at the clock
 
@@ -81,6 +83,10 @@ sc_check(OP_READ == 0)
 sc_check(<int>OP_WRITE == <int>KIND_STORE)
 sc_check(<int>OP_FETCH == <int>KIND_FETCH)
 sc_check(OP_FETCH <= 3)
+# Counters of hits follow each other in the order of operations.
+sc_check(<int>TLB_LOAD >> 1 == <int>OP_READ)
+sc_check(<int>TLB_STORE >> 1 == <int>OP_WRITE)
+sc_check(<int>TLB_FETCH >> 1 == <int>OP_FETCH)
 # A tag has a bit for each kind, above those of the epoch, and no access is of the last.
 sc_check(KIND_USER == KIND_FETCH + 1)
 sc_check(KIND_USER + KIND_FETCH < KIND_NONE)
@@ -523,31 +529,90 @@ cdef inline u64 _by_layout(sc_mmu *mmu, sc_batch *b, u64 i, u64 stop) noexcept n
     return _any_layout(mmu, b, i, stop)
 
 
+cdef struct sc_translated:          # an access that a first level of the TLB translates, while one function runs
+    u64 key                         # page | op << 1 | user << 3 | 1; 0: none
+    u64 gpa                         # of the page
+    u8 *page                        # ... its bytes
+    const u64 *filled               # of the entry: when it was,
+    u64 when                        # ... then: as long as that is so, the place has the same walk's
+    u64 *used                       # ... and when it was used
+
+
+cdef inline void _translation(const sc_mmu *mmu, const sc_vcpu *v, u64 va, u32 access, u64 key, u64 gpa,
+                              sc_translated *m) noexcept nogil:
+    """Remember where the entry stands that has just translated `va`."""
+    cdef u32 bank = 0
+    cdef const sc_tlb_entry *e = tlb_look(v.tlb, va, vcpu_pcid(v), mmu.flush_epoch, tlb_kind(access), &bank)
+    if e == NULL or v.tlb.bank[bank].plru:
+        return
+    m.key = key
+    m.gpa = gpa & ~<u64>4095
+    m.page = mem_guest_frame(mmu.mem, gpa)
+    m.filled = &e.filled
+    m.when = e.filled
+    m.used = v.tlb.bank[bank].used + <u64>(e - v.tlb.bank[bank].entry)
+
+
 cdef u64 quick_translated(sc_mmu *mmu, sc_batch *b, u64 i, u64 stop) noexcept nogil:
     """Where operations from number i on lead that are loads, stores and fetches in one page, which the TLB translates,
-    up to the first that is none; returns its number. Their bytes are moved."""
+    up to the first that is none; returns its number. Their bytes are moved.
+
+    What an entry was found to allow stays so while nothing but such accesses is made: registers, slots and epochs are
+    as they were. An entry of a first level can make room for one of the second, which another walk has filled."""
     cdef sc_vcpu *v = mmu.vcpus[b.number]
+    cdef sc_tlb *t = v.tlb
+    cdef sc_translated memo[TRANSLATED]
+    cdef sc_translated *m
     cdef sc_op o
     cdef u64 first = i
-    cdef u64 va, gpa
-    cdef u32 size
+    cdef u64 hits[OP_FETCH + 1]
+    cdef u64 va, gpa, key, before
+    cdef u32 size, access
     cdef u64 value[2]
+    cdef u8 *at
+    cdef bint open = False          # the memo is in use
+    hits[0] = hits[1] = hits[2] = 0
     o.value[0] = o.value[1] = 0
     while i < stop:
         if b.known_stride:
             load_known(&o, b, i)
+            if o.op > OP_FETCH or not _candidate[o.user | o.size << 8]:
+                break
         else:
             load_op(&o, &b.ops, i, b.number)
-        if (o.op > OP_FETCH or not op_stands(&o, mmu.n_vcpus, b.last, False) or not in_one_page(v, &o, &va, &size)
-                or not tlb_hit(mmu, v, va, access_bits(&o), &gpa)):
+            if o.op > OP_FETCH or not op_stands(&o, mmu.n_vcpus, b.last, False):
+                break
+        if not in_one_page(v, &o, &va, &size):
             break
+        key = (va & ~<u64>4095) | (o.user != 0) << 3 | o.op << 1 | 1
+        m = &memo[(va >> 12) & (TRANSLATED - 1)]
+        if open and m.key == key and m.filled[0] == m.when:
+            t.clock += 1
+            m.used[0] = t.clock
+            hits[o.op] += 1
+            gpa = m.gpa | (va & 4095)
+            at = m.page + (va & 4095)
+        else:
+            access = access_bits(&o)
+            before = (&mmu.stats.tlb_load_hits)[tlb_kind(access) >> 1]
+            if not tlb_hit(mmu, v, va, access, &gpa):
+                break
+            at = mem_guest_frame(mmu.mem, gpa) + (gpa & 4095)
+            if before != (&mmu.stats.tlb_load_hits)[tlb_kind(access) >> 1] and mmu.mem.host == NULL:
+                if not open:
+                    memset(memo, 0, sizeof(memo))
+                    open = True
+                _translation(mmu, v, va, access, key, gpa, m)
         value[0] = 0
-        access_bytes(mmu, &o, gpa, mem_guest_frame(mmu.mem, gpa) + (gpa & 4095), b.data, size, value)
+        access_bytes(mmu, &o, gpa, at, b.data, size, value)
         b.gpa[i] = gpa
         if b.data:
             b.value[i] = value[0]
         i += 1
     mmu.stats.accesses += i - first
+    mmu.stats.tlb_hits += hits[0] + hits[1] + hits[2]
+    for size in range(OP_FETCH + 1):
+        (&mmu.stats.tlb_load_hits)[size] += hits[size]
     return i
 
 

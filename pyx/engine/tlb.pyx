@@ -99,17 +99,33 @@ cdef inline bint _is_full(const sc_tlb *t, const sc_tlb_bank *b, u64 set_, u64 m
     return True
 
 
-cdef sc_tlb_bank *_place(sc_tlb *t, u32 level, const sc_tlb_entry *made, u64 mmu_epoch, u32 kind,
+cdef bint _is_new(const sc_tlb *t, u32 level, const sc_tlb_entry *made, u64 mmu_epoch, u32 kind) noexcept nogil:
+    """No lookup in this level found the page. Then no entry is of it, if there is none that is not valid."""
+    cdef const sc_tlb_bank *b
+    cdef u32 i
+    if made.is_global or t.seen != mmu_epoch:
+        return False
+    for i in range(t.banks):
+        b = &t.bank[i]
+        if _takes(b, level, made.shift, kind) and b.full[tlb_set(b, made.page, made.shift)] < t.stale:
+            return False
+    return True
+
+
+cdef sc_tlb_bank *_place(sc_tlb *t, u32 level, const sc_tlb_entry *made, u64 mmu_epoch, u32 kind, bint sought,
                          u64 *place) noexcept nogil:
     """Where an entry goes in this level: over one of the same page, else to a free place, else to that of the least
-    recently used, or to the one that the tree of a bank names, banks taking turns. NULL: nowhere."""
-    cdef sc_tlb_bank *victim = _same(t, level, made, kind, place)
+    recently used, or to the one that the tree of a bank names, banks taking turns. NULL: nowhere. sought: a lookup of
+    the same kind found none there."""
+    cdef sc_tlb_bank *victim = NULL
     cdef sc_tlb_bank *b
     cdef u64 set_
     cdef u32 free = 0
     cdef u32 i, way
     cdef u32 trees = 0
     cdef u32 chosen
+    if not sought or not _is_new(t, level, made, mmu_epoch, kind):
+        victim = _same(t, level, made, kind, place)
     if victim != NULL:
         return victim
     if t.seen != mmu_epoch:
@@ -146,9 +162,10 @@ cdef sc_tlb_bank *_place(sc_tlb *t, u32 level, const sc_tlb_entry *made, u64 mmu
     return NULL
 
 
-cdef void _fill_level(sc_tlb *t, u32 level, const sc_tlb_entry *made, u64 mmu_epoch, u32 kind) noexcept nogil:
+cdef inline void _fill_level(sc_tlb *t, u32 level, const sc_tlb_entry *made, u64 mmu_epoch, u32 kind,
+                             bint sought) noexcept nogil:
     cdef u64 place = 0
-    cdef sc_tlb_bank *b = _place(t, level, made, mmu_epoch, kind, &place)
+    cdef sc_tlb_bank *b = _place(t, level, made, mmu_epoch, kind, sought, &place)
     if b == NULL:
         return
     b.entry[place] = made[0]
@@ -158,7 +175,7 @@ cdef void _fill_level(sc_tlb *t, u32 level, const sc_tlb_entry *made, u64 mmu_ep
 
 
 cdef void tlb_raise(sc_tlb *t, const sc_tlb_entry *e, u64 mmu_epoch, u32 kind) noexcept nogil:
-    _fill_level(t, 1, e, mmu_epoch, kind)
+    _fill_level(t, 1, e, mmu_epoch, kind, True)
 
 
 cdef void tlb_walked(sc_tlb *t, u64 va, u64 gpa, int shift, int guest_shift, u16 pcid, u32 access, u32 pkey,
@@ -181,8 +198,8 @@ cdef void tlb_walked(sc_tlb *t, u64 va, u64 gpa, int shift, int guest_shift, u16
     made.guest_shift = guest_shift
     made.root = root
     t.shifts |= <u64>1 << shift
-    _fill_level(t, 1, &made, mmu_epoch, kind)
-    _fill_level(t, 2, &made, mmu_epoch, kind)
+    _fill_level(t, 1, &made, mmu_epoch, kind, False)
+    _fill_level(t, 2, &made, mmu_epoch, kind, False)
 
 
 cdef void tlb_enter(sc_tlb *t, u64 va, u64 gpa, int shift, int guest_shift, u16 pcid, u32 access, u32 pkey,

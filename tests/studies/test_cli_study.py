@@ -187,9 +187,12 @@ def test_ctrl_c_prints_what_was_done():
     process = subprocess.Popen(
         COMMAND + arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
     )
-    wait_for_work(process)
-    process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=30)
+    try:
+        wait_for_work(process)
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=30)
+    finally:
+        process.kill()
     assert process.returncode == 130
     assert err == "shadowcore: interrupted\n"
     assert list(json.loads(out)["studies"][0]["designs"]) == ["native"]
