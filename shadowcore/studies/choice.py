@@ -149,5 +149,6 @@ Three rules come out of it:
   not make dearer.
 
 The guest of a workload does little else than what the workload is about: a slow-down of 10 is one of that part of a
-program.
+program. `nested` is hardware that every server has and a guest of a cloud may not have; `agile` needs a processor that
+nobody has built; `adaptive` is a proposal of this project, for a processor as it is.
 """
