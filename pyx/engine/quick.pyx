@@ -23,10 +23,9 @@ from shadowcore.engine.memo cimport (
 )
 from shadowcore.engine.memory cimport mem_frame, mem_gfn, mem_guest_frame, mem_host_frame, sc_mem, sc_no_frame
 from shadowcore.engine.quick cimport (
-    ALIGNED, CHUNK, FIELD_ADDR, FIELD_OP, FIELD_SIZE, FIELD_USER, FIELD_VALUE, FIELD_VCPU, PACKED, addr_at,
+    ALIGNED, CHUNK, FIELD_ADDR, FIELD_OP, FIELD_SIZE, FIELD_USER, FIELD_VALUE, FIELD_VCPU, PACKED, addr_at, batch_tell,
     element_word, load_known, load_op, op_stands, sc_batch, value_at,
 )
-from shadowcore.engine.results cimport sc_row
 from shadowcore.engine.state cimport memo_drop, sc_mmu, sc_vcpu, vcpu_pcid
 from shadowcore.engine.tlb cimport TLB_FETCH, TLB_LOAD, TLB_STORE, sc_tlb, sc_tlb_entry, tlb_look
 from shadowcore.engine.tlbhit cimport tlb_hit, tlb_kind
@@ -639,7 +638,6 @@ cdef int quick_chunk(sc_mmu *mmu, sc_batch *b, u64 *done, u64 stop) noexcept nog
     negative code of the one that failed; RC_BAD_OP: by now it is none, see b.bad."""
     cdef sc_op o
     cdef sc_result r
-    cdef sc_row *row
     # NULL: no fast path is open, or operations are those of several vcpus.
     cdef sc_memo *memo = mmu.vcpus[b.number].memo if b.ops.at[FIELD_VCPU] == <u64>-1 else NULL
     cdef u64 i = done[0]
@@ -684,20 +682,8 @@ cdef int quick_chunk(sc_mmu *mmu, sc_batch *b, u64 *done, u64 stop) noexcept nog
             rc = access_missed(mmu, mmu.vcpus[o.vcpu], &o, b.data, &r)
         if rc < 0:
             break
-        b.gpa[i] = r.gpa
-        if b.data:
-            b.value[i] = r.value[0]
-            if b.high != NULL:
-                b.high[i] = r.value[1]
         exits = exits + 1 if r.exits else 0
-        if exits or r.outcome or r.emulated:
-            row = &b.rows[b.n_rows]
-            b.n_rows += 1
-            row.number = i
-            row.error_code = <u16>r.error_code
-            row.exits = <u16>r.exits
-            row.outcome = r.outcome
-            row.emulated = r.emulated
+        batch_tell(b, i, &r)
         i += 1
         rc = RC_OK
         if mmu.audit_found:

@@ -115,12 +115,7 @@ cdef inline bint op_stands(const sc_op *o, u32 vcpus, u32 last, bint wide) noexc
 cdef inline void batch_tell(sc_batch *b, u64 i, const sc_result *r) noexcept nogil:
     """What became of operation i."""
     cdef sc_row *row
-    b.gpa[i] = r.gpa
-    if b.data:
-        b.value[i] = r.value[0]
-        if b.high != NULL:
-            b.high[i] = r.value[1]
-    if r.outcome or r.exits or r.emulated:
+    if r.exits or r.outcome or r.emulated:
         row = &b.rows[b.n_rows]
         b.n_rows += 1
         row.number = i
@@ -128,6 +123,11 @@ cdef inline void batch_tell(sc_batch *b, u64 i, const sc_result *r) noexcept nog
         row.exits = <u16>r.exits
         row.outcome = r.outcome
         row.emulated = r.emulated
+    b.gpa[i] = r.gpa
+    if b.data:
+        b.value[i] = r.value[0]
+        if b.high != NULL:
+            b.high[i] = r.value[1]
 
 cdef bint quick_candidates(const u8 *element, u64 n, i64 stride) noexcept nogil
 cdef u64 quick_translated(sc_mmu *mmu, sc_batch *b, u64 i, u64 stop) noexcept nogil
